@@ -1,0 +1,198 @@
+"""What a proposer sees and what it answers. numpy only; nothing here knows vLLM.
+
+Words: *draft* tokens are guesses for the next output tokens of a request; the verifier *accepts* a prefix of them and
+adds one more token of its own; what a request gained in a step are its *emitted* tokens.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class ProposerContext:
+    """What a proposer may count on for its whole life; handed to its constructor.
+
+    Attributes:
+        vocab_size: number of token ids that the target model can emit.
+        num_speculative_tokens: longest draft of a request.
+        max_num_requests: most requests in one batch.
+        max_model_len: most tokens (prompt + output) of one request.
+        datastore: path of the token store, where one is configured.
+        options: the proposer's own settings, as the user wrote them.
+    """
+
+    vocab_size: int
+    num_speculative_tokens: int
+    max_num_requests: int = 256
+    max_model_len: int = 4096
+    datastore: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class DraftBatch:
+    """The requests that want a draft in this step. All arrays are read-only for the proposer.
+
+    Attributes:
+        request_ids: ``[num_requests]``, stable for the life of a request.
+        token_ids: ``[num_rows, max_model_len]`` int32, the engine's table of token ids; not copied. Row ``rows[i]``
+            holds request ``i``'s prompt and emitted tokens, the last one at column ``num_tokens[i] - 1``; what lies
+            behind is garbage.
+        rows: ``[num_requests]`` int64.
+        num_tokens: ``[num_requests]`` int64, prompt and emitted tokens so far.
+        num_prompt_tokens: ``[num_requests]`` int64.
+        max_draft_tokens: ``[num_requests]`` int64, longest draft that is of use to each request (at least 1).
+        options: ``[num_requests]``, each request's own ``extra_args``.
+    """
+
+    request_ids: Sequence[str]
+    token_ids: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    num_tokens: NDArray[np.int64]
+    num_prompt_tokens: NDArray[np.int64]
+    max_draft_tokens: NDArray[np.int64]
+    options: Sequence[Mapping[str, Any]] = ()
+
+    def __len__(self) -> int:
+        return len(self.request_ids)
+
+    def context(self, index: int) -> NDArray[np.int32]:
+        """Request ``index``'s tokens so far, ``[num_tokens[index]]`` int32, as a view."""
+        return self.token_ids[self.rows[index], : self.num_tokens[index]]
+
+    @classmethod
+    def from_contexts(
+        cls,
+        contexts: Sequence[Sequence[int] | NDArray[np.integer[Any]]],
+        max_draft_tokens: int,
+        request_ids: Sequence[str] | None = None,
+    ) -> DraftBatch:
+        """A batch of plain token lists, for tests, benchmarks and use without an engine."""
+        lengths = np.array([len(c) for c in contexts], dtype=np.int64)
+        table = np.zeros((len(contexts), int(lengths.max(initial=1))), dtype=np.int32)
+        for row, context in zip(table, contexts, strict=True):
+            row[: len(context)] = context
+        return cls(
+            request_ids=request_ids or [str(i) for i in range(len(contexts))],
+            token_ids=table,
+            rows=np.arange(len(contexts), dtype=np.int64),
+            num_tokens=lengths,
+            num_prompt_tokens=lengths.copy(),
+            max_draft_tokens=np.full(len(contexts), max_draft_tokens, dtype=np.int64),
+            options=[{} for _ in contexts],
+        )
+
+
+@dataclass(slots=True)
+class Drafts:
+    """One draft a request.
+
+    Attributes:
+        token_ids: ``[num_requests, max_tokens]`` int32; columns from ``num_tokens[i]`` on are ignored.
+        num_tokens: ``[num_requests]`` int64; 0 where there is nothing to propose.
+        confidence: ``[num_requests, max_tokens]`` float32 in [0, 1]: estimated chance that a draft token is accepted
+            given that all before it are. It decides between proposers, never about correctness.
+    """
+
+    token_ids: NDArray[np.int32]
+    num_tokens: NDArray[np.int64]
+    confidence: NDArray[np.float32]
+
+    @classmethod
+    def empty(cls, num_requests: int, max_tokens: int) -> Drafts:
+        """No draft for anyone, with room for ``max_tokens`` a request."""
+        return cls(
+            token_ids=np.zeros((num_requests, max_tokens), dtype=np.int32),
+            num_tokens=np.zeros(num_requests, dtype=np.int64),
+            confidence=np.zeros((num_requests, max_tokens), dtype=np.float32),
+        )
+
+    @classmethod
+    def from_lists(cls, token_ids: Sequence[Sequence[int]], confidence: float = 0.5) -> Drafts:
+        """Plain lists of token ids, one a request, all with the same confidence."""
+        drafts = cls.empty(len(token_ids), max(map(len, token_ids), default=0))
+        for index, tokens in enumerate(token_ids):
+            drafts.token_ids[index, : len(tokens)] = tokens
+            drafts.num_tokens[index] = len(tokens)
+        drafts.confidence[:] = confidence
+        return drafts
+
+
+@dataclass(slots=True)
+class Verified:
+    """What the verifier saw in one step; one entry a request that emitted something.
+
+    Attributes:
+        request_ids: ``[num_requests]``.
+        draft_token_ids: the draft that was verified, ``[num_requests]`` lists (empty: an ordinary step).
+        target_token_ids: the target's token at *every* verified position, ``[num_requests]`` lists, each one longer
+            than its draft. The first ``num_emitted`` of them were emitted; those behind follow a rejected token.
+        num_emitted: ``[num_requests]``, accepted drafts plus one.
+    """
+
+    request_ids: Sequence[str]
+    draft_token_ids: Sequence[Sequence[int]]
+    target_token_ids: Sequence[Sequence[int]]
+    num_emitted: Sequence[int]
+
+
+class Proposer(abc.ABC):
+    """Guesses the next tokens of a batch of requests.
+
+    Subclass, implement :meth:`propose`, and name the class in ``"proposers"``. A proposer may be wrong, slow or raise:
+    the engine's output stays the same token for token; one that raises is logged, counted and left out from then on.
+
+    State is keyed by request id. A request appears in :meth:`propose` when it has emitted its first token, may pause
+    (preemption) and come back with the same tokens, and is over when :meth:`finish` names it.
+    """
+
+    def __init__(self, context: ProposerContext) -> None:
+        self.context = context
+
+    @abc.abstractmethod
+    def propose(self, batch: DraftBatch) -> Drafts | Sequence[Sequence[int]]:
+        """Up to ``batch.max_draft_tokens[i]`` token ids for each request, as :class:`Drafts` or plain lists."""
+
+    def observe(self, verified: Verified) -> None:  # noqa: B027 - an optional hook, empty on purpose
+        """Learn from what the verifier saw. Called once a step, before :meth:`propose`."""
+
+    def finish(self, request_ids: Sequence[str]) -> None:  # noqa: B027 - an optional hook, empty on purpose
+        """These requests ended or were aborted: drop their state."""
+
+    def warm_up(self) -> None:  # noqa: B027 - an optional hook, empty on purpose
+        """Called once before the first request: compile, map files, touch what must be quick later."""
+
+    def describe(self) -> str:
+        """A few words for the start-up line, such as the store's size."""
+        return ""
+
+
+def expected_accepted(confidence: NDArray[np.float32], num_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Expected number of accepted draft tokens of each draft, ``[num_requests]``.
+
+    A draft token counts only if all before it were accepted: confidences 0.8, 0.5 give 0.8 + 0.8 * 0.5 = 1.2.
+    """
+    if confidence.shape[1] == 0:
+        return np.zeros(len(num_tokens))
+    alive = np.arange(confidence.shape[1])[None, :] < num_tokens[:, None]
+    return np.cumprod(np.where(alive, confidence, 0.0), axis=1, dtype=np.float64).sum(axis=1)
+
+
+def check_option_names(options: Mapping[str, Any], known: Mapping[str, object], proposer: str) -> None:
+    """Raise ValueError when ``options`` has a key that ``known`` lacks, naming both."""
+    for name in options:
+        if name not in known:
+            raise ValueError(f"proposer {proposer!r} has no option {name!r}; it knows {', '.join(sorted(known))}")
+
+
+def is_probability(value: float) -> bool:
+    """True for a finite number in [0, 1]."""
+    return math.isfinite(value) and 0.0 <= value <= 1.0

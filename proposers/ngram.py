@@ -1,0 +1,230 @@
+"""Prompt lookup: drafts from a request's own tokens, after Saxena, "Prompt Lookup Decoding" (2023).
+
+The longest suffix of the context that also stands earlier in it is found, and what followed there is the draft. Where
+several places match equally far, the most recent one is taken. When the draft reaches the end of the context it goes on
+with its own beginning, so a repeated pattern is repeated further.
+
+The context is read once. Each request has hash chains as in LZ77: for the last ``min_match`` tokens, all places where
+they stood before, latest first. A new token that continues the match of the step before makes it one longer, and no
+other can be longer than that; only when it does not is the chain walked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from .base import DraftBatch, Drafts, Proposer, ProposerContext, check_option_names, is_probability
+
+DEFAULT_OPTIONS: Mapping[str, int | float] = {
+    "min_match": 1,
+    "max_match": 64,
+    "max_candidates": 1024,
+    "min_confidence": 0.1,
+}
+"""What ``options`` may set.
+
+min_match: no draft from a shorter match, in tokens.
+max_match: places that match this far are equally good (a match that goes on may still become longer).
+max_candidates: most places that are compared, latest first, when a match ends: what bounds the time of a step.
+min_confidence: a draft ends before the token whose chance of counting (itself and all before it accepted) is below.
+"""
+
+FIRST_CAPACITY = 8192
+"""Tokens of a request for which room is made at first, unless requests cannot get that long."""
+FIRST_SLOTS = 8
+LONGEST_KEY = 4
+_INDEXED, _MATCH_END, _MATCH_LENGTH, _LAST_TOKEN = 0, 1, 2, 3
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def match_confidence(length):  # type: ignore[no-untyped-def]
+    """Estimated chance that the target emits what followed an earlier match of ``length`` tokens: L / (L + 3).
+
+    Within 0.04 of what held-out modules of Python's standard library show, replayed with 4000 tokens of context: 0.23
+    after 1 token, 0.42 after 2, 0.58 after 4, 0.75 after 8, 0.85 after 16. Draft tokens before this one count as matched.
+    """
+    return length / (length + 3.0)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _bucket(context, end, key_length, num_buckets):  # type: ignore[no-untyped-def]
+    """Hash of the ``key_length`` tokens before ``end``; ``num_buckets`` is a power of two."""
+    key = np.uint64(0)
+    for index in range(end - key_length, end):
+        key = (key ^ np.uint64(context[index])) * np.uint64(0x9E3779B97F4A7C15)
+    return np.int64((key >> np.uint64(32)) & np.uint64(num_buckets - 1))
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _longest_earlier(context, earlier, settings):  # type: ignore[no-untyped-def]
+    """(end, length) of the longest suffix of ``context`` that stands earlier in it, (0, 0) if there is none.
+
+    ``earlier[end - 1]`` is the end of the place before that has the same key, 0 where there is none.
+    """
+    min_match, max_match, max_candidates = settings
+    num_tokens = len(context)
+    best_end = 0
+    best_length = min_match - 1
+    end = np.int64(earlier[num_tokens - 1])
+    num_candidates = 0
+    while end > best_length and best_length < max_match and num_candidates < max_candidates:
+        # A longer match needs this token above all: most candidates fail here.
+        if context[end - 1 - best_length] == context[num_tokens - 1 - best_length]:
+            length = 0
+            limit = min(end, max_match)
+            while length < limit and context[end - 1 - length] == context[num_tokens - 1 - length]:
+                length += 1
+            if length > best_length:
+                best_end = end
+                best_length = length
+        end = np.int64(earlier[end - 1])
+        num_candidates += 1
+    return best_end, best_length if best_end else 0
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _update(context, state, earlier, latest, settings):  # type: ignore[no-untyped-def]
+    """Bring one request's index up to its last token, and its match with it."""
+    num_tokens = len(context)
+    key_length = min(settings[0], LONGEST_KEY)
+    indexed = state[_INDEXED]
+    if indexed > num_tokens or (indexed > 0 and context[indexed - 1] != state[_LAST_TOKEN]):
+        indexed = 0  # not the tokens that were indexed: begin again
+    if indexed == 0:
+        latest[:] = 0
+        state[_MATCH_LENGTH] = 0
+    if indexed == num_tokens:
+        return
+    match_end = state[_MATCH_END]
+    continues = state[_MATCH_LENGTH] > 0
+    for index in range(indexed, num_tokens):
+        if continues and context[match_end] == context[index]:
+            match_end += 1
+        else:
+            continues = False
+        end = index + 1
+        earlier[index] = 0
+        if end >= key_length:
+            bucket = _bucket(context, end, key_length, len(latest))
+            earlier[index] = latest[bucket]
+            latest[bucket] = end
+    if continues:
+        state[_MATCH_END] = match_end
+        state[_MATCH_LENGTH] += num_tokens - indexed
+    else:
+        state[_MATCH_END], state[_MATCH_LENGTH] = _longest_earlier(context, earlier, settings)
+    state[_INDEXED] = num_tokens
+    state[_LAST_TOKEN] = context[num_tokens - 1]
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _draft_batch(  # type: ignore[no-untyped-def]
+    table, rows, num_tokens, max_drafts, slots, states, earlier, latest, settings, min_confidence,
+    out_tokens, out_num_tokens, out_confidence,
+):  # fmt: skip
+    for i in range(len(rows)):
+        context = table[rows[i], : num_tokens[i]]
+        if len(context) == 0:
+            continue
+        state = states[slots[i]]
+        _update(context, state, earlier[slots[i]], latest[slots[i]], settings)
+        if state[_MATCH_LENGTH] == 0:
+            continue
+        match_end = state[_MATCH_END]
+        chance = 1.0
+        depth = 0
+        while depth < min(max_drafts[i], out_tokens.shape[1]):
+            confidence = match_confidence(state[_MATCH_LENGTH] + depth)
+            chance *= confidence
+            if chance < min_confidence:
+                break
+            source = match_end + depth
+            out_tokens[i, depth] = (
+                context[source] if source < len(context) else out_tokens[i, source - len(context)]
+            )
+            out_confidence[i, depth] = confidence
+            depth += 1
+        out_num_tokens[i] = depth
+
+
+class NgramProposer(Proposer):
+    """Drafts from each request's own context; for options see :data:`DEFAULT_OPTIONS`.
+
+    A request's index takes 8 bytes for each token of room; rooms are reused, and their number and size grow with need.
+
+    Raises:
+        ValueError: an option is unknown or out of its range.
+    """
+
+    def __init__(self, context: ProposerContext) -> None:
+        super().__init__(context)
+        check_option_names(context.options, DEFAULT_OPTIONS, "ngram")
+        options = {**DEFAULT_OPTIONS, **context.options}
+        for name in ("min_match", "max_match", "max_candidates"):
+            value = options[name]
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"proposer 'ngram': {name} must be a whole number of at least 1, not {value!r}")
+        if options["min_match"] > options["max_match"]:
+            raise ValueError(
+                f"proposer 'ngram': min_match {options['min_match']} is above max_match {options['max_match']}"
+            )
+        if not isinstance(options["min_confidence"], (int, float)) or not is_probability(options["min_confidence"]):
+            raise ValueError(f"proposer 'ngram': min_confidence must lie in [0, 1], not {options['min_confidence']!r}")
+        self._min_confidence = float(options["min_confidence"])
+        self._settings: NDArray[np.int64] = np.array(
+            [options[name] for name in ("min_match", "max_match", "max_candidates")], dtype=np.int64
+        )
+        self._slot_of: dict[str, int] = {}
+        self._free: list[int] = []
+        self._make_room(FIRST_SLOTS, min(context.max_model_len, FIRST_CAPACITY))
+
+    def _make_room(self, num_slots: int, num_tokens: int) -> None:
+        """New, empty indices: requests under way are indexed again when they are next seen. Rare, as it doubles."""
+        capacity = 1 << max(num_tokens - 1, 1).bit_length()
+        self._states: NDArray[np.int64] = np.zeros((num_slots, 4), dtype=np.int64)
+        # Pages of these that no request gets to are never backed by memory.
+        self._earlier: NDArray[np.int32] = np.zeros((num_slots, capacity), dtype=np.int32)
+        self._latest: NDArray[np.int32] = np.zeros((num_slots, capacity), dtype=np.int32)
+        taken = set(self._slot_of.values())
+        self._free = [slot for slot in reversed(range(num_slots)) if slot not in taken]
+
+    def _slots(self, request_ids: Sequence[str], longest: int) -> NDArray[np.int64]:
+        slot_of = self._slot_of
+        new = [request_id for request_id in request_ids if request_id not in slot_of]
+        num_slots, capacity = self._earlier.shape
+        if len(new) > len(self._free) or longest > capacity:
+            while num_slots < len(slot_of) + len(new):
+                num_slots *= 2
+            self._make_room(num_slots, max(longest, capacity))
+        for request_id in new:
+            slot_of[request_id] = self._free.pop()
+        return np.array([slot_of[request_id] for request_id in request_ids], dtype=np.int64)
+
+    def propose(self, batch: DraftBatch) -> Drafts:
+        drafts = Drafts.empty(len(batch), int(batch.max_draft_tokens.max(initial=0)))
+        slots = self._slots(batch.request_ids, int(batch.num_tokens.max(initial=0)))
+        _draft_batch(
+            batch.token_ids, batch.rows, batch.num_tokens, batch.max_draft_tokens, slots, self._states, self._earlier,
+            self._latest, self._settings, self._min_confidence,
+            drafts.token_ids, drafts.num_tokens, drafts.confidence,
+        )  # fmt: skip
+        return drafts
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            slot = self._slot_of.pop(request_id, None)
+            if slot is not None:
+                self._states[slot] = 0
+                self._free.append(slot)
+
+    def warm_up(self) -> None:
+        name = "specplug-warm-up"
+        self.propose(DraftBatch.from_contexts([[1, 2, 1]], max_draft_tokens=1, request_ids=[name]))
+        self.finish([name])
+
+    def describe(self) -> str:
+        return f"matches of {self._settings[0]} tokens and more in each request's own context"

@@ -1,0 +1,89 @@
+"""What a verifier returns, and the layout of target rows it works on. torch only; nothing here knows vLLM.
+
+The engine hands over ``sum(num_draft_tokens + 1)`` rows of target logits: for each request one row a draft token and
+one more. The token at row ``d`` of a request is the target's own choice after the first ``d`` draft tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+REJECTED = -1
+"""Fills the places of a row of emitted tokens behind the last emitted one."""
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where each request's rows are.
+
+    Attributes:
+        num_draft_tokens: ``[num_requests]``, as a list.
+        request_of_row: ``[num_rows]`` int64.
+        padded_rows: ``[num_requests, max_draft_tokens + 1]`` int64: row of request ``i`` at depth ``d``; a request's
+            last row repeats where its draft is shorter.
+
+    Example: ``num_draft_tokens = [1, 0]`` gives ``request_of_row = [0, 0, 1]``, ``padded_rows = [[0, 1], [2, 2]]``.
+    """
+
+    num_draft_tokens: list[int]
+    request_of_row: torch.Tensor
+    padded_rows: torch.Tensor
+
+    @classmethod
+    def of(cls, num_draft_tokens: Sequence[int], device: torch.device | str = "cpu") -> RowLayout:
+        """The layout of a batch with these draft lengths."""
+        counts = torch.tensor(num_draft_tokens, dtype=torch.int64)
+        rows = counts + 1
+        starts = torch.cumsum(rows, 0) - rows
+        depths = torch.arange(int(counts.max()) + 1)
+        padded = starts[:, None] + torch.minimum(depths[None, :], counts[:, None])
+        of_row = torch.repeat_interleave(torch.arange(len(counts)), rows)
+        return cls(list(num_draft_tokens), of_row.to(device), padded.to(device))
+
+    @property
+    def max_draft_tokens(self) -> int:
+        return self.padded_rows.shape[1] - 1
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Outcome of verifying one batch.
+
+    Attributes:
+        token_ids: ``[num_requests, max_draft_tokens + 1]`` emitted tokens, then :data:`REJECTED`.
+        num_emitted: ``[num_requests]``, accepted drafts plus one.
+    """
+
+    token_ids: torch.Tensor
+    num_emitted: torch.Tensor
+
+
+def accept_while_equal(target_token_ids: torch.Tensor, draft_token_ids: torch.Tensor, layout: RowLayout) -> Verification:
+    """Keep draft tokens as long as they are the target's own; the target's first other token ends the row.
+
+    This is the verification rule of every coupling in which the target's token does not depend on the draft.
+    No host synchronisation.
+
+    Args:
+        target_token_ids: ``[num_rows]`` the target's token at each row.
+        draft_token_ids: ``[num_rows - num_requests]`` all drafts, flattened.
+        layout: which row belongs to whom.
+
+    Example: target ``[5, 7, 9]``, draft ``[5, 8]`` emits ``[5, 7]``: 5 was accepted, 7 replaces 8.
+    """
+    num_requests, width = layout.padded_rows.shape
+    targets = target_token_ids[layout.padded_rows]
+    if width == 1:
+        return Verification(targets, torch.ones(num_requests, dtype=torch.int64, device=targets.device))
+    depths = torch.arange(width - 1, device=targets.device)[None, :]
+    counts = torch.tensor(layout.num_draft_tokens, device=targets.device)[:, None]
+    # A request's drafts are flattened without its last row: row r of request i holds draft number r - i.
+    draft_index = layout.padded_rows[:, :-1] - torch.arange(num_requests, device=targets.device)[:, None]
+    drafts = draft_token_ids[draft_index.clamp(max=max(len(draft_token_ids) - 1, 0))]
+    equal = (drafts == targets[:, :-1]) & (depths < counts)
+    accepted = equal.to(torch.int64).cumprod(dim=1).sum(dim=1)
+    columns = torch.arange(width, device=targets.device)[None, :]
+    return Verification(torch.where(columns <= accepted[:, None], targets, REJECTED), accepted + 1)

@@ -1,0 +1,158 @@
+"""The settings a user writes in ``speculative_config``, validated before anything expensive starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vllm_specplug import registry
+from vllm_specplug.errors import ConfigurationError
+
+METHOD = "specplug"
+"""Our value of vLLM's ``"method"`` key."""
+
+SETTINGS_KEY = "specplug"
+"""Where the settings travel in vLLM's ``additional_config``."""
+
+REQUEST_OPTION_PREFIX = "specplug_"
+SPECULATE_OPTION = "specplug_speculate"
+REQUEST_OPTIONS: dict[str, type] = {SPECULATE_OPTION: bool}
+"""Known per-request options (``SamplingParams.extra_args``, ``vllm_xargs`` over HTTP) and their types."""
+
+MAX_SPECULATIVE_TOKENS = 128
+"""vLLM's own limit of draft tokens a request and step (``MAX_SPEC_LEN`` of its rejection sampler)."""
+
+DEFAULT_SPECULATIVE_TOKENS = 8
+
+
+class ProposerSettings(BaseModel):
+    """One entry of ``"proposers"``: a name, and whatever options that proposer knows."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every key but the name."""
+        return dict(self.model_extra or {})
+
+
+class Settings(BaseModel):
+    """Everything that can stand in ``speculative_config`` beside ``"method": "specplug"``.
+
+    Attributes:
+        num_speculative_tokens: longest draft of a request in a step.
+        proposers: who drafts, in order of preference between equals: names, ``{"name": ..., option: ...}`` or
+            ``"module.Class"``. Default: ``ngram``, and ``rest`` where a datastore is given. An empty list drafts
+            nothing (the verifier still runs).
+        datastore: token store for ``rest``, made by ``specplug datastore build``.
+        sampler: ``gumbel`` (drafter-invariant: seeded output as without speculation) or ``rejection`` (vLLM's own).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    num_speculative_tokens: int = Field(default=DEFAULT_SPECULATIVE_TOKENS, ge=1, le=MAX_SPECULATIVE_TOKENS)
+    proposers: tuple[ProposerSettings, ...] = ()
+    datastore: str | None = None
+    sampler: str = "gumbel"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_proposers(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("proposers") is None:
+            names = ("ngram", "rest") if data.get("datastore") is not None else ("ngram",)
+            return {**data, "proposers": names}
+        return data
+
+    @field_validator("proposers", mode="before")
+    @classmethod
+    def _names_become_entries(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"must be a list of names, such as {registry.proposer_names()}")
+        return tuple({"name": entry} if isinstance(entry, str) else entry for entry in value)
+
+    @field_validator("datastore", mode="before")
+    @classmethod
+    def _paths_become_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, value: str) -> str:
+        if value not in registry.SAMPLERS:
+            raise ValueError(
+                f"there is no sampler {value!r}.{registry.nearest(value, list(registry.SAMPLERS))} "
+                f"Known: {', '.join(registry.SAMPLERS)}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _proposers_exist(self) -> Settings:
+        names = [entry.name for entry in self.proposers]
+        for name in names:
+            registry.proposer_class(name)
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"proposers: named twice: {', '.join(sorted(repeated))}")
+        return self
+
+    @property
+    def is_coupled(self) -> bool:
+        """True when the sampler's tokens do not depend on the drafter."""
+        return self.sampler != "rejection"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, as they travel in ``additional_config``."""
+        return self.model_dump(mode="json")
+
+
+def _explain(error: ValidationError, known: list[str]) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"]) or "speculative_config"
+        if item["type"] == "extra_forbidden":
+            near = registry.nearest(key, known)
+            lines.append(f"unknown key {key!r} (given: {item['input']!r}).{near} Known keys: {', '.join(known)}.")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = "" if item["loc"] == () else f" (given: {item['input']!r})"
+            lines.append(f"{key}: {message}{given}." if not message.endswith(".") else f"{key}: {message[:-1]}{given}.")
+    return "\n  ".join(lines)
+
+
+def parse_settings(data: Mapping[str, Any]) -> Settings:
+    """Validate what the user wrote (without ``method`` and ``model``).
+
+    Raises:
+        ConfigurationError: naming the key, what was given and what is possible.
+    """
+    known = [*Settings.model_fields]
+    try:
+        return Settings.model_validate(dict(data))
+    except ValidationError as error:
+        raise ConfigurationError("speculative_config: " + _explain(error, ["method", *known])) from None
+
+
+def settings_of(additional_config: Any) -> Settings | None:
+    """The settings that travel in vLLM's ``additional_config``, or None where there are none."""
+    if isinstance(additional_config, Mapping) and SETTINGS_KEY in additional_config:
+        return parse_settings(additional_config[SETTINGS_KEY])
+    return None
+
+
+def check_request_options(extra_args: Mapping[str, Any] | None) -> None:
+    """Raise ConfigurationError for a misspelt or wrongly typed ``specplug_...`` option of one request."""
+    for name, value in (extra_args or {}).items():
+        if not name.startswith(REQUEST_OPTION_PREFIX):
+            continue
+        kind = REQUEST_OPTIONS.get(name)
+        if kind is None:
+            known = list(REQUEST_OPTIONS)
+            raise ConfigurationError(
+                f"unknown request option {name!r}.{registry.nearest(name, known)} Known: {', '.join(known)}."
+            )
+        if not isinstance(value, kind):
+            raise ConfigurationError(f"request option {name!r} must be {kind.__name__}, was given {value!r}.")

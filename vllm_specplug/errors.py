@@ -1,0 +1,15 @@
+"""The exception tree. Every message says what was given, what is possible and what to do."""
+
+from __future__ import annotations
+
+
+class SpecplugError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class ConfigurationError(SpecplugError, ValueError):
+    """A setting is unknown, has a wrong type or value, or does not fit the rest."""
+
+
+class UnsupportedVersionError(SpecplugError, RuntimeError):
+    """The installed vLLM is outside the supported range, or one of its seams changed."""

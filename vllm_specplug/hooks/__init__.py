@@ -1,0 +1,1 @@
+"""The only place that touches vLLM's internals. ``seams.py`` lists every name."""

@@ -1,0 +1,180 @@
+"""Every vLLM name this plugin touches: where it is, why, the signature it counts on, and how to undo it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_specplug.errors import UnsupportedVersionError
+
+SUPPORTED_VLLM = ">=0.32,<0.34"
+_FIRST, _BEYOND = (0, 32), (0, 34)
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One function of vLLM that is wrapped.
+
+    Attributes:
+        module: where it is looked up.
+        name: attribute path inside the module.
+        parameters: parameter names the wrapper counts on, in order, as a prefix of the real signature.
+        why: what the wrapper adds.
+        optional: True where a supported vLLM may lack it, and then nothing needs to be wrapped.
+    """
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+    why: str
+    optional: bool = False
+
+
+PROCESS_SEAMS = (
+    Seam(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_speculative_config",
+        ("self", "target_model_config", "target_parallel_config"),
+        "takes our keys out of speculative_config, validates them, and hands vLLM a custom_class drafter",
+    ),
+    Seam(
+        "vllm.sampling_params",
+        "SamplingParams._validate_spec_decode",
+        ("self", "speculative_config"),
+        "min_p and logit_bias work under a coupled verifier; checks the specplug_... options of a request",
+    ),
+    Seam(
+        "vllm.triton_utils.dispatcher",
+        "_rebind_kernels",
+        ("overrides",),
+        "scans every loaded module and crashes on llvmlite's (vLLM 0.32), so that importing numba first kills the worker",
+        optional=True,
+    ),
+)
+"""Wrapped in every process, by the plugin's entry point."""
+
+V1_SEAMS = (
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.initialize_kv_cache",
+        ("self", "kv_cache_config"),
+        "last moment before serving: gives the drafter its runner and the runner its verifier",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._bookkeeping_sync",
+        ("self", "scheduler_output", "sampler_output"),
+        "rewinds generators of half-prefilled requests, which a CPU generator cannot do; our verifier never draws for them",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._on_request_state_removed",
+        ("self", "req_id", "req_state"),
+        "a request finished or was aborted: frees what the drafter and verifier keep for it",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "build_logitsprocs",
+        ("vllm_config", "device", "is_pin_memory", "is_pooling_model", "custom_logitsprocs"),
+        "drops min_p, logit_bias and custom processors under speculation; a coupled verifier serves them all",
+    ),
+    Seam(
+        "vllm.v1.sample.rejection_sampler",
+        "expand_batch_to_tokens",
+        ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+        "returns uninitialised memory on the CPU of vLLM 0.32; repeats the values instead",
+    ),
+)
+"""Wrapped when vLLM's V1 model runner builds our drafter."""
+
+
+def check_version(version: str) -> None:
+    """Raise UnsupportedVersionError unless ``version`` (such as ``"0.32.1+cpu"``) is in the supported range."""
+    try:
+        major, minor = (int(part) for part in version.split("+")[0].split(".")[:2])
+    except ValueError:
+        raise UnsupportedVersionError(
+            f"cannot read vLLM's version {version!r}; vllm-specplug supports vllm{SUPPORTED_VLLM}"
+        ) from None
+    if not _FIRST <= (major, minor) < _BEYOND:
+        raise UnsupportedVersionError(
+            f"vLLM {version} is installed; this vllm-specplug supports vllm{SUPPORTED_VLLM}. Install a supported vLLM "
+            "(pip install 'vllm-specplug[cpu]' or '[cuda]'), another vllm-specplug, or start vLLM without this plugin "
+            "(VLLM_PLUGINS= names the plugins to load)."
+        )
+
+
+def _resolve(seam: Seam) -> tuple[Any, str, Callable[..., Any]] | None:
+    try:
+        owner: Any = importlib.import_module(seam.module)
+        *path, attribute = seam.name.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        return owner, attribute, inspect.getattr_static(owner, attribute)
+    except (ImportError, AttributeError) as error:
+        if seam.optional:
+            return None
+        raise UnsupportedVersionError(
+            f"vLLM has no {seam.module}.{seam.name} any more ({error}); vllm-specplug supports vllm{SUPPORTED_VLLM}"
+        ) from error
+
+
+def _check_signature(seam: Seam, original: Callable[..., Any]) -> None:
+    found = tuple(inspect.signature(original).parameters)
+    if found[: len(seam.parameters)] != seam.parameters:
+        raise UnsupportedVersionError(
+            f"{seam.module}.{seam.name} takes ({', '.join(found)}), expected ({', '.join(seam.parameters)}, ...); "
+            f"vllm-specplug supports vllm{SUPPORTED_VLLM}"
+        )
+
+
+class Patches:
+    """Wrappers installed together, all or none, and removable.
+
+    A wrapper is called as ``wrapper(original, *args, **kwargs)``; the original stays reachable as ``__wrapped__``.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Any, str, Callable[..., Any]]] = []
+
+    @property
+    def installed(self) -> bool:
+        return bool(self._undo)
+
+    def install(self, seams: Iterable[Seam], wrappers: dict[str, Callable[..., Any]]) -> None:
+        """Check every seam first, then wrap them; does nothing when installed already.
+
+        Args:
+            seams: what to wrap.
+            wrappers: one for each seam, by the seam's name.
+        """
+        if self.installed:
+            return
+        resolved = []
+        for seam in seams:
+            if (found := _resolve(seam)) is None:
+                continue
+            owner, attribute, original = found
+            _check_signature(seam, original)
+            resolved.append((owner, attribute, original, wrappers[seam.name]))
+        for owner, attribute, original, wrapper in resolved:
+            setattr(owner, attribute, _bind(wrapper, original))
+            self._undo.append((owner, attribute, original))
+
+    def undo(self) -> None:
+        """Put every original back."""
+        while self._undo:
+            owner, attribute, original = self._undo.pop()
+            setattr(owner, attribute, original)
+
+
+def _bind(wrapper: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    return wrapped

@@ -1,0 +1,580 @@
+"""vLLM's V1 model runner: our drafter in place of its own, our verifier in place of its rejection sampler.
+
+Tokens flow: target logits of every verified row -> :class:`CoupledVerifier` (the target's own token of every row,
+accepted while equal) -> vLLM's bookkeeping -> :class:`Proposer` (drafts of the next step).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor.builtin import (
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
+from vllm.v1.sample.sampler import Sampler
+
+from vllm_specplug.config import SPECULATE_OPTION, Settings, settings_of
+from vllm_specplug.drafting import Drafting
+from vllm_specplug.hooks import seams
+from vllm_specplug.hooks.entry import is_coupled, is_ours
+from vllm_specplug.proposers.base import DraftBatch, ProposerContext, Verified
+from vllm_specplug.samplers.base import REJECTED, RowLayout, Verification, accept_while_equal
+from vllm_specplug.samplers.gumbel import SeedStream
+
+logger = init_logger("vllm.specplug")
+patches = seams.Patches()
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the drafter remembers of a request's parameters: they never change."""
+
+    speculate: bool
+    options: Mapping[str, Any]
+    max_total_tokens: int
+
+
+class Proposer:
+    """The drafter that vLLM's runner builds for ``"method": "custom_class"``, under a coupled verifier.
+
+    Args:
+        vllm_config: vLLM's configuration; ours is in its ``additional_config``.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        install()
+        speculative_config = vllm_config.speculative_config
+        model_config = vllm_config.model_config
+        settings = settings_of(vllm_config.additional_config) or Settings(
+            num_speculative_tokens=speculative_config.num_speculative_tokens
+        )
+        self.settings = settings
+        self.num_speculative_tokens = int(speculative_config.num_speculative_tokens)
+        self.max_model_len = int(model_config.max_model_len)
+        self.drafting = Drafting(
+            settings,
+            ProposerContext(
+                vocab_size=model_config.get_vocab_size(),
+                num_speculative_tokens=self.num_speculative_tokens,
+                max_num_requests=vllm_config.scheduler_config.max_num_seqs,
+                max_model_len=self.max_model_len,
+            ),
+        )
+        self._runner: Any = None
+        self._requests: dict[str, _Request] = {}
+        self.verifier: CoupledVerifier | ObservedRejection | None = None
+
+    def load_model(self, *_: Any, **__: Any) -> None:
+        """vLLM's CPU runner asks every drafter to load its model; there is none."""
+
+    def attach(self, runner: Any) -> None:
+        """Put the verifier in place and say what is active. Called once the runner can serve."""
+        if self._runner is runner:
+            return
+        self._runner = runner
+        if self.settings.is_coupled:
+            self.verifier = CoupledVerifier(runner, self)
+        else:
+            self.verifier = ObservedRejection(runner, self, runner.rejection_sampler)
+        runner.rejection_sampler = self.verifier
+        # vLLM drops everyone's drafts once one request is within k tokens of max_model_len; propose() limits each
+        # request by itself, so that rule has nothing left to protect.
+        runner.effective_drafter_max_model_len = self.max_model_len + self.num_speculative_tokens + 1
+        start = time.perf_counter()
+        self.drafting.warm_up()
+        logger.info(
+            "specplug is active: runner V1, sampler %s (%s), proposers: %s; up to %d draft tokens (warm-up %.1f s)",
+            self.settings.sampler,
+            "drafter-invariant" if self.settings.is_coupled else "vLLM's own verifier",
+            self.drafting.describe(),
+            self.num_speculative_tokens,
+            time.perf_counter() - start,
+        )
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: np.ndarray[Any, Any],
+        token_ids_cpu: np.ndarray[Any, Any],
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Called by vLLM after each step; arrays are its own, one row a request of the batch.
+
+        Args:
+            sampled_token_ids: tokens just emitted, empty for a request still in prefill.
+            num_tokens_no_spec: ``[max_num_reqs]`` tokens so far, the new ones included.
+            token_ids_cpu: ``[max_num_reqs, max_model_len]``.
+            slot_mappings: not used.
+        """
+        input_batch = self._runner.input_batch
+        rows: list[int] = []
+        limits: list[int] = []
+        requests: list[_Request] = []
+        for row, emitted in enumerate(sampled_token_ids):
+            if not emitted:
+                continue
+            request = self._request(input_batch.req_ids[row])
+            total = int(num_tokens_no_spec[row])
+            # The step emits one token more than it accepts, and none may pass max_tokens or max_model_len.
+            limit = min(self.num_speculative_tokens, request.max_total_tokens - total - 1)
+            if request.speculate and limit > 0:
+                rows.append(row)
+                limits.append(limit)
+                requests.append(request)
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        if not rows:
+            return drafts
+        index = np.array(rows, dtype=np.int64)
+        batch = DraftBatch(
+            request_ids=[input_batch.req_ids[row] for row in rows],
+            token_ids=token_ids_cpu,
+            rows=index,
+            num_tokens=num_tokens_no_spec[index].astype(np.int64),
+            num_prompt_tokens=input_batch.num_prompt_tokens[index].astype(np.int64),
+            max_draft_tokens=np.array(limits, dtype=np.int64),
+            options=[request.options for request in requests],
+        )
+        for row, draft in zip(rows, self.drafting.propose(batch), strict=True):
+            drafts[row] = draft
+        return drafts
+
+    def finish(self, request_id: str) -> None:
+        """The engine forgot this request: so do we."""
+        self._requests.pop(request_id, None)
+        if isinstance(self.verifier, CoupledVerifier):
+            self.verifier.finish(request_id)
+        self.drafting.finish([request_id])
+
+    def snapshot(self) -> dict[str, Any]:
+        """Counters of this worker, and how many requests hold state in it."""
+        counters = self.drafting.snapshot()
+        counters["live_requests"] = max(counters["live_requests"], len(self._requests))
+        if isinstance(self.verifier, CoupledVerifier):
+            counters["live_requests"] = max(counters["live_requests"], self.verifier.num_streams)
+        return counters
+
+    def _request(self, request_id: str) -> _Request:
+        known = self._requests.get(request_id)
+        if known is None:
+            state = self._runner.requests[request_id]
+            params = state.sampling_params
+            options = params.extra_args or {}
+            longest = self.max_model_len
+            if params.max_tokens is not None:
+                longest = min(longest, state.num_prompt_tokens + params.max_tokens)
+            known = _Request(bool(options.get(SPECULATE_OPTION, True)), options, longest)
+            self._requests[request_id] = known
+        return known
+
+
+class ProposerWithRejection(Proposer):
+    """The same drafter in front of vLLM's own rejection sampler (``"sampler": "rejection"``)."""
+
+
+class _KeyedSampler(TopKTopPSampler):  # type: ignore[misc]
+    """vLLM's top-k/top-p sampler, with the noise of each row handed in instead of drawn from per-request generators."""
+
+    def __init__(self, logprobs_mode: str, use_fp64_gumbel: bool) -> None:
+        super().__init__(logprobs_mode, use_fp64_gumbel)
+        self.draw: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.forward = self._forward_keyed
+
+    def _forward_keyed(
+        self,
+        logits: torch.Tensor,  # [num_rows, vocab]
+        generators: Any,
+        k: torch.Tensor | None,
+        p: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert self.draw is not None
+        logits = apply_top_k_top_p(logits, k, p)
+        returned = None
+        if self.logprobs_mode == "processed_logits":
+            returned = logits
+        elif self.logprobs_mode == "processed_logprobs":
+            returned = logits.log_softmax(dim=-1, dtype=torch.float32)
+        return self.draw(logits), returned
+
+
+class _SeededNoise:
+    """Noise of vLLM's CPU sampler: one seed a row, each request's seeds drawn ahead from its generator."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, SeedStream] = {}
+
+    def stream(self, request_id: str, state: Any) -> SeedStream:
+        stream = self._streams.get(request_id)
+        if stream is None:
+            stream = SeedStream(state.generator) if state.generator is not None else SeedStream.fresh()
+            self._streams[request_id] = stream
+        return stream
+
+    def rows(self, draws: Sequence[tuple[str, Any, int]], offset: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A drawing function for rows laid out request by request.
+
+        Args:
+            draws: for each request its id, its state (None: no draw, any seed will do) and its number of rows.
+            offset: output token, counted from the request's next one, that the first row is for.
+        """
+        seeds: list[int] = []
+        for request_id, state, count in draws:
+            seeds += [0] * count if state is None else self.stream(request_id, state).peek(offset + count)[offset:]
+        keyed = torch.tensor(seeds, dtype=torch.int64)
+        return lambda logits: torch.ops._C.fused_gumbel_argmax(logits.to(torch.float32), keyed)
+
+    def consume(self, request_id: str, count: int) -> None:
+        if request_id in self._streams:
+            self._streams[request_id].consume(count)
+
+    def finish(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+
+class CoupledVerifier:
+    """Draws the target's token of every row as vLLM would in an ordinary step, and keeps drafts while they are equal.
+
+    Two ways give the same tokens. *At once*: every row is one row of a single sampling step, its parameters repeated
+    from its request. *Step by step*, when logits processors are active (min_p, logit_bias, min_tokens and custom ones
+    keep state by batch index): depth after depth, the whole batch goes through vLLM's sampler as it would have without
+    speculation, until every request has met its first rejected draft.
+    """
+
+    def __init__(self, runner: Any, drafter: Proposer) -> None:
+        self._runner = runner
+        self._drafter = drafter
+        stock: Sampler = runner.sampler
+        if type(stock) is not Sampler or stock.use_fp64_gumbel or not _is_cpu(runner):
+            raise seams.UnsupportedVersionError(
+                f"sampler 'gumbel' on the V1 runner reproduces vLLM's CPU sampler; here it is "
+                f"{type(stock).__name__} on {runner.device} (use_fp64_gumbel={stock.use_fp64_gumbel}). "
+                "Use \"sampler\": \"rejection\" there."
+            )
+        self._noise = _SeededNoise()
+        self._keyed = _KeyedSampler(stock.logprobs_mode, stock.use_fp64_gumbel)
+        self._sampler = copy.copy(stock)  # shares everything but the final draw
+        self._sampler._modules = {**stock._modules, "topk_topp_sampler": self._keyed}
+        self.verify_s = 0.0
+
+    @property
+    def num_streams(self) -> int:
+        """Requests that hold a stream of seeds."""
+        return len(self._noise)
+
+    def finish(self, request_id: str) -> None:
+        """Drop the request's stream of seeds."""
+        self._noise.finish(request_id)
+
+    def __call__(
+        self,
+        metadata: Any,  # vLLM's SpecDecodeMetadata
+        draft_probs: torch.Tensor | None,
+        logits: torch.Tensor,  # [num_rows, vocab]
+        sampling_metadata: SamplingMetadata,
+    ) -> SamplerOutput:
+        """vLLM's call of its rejection sampler; returns ``[num_requests, max_draft_tokens + 1]`` token ids."""
+        start = time.perf_counter()
+        runner = self._runner
+        layout = RowLayout.of(metadata.num_draft_tokens, logits.device)
+        num_requests = len(layout.num_draft_tokens)
+        request_ids = runner.input_batch.req_ids[:num_requests]
+        prefilling = runner.discard_request_mask.np[:num_requests]
+        if any(_is_active(processor) for processor in sampling_metadata.logitsprocs.all) or _budgets(sampling_metadata):
+            verify = self._step_by_step
+        else:
+            verify = self._at_once
+        states = [
+            # Greedy requests draw nothing, nor do requests whose prompt is not complete yet.
+            None if skip or request_id in runner.input_batch.greedy_reqs else runner.requests[request_id]
+            for request_id, skip in zip(request_ids, prefilling, strict=True)
+        ]
+        verification, logprobs, targets = verify(metadata, layout, logits, sampling_metadata, states)
+        emitted = verification.num_emitted.tolist()
+        drafts = metadata.draft_token_ids.tolist()
+        observed: tuple[list[Any], ...] = ([], [], [], [])
+        first = 0
+        for index, request_id in enumerate(request_ids):
+            count = layout.num_draft_tokens[index]
+            if not prefilling[index]:
+                if states[index] is not None:
+                    self._noise.consume(request_id, emitted[index])
+                entry = (request_id, drafts[first : first + count], targets[index], emitted[index])
+                for values, value in zip(observed, entry, strict=True):
+                    values.append(value)
+            first += count
+        self._drafter.drafting.observe(Verified(*observed))
+        self.verify_s += time.perf_counter() - start
+        return SamplerOutput(sampled_token_ids=verification.token_ids.to(torch.int32), logprobs_tensors=logprobs)
+
+    def _at_once(
+        self,
+        metadata: Any,
+        layout: RowLayout,
+        logits: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+        states: list[Any],
+    ) -> tuple[Verification, LogprobsTensors | None, list[list[int]]]:
+        request_ids = self._runner.input_batch.req_ids
+        counts = layout.num_draft_tokens
+        if layout.max_draft_tokens:
+            drafts = metadata.draft_token_ids.tolist()
+            sampling_metadata = _repeat_by_row(sampling_metadata, layout, drafts)
+        if not sampling_metadata.all_greedy:
+            self._keyed.draw = self._noise.rows(
+                [(request_ids[i], state, counts[i] + 1) for i, state in enumerate(states)]
+            )
+        output = self._sampler(logits=logits, sampling_metadata=sampling_metadata)
+        tokens = output.sampled_token_ids.view(-1).to(torch.int64)
+        verification = accept_while_equal(tokens, metadata.draft_token_ids, layout)
+        logprobs = output.logprobs_tensors
+        if logprobs is not None and layout.max_draft_tokens:
+            logprobs = _take_rows(logprobs, layout.padded_rows.view(-1))
+        flat, targets, first = tokens.tolist(), [], 0
+        for count in counts:
+            targets.append(flat[first : first + count + 1])
+            first += count + 1
+        return verification, logprobs, targets
+
+    def _step_by_step(
+        self,
+        metadata: Any,
+        layout: RowLayout,
+        logits: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+        states: list[Any],
+    ) -> tuple[Verification, LogprobsTensors | None, list[list[int]]]:
+        runner = self._runner
+        request_ids = runner.input_batch.req_ids[: len(states)]
+        counts = layout.num_draft_tokens
+        flat, drafts, first = metadata.draft_token_ids.tolist(), [], 0
+        for count in counts:
+            drafts.append(flat[first : first + count])
+            first += count
+        # vLLM's processors and penalties hold references to these very lists: what was accepted is appended for the
+        # depths behind, as an ordinary step would have, and taken off again at the end (bookkeeping appends it for good).
+        outputs = [runner.requests[request_id].output_token_ids for request_id in request_ids]
+        lengths = [len(output) for output in outputs]
+        targets: list[list[int]] = [[] for _ in states]
+        alive = set(range(len(states)))
+        logprobs: list[LogprobsTensors] = []
+        try:
+            for depth in range(layout.max_draft_tokens + 1):
+                if depth:
+                    for processor in sampling_metadata.logitsprocs.all:
+                        processor.update_state(None)
+                self._keyed.draw = self._noise.rows(
+                    [(request_ids[i], state if i in alive else None, 1) for i, state in enumerate(states)], depth
+                )
+                output = self._sampler(
+                    logits=logits[layout.padded_rows[:, depth]], sampling_metadata=sampling_metadata
+                )
+                if output.logprobs_tensors is not None:
+                    logprobs.append(output.logprobs_tensors)
+                tokens = output.sampled_token_ids.view(-1).tolist()
+                for index in sorted(alive):
+                    targets[index].append(tokens[index])
+                    if depth < counts[index] and tokens[index] == drafts[index][depth]:
+                        outputs[index].append(tokens[index])
+                    else:
+                        alive.discard(index)
+                if not alive:
+                    break
+        finally:
+            for output_ids, length in zip(outputs, lengths, strict=True):
+                del output_ids[length:]
+        width = layout.max_draft_tokens + 1
+        token_ids = torch.full((len(states), width), REJECTED, dtype=torch.int64, device=logits.device)
+        for index, row in enumerate(targets):
+            token_ids[index, : len(row)] = torch.tensor(row)
+        verification = Verification(token_ids, torch.tensor([len(row) for row in targets]))
+        if not logprobs:
+            return verification, None, targets
+        logprobs += [logprobs[-1]] * (width - len(logprobs))  # rows behind the last emitted token are filtered out
+        fields = zip(*(tensors[:3] for tensors in logprobs), strict=True)
+        return verification, LogprobsTensors(*(torch.stack(field, dim=1).flatten(0, 1) for field in fields)), targets
+
+
+class ObservedRejection:
+    """vLLM's own rejection sampler, with what it accepted reported to the proposers."""
+
+    def __init__(self, runner: Any, drafter: Proposer, stock: Any) -> None:
+        self._runner = runner
+        self._drafter = drafter
+        self._stock = stock
+
+    def __call__(self, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> SamplerOutput:
+        """Same arguments and result as the stock sampler."""
+        runner = self._runner
+        # Half-prefilled requests must not draw: a CPU generator cannot be rewound afterwards.
+        prefilling = runner.discard_request_mask.np[: len(metadata.num_draft_tokens)]
+        drawing = {i: g for i, g in sampling_metadata.generators.items() if not prefilling[i]}
+        output = self._stock(metadata, draft_probs, logits, replace(sampling_metadata, generators=drawing))
+        rows = output.sampled_token_ids.tolist()
+        drafts = metadata.draft_token_ids.tolist()
+        verified = Verified([], [], [], [])
+        request_ids, drafted, targets, emitted = [], [], [], []
+        first = 0
+        for index, count in enumerate(metadata.num_draft_tokens):
+            if not prefilling[index]:
+                kept = [token for token in rows[index] if token != REJECTED]
+                request_ids.append(runner.input_batch.req_ids[index])
+                drafted.append(drafts[first : first + count])
+                targets.append(kept)
+                emitted.append(len(kept))
+            first += count
+        verified = Verified(request_ids, drafted, targets, emitted)
+        self._drafter.drafting.observe(verified)
+        return output
+
+
+def _is_cpu(runner: Any) -> bool:
+    return bool(runner.device.type == "cpu")
+
+
+def _is_active(processor: Any) -> bool:
+    """True when a logits processor would change some row now; one that we do not know always may."""
+    if type(processor) is MinPLogitsProcessor:
+        return bool(processor.min_p_count)
+    if type(processor) is LogitBiasLogitsProcessor:
+        return bool(processor.biases)
+    if type(processor) is MinTokensLogitsProcessor:
+        return bool(processor.min_toks)
+    return True
+
+
+def _budgets(sampling_metadata: SamplingMetadata) -> bool:
+    holder = sampling_metadata.thinking_budget_state_holder
+    return holder is not None and bool(holder.has_tracked_requests())
+
+
+def _take_rows(tensors: LogprobsTensors, rows: torch.Tensor) -> LogprobsTensors:
+    return LogprobsTensors(*(field[rows] for field in tensors[:3]))
+
+
+def _repeat_by_row(metadata: SamplingMetadata, layout: RowLayout, drafts: list[int]) -> SamplingMetadata:
+    """The sampling parameters of each request repeated for each of its rows, drafts counted as output before them.
+
+    Args:
+        metadata: vLLM's, one entry a request.
+        layout: rows of the batch.
+        drafts: all draft tokens, flattened.
+    """
+    of_row = layout.request_of_row
+    take = functools.partial(_optional_rows, rows=of_row)
+    requests = of_row.tolist()
+    outputs: list[list[int]] = []
+    if metadata.output_token_ids:
+        first = 0
+        for request, count in enumerate(layout.num_draft_tokens):
+            so_far = metadata.output_token_ids[request]
+            outputs += [[*so_far, *drafts[first : first + depth]] for depth in range(count + 1)]
+            first += count
+    by_row = {row: metadata.bad_words_token_ids[r] for row, r in enumerate(requests) if r in metadata.bad_words_token_ids}
+    specific = metadata.logprob_token_ids
+    return replace(
+        metadata,
+        temperature=take(metadata.temperature),
+        top_p=take(metadata.top_p),
+        top_k=take(metadata.top_k),
+        generators={},
+        prompt_token_ids=take(metadata.prompt_token_ids),
+        frequency_penalties=take(metadata.frequency_penalties),
+        presence_penalties=take(metadata.presence_penalties),
+        repetition_penalties=take(metadata.repetition_penalties),
+        output_token_ids=outputs,
+        allowed_token_ids_mask=take(metadata.allowed_token_ids_mask),
+        bad_words_token_ids=by_row,
+        logprob_token_ids={row: specific[r] for row, r in enumerate(requests) if r in specific} if specific else specific,
+        spec_token_ids=None,
+    )
+
+
+def _optional_rows(values: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+    return None if values is None else values[rows]
+
+
+def install() -> None:
+    """Wrap the runner's seams in this process, after checking their signatures. Idempotent."""
+    patches.install(
+        seams.V1_SEAMS,
+        {
+            "GPUModelRunner.initialize_kv_cache": _initialize_kv_cache,
+            "GPUModelRunner._bookkeeping_sync": _bookkeeping_sync,
+            "GPUModelRunner._on_request_state_removed": _on_request_state_removed,
+            "build_logitsprocs": _build_logitsprocs,
+            "expand_batch_to_tokens": _expand_batch_to_tokens,
+        },
+    )
+
+
+def _drafter_of(runner: Any) -> Proposer | None:
+    drafter = getattr(runner, "drafter", None)
+    return drafter if isinstance(drafter, Proposer) else None
+
+
+def _initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, *args, **kwargs)
+    drafter = _drafter_of(self)
+    if drafter is not None:
+        drafter.attach(self)
+    return result
+
+
+def _bookkeeping_sync(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    if _drafter_of(self) is None:
+        return original(self, *args, **kwargs)
+    # Bookkeeping would take back the draw of half-prefilled requests. Our verifiers never draw for them.
+    generators = self.input_batch.generators
+    self.input_batch.generators = {}
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        self.input_batch.generators = generators
+
+
+def _on_request_state_removed(original: Callable[..., Any], self: Any, req_id: str, req_state: Any) -> Any:
+    drafter = _drafter_of(self)
+    if drafter is not None:
+        drafter.finish(req_id)
+    return original(self, req_id, req_state)
+
+
+def _build_logitsprocs(original: Callable[..., Any], vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+    if is_coupled(vllm_config.speculative_config):
+        # A shallow copy that looks like an engine without speculation: to a coupled verifier every row is such a step.
+        vllm_config = copy.copy(vllm_config)
+        vllm_config.speculative_config = None
+    return original(vllm_config, *args, **kwargs)
+
+
+def _expand_batch_to_tokens(
+    original: Callable[..., Any],
+    x: torch.Tensor,  # [batch_size]
+    cu_num_tokens: torch.Tensor,  # [batch_size]
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> torch.Tensor:
+    if x.device.type != "cpu":
+        return original(x, cu_num_tokens, num_tokens, replace_from, replace_to)  # type: ignore[no-any-return]
+    values = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
+    return torch.repeat_interleave(values, counts, output_size=num_tokens)
+
+
+__all__ = ["CoupledVerifier", "Proposer", "ProposerWithRejection", "install", "is_ours"]

@@ -1,0 +1,73 @@
+"""Names of proposers and samplers, resolved to classes when they are needed.
+
+Users add their own under a dotted path (``"my_module.MyProposer"``) or, for a distribution, as an entry point in the
+group ``vllm_specplug.proposers``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from difflib import get_close_matches
+
+from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.proposers.base import Proposer
+
+PROPOSER_GROUP = "vllm_specplug.proposers"
+
+PROPOSERS = {
+    "ngram": "vllm_specplug.proposers.ngram:NgramProposer",
+    "rest": "vllm_specplug.proposers.rest:RestProposer",
+}
+SAMPLERS = ("gumbel", "rejection")
+NEEDS_DATASTORE = frozenset({"rest"})
+
+
+def nearest(given: str, known: list[str]) -> str:
+    """``" Did you mean 'x'?"`` when one of ``known`` looks like ``given``, else nothing."""
+    close = get_close_matches(given, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=PROPOSER_GROUP)}
+
+
+def proposer_names() -> list[str]:
+    """Every proposer that can be named here, built in or installed."""
+    return sorted({*PROPOSERS, *_entry_points()})
+
+
+def proposer_class(name: str) -> type[Proposer]:
+    """The class behind ``name``: built in, an entry point, or ``"module.Class"``.
+
+    Raises:
+        ConfigurationError: no such name, module or class, or it is not a :class:`Proposer`.
+    """
+    if name in PROPOSERS:
+        module, _, attribute = PROPOSERS[name].partition(":")
+        loaded: object = getattr(importlib.import_module(module), attribute)
+    elif name in (points := _entry_points()):
+        try:
+            loaded = points[name].load()
+        except Exception as error:
+            raise ConfigurationError(f"proposer {name!r} ({points[name].value}) failed to import: {error!r}") from error
+    elif "." in name or ":" in name:
+        module, _, attribute = name.replace(":", ".").rpartition(".")
+        try:
+            loaded = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigurationError(
+                f"proposers: cannot load {name!r}: {error}. Give 'module.Class' importable by every vLLM process "
+                f"(PYTHONPATH), or one of: {', '.join(proposer_names())}."
+            ) from error
+    else:
+        raise ConfigurationError(
+            f"proposers: there is no proposer {name!r}.{nearest(name, proposer_names())} "
+            f"Known: {', '.join(proposer_names())}, or a class of your own as 'module.Class'."
+        )
+    if not (isinstance(loaded, type) and issubclass(loaded, Proposer)):
+        raise ConfigurationError(
+            f"proposers: {name!r} is {loaded!r}, not a subclass of vllm_specplug.proposers.Proposer."
+        )
+    return loaded
