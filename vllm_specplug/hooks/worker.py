@@ -1,0 +1,19 @@
+"""Counters of a running engine, for ``llm.collective_rpc("specplug_stats")`` and tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker by ``worker_extension_cls="vllm_specplug.hooks.worker.WorkerExtension"``."""
+
+    model_runner: Any
+
+    def specplug_stats(self) -> dict[str, Any] | None:
+        """Counters of this worker (see ``vllm_specplug.drafting.DraftingStats``); None where our drafter is not active.
+
+        ``live_requests`` is the number of requests that hold state in proposers or verifier: 0 once all have ended.
+        """
+        drafter = getattr(self.model_runner, "drafter", None)
+        return drafter.snapshot() if hasattr(drafter, "snapshot") else None
