@@ -45,12 +45,20 @@ REFUSED_LICENCE = re.compile(r"GPL|Mozilla|MPL|proprietary", re.IGNORECASE)
 MAX_PACKAGE_BYTES = 12_000_000  # no single package may dominate what the models know
 
 SHAPES = {
-    "tiny-target": dict(
-        hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
-    ),
-    "tiny-draft": dict(
-        hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
-    ),
+    "tiny-target": {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "tiny-draft": {
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
 }
 TIME_SHARE = {"tiny-target": 0.82, "tiny-draft": 0.18}
 LONG = 4  # the models end up serving this many times the context that most of the training runs at
@@ -110,7 +118,7 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     parts: list[np.ndarray] = []
     for start in range(0, len(texts), 256):
         for encoding in tokenizer.encode_batch_fast(texts[start : start + 256], add_special_tokens=False):
-            parts.append(np.array([*encoding.ids, end], dtype=np.uint16))
+            parts.append(np.array([*encoding.ids, end], dtype=np.uint16))  # noqa: PERF401 - clearer than a nested extend
     return np.concatenate(parts)
 
 
@@ -232,7 +240,9 @@ def main() -> None:
     stdlib_texts = next(iter(texts.values()))
     all_texts = [text for group in texts.values() for text in group]
     held_out_texts = [text for path in corpus.held_out_sources() if (text := corpus.read_text(path))]
-    print(f"{len(all_texts):,} files, {sum(map(len, all_texts)) / 1e6:.1f}M characters, {len(texts)} sources", flush=True)
+    print(
+        f"{len(all_texts):,} files, {sum(map(len, all_texts)) / 1e6:.1f}M characters, {len(texts)} sources", flush=True
+    )
 
     order = np.random.default_rng(arguments.seed).permutation(len(all_texts))
     tokenizer = train_tokenizer(stdlib_texts + [all_texts[i] for i in order[: len(order) // 6]])

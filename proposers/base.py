@@ -183,7 +183,7 @@ def expected_accepted(confidence: NDArray[np.float32], num_tokens: NDArray[np.in
     if confidence.shape[1] == 0:
         return np.zeros(len(num_tokens))
     alive = np.arange(confidence.shape[1])[None, :] < num_tokens[:, None]
-    return np.cumprod(np.where(alive, confidence, 0.0), axis=1, dtype=np.float64).sum(axis=1)
+    return np.asarray(np.cumprod(np.where(alive, confidence, 0.0), axis=1, dtype=np.float64).sum(axis=1))
 
 
 def check_option_names(options: Mapping[str, Any], known: Mapping[str, object], proposer: str) -> None:
@@ -196,3 +196,14 @@ def check_option_names(options: Mapping[str, Any], known: Mapping[str, object], 
 def is_probability(value: float) -> bool:
     """True for a finite number in [0, 1]."""
     return math.isfinite(value) and 0.0 <= value <= 1.0
+
+
+def kernel_input(array: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:
+    """A read-only, contiguous view of ``array`` (a copy only if it has another dtype or layout).
+
+    Compiled kernels are compiled anew for each kind of array, writable or not, contiguous or not: with this they meet
+    one kind, the one that ``warm_up`` compiled them for.
+    """
+    view = np.ascontiguousarray(array, dtype=dtype).view()
+    view.flags.writeable = False
+    return view

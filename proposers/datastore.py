@@ -304,18 +304,19 @@ def _read_header(path: Path, file: BinaryIO) -> StoreHeader:
     return header
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _scan_tokens(tokens, separator):  # type: ignore[no-untyped-def]
     """Largest id, and number of separators."""
-    largest = 0
+    largest = np.int64(0)
     num_separators = 0
     for token in tokens:
-        largest = max(largest, np.int64(token))
+        if np.int64(token) > largest:
+            largest = np.int64(token)
         num_separators += token == separator
     return largest, num_separators
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _check_order(tokens, positions, first, last, first_position, last_position, step, separator):  # type: ignore[no-untyped-def]
     """True when positions lie inside their segment and every ``step``-th pair of neighbours is in order."""
     for index in range(first_position, last_position):
@@ -339,7 +340,7 @@ def _check_order(tokens, positions, first, last, first_position, last_position, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True, nogil=True, inline="never")  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def match_length(tokens, position, context, limit, start):  # type: ignore[no-untyped-def]
     """Length of the common suffix of ``tokens[:position]`` and ``context``, at most ``limit``, known to be >= start."""
     end = len(context)
@@ -349,7 +350,7 @@ def match_length(tokens, position, context, limit, start):  # type: ignore[no-un
     return length
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def usable_length(context, max_match, vocab_size):  # type: ignore[no-untyped-def]
     """Length of the longest suffix, at most ``max_match``, of ids that a store of ``vocab_size`` can hold."""
     end = len(context)
@@ -361,7 +362,7 @@ def usable_length(context, max_match, vocab_size):  # type: ignore[no-untyped-de
     return limit
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def longest_match(tokens, positions, first_token, low, high, context, limit, at_least):  # type: ignore[no-untyped-def]
     """Longest suffix of ``context`` in one segment, and where it occurs.
 
@@ -516,7 +517,7 @@ class DatastoreWriter:
             DatastoreError: an id is not below the vocabulary size.
         """
         ids = np.asarray(token_ids if isinstance(token_ids, np.ndarray) else list(token_ids), dtype=np.int64)
-        if len(ids) and not (0 <= ids.min() and ids.max() < self.vocab_size):
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self.vocab_size):
             raise DatastoreError(
                 f"token id {ids.max() if ids.max() >= self.vocab_size else ids.min()} does not belong to a tokenizer "
                 f"of {self.vocab_size} ids"
@@ -633,8 +634,18 @@ def _remove_stale_partials(path: Path) -> None:
     """Delete what killed builds of this store left: partial files whose process is gone."""
     for partial in path.parent.glob(f"{_escape_glob(path.name)}.partial-*"):
         pid = partial.name.rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        if pid.isdigit() and not _is_running(int(pid)):
             partial.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def _escape_glob(name: str) -> str:
@@ -689,7 +700,7 @@ def _sort_suffixes(text: NDArray[np.uint8]) -> NDArray[np.int32]:
     return results.pop()
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _write_reversed_bytes(tokens, rank, width, text):  # type: ignore[no-untyped-def]
     at = 0
     for index in range(len(tokens) - 1, -1, -1):
@@ -699,7 +710,7 @@ def _write_reversed_bytes(tokens, rank, width, text):  # type: ignore[no-untyped
             at += 1
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _keep_whole_tokens(order, tokens, width, separator):  # type: ignore[no-untyped-def]
     """Turn byte offsets into the reversed text into token positions, in place; returns how many are left."""
     count = 0
@@ -729,17 +740,15 @@ def split_text(read: Callable[[int], str]) -> Iterator[Piece]:
     """A document in pieces of about :data:`PIECE_CHARS` characters that end at a line, so that memory stays bounded.
 
     Args:
-        read: returns up to so many next characters, and "" at the end, such as the ``read`` of a text file.
+        read: returns that many next characters, and fewer only at the end, such as the ``read`` of a text file.
     """
     rest = ""
-    while chunk := read(PIECE_CHARS):
+    while len(chunk := read(PIECE_CHARS)) == PIECE_CHARS:
         text = rest + chunk
         cut = text.rfind("\n") + 1 or len(text)
-        if rest := text[cut:]:
-            yield Piece(text[:cut], False)
-        else:
-            rest, text = text, ""
-    yield Piece(rest, True)
+        yield Piece(text[:cut], False)
+        rest = text[cut:]
+    yield Piece(rest + chunk, True)
 
 
 def add_texts(

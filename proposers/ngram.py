@@ -4,9 +4,10 @@ The longest suffix of the context that also stands earlier in it is found, and w
 several places match equally far, the most recent one is taken. When the draft reaches the end of the context it goes on
 with its own beginning, so a repeated pattern is repeated further.
 
-The context is read once. Each request has hash chains as in LZ77: for the last ``min_match`` tokens, all places where
-they stood before, latest first. A new token that continues the match of the step before makes it one longer, and no
-other can be longer than that; only when it does not is the chain walked.
+The context is read once. Each request has hash chains as in LZ77: for the last tokens, all places where they stood
+before, latest first. A new token that continues the match of the step before makes it one longer, and no other can be
+longer than that. Only when it does not is a chain walked: that of the last three tokens, which is short; where it has
+no match, that of the last ``min_match`` tokens, until one of at most two is found.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .base import DraftBatch, Drafts, Proposer, ProposerContext, check_option_names, is_probability
+from .base import DraftBatch, Drafts, Proposer, ProposerContext, check_option_names, is_probability, kernel_input
 
 DEFAULT_OPTIONS: Mapping[str, int | float] = {
     "min_match": 1,
@@ -36,21 +37,22 @@ min_confidence: a draft ends before the token whose chance of counting (itself a
 FIRST_CAPACITY = 8192
 """Tokens of a request for which room is made at first, unless requests cannot get that long."""
 FIRST_SLOTS = 8
-LONGEST_KEY = 4
+LONG_KEY = 3
 _INDEXED, _MATCH_END, _MATCH_LENGTH, _LAST_TOKEN = 0, 1, 2, 3
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def match_confidence(length):  # type: ignore[no-untyped-def]
     """Estimated chance that the target emits what followed an earlier match of ``length`` tokens: L / (L + 3).
 
     Within 0.04 of what held-out modules of Python's standard library show, replayed with 4000 tokens of context: 0.23
-    after 1 token, 0.42 after 2, 0.58 after 4, 0.75 after 8, 0.85 after 16. Draft tokens before this one count as matched.
+    after 1 token, 0.42 after 2, 0.58 after 4, 0.75 after 8, 0.85 after 16. Draft tokens before this one count as
+    matched.
     """
     return length / (length + 3.0)
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _bucket(context, end, key_length, num_buckets):  # type: ignore[no-untyped-def]
     """Hash of the ``key_length`` tokens before ``end``; ``num_buckets`` is a power of two."""
     key = np.uint64(0)
@@ -59,23 +61,34 @@ def _bucket(context, end, key_length, num_buckets):  # type: ignore[no-untyped-d
     return np.int64((key >> np.uint64(32)) & np.uint64(num_buckets - 1))
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _longest_earlier(context, earlier, settings):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)
+def _insert(context, end, key_length, earlier, latest):  # type: ignore[no-untyped-def]
+    """Put the place that ends before ``end`` at the head of its chain."""
+    if end < key_length:
+        earlier[end - 1] = 0
+        return
+    bucket = _bucket(context, end, key_length, len(latest))
+    earlier[end - 1] = latest[bucket]
+    latest[bucket] = end
+
+
+@njit(cache=True, nogil=True)
+def _longest_earlier(context, earlier, shortest, enough, max_candidates):  # type: ignore[no-untyped-def]
     """(end, length) of the longest suffix of ``context`` that stands earlier in it, (0, 0) if there is none.
 
-    ``earlier[end - 1]`` is the end of the place before that has the same key, 0 where there is none.
+    ``earlier[end - 1]`` is the end of the place before that has the same key, 0 where there is none. Matches shorter
+    than ``shortest`` do not count, and the first of ``enough`` tokens ends the search.
     """
-    min_match, max_match, max_candidates = settings
     num_tokens = len(context)
-    best_end = 0
-    best_length = min_match - 1
+    best_end = np.int64(0)
+    best_length = shortest - 1
     end = np.int64(earlier[num_tokens - 1])
     num_candidates = 0
-    while end > best_length and best_length < max_match and num_candidates < max_candidates:
+    while end > best_length and best_length < enough and num_candidates < max_candidates:
         # A longer match needs this token above all: most candidates fail here.
         if context[end - 1 - best_length] == context[num_tokens - 1 - best_length]:
             length = 0
-            limit = min(end, max_match)
+            limit = min(end, enough)
             while length < limit and context[end - 1 - length] == context[num_tokens - 1 - length]:
                 length += 1
             if length > best_length:
@@ -86,11 +99,15 @@ def _longest_earlier(context, earlier, settings):  # type: ignore[no-untyped-def
     return best_end, best_length if best_end else 0
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _update(context, state, earlier, latest, settings):  # type: ignore[no-untyped-def]
-    """Bring one request's index up to its last token, and its match with it."""
+    """Bring one request's index up to its last token, and its match with it.
+
+    ``earlier``: ``[2, capacity]``, the chains of short and long keys; ``latest``: the same, heads of these chains.
+    """
+    min_match, max_match, max_candidates = settings
     num_tokens = len(context)
-    key_length = min(settings[0], LONGEST_KEY)
+    long_key = max(min_match, LONG_KEY)
     indexed = state[_INDEXED]
     if indexed > num_tokens or (indexed > 0 and context[indexed - 1] != state[_LAST_TOKEN]):
         indexed = 0  # not the tokens that were indexed: begin again
@@ -106,22 +123,27 @@ def _update(context, state, earlier, latest, settings):  # type: ignore[no-untyp
             match_end += 1
         else:
             continues = False
-        end = index + 1
-        earlier[index] = 0
-        if end >= key_length:
-            bucket = _bucket(context, end, key_length, len(latest))
-            earlier[index] = latest[bucket]
-            latest[bucket] = end
+        _insert(context, index + 1, min_match, earlier[0], latest[0])
+        if min_match < long_key:
+            _insert(context, index + 1, long_key, earlier[1], latest[1])
     if continues:
         state[_MATCH_END] = match_end
         state[_MATCH_LENGTH] += num_tokens - indexed
     else:
-        state[_MATCH_END], state[_MATCH_LENGTH] = _longest_earlier(context, earlier, settings)
+        match_end, length = np.int64(0), np.int64(0)
+        if min_match < long_key and max_match >= long_key:
+            match_end, length = _longest_earlier(context, earlier[1], long_key, max_match, max_candidates)
+        if length == 0:
+            # There is no match of ``long_key`` tokens, unless that is the only key.
+            enough = min(max_match, long_key - 1) if min_match < long_key else max_match
+            match_end, length = _longest_earlier(context, earlier[0], min_match, enough, max_candidates)
+        state[_MATCH_END] = match_end
+        state[_MATCH_LENGTH] = length
     state[_INDEXED] = num_tokens
     state[_LAST_TOKEN] = context[num_tokens - 1]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _draft_batch(  # type: ignore[no-untyped-def]
     table, rows, num_tokens, max_drafts, slots, states, earlier, latest, settings, min_confidence,
     out_tokens, out_num_tokens, out_confidence,
@@ -143,9 +165,7 @@ def _draft_batch(  # type: ignore[no-untyped-def]
             if chance < min_confidence:
                 break
             source = match_end + depth
-            out_tokens[i, depth] = (
-                context[source] if source < len(context) else out_tokens[i, source - len(context)]
-            )
+            out_tokens[i, depth] = context[source] if source < len(context) else out_tokens[i, source - len(context)]
             out_confidence[i, depth] = confidence
             depth += 1
         out_num_tokens[i] = depth
@@ -154,7 +174,7 @@ def _draft_batch(  # type: ignore[no-untyped-def]
 class NgramProposer(Proposer):
     """Drafts from each request's own context; for options see :data:`DEFAULT_OPTIONS`.
 
-    A request's index takes 8 bytes for each token of room; rooms are reused, and their number and size grow with need.
+    A request's index takes 16 bytes for each token of room; rooms are reused, and their number and size grow with need.
 
     Raises:
         ValueError: an option is unknown or out of its range.
@@ -187,15 +207,15 @@ class NgramProposer(Proposer):
         capacity = 1 << max(num_tokens - 1, 1).bit_length()
         self._states: NDArray[np.int64] = np.zeros((num_slots, 4), dtype=np.int64)
         # Pages of these that no request gets to are never backed by memory.
-        self._earlier: NDArray[np.int32] = np.zeros((num_slots, capacity), dtype=np.int32)
-        self._latest: NDArray[np.int32] = np.zeros((num_slots, capacity), dtype=np.int32)
+        self._earlier: NDArray[np.int32] = np.zeros((num_slots, 2, capacity), dtype=np.int32)
+        self._latest: NDArray[np.int32] = np.zeros((num_slots, 2, capacity), dtype=np.int32)
         taken = set(self._slot_of.values())
         self._free = [slot for slot in reversed(range(num_slots)) if slot not in taken]
 
     def _slots(self, request_ids: Sequence[str], longest: int) -> NDArray[np.int64]:
         slot_of = self._slot_of
         new = [request_id for request_id in request_ids if request_id not in slot_of]
-        num_slots, capacity = self._earlier.shape
+        num_slots, _, capacity = self._earlier.shape
         if len(new) > len(self._free) or longest > capacity:
             while num_slots < len(slot_of) + len(new):
                 num_slots *= 2
@@ -208,8 +228,9 @@ class NgramProposer(Proposer):
         drafts = Drafts.empty(len(batch), int(batch.max_draft_tokens.max(initial=0)))
         slots = self._slots(batch.request_ids, int(batch.num_tokens.max(initial=0)))
         _draft_batch(
-            batch.token_ids, batch.rows, batch.num_tokens, batch.max_draft_tokens, slots, self._states, self._earlier,
-            self._latest, self._settings, self._min_confidence,
+            kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
+            kernel_input(batch.num_tokens, np.int64), kernel_input(batch.max_draft_tokens, np.int64), slots,
+            self._states, self._earlier, self._latest, self._settings, self._min_confidence,
             drafts.token_ids, drafts.num_tokens, drafts.confidence,
         )  # fmt: skip
         return drafts

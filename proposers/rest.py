@@ -22,7 +22,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from .base import DraftBatch, Drafts, Proposer, ProposerContext, check_option_names, is_probability
+from .base import DraftBatch, Drafts, Proposer, ProposerContext, check_option_names, is_probability, kernel_input
 from .datastore import Datastore, longest_match, usable_length
 
 DEFAULT_OPTIONS: Mapping[str, int | float] = {
@@ -44,7 +44,7 @@ PARALLEL_BATCH = 64
 millisecond, and waiting for threads that the machine has not free costs more than they save."""
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def vote_confidence(length, num_agreeing, num_votes):  # type: ignore[no-untyped-def]
     """Estimated chance that the target emits the token that ``num_agreeing`` of ``num_votes`` occurrences chose.
 
@@ -52,7 +52,7 @@ def vote_confidence(length, num_agreeing, num_votes):  # type: ignore[no-untyped
     million tokens of other Python. In each tenth of the scale its mean is within 0.03 of the share that was right. A
     draft token that was accepted lengthens the match, so deeper tokens count as those of a longer match.
 
-    With 4 matched tokens, 1 of 1 votes gives 0.26, 8 of 8 give 0.73, and 4 of 8 give 0.27.
+    With 4 matched tokens, 1 of 1 votes gives 0.26, 8 of 8 give 0.74, and 4 of 8 give 0.27.
 
     Args:
         length: matched tokens, at least 1, draft tokens before this one included.
@@ -60,16 +60,12 @@ def vote_confidence(length, num_agreeing, num_votes):  # type: ignore[no-untyped
     log_length = math.log(length)
     log_against = math.log(1.0 + num_votes - num_agreeing)
     score = (
-        -3.18
-        + 1.53 * log_length
-        + 1.00 * math.log(num_agreeing)
-        - 0.31 * log_against
-        - 0.46 * log_length * log_against
+        -3.18 + 1.53 * log_length + 1.00 * math.log(num_agreeing) - 0.31 * log_against - 0.46 * log_length * log_against
     )
     return 1.0 / (1.0 + math.exp(-score))
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _most_voted(tokens, candidates, num_candidates, depth, choices, counts):  # type: ignore[no-untyped-def]
     """Token that most candidates have at ``depth``, and how many; ties go to the first seen."""
     num_choices = 0
@@ -89,7 +85,7 @@ def _most_voted(tokens, candidates, num_candidates, depth, choices, counts):  # 
     return choices[best], counts[best]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def find_candidates(tokens, positions, segments, vocab_size, context, max_match, min_match, candidates):  # type: ignore[no-untyped-def]
     """Occurrences of the longest suffix of ``context``, from all segments, as many as ``candidates`` has room for.
 
@@ -130,7 +126,7 @@ def find_candidates(tokens, positions, segments, vocab_size, context, max_match,
     return longest, num_candidates, total
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def draft_one(  # type: ignore[no-untyped-def]
     tokens, positions, segments, vocab_size, context, max_draft, settings, min_confidence, out_tokens, out_confidence
 ):
@@ -168,7 +164,7 @@ def draft_one(  # type: ignore[no-untyped-def]
     return depth
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def draft_batch(  # type: ignore[no-untyped-def]
     tokens, positions, segments, vocab_size, table, rows, num_tokens, max_drafts, settings, min_confidence,
     out_tokens, out_num_tokens, out_confidence,
@@ -182,7 +178,7 @@ def draft_batch(  # type: ignore[no-untyped-def]
 
 
 # A function of its own: numba's cache on disk does not tell two compilations of one function apart.
-@njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, parallel=True)
 def draft_batch_parallel(  # type: ignore[no-untyped-def]
     tokens, positions, segments, vocab_size, table, rows, num_tokens, max_drafts, settings, min_confidence,
     out_tokens, out_num_tokens, out_confidence,
@@ -236,9 +232,10 @@ class RestProposer(Proposer):
     def _run(self, kernel: Any, batch: DraftBatch, drafts: Drafts) -> None:
         store = self.store
         kernel(
-            store.tokens, store.positions, store.segments, store.header.vocab_size, batch.token_ids, batch.rows,
-            batch.num_tokens, batch.max_draft_tokens, self._settings, self._min_confidence,
-            drafts.token_ids, drafts.num_tokens, drafts.confidence,
+            store.tokens, store.positions, store.segments, store.header.vocab_size,
+            kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
+            kernel_input(batch.num_tokens, np.int64), kernel_input(batch.max_draft_tokens, np.int64),
+            self._settings, self._min_confidence, drafts.token_ids, drafts.num_tokens, drafts.confidence,
         )  # fmt: skip
 
     def longest_match(self, context: NDArray[np.int32]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 REJECTED = -1
@@ -21,6 +22,7 @@ class RowLayout:
 
     Attributes:
         num_draft_tokens: ``[num_requests]``, as a list.
+        counts: the same as a tensor, ``[num_requests]`` int64.
         request_of_row: ``[num_rows]`` int64.
         padded_rows: ``[num_requests, max_draft_tokens + 1]`` int64: row of request ``i`` at depth ``d``; a request's
             last row repeats where its draft is shorter.
@@ -29,19 +31,21 @@ class RowLayout:
     """
 
     num_draft_tokens: list[int]
+    counts: torch.Tensor
     request_of_row: torch.Tensor
     padded_rows: torch.Tensor
 
     @classmethod
     def of(cls, num_draft_tokens: Sequence[int], device: torch.device | str = "cpu") -> RowLayout:
         """The layout of a batch with these draft lengths."""
-        counts = torch.tensor(num_draft_tokens, dtype=torch.int64)
-        rows = counts + 1
-        starts = torch.cumsum(rows, 0) - rows
-        depths = torch.arange(int(counts.max()) + 1)
-        padded = starts[:, None] + torch.minimum(depths[None, :], counts[:, None])
-        of_row = torch.repeat_interleave(torch.arange(len(counts)), rows)
-        return cls(list(num_draft_tokens), of_row.to(device), padded.to(device))
+        # numpy, since this runs every step and small torch operations cost microseconds each
+        counts = np.array(num_draft_tokens, dtype=np.int64)
+        starts = np.cumsum(counts + 1) - counts - 1
+        depths = np.arange(counts.max() + 1)
+        padded = starts[:, None] + np.minimum(depths[None, :], counts[:, None])
+        of_row = np.repeat(np.arange(len(counts)), counts + 1)
+        arrays = (torch.from_numpy(array).to(device) for array in (counts, of_row, padded))
+        return cls(list(num_draft_tokens), *arrays)
 
     @property
     def max_draft_tokens(self) -> int:
@@ -61,7 +65,9 @@ class Verification:
     num_emitted: torch.Tensor
 
 
-def accept_while_equal(target_token_ids: torch.Tensor, draft_token_ids: torch.Tensor, layout: RowLayout) -> Verification:
+def accept_while_equal(
+    target_token_ids: torch.Tensor, draft_token_ids: torch.Tensor, layout: RowLayout
+) -> Verification:
     """Keep draft tokens as long as they are the target's own; the target's first other token ends the row.
 
     This is the verification rule of every coupling in which the target's token does not depend on the draft.
@@ -79,11 +85,10 @@ def accept_while_equal(target_token_ids: torch.Tensor, draft_token_ids: torch.Te
     if width == 1:
         return Verification(targets, torch.ones(num_requests, dtype=torch.int64, device=targets.device))
     depths = torch.arange(width - 1, device=targets.device)[None, :]
-    counts = torch.tensor(layout.num_draft_tokens, device=targets.device)[:, None]
     # A request's drafts are flattened without its last row: row r of request i holds draft number r - i.
     draft_index = layout.padded_rows[:, :-1] - torch.arange(num_requests, device=targets.device)[:, None]
     drafts = draft_token_ids[draft_index.clamp(max=max(len(draft_token_ids) - 1, 0))]
-    equal = (drafts == targets[:, :-1]) & (depths < counts)
+    equal = (drafts == targets[:, :-1]) & (depths < layout.counts[:, None])
     accepted = equal.to(torch.int64).cumprod(dim=1).sum(dim=1)
     columns = torch.arange(width, device=targets.device)[None, :]
     return Verification(torch.where(columns <= accepted[:, None], targets, REJECTED), accepted + 1)

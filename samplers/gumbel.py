@@ -73,10 +73,10 @@ def gumbel_noise(seeds: NDArray[np.int64], token_ids: NDArray[np.int64]) -> NDAr
     Returns:
         float64 of the broadcast shape.
     """
-    seeds = np.asarray(seeds, dtype=np.int64).astype(np.uint64)
+    hashed = np.asarray(seeds, dtype=np.int64).astype(np.uint64)
     tokens = np.asarray(token_ids, dtype=np.int64).astype(np.uint64)
     with np.errstate(over="ignore"):
-        key = splitmix64(seeds)
+        key = splitmix64(hashed)
         bits = splitmix64(key + (tokens + np.uint64(1)) * _GOLDEN) >> np.uint64(11)
     uniform = (bits.astype(np.float64) + 0.5) * 2.0**-53
     return np.asarray(-np.log(-np.log(uniform)))

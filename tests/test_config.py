@@ -1,4 +1,4 @@
-"""Settings: every mistake gives one error, before a model loads, that names the key, what was given and what is possible."""
+"""Settings: a mistake gives one error, before a model loads, naming the key, what was given and what is possible."""
 
 from __future__ import annotations
 

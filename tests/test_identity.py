@@ -270,7 +270,9 @@ def test_lora_and_custom_logits_processors(adapter: Path) -> None:
     arguments = {
         "enable_lora": True, "max_lora_rank": 8, "max_loras": 1, "logits_processors": ["in_child:NoRepeat"]
     }  # fmt: skip
-    sent = [dict(r, params=dict(r["params"])) for r in requests(24, [{}, {"top_p": 0.9}, {"min_p": 0.05}, {"logprobs": 1}])]
+    sent = [
+        dict(r, params=dict(r["params"])) for r in requests(24, [{}, {"top_p": 0.9}, {"min_p": 0.05}, {"logprobs": 1}])
+    ]
     for index, request in enumerate(sent):
         if index % 2:
             request["lora"] = str(adapter)

@@ -28,12 +28,15 @@ class Engine:
     """
 
     def __init__(self, engine_args: dict[str, Any] | None = None, plugin: bool = True) -> None:
-        self.log = tempfile.TemporaryFile()
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine, closed with it
         environment = {
             **os.environ,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            # One unpinned thread: a tiny model gains nothing from two, and pinned ones stall when the machine is busy.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(HERE),
         }

@@ -54,10 +54,10 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "G
 
 @contextlib.contextmanager
 def _errors_to_stderr(exit_code: int = EXIT_BAD_INPUT) -> Iterator[None]:
-    """Print a DatastoreError as one line and leave with ``exit_code``."""
+    """Print what is wrong with a store or with the system's files as one line, and leave with ``exit_code``."""
     try:
         yield
-    except DatastoreError as error:
+    except (DatastoreError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(exit_code) from error
 
@@ -132,7 +132,7 @@ _READ_ERRORS = (UnicodeDecodeError, OSError, EOFError, zlib.error, zstandard.Zst
 
 
 def kind_of(path: Path) -> str:
-    """"parquet", "jsonl" or "text", by the name without a suffix of compression."""
+    """What a file's name says, without a suffix of compression: "parquet", "jsonl" or "text"."""
     name = path.name.lower()
     for suffix in COMPRESSION_SUFFIXES:
         name = name.removesuffix(suffix)
@@ -169,7 +169,11 @@ def is_text(path: Path) -> bool:
 
 def _plain(stream: IO[bytes]) -> Iterator[Piece]:
     # newline="": line ends are part of the text, and tokens must be those that the model saw.
-    return split_text(io.TextIOWrapper(stream, encoding="utf-8", newline="").read)
+    reader = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+    try:
+        yield from split_text(reader.read)
+    finally:
+        reader.detach()
 
 
 def _json_lines(path: Path, stream: IO[bytes], field: str) -> Iterator[Piece]:
@@ -181,13 +185,13 @@ def _json_lines(path: Path, stream: IO[bytes], field: str) -> Iterator[Piece]:
                 record = json.loads(line)
             except ValueError as error:
                 raise DatastoreError(f"{path} line {number} is not JSON: {error}") from error
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                known = ", ".join(k for k, v in record.items() if isinstance(v, str)) if isinstance(record, dict) else ""
+            texts = {k: v for k, v in record.items() if isinstance(v, str)} if isinstance(record, dict) else {}
+            if field not in texts:
                 raise DatastoreError(
-                    f"{path} line {number} has no text in field {field!r}; fields with text: {known or 'none'} "
-                    "(choose one with --field)"
+                    f"{path} line {number} has no text in field {field!r}; fields with text: "
+                    f"{', '.join(texts) or 'none'} (choose one with --field)"
                 )
-            yield from split_text(io.StringIO(record[field], newline="").read)
+            yield from split_text(io.StringIO(texts[field], newline="").read)
     except _READ_ERRORS as error:
         raise DatastoreError(f"cannot read {path}: {error}") from error
 
@@ -258,14 +262,14 @@ def load_tokenizer(name: str) -> Any:
         raise DatastoreError("tokenizers are loaded with transformers, which comes with vLLM: install it") from error
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # damaged tokenizer files raise nothing more special
         reason = str(error).strip().partition("\n")[0]
-        raise DatastoreError(f"cannot load the tokenizer {name!r} (a folder or a Hugging Face name): {reason}") from error
+        raise DatastoreError(f"cannot load tokenizer {name!r} (a folder or a Hugging Face name): {reason}") from error
 
 
 def vocab_size_of(tokenizer: Any) -> int:
     """One more than the largest id."""
-    return max(tokenizer.get_vocab().values()) + 1
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,7 +333,8 @@ def build(
     seconds = time.monotonic() - started
     size = out.stat().st_size
     skipped = f"; left out {sources.num_skipped:,} files that are not UTF-8 text" if sources.num_skipped else ""
-    split = f"; cut {writer.num_split_documents:,} documents longer than a segment" if writer.num_split_documents else ""
+    num_split = writer.num_split_documents
+    split = f"; cut {num_split:,} documents longer than a segment" if num_split else ""
     console.print(
         f"{escape(str(out))}: {writer.num_tokens:,} tokens of {writer.num_documents:,} documents, {size:,} bytes "
         f"({size / writer.num_tokens:.2f} a token), in {seconds:.1f} s ({writer.num_tokens / seconds:,.0f} tokens/s)"
@@ -396,7 +401,7 @@ def info(
 def verify(store: Annotated[Path, typer.Argument(help="A token store.")]) -> None:
     """Read a whole store and check it; exits with 1 if something is wrong with it."""
     console = Console(stderr=True)
-    with _errors_to_stderr(EXIT_CORRUPTED):
+    with _errors_to_stderr(EXIT_CORRUPTED if store.is_file() else EXIT_BAD_INPUT):
         opened = Datastore.open(store)
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("checking")

@@ -9,6 +9,7 @@ from typing import Any
 
 import vllm
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
 
 from vllm_specplug.config import METHOD, SETTINGS_KEY, Settings, check_request_options, parse_settings
 from vllm_specplug.errors import ConfigurationError
@@ -62,6 +63,7 @@ def _create_speculative_config(
     model = given.get("model", self.spec_model)
     if method == METHOD or model in _DRAFTERS:
         settings = _read(given, self, method, model)
+        check_platform(settings, target_model_config)
         check_datastore(settings, target_model_config)
         self.additional_config = {**(self.additional_config or {}), SETTINGS_KEY: settings.to_dict()}
         self.speculative_config = {
@@ -103,11 +105,27 @@ def _read(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> S
     return settings
 
 
+def check_platform(settings: Settings, model_config: Any) -> None:
+    """Raise ConfigurationError where the coupled verifier would not draw what vLLM's sampler draws."""
+    if not settings.is_coupled:
+        return
+    unfit = ""
+    if not current_platform.is_cpu():
+        unfit = f"on {current_platform.device_name}, vLLM's sampler draws other noise"
+    elif model_config.use_fp64_gumbel:
+        unfit = "use_fp64_gumbel draws other noise"
+    if unfit:
+        raise ConfigurationError(
+            f"speculative_config: sampler {settings.sampler!r} reproduces vLLM's CPU sampler; {unfit}. "
+            'Give "sampler": "rejection" here: vLLM\'s own verifier, lossless but not drafter-invariant.'
+        )
+
+
 def check_datastore(settings: Settings, model_config: Any) -> None:
     """Open the configured store once, before any model loads, and hold it against the model's tokenizer.
 
     Raises:
-        ConfigurationError: a proposer needs a store and none is given, it cannot be opened, or it is another tokenizer's.
+        ConfigurationError: a proposer needs a store and none is given, it cannot be opened, or it does not fit.
     """
     wanting = [entry.name for entry in settings.proposers if entry.name in NEEDS_DATASTORE]
     if settings.datastore is None:

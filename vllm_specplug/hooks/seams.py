@@ -51,7 +51,7 @@ PROCESS_SEAMS = (
         "vllm.triton_utils.dispatcher",
         "_rebind_kernels",
         ("overrides",),
-        "scans every loaded module and crashes on llvmlite's (vLLM 0.32), so that importing numba first kills the worker",
+        "scans every loaded module and crashes on llvmlite's (vLLM 0.32): importing numba first kills the worker",
         optional=True,
     ),
 )
@@ -68,7 +68,7 @@ V1_SEAMS = (
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._bookkeeping_sync",
         ("self", "scheduler_output", "sampler_output"),
-        "rewinds generators of half-prefilled requests, which a CPU generator cannot do; our verifier never draws for them",
+        "rewinds generators of half-prefilled requests, which a CPU generator cannot; our verifier draws nothing there",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",

@@ -31,7 +31,7 @@ from vllm_specplug.drafting import Drafting
 from vllm_specplug.hooks import seams
 from vllm_specplug.hooks.entry import is_coupled, is_ours
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext, Verified
-from vllm_specplug.samplers.base import REJECTED, RowLayout, Verification, accept_while_equal
+from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal
 from vllm_specplug.samplers.gumbel import SeedStream
 
 logger = init_logger("vllm.specplug")
@@ -259,12 +259,6 @@ class CoupledVerifier:
         self._runner = runner
         self._drafter = drafter
         stock: Sampler = runner.sampler
-        if type(stock) is not Sampler or stock.use_fp64_gumbel or not _is_cpu(runner):
-            raise seams.UnsupportedVersionError(
-                f"sampler 'gumbel' on the V1 runner reproduces vLLM's CPU sampler; here it is "
-                f"{type(stock).__name__} on {runner.device} (use_fp64_gumbel={stock.use_fp64_gumbel}). "
-                "Use \"sampler\": \"rejection\" there."
-            )
         self._noise = _SeededNoise()
         self._keyed = _KeyedSampler(stock.logprobs_mode, stock.use_fp64_gumbel)
         self._sampler = copy.copy(stock)  # shares everything but the final draw
@@ -290,85 +284,83 @@ class CoupledVerifier:
         """vLLM's call of its rejection sampler; returns ``[num_requests, max_draft_tokens + 1]`` token ids."""
         start = time.perf_counter()
         runner = self._runner
-        layout = RowLayout.of(metadata.num_draft_tokens, logits.device)
-        num_requests = len(layout.num_draft_tokens)
-        request_ids = runner.input_batch.req_ids[:num_requests]
-        prefilling = runner.discard_request_mask.np[:num_requests]
-        if any(_is_active(processor) for processor in sampling_metadata.logitsprocs.all) or _budgets(sampling_metadata):
-            verify = self._step_by_step
-        else:
-            verify = self._at_once
+        counts: list[int] = metadata.num_draft_tokens
+        request_ids = runner.input_batch.req_ids[: len(counts)]
+        prefilling = runner.discard_request_mask.np[: len(counts)].tolist()
         states = [
             # Greedy requests draw nothing, nor do requests whose prompt is not complete yet.
             None if skip or request_id in runner.input_batch.greedy_reqs else runner.requests[request_id]
             for request_id, skip in zip(request_ids, prefilling, strict=True)
         ]
-        verification, logprobs, targets = verify(metadata, layout, logits, sampling_metadata, states)
-        emitted = verification.num_emitted.tolist()
-        drafts = metadata.draft_token_ids.tolist()
-        observed: tuple[list[Any], ...] = ([], [], [], [])
-        first = 0
-        for index, request_id in enumerate(request_ids):
-            count = layout.num_draft_tokens[index]
-            if not prefilling[index]:
-                if states[index] is not None:
-                    self._noise.consume(request_id, emitted[index])
-                entry = (request_id, drafts[first : first + count], targets[index], emitted[index])
-                for values, value in zip(observed, entry, strict=True):
-                    values.append(value)
-            first += count
-        self._drafter.drafting.observe(Verified(*observed))
+        if metadata.max_spec_len == 0:
+            verify = self._no_drafts
+        elif any(_is_active(p) for p in sampling_metadata.logitsprocs.all) or _budgets(sampling_metadata):
+            verify = self._step_by_step
+        else:
+            verify = self._at_once
+        token_ids, targets, emitted, logprobs = verify(metadata, logits, sampling_metadata, states)
+        drafts = _by_request(metadata.draft_token_ids, counts)
+        settled = [index for index, skip in enumerate(prefilling) if not skip]
+        for index in settled:
+            if states[index] is not None:
+                self._noise.consume(request_ids[index], emitted[index])
+        self._drafter.drafting.observe(
+            Verified(
+                [request_ids[index] for index in settled],
+                [drafts[index] for index in settled],
+                [targets[index] for index in settled],
+                [emitted[index] for index in settled],
+            )
+        )
         self.verify_s += time.perf_counter() - start
-        return SamplerOutput(sampled_token_ids=verification.token_ids.to(torch.int32), logprobs_tensors=logprobs)
+        return SamplerOutput(sampled_token_ids=token_ids.to(torch.int32), logprobs_tensors=logprobs)
+
+    def _draw(self, states: list[Any], num_rows: Sequence[int], depth: int = 0) -> None:
+        """Key the sampler's next call: ``num_rows[i]`` rows for request ``i``, from its output token ``depth`` on."""
+        request_ids = self._runner.input_batch.req_ids
+        self._keyed.draw = self._noise.rows(
+            [(request_ids[i], state, num_rows[i]) for i, state in enumerate(states)], depth
+        )
+
+    def _no_drafts(
+        self, metadata: Any, logits: torch.Tensor, sampling_metadata: SamplingMetadata, states: list[Any]
+    ) -> tuple[torch.Tensor, list[list[int]], list[int], LogprobsTensors | None]:
+        """An ordinary sampling step. Like its siblings it returns padded tokens, the target's, counts and logprobs."""
+        self._draw(states, [1] * len(states))
+        output = self._sampler(logits=logits, sampling_metadata=sampling_metadata)
+        tokens = output.sampled_token_ids
+        return tokens, tokens.tolist(), [1] * len(states), output.logprobs_tensors
 
     def _at_once(
-        self,
-        metadata: Any,
-        layout: RowLayout,
-        logits: torch.Tensor,
-        sampling_metadata: SamplingMetadata,
-        states: list[Any],
-    ) -> tuple[Verification, LogprobsTensors | None, list[list[int]]]:
-        request_ids = self._runner.input_batch.req_ids
-        counts = layout.num_draft_tokens
-        if layout.max_draft_tokens:
-            drafts = metadata.draft_token_ids.tolist()
-            sampling_metadata = _repeat_by_row(sampling_metadata, layout, drafts)
-        if not sampling_metadata.all_greedy:
-            self._keyed.draw = self._noise.rows(
-                [(request_ids[i], state, counts[i] + 1) for i, state in enumerate(states)]
-            )
-        output = self._sampler(logits=logits, sampling_metadata=sampling_metadata)
+        self, metadata: Any, logits: torch.Tensor, sampling_metadata: SamplingMetadata, states: list[Any]
+    ) -> tuple[torch.Tensor, list[list[int]], list[int], LogprobsTensors | None]:
+        """Every row of every request in one call of the sampler."""
+        layout = RowLayout.of(metadata.num_draft_tokens, logits.device)
+        num_rows = [count + 1 for count in layout.num_draft_tokens]
+        self._draw(states, num_rows)
+        output = self._sampler(
+            logits=logits,
+            sampling_metadata=_repeat_by_row(sampling_metadata, layout, metadata.draft_token_ids.tolist()),
+        )
         tokens = output.sampled_token_ids.view(-1).to(torch.int64)
         verification = accept_while_equal(tokens, metadata.draft_token_ids, layout)
         logprobs = output.logprobs_tensors
-        if logprobs is not None and layout.max_draft_tokens:
-            logprobs = _take_rows(logprobs, layout.padded_rows.view(-1))
-        flat, targets, first = tokens.tolist(), [], 0
-        for count in counts:
-            targets.append(flat[first : first + count + 1])
-            first += count + 1
-        return verification, logprobs, targets
+        if logprobs is not None:
+            logprobs = LogprobsTensors(*(field[layout.padded_rows.view(-1)] for field in logprobs[:3]))
+        return verification.token_ids, _by_request(tokens, num_rows), verification.num_emitted.tolist(), logprobs
 
     def _step_by_step(
-        self,
-        metadata: Any,
-        layout: RowLayout,
-        logits: torch.Tensor,
-        sampling_metadata: SamplingMetadata,
-        states: list[Any],
-    ) -> tuple[Verification, LogprobsTensors | None, list[list[int]]]:
+        self, metadata: Any, logits: torch.Tensor, sampling_metadata: SamplingMetadata, states: list[Any]
+    ) -> tuple[torch.Tensor, list[list[int]], list[int], LogprobsTensors | None]:
+        """One call of the sampler a depth, whole batch in each, until every request met its first rejected draft."""
         runner = self._runner
-        request_ids = runner.input_batch.req_ids[: len(states)]
-        counts = layout.num_draft_tokens
-        flat, drafts, first = metadata.draft_token_ids.tolist(), [], 0
-        for count in counts:
-            drafts.append(flat[first : first + count])
-            first += count
+        layout = RowLayout.of(metadata.num_draft_tokens, logits.device)
+        drafts = _by_request(metadata.draft_token_ids, layout.num_draft_tokens)
         # vLLM's processors and penalties hold references to these very lists: what was accepted is appended for the
-        # depths behind, as an ordinary step would have, and taken off again at the end (bookkeeping appends it for good).
+        # depths behind, as an ordinary step would have, and taken off at the end (bookkeeping appends it for good).
+        request_ids = runner.input_batch.req_ids[: len(states)]
         outputs = [runner.requests[request_id].output_token_ids for request_id in request_ids]
-        lengths = [len(output) for output in outputs]
+        lengths = [len(output_ids) for output_ids in outputs]
         targets: list[list[int]] = [[] for _ in states]
         alive = set(range(len(states)))
         logprobs: list[LogprobsTensors] = []
@@ -377,18 +369,15 @@ class CoupledVerifier:
                 if depth:
                     for processor in sampling_metadata.logitsprocs.all:
                         processor.update_state(None)
-                self._keyed.draw = self._noise.rows(
-                    [(request_ids[i], state if i in alive else None, 1) for i, state in enumerate(states)], depth
-                )
-                output = self._sampler(
-                    logits=logits[layout.padded_rows[:, depth]], sampling_metadata=sampling_metadata
-                )
+                drawing = [state if index in alive else None for index, state in enumerate(states)]
+                self._draw(drawing, [1] * len(states), depth)
+                output = self._sampler(logits=logits[layout.padded_rows[:, depth]], sampling_metadata=sampling_metadata)
                 if output.logprobs_tensors is not None:
                     logprobs.append(output.logprobs_tensors)
                 tokens = output.sampled_token_ids.view(-1).tolist()
                 for index in sorted(alive):
                     targets[index].append(tokens[index])
-                    if depth < counts[index] and tokens[index] == drafts[index][depth]:
+                    if depth < len(drafts[index]) and tokens[index] == drafts[index][depth]:
                         outputs[index].append(tokens[index])
                     else:
                         alive.discard(index)
@@ -398,15 +387,14 @@ class CoupledVerifier:
             for output_ids, length in zip(outputs, lengths, strict=True):
                 del output_ids[length:]
         width = layout.max_draft_tokens + 1
-        token_ids = torch.full((len(states), width), REJECTED, dtype=torch.int64, device=logits.device)
-        for index, row in enumerate(targets):
-            token_ids[index, : len(row)] = torch.tensor(row)
-        verification = Verification(token_ids, torch.tensor([len(row) for row in targets]))
+        padded = torch.tensor([row + [REJECTED] * (width - len(row)) for row in targets], device=logits.device)
+        emitted = [len(row) for row in targets]
         if not logprobs:
-            return verification, None, targets
+            return padded, targets, emitted, None
         logprobs += [logprobs[-1]] * (width - len(logprobs))  # rows behind the last emitted token are filtered out
         fields = zip(*(tensors[:3] for tensors in logprobs), strict=True)
-        return verification, LogprobsTensors(*(torch.stack(field, dim=1).flatten(0, 1) for field in fields)), targets
+        stacked = LogprobsTensors(*(torch.stack(field, dim=1).flatten(0, 1) for field in fields))
+        return padded, targets, emitted, stacked
 
 
 class ObservedRejection:
@@ -424,26 +412,18 @@ class ObservedRejection:
         prefilling = runner.discard_request_mask.np[: len(metadata.num_draft_tokens)]
         drawing = {i: g for i, g in sampling_metadata.generators.items() if not prefilling[i]}
         output = self._stock(metadata, draft_probs, logits, replace(sampling_metadata, generators=drawing))
-        rows = output.sampled_token_ids.tolist()
-        drafts = metadata.draft_token_ids.tolist()
-        verified = Verified([], [], [], [])
-        request_ids, drafted, targets, emitted = [], [], [], []
-        first = 0
-        for index, count in enumerate(metadata.num_draft_tokens):
-            if not prefilling[index]:
-                kept = [token for token in rows[index] if token != REJECTED]
-                request_ids.append(runner.input_batch.req_ids[index])
-                drafted.append(drafts[first : first + count])
-                targets.append(kept)
-                emitted.append(len(kept))
-            first += count
-        verified = Verified(request_ids, drafted, targets, emitted)
-        self._drafter.drafting.observe(verified)
+        kept = [[token for token in row if token != REJECTED] for row in output.sampled_token_ids.tolist()]
+        drafts = _by_request(metadata.draft_token_ids, metadata.num_draft_tokens)
+        settled = [index for index, skip in enumerate(prefilling) if not skip]
+        self._drafter.drafting.observe(
+            Verified(
+                [runner.input_batch.req_ids[index] for index in settled],
+                [drafts[index] for index in settled],
+                [kept[index] for index in settled],
+                [len(kept[index]) for index in settled],
+            )
+        )
         return output
-
-
-def _is_cpu(runner: Any) -> bool:
-    return bool(runner.device.type == "cpu")
 
 
 def _is_active(processor: Any) -> bool:
@@ -462,8 +442,13 @@ def _budgets(sampling_metadata: SamplingMetadata) -> bool:
     return holder is not None and bool(holder.has_tracked_requests())
 
 
-def _take_rows(tensors: LogprobsTensors, rows: torch.Tensor) -> LogprobsTensors:
-    return LogprobsTensors(*(field[rows] for field in tensors[:3]))
+def _by_request(flat: torch.Tensor, counts: Sequence[int]) -> list[list[int]]:
+    """``[sum(counts)]`` values as one list a request."""
+    values, split, first = flat.tolist(), [], 0
+    for count in counts:
+        split.append(values[first : first + count])
+        first += count
+    return split
 
 
 def _repeat_by_row(metadata: SamplingMetadata, layout: RowLayout, drafts: list[int]) -> SamplingMetadata:
@@ -484,7 +469,9 @@ def _repeat_by_row(metadata: SamplingMetadata, layout: RowLayout, drafts: list[i
             so_far = metadata.output_token_ids[request]
             outputs += [[*so_far, *drafts[first : first + depth]] for depth in range(count + 1)]
             first += count
-    by_row = {row: metadata.bad_words_token_ids[r] for row, r in enumerate(requests) if r in metadata.bad_words_token_ids}
+    by_row = {
+        row: metadata.bad_words_token_ids[r] for row, r in enumerate(requests) if r in metadata.bad_words_token_ids
+    }
     specific = metadata.logprob_token_ids
     return replace(
         metadata,
@@ -499,7 +486,9 @@ def _repeat_by_row(metadata: SamplingMetadata, layout: RowLayout, drafts: list[i
         output_token_ids=outputs,
         allowed_token_ids_mask=take(metadata.allowed_token_ids_mask),
         bad_words_token_ids=by_row,
-        logprob_token_ids={row: specific[r] for row, r in enumerate(requests) if r in specific} if specific else specific,
+        logprob_token_ids={row: specific[r] for row, r in enumerate(requests) if r in specific}
+        if specific
+        else specific,
         spec_token_ids=None,
     )
 

@@ -16,4 +16,5 @@ class WorkerExtension:
         ``live_requests`` is the number of requests that hold state in proposers or verifier: 0 once all have ended.
         """
         drafter = getattr(self.model_runner, "drafter", None)
-        return drafter.snapshot() if hasattr(drafter, "snapshot") else None
+        snapshot = getattr(drafter, "snapshot", None)
+        return None if snapshot is None else snapshot()

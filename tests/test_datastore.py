@@ -1,0 +1,383 @@
+"""The token store: what it finds against a naive search, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vllm_specplug.proposers import datastore
+from vllm_specplug.proposers.datastore import (
+    HEADER_BYTES,
+    PREFIX,
+    Datastore,
+    DatastoreError,
+    DatastoreWriter,
+    add_texts,
+    longest_match,
+    sort_positions,
+    split_text,
+    tokenizer_fingerprint,
+    usable_length,
+)
+
+FINGERPRINT = "f" * 64
+fresh_names = itertools.count()
+
+
+def write_store(
+    folder: Path, documents: Sequence[Sequence[int]], vocab_size: int = 4, segment_tokens: int | None = None
+) -> Path:
+    path = folder / f"{next(fresh_names)}.specstore"
+    with DatastoreWriter(
+        path, vocab_size=vocab_size, fingerprint=FINGERPRINT, tokenizer="some/name", segment_tokens=segment_tokens
+    ) as writer:
+        for document in documents:
+            writer.add(document)
+        writer.finish()
+    return path
+
+
+def naive_longest(documents: Sequence[Sequence[int]], context: Sequence[int], max_match: int) -> tuple[int, list[int]]:
+    """Length of the longest suffix of ``context`` that some token of a document follows, and all those tokens."""
+    best, followers = 0, []
+    for document in documents:
+        for position in range(1, len(document)):
+            length = 0
+            while (
+                length < min(max_match, position, len(context))
+                and document[position - 1 - length] == context[len(context) - 1 - length]
+            ):
+                length += 1
+            if length > best:
+                best, followers = length, []
+            if length == best:
+                followers.append(document[position])
+    return (best, sorted(followers)) if best else (0, [])
+
+
+def store_longest(store: Datastore, context: Sequence[int], max_match: int) -> tuple[int, list[int]]:
+    ids = np.array(context, dtype=np.int32)
+    limit = usable_length(ids, max_match, store.header.vocab_size)
+    best, followers = 0, []
+    for first_token, _, low, high in store.segments:
+        length, begin, end = longest_match(store.tokens, store.positions, first_token, low, high, ids, limit, best)
+        if length > best:
+            best, followers = length, []
+        followers += store.tokens[first_token + store.positions[begin:end].astype(np.int64)].tolist()
+    return best, sorted(followers)
+
+
+documents_strategy = st.lists(st.lists(st.integers(0, 3), max_size=30), min_size=1, max_size=8).filter(
+    lambda documents: any(documents)
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    documents=documents_strategy,
+    contexts=st.lists(st.lists(st.integers(-1, 5), max_size=12), min_size=1, max_size=8),
+    max_match=st.integers(1, 10),
+    segment_tokens=st.one_of(st.none(), st.integers(40, 80)),
+)
+def test_longest_match_equals_naive_search(tmp_path, documents, contexts, max_match, segment_tokens):
+    path = write_store(tmp_path, documents, segment_tokens=segment_tokens)
+    store = Datastore.open(path)
+    store.verify()
+    assert store.header.num_documents == sum(map(bool, documents))
+    assert store.header.num_tokens == sum(map(len, documents))
+    for context in contexts:
+        assert store_longest(store, context, max_match) == naive_longest(documents, context, max_match)
+
+
+@pytest.mark.parametrize("num_distinct", [200, 60_000, 70_000])
+@pytest.mark.parametrize("vocab_size", [65_535, 65_536, 200_000])
+def test_positions_are_sorted_for_every_width(num_distinct, vocab_size):
+    rng = np.random.default_rng(num_distinct)
+    ids = rng.choice(vocab_size, size=min(num_distinct, vocab_size), replace=False)
+    body = rng.permutation(np.concatenate([ids, rng.choice(ids[:50], size=3000)]))
+    tokens = np.concatenate([[vocab_size], body, [vocab_size]])
+    positions = sort_positions(tokens.astype(np.uint32), vocab_size).astype(np.int64)
+    assert sorted(positions) == list(range(2, len(tokens) - 1))
+    keys = [tuple(tokens[max(p - 12, 0) : p][::-1]) for p in positions[:5000]]
+    assert keys == sorted(keys)
+
+
+def test_16_bit_ids_up_to_the_separator(tmp_path):
+    narrow = Datastore.open(write_store(tmp_path, [[65_534, 1, 65_534, 2]], vocab_size=65_535))
+    wide = Datastore.open(write_store(tmp_path, [[65_535, 1, 65_535, 2]], vocab_size=65_536))
+    assert (narrow.tokens.dtype, wide.tokens.dtype) == (np.uint16, np.uint32)
+    assert store_longest(narrow, [65_534], 4) == (1, [1, 2])
+    assert store_longest(wide, [65_535], 4) == (1, [1, 2])
+
+
+def test_size_and_opening_time(tmp_path):
+    rng = np.random.default_rng(0)
+    for vocab_size, bytes_per_token in ((4096, 6), (100_000, 8)):
+        path = write_store(tmp_path, rng.integers(0, 4096, (50, 10_000)).tolist(), vocab_size)
+        # What is above belongs to the header and the gap before the second section, whatever the store's size.
+        assert path.stat().st_size <= bytes_per_token * 500_000 + HEADER_BYTES + datastore.PAGE_BYTES
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            Datastore.open(path)
+            seconds.append(time.perf_counter() - started)
+        assert min(seconds) < 0.005
+
+
+def test_document_in_parts_is_one_document(tmp_path):
+    path = tmp_path / "parts.specstore"
+    with DatastoreWriter(path, vocab_size=4, fingerprint=FINGERPRINT) as writer:
+        writer.add([0, 1], end_document=False)
+        writer.add(np.array([2], dtype=np.int64), end_document=False)
+        writer.add([])
+        writer.add([3])
+        header = writer.finish()
+    assert (header.num_documents, header.num_tokens) == (2, 4)
+    assert Datastore.open(path).tokens.tolist() == [4, 0, 1, 2, 4, 3, 4]
+
+
+def test_document_longer_than_a_segment_is_cut(tmp_path):
+    path = tmp_path / "cut.specstore"
+    with DatastoreWriter(path, vocab_size=4, fingerprint=FINGERPRINT, segment_tokens=10) as writer:
+        writer.add([0, 1])
+        writer.add([0, 1, 2, 3] * 10)
+        writer.finish()
+    store = Datastore.open(path)
+    store.verify()
+    assert writer.num_split_documents > 0
+    assert store.header.num_tokens == 42
+    assert len(store.segments) > 3
+
+
+def test_build_appears_only_when_complete(tmp_path):
+    path = tmp_path / "out.specstore"
+
+    def interrupted() -> None:
+        with DatastoreWriter(path, vocab_size=4, fingerprint=FINGERPRINT) as writer:
+            writer.add([1, 2, 3])
+            assert not path.exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_build_leaves_no_store_and_is_cleaned_up(tmp_path):
+    path = tmp_path / "out.specstore"
+    program = (
+        "import os, signal\n"
+        "from vllm_specplug.proposers.datastore import DatastoreWriter\n"
+        f"writer = DatastoreWriter({str(path)!r}, vocab_size=4, fingerprint='f')\n"
+        "writer.add([1, 2, 3])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=False)
+    assert not path.exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("out.specstore.partial-")
+    mine = tmp_path / f"out.specstore.partial-{os.getppid()}"  # of a process that is alive
+    mine.touch()
+    with DatastoreWriter(path, vocab_size=4, fingerprint=FINGERPRINT) as writer:
+        writer.add([1, 2, 3])
+        writer.finish()
+    assert sorted(tmp_path.iterdir()) == [path, mine]
+
+
+def test_existing_path_needs_overwrite(tmp_path):
+    path = write_store(tmp_path, [[1, 2]])
+    with pytest.raises(DatastoreError, match=r"exists.*--force"):
+        DatastoreWriter(path, vocab_size=4, fingerprint=FINGERPRINT)
+    opened = Datastore.open(path)
+    with DatastoreWriter(path, vocab_size=4, fingerprint=FINGERPRINT, overwrite=True) as writer:
+        writer.add([3, 3, 3])
+        writer.finish()
+    assert opened.tokens.tolist() == [4, 1, 2, 4]  # who has the old one open keeps it
+    assert Datastore.open(path).tokens.tolist() == [4, 3, 3, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vocab_size": 0}, "not 0"),
+        ({"max_memory_bytes": 2**20}, "needs at least .* MiB .* may use 1 MiB"),
+        ({"path": "missing/out"}, "cannot write .*No such file"),
+        ({"path": ".", "overwrite": True}, "is a folder"),
+    ],
+)
+def test_writer_refuses(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DatastoreError, match=message):
+        DatastoreWriter(**{"path": "out", "vocab_size": 4, "fingerprint": FINGERPRINT, **arguments})
+
+
+@pytest.mark.parametrize("token_id", [-1, 4, 2**40])
+def test_writer_refuses_foreign_ids(tmp_path, token_id):
+    with (
+        DatastoreWriter(tmp_path / "out", vocab_size=4, fingerprint=FINGERPRINT) as writer,
+        pytest.raises(DatastoreError, match=f"token id {token_id} .* 4 ids"),
+    ):
+        writer.add([1, token_id])
+
+
+def test_empty_build_is_refused(tmp_path):
+    with DatastoreWriter(tmp_path / "out", vocab_size=4, fingerprint=FINGERPRINT) as writer:
+        writer.add([])
+        with pytest.raises(DatastoreError, match="no tokens"):
+            writer.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def damage(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def test_open_refuses(tmp_path):
+    documents = [[0, 1, 2, 3] * 20]
+    with pytest.raises(DatastoreError, match=r"cannot open .*No such file.*datastore build"):
+        Datastore.open(tmp_path / "missing")
+    with pytest.raises(DatastoreError, match="Is a directory"):
+        Datastore.open(tmp_path)
+
+    empty = tmp_path / "empty"
+    empty.touch()
+    with pytest.raises(DatastoreError, match="is not a token store"):
+        Datastore.open(empty)
+
+    path = write_store(tmp_path, documents)
+    damage(path, 0, b"PK")
+    with pytest.raises(DatastoreError, match="is not a token store"):
+        Datastore.open(path)
+
+    path = write_store(tmp_path, documents)
+    damage(path, 8, (99).to_bytes(4, "little"))
+    with pytest.raises(DatastoreError, match=r"format version 99, but this release reads version 1; .*build"):
+        Datastore.open(path)
+
+    path = write_store(tmp_path, documents)
+    damage(path, PREFIX.size + 10, b"#")
+    with pytest.raises(DatastoreError, match=r"header .* corrupted"):
+        Datastore.open(path)
+
+    path = write_store(tmp_path, documents)
+    size = path.stat().st_size
+    for length, message in ((size - 1, "truncated"), (HEADER_BYTES, "truncated"), (40, "header .* truncated")):
+        os.truncate(path, length)
+        with pytest.raises(DatastoreError, match=message):
+            Datastore.open(path)
+
+
+def test_verify_finds_corruption(tmp_path):
+    documents = [[0, 1, 2, 3] * 20]
+    for section in ("tokens", "positions"):
+        path = write_store(tmp_path, documents)
+        damage(path, getattr(Datastore.open(path).header, section).offset + 8, b"\x03\x01")
+        store = Datastore.open(path)
+        with pytest.raises(DatastoreError, match=f"corrupted: its {section} have checksum"):
+            store.verify()
+
+
+def rewrite_checksums(path: Path) -> None:
+    """Make a damaged store's checksums right again, as a faulty build would."""
+    data = path.read_bytes()
+    magic, version, num_bytes, _ = PREFIX.unpack_from(data)
+    header = json.loads(data[PREFIX.size : PREFIX.size + num_bytes])
+    for section in ("tokens", "positions"):
+        offset, length, _ = header[section]
+        header[section][2] = zlib.crc32(data[offset : offset + length])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    damage(path, 0, PREFIX.pack(magic, version, len(text), zlib.crc32(text)) + text)
+
+
+@pytest.mark.parametrize(
+    ("section", "data", "message"),
+    [
+        ("positions", b"\xff\xff\xff\xff", "out of order"),
+        ("positions", b"\x05\x00\x00\x00\x02\x00\x00\x00", "out of order"),
+        ("tokens", b"\xff\x00", "inconsistent documents"),
+        ("tokens", b"\x01\x00", "inconsistent documents"),
+    ],
+)
+def test_verify_finds_nonsense_with_right_checksums(tmp_path, section, data, message):
+    path = write_store(tmp_path, [[0, 1, 2, 3] * 20])
+    damage(path, getattr(Datastore.open(path).header, section).offset, data)
+    rewrite_checksums(path)
+    with pytest.raises(DatastoreError, match=message):
+        Datastore.open(path).verify()
+
+
+class Vocabulary:
+    """As much of a tokenizer as a fingerprint needs."""
+
+    def __init__(self, *tokens: str) -> None:
+        self.tokens = tokens
+
+    def get_vocab(self) -> dict[str, int]:
+        return {token: index for index, token in enumerate(self.tokens)}
+
+
+def test_fingerprint_is_of_ids_and_tokens():
+    class Shuffled(Vocabulary):
+        def get_vocab(self) -> dict[str, int]:
+            return dict(reversed(super().get_vocab().items()))
+
+    fingerprint = tokenizer_fingerprint(Vocabulary("a", "b"))
+    assert fingerprint == tokenizer_fingerprint(Shuffled("a", "b"))
+    assert fingerprint != tokenizer_fingerprint(Vocabulary("b", "a"))
+    assert fingerprint != tokenizer_fingerprint(Vocabulary("a", "b", "c"))
+
+
+def test_other_tokenizer_is_refused(tmp_path):
+    store = Datastore.open(write_store(tmp_path, [[1, 2, 3]]))
+    store.check_tokenizer(FINGERPRINT, 4)
+    store.check_tokenizer(FINGERPRINT, 128)  # a model's vocabulary may be padded
+    with pytest.raises(
+        DatastoreError, match=r"'some/name' \(fingerprint ffffffffffff\), but the model's .*eeee.*build"
+    ):
+        store.check_tokenizer("e" * 64, 4, "the model's tokenizer")
+    with pytest.raises(DatastoreError, match=r"has 4 token ids .* only 3"):
+        store.check_tokenizer(FINGERPRINT, 3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(alphabet="ab\n", max_size=200))
+def test_split_text_loses_nothing(text):
+    read = io.StringIO(text).read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datastore, "PIECE_CHARS", 7)
+        pieces = list(split_text(read))
+    assert "".join(piece.text for piece in pieces) == text
+    assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert all(len(piece.text) <= 14 for piece in pieces)
+
+
+def test_add_texts_in_small_batches(tmp_path, monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"x": 0, "y": 1, "?": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    monkeypatch.setattr(datastore, "BATCH_CHARS", 3)
+    path = tmp_path / "out"
+    counts: list[int] = []
+    with DatastoreWriter(path, vocab_size=3, fingerprint=FINGERPRINT) as writer:
+        pieces = [datastore.Piece("x y\n", False), datastore.Piece("y", True), datastore.Piece("x", True)]
+        add_texts(writer, tokenizer, pieces, counts.append)
+        writer.finish()
+    assert Datastore.open(path).tokens.tolist() == [3, 0, 1, 1, 3, 0, 3]
+    assert counts == [2, 4]
+    with pytest.raises(DatastoreError, match="no fast backend"):
+        add_texts(writer, object(), [])

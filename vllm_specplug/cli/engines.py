@@ -1,0 +1,346 @@
+"""vLLM engines in processes of their own, driven by the demo and the benchmarks.
+
+The parent starts ``python -m vllm_specplug.cli.engines``, sends one JSON object a line and reads one a line; everything
+that vLLM prints goes to a log file. No state and no memory carries over from one configuration to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from vllm_specplug.errors import SpecplugError
+
+PROGRESS_INTERVAL_S = 0.2
+STOP_TIMEOUT_S = 20.0
+
+OFF = "off"
+NGRAM = "vllm-ngram"
+SPECPLUG = "specplug"
+
+
+class EngineError(SpecplugError):
+    """An engine did not start or stopped; its log says why."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Requests to complete, the same for every configuration.
+
+    Attributes:
+        prompts: one text a request.
+        max_tokens: output tokens of each request; all are emitted, whatever end-of-text token comes between.
+        temperature: 0 is greedy.
+        seed: request ``i`` has the seed ``seed + i``.
+        concurrency: requests in flight; when one ends the next one starts.
+        extra_args: options of every request.
+    """
+
+    prompts: Sequence[str]
+    max_tokens: int
+    temperature: float
+    seed: int = 0
+    concurrency: int = 1
+    extra_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What came out, and what it took.
+
+    Attributes:
+        token_ids: output of each request, in the order of the prompts.
+        elapsed_s: from the first request's start to the last one's end.
+        num_request_steps: engine steps counted once for every request that emitted in them.
+        num_draft_tokens: by vLLM's own counter.
+        num_accepted_tokens: by vLLM's own counter.
+    """
+
+    token_ids: list[list[int]]
+    elapsed_s: float
+    num_request_steps: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(map(len, self.token_ids))
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_output_tokens / self.elapsed_s
+
+    @property
+    def emitted_per_step(self) -> float:
+        """Output tokens a request gains in a step it takes part in: exactly 1 without speculation."""
+        return self.num_output_tokens / self.num_request_steps
+
+    @property
+    def acceptance(self) -> float | None:
+        """Accepted draft tokens over verified draft tokens; None where nothing was drafted."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else None
+
+    def identical_to(self, other: Completed) -> float:
+        """Fraction of requests with the same output tokens as in ``other``."""
+        same = [ours == theirs for ours, theirs in zip(self.token_ids, other.token_ids, strict=True)]
+        return sum(same) / len(same)
+
+
+def speculative_config(name: str, num_speculative_tokens: int, datastore: Path | None = None) -> dict[str, Any] | None:
+    """vLLM's ``speculative_config`` of the configurations that the demo and the benchmarks compare.
+
+    Args:
+        name: :data:`OFF`, :data:`NGRAM` or :data:`SPECPLUG`.
+        num_speculative_tokens: longest draft.
+        datastore: token store of ``rest``; without one specplug drafts with ``ngram`` alone.
+    """
+    if name == OFF:
+        return None
+    if name == NGRAM:
+        # A match of one token, vLLM's smallest, is mostly chance; two to five is what its documentation recommends.
+        return {
+            "method": "ngram",
+            "num_speculative_tokens": num_speculative_tokens,
+            "prompt_lookup_min": 2,
+            "prompt_lookup_max": 5,
+        }
+    config: dict[str, Any] = {"method": "specplug", "num_speculative_tokens": num_speculative_tokens}
+    return config if datastore is None else {**config, "proposers": ["ngram", "rest"], "datastore": str(datastore)}
+
+
+def environment() -> dict[str, str]:
+    """Environment of every engine: this process's, with what a small engine on any machine needs."""
+    ours = {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    return {**ours, **os.environ, **_intel_openmp()}
+
+
+def _intel_openmp() -> dict[str, str]:
+    library = Path(sys.prefix) / "lib" / "libiomp5.so"
+    loaded = os.environ.get("LD_PRELOAD", "")
+    if "libiomp" in loaded or not library.is_file() or os.environ.get("SPECPLUG_NO_IOMP"):
+        return {}
+    return {"LD_PRELOAD": f"{loaded}:{library}".lstrip(":")}
+
+
+class Engine:
+    """A running vLLM engine. A context manager: leaving it stops the process.
+
+    Args:
+        engine_args: arguments of ``vllm.LLM``.
+        log: file that everything the engine prints is appended to.
+    """
+
+    def __init__(self, engine_args: Mapping[str, Any], log: Path) -> None:
+        self.log = log
+        self._output = log.open("ab")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "vllm_specplug.cli.engines"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._output,
+            env=environment(),
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which then stops the whole group
+        )
+        self._send(dict(engine_args))
+
+    def wait_until_ready(self) -> float:
+        """Seconds that the engine took to start.
+
+        Raises:
+            EngineError: it did not.
+        """
+        return float(self._receive("ready")["start_s"])
+
+    def complete(self, work: Work, on_progress: Callable[[int, int, float], None] | None = None) -> Completed:
+        """Run ``work`` and wait for it.
+
+        Args:
+            on_progress: called with requests done, tokens so far and seconds so far.
+
+        Raises:
+            EngineError: the engine stopped.
+        """
+        self._send(asdict(work))
+        answer = self._receive(
+            "completed",
+            lambda event: on_progress(event["done"], event["tokens"], event["elapsed_s"]) if on_progress else None,
+        )
+        del answer["event"]
+        return Completed(**answer)
+
+    def stop(self) -> None:
+        """End the process and whatever it started, and wait for it."""
+        process = self._process
+        with contextlib.suppress(BrokenPipeError):
+            _pipe(process.stdin).close()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: nobody else's processes
+            process.wait()
+            _pipe(process.stdout).close()
+            self._output.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:  # no need to be gentle with an engine in the middle of something
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self.stop()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        pipe = _pipe(self._process.stdin)
+        with contextlib.suppress(BrokenPipeError):  # the answer, or its absence, says more
+            pipe.write(json.dumps(message).encode() + b"\n")
+            pipe.flush()
+
+    def _receive(self, wanted: str, on_other: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+        for line in _pipe(self._process.stdout):
+            event: dict[str, Any] = json.loads(line)
+            if event["event"] == wanted:
+                return event
+            if event["event"] == "failed":
+                raise EngineError(f"{event['reason']} (vLLM's log: {self.log})")
+            if on_other:
+                on_other(event)
+        code = self._process.wait()
+        raise EngineError(f"the engine ended with exit status {code}; vLLM's log says why: {self.log}")
+
+
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    assert stream is not None
+    return stream
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine's own process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _serve() -> None:
+    # Whatever prints to standard output from here on, this process or vLLM's children, ends in the log.
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def say(event: str, **values: Any) -> None:
+        channel.write(json.dumps({"event": event, **values}) + "\n")
+
+    try:
+        start = time.perf_counter()
+        engine_args = json.loads(sys.stdin.readline())
+        from vllm import LLM
+
+        llm = LLM(**engine_args)
+        say("ready", start_s=time.perf_counter() - start)
+        for line in sys.stdin:
+            say("completed", **_complete(llm, Work(**json.loads(line)), say))
+    except BrokenPipeError:
+        pass  # the parent is gone, and with it everyone who could be told
+    except Exception as error:
+        say("failed", reason=f"{type(error).__name__}: {_first_line(error)}")
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else "no message"
+
+
+def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = llm.llm_engine
+    tokenizer = llm.get_tokenizer()
+    longest = llm.model_config.max_model_len - work.max_tokens
+    prompts = [{"prompt_token_ids": tokenizer.encode(text)[:longest]} for text in work.prompts]
+    token_ids: list[list[int]] = [[] for _ in prompts]
+    waiting = iter(enumerate(prompts))
+    run = time.monotonic_ns()
+    num_done = num_tokens = num_request_steps = 0
+    before = _counters(llm)
+    start = last_report = time.perf_counter()
+
+    def add_next() -> None:
+        for index, prompt in _take(waiting):
+            params = SamplingParams(
+                temperature=work.temperature,
+                seed=work.seed + index,
+                max_tokens=work.max_tokens,
+                ignore_eos=True,
+                # Each step's new tokens come as one output: that is what counts request-steps, the same way with
+                # and without speculation.
+                output_kind=RequestOutputKind.DELTA,
+                extra_args=dict(work.extra_args) or None,
+            )
+            engine.add_request(f"{run}/{index}", prompt, params)
+
+    for _ in range(work.concurrency):
+        add_next()
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            new = output.outputs[0].token_ids
+            index = int(output.request_id.partition("/")[2].partition("-")[0])
+            token_ids[index] += new
+            num_tokens += len(new)
+            num_request_steps += bool(new)
+            if output.finished:
+                num_done += 1
+                add_next()
+        now = time.perf_counter()
+        if now - last_report >= PROGRESS_INTERVAL_S:
+            last_report = now
+            say("progress", done=num_done, tokens=num_tokens, elapsed_s=now - start)
+    elapsed_s = time.perf_counter() - start
+    after = _counters(llm)
+    return {
+        "token_ids": token_ids,
+        "elapsed_s": elapsed_s,
+        "num_request_steps": num_request_steps,
+        "num_draft_tokens": after["draft_tokens"] - before["draft_tokens"],
+        "num_accepted_tokens": after["accepted_tokens"] - before["accepted_tokens"],
+    }
+
+
+def _take(items: Iterator[Any]) -> Iterator[Any]:
+    """The next item, if there is one."""
+    for item in items:
+        yield item
+        return
+
+
+def _counters(llm: Any) -> dict[str, int]:
+    prefix = "vllm:spec_decode_num_"
+    counters = {"draft_tokens": 0, "accepted_tokens": 0}
+    for metric in llm.get_metrics():
+        name = metric.name.removeprefix(prefix)
+        if name in counters and metric.name.startswith(prefix):
+            counters[name] += int(metric.value)
+    return counters
+
+
+if __name__ == "__main__":
+    _serve()
