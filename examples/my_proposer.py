@@ -6,6 +6,8 @@
 Whatever it drafts, the output stays the same token for token; good drafts only make it come sooner.
 """
 
+from itertools import pairwise
+
 from vllm_specplug.proposers import DraftBatch, Proposer
 
 
@@ -14,7 +16,7 @@ class LastSuccessor(Proposer):
         drafts = []
         for index, limit in enumerate(batch.max_draft_tokens):
             tokens = batch.context(index).tolist()
-            successor = dict(zip(tokens[:-1], tokens[1:], strict=True))
+            successor = dict(pairwise(tokens))
             draft = [tokens[-1]]
             while len(draft) <= limit and draft[-1] in successor:
                 draft.append(successor[draft[-1]])

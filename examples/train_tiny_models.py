@@ -226,11 +226,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=13.0, help="training time of both together (default: 13)")
     parser.add_argument("--context", type=int, default=512, help="tokens a training window (default: 512)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens a step (default: 8192)")
+    parser.add_argument("--only", choices=list(SHAPES), help="train just this one, with the tokenizer already in --out")
     parser.add_argument("--stdlib-only", action="store_true", help="leave installed packages out")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.minutes <= 0 or arguments.batch_tokens < LONG * arguments.context:
         parser.error(f"--minutes must be positive and --batch-tokens at least {LONG} times --context")
+    known_tokenizers = sorted(arguments.out.glob("tiny-*/tokenizer.json"))
+    if arguments.only and not known_tokenizers:
+        parser.error(f"--only needs a pair trained before in {arguments.out}, whose tokenizer it keeps")
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     sources = {f"CPython {platform.python_version()} standard library (PSF-2.0)": corpus.standard_library_sources()}
@@ -245,31 +249,36 @@ def main() -> None:
     )
 
     order = np.random.default_rng(arguments.seed).permutation(len(all_texts))
-    tokenizer = train_tokenizer(stdlib_texts + [all_texts[i] for i in order[: len(order) // 6]])
+    if arguments.only:
+        tokenizer = Tokenizer.from_file(str(known_tokenizers[0]))
+    else:
+        tokenizer = train_tokenizer(stdlib_texts + [all_texts[i] for i in order[: len(order) // 6]])
     tokens = encode(tokenizer, [all_texts[i] for i in order] + stdlib_texts)  # the standard library counts twice
     held_out = encode(tokenizer, held_out_texts)
     characters_per_token = sum(map(len, held_out_texts)) / len(held_out)
     print(f"{len(tokens):,} training tokens, {characters_per_token:.2f} held-out characters a token", flush=True)
 
+    command = "python examples/train_tiny_models.py " + " ".join(sys.argv[1:])
+    provenance = arguments.out / "provenance.json"
+    earlier = json.loads(provenance.read_text()) if arguments.only and provenance.is_file() else {}
     report: dict[str, object] = {
-        "command": "python examples/train_tiny_models.py " + " ".join(sys.argv[1:]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "training_tokens_available": len(tokens),
         "held_out_modules": list(corpus.HELD_OUT_MODULES),
         "held_out_characters_per_token": round(characters_per_token, 3),
         "loss_unit": "nats per token",
-        "sources": list(sources),
-        "models": {},
+        "sources": sorted({*sources, *earlier.get("sources", [])}),
     }
-    for name in SHAPES:
+    measured: dict[str, object] = dict(earlier.get("models", {}))
+    for name in [arguments.only] if arguments.only else SHAPES:
         model, figures = train(
             name, tokens, held_out, arguments.context, arguments.batch_tokens,
-            arguments.minutes * TIME_SHARE[name], arguments.seed,
+            arguments.minutes * (1.0 if arguments.only else TIME_SHARE[name]), arguments.seed,
         )  # fmt: skip
         save(model, tokenizer, arguments.out / name, arguments.context)
-        report["models"][name] = figures  # type: ignore[index]
-        (arguments.out / "provenance.json").write_text(json.dumps(report, indent=1) + "\n")
+        measured[name] = {"command": command, **figures}
+        provenance.write_text(json.dumps({**report, "models": measured}, indent=1) + "\n")
     print(f"saved to {arguments.out}", flush=True)
 
 

@@ -85,7 +85,7 @@ documents_strategy = st.lists(st.lists(st.integers(0, 3), max_size=30), min_size
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     documents=documents_strategy,
     contexts=st.lists(st.lists(st.integers(-1, 5), max_size=12), min_size=1, max_size=8),

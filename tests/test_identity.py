@@ -150,14 +150,16 @@ def test_same_tokens_as_stock(
     if cache == "tight":
         assert delta["vllm:num_preemptions"] > 0, "the cache was meant to be too small"
     drafted, accepted = delta["vllm:spec_decode_num_draft_tokens"], delta["vllm:spec_decode_num_accepted_tokens"]
-    if proposer == "none":
-        assert drafted == 0
+    ours_drafted = sum(p["drafted"] for p in stats["proposers"].values())
+    assert (ours_drafted > 0) == (proposer != "none")
+    if cache == "roomy":
+        assert drafted == ours_drafted
     else:
-        # vLLM's own counters and ours count the same drafts.
-        assert drafted == sum(p["drafted"] for p in stats["proposers"].values()) > 0
+        # vLLM pads a resumed request with k placeholders when all but one of its tokens are cached, and counts them.
+        assert drafted >= ours_drafted
     if proposer == "oracle":
-        # Every oracle draft is right; what vLLM counts as rejected lies behind the end of a request.
-        assert accepted >= 0.85 * drafted
+        # Every oracle draft is right; what is rejected lies behind the end of a request, or was a placeholder.
+        assert accepted >= 0.85 * ours_drafted
     if proposer == "random":
         assert accepted < 0.05 * drafted
 

@@ -54,10 +54,10 @@ def check_draft(context: Sequence[int], tokens: list[int], confidence: list[floa
     assert len(tokens) == max_draft
     places = [end for end, length in lengths.items() if length == longest]
     assert tokens in [continuation(context, end, max_draft) for end in places]
-    assert confidence == pytest.approx([(longest + i) / (longest + i + 3) for i in range(max_draft)], abs=1e-6)
+    assert confidence == pytest.approx([(longest + i) / (longest + i + 2.8) for i in range(max_draft)], abs=1e-6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     text=st.lists(st.integers(0, 2), max_size=60),
     steps=st.lists(st.integers(0, 5), max_size=20),
@@ -95,10 +95,10 @@ def test_short_contexts():
 
 def test_draft_ends_when_it_gets_unlikely():
     proposer = proposer_with(min_confidence=0.1)
-    # One matched token: 1/4, then 1/4 * 2/5 = 0.1, then 0.1 * 3/6 is too little.
+    # One matched token: 1/3.8, then 2/4.8, together 0.11; 3/5.8 more is too little.
     tokens, confidence = propose(proposer, {"a": [1, 2, 3, 4, 1]})["a"]
     assert tokens == [2, 3]
-    assert confidence == pytest.approx([0.25, 0.4])
+    assert confidence == pytest.approx([1 / 3.8, 2 / 4.8])
     assert propose(proposer_with(min_confidence=0.3), {"a": [1, 2, 3, 4, 1]})["a"][0] == []
 
 

@@ -25,7 +25,7 @@ PROGRESS_INTERVAL_S = 0.2
 STOP_TIMEOUT_S = 20.0
 
 OFF = "off"
-NGRAM = "vllm-ngram"
+NGRAM = "ngram"
 SPECPLUG = "specplug"
 
 

@@ -1,0 +1,300 @@
+"""``specplug serve`` with a drafter-invariant plugin behind it, used through the ``openai`` client as users do."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_specplug.cli.serve import CPU_DISTRIBUTION, answer_for_cpu_wheel
+from vllm_specplug.corpus import held_out_prompts
+from vllm_specplug.tiny_models import target_path
+
+START_TIMEOUT_S = 600
+MODEL = "tiny"
+PROMPT = held_out_prompts(1)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without a server
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Installed distributions, as ``importlib.metadata`` sees them in a test."""
+    installed: dict[str, str] = {}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    return installed
+
+
+def test_cpu_wheel_gets_a_version_with_cpu_in_it(versions: dict[str, str]) -> None:
+    versions.update({CPU_DISTRIBUTION: "0.32.0", "other": "1"})
+    answer_for_cpu_wheel()
+    assert importlib.metadata.version("vllm") == "0.32.0+cpu"
+    assert importlib.metadata.version("other") == "1"
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("missing")
+
+
+@pytest.mark.parametrize("installed", [{"vllm": "0.33.0"}, {"vllm": "0.33.0", CPU_DISTRIBUTION: "0.32.0"}, {}])
+def test_nothing_is_answered_where_it_is_not_needed(versions: dict[str, str], installed: dict[str, str]) -> None:
+    versions.update(installed)
+    before = importlib.metadata.version
+    answer_for_cpu_wheel()
+    assert importlib.metadata.version is before
+
+
+def test_arguments_reach_vllm_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import sys, types\n"
+        "fake = types.ModuleType('vllm.entrypoints.cli.main')\n"
+        "fake.main = lambda: print(sys.argv)\n"
+        "sys.modules.update({name: types.ModuleType(name) for name in\n"
+        "                    ('vllm', 'vllm.entrypoints', 'vllm.entrypoints.cli')})\n"
+        "sys.modules['vllm'].__spec__ = object()\n"
+        "sys.modules[fake.__name__] = fake\n"
+        "from vllm_specplug.cli import main\n"
+        "main()\n"
+    )
+    for given in (
+        ["MODEL", "--port", "1", "-tp", "2", "-O3", "--speculative-config", '{"method": "specplug"}', "--help=all"],
+        ["--port", "1", "--model", "MODEL", "--", "x"],
+    ):
+        done = subprocess.run([sys.executable, "-c", program, "serve", *given], capture_output=True, text=True)
+        assert done.stdout.strip() == str(["vllm", "serve", *given]), done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With a server
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Server:
+    """A running server and how to talk to it."""
+
+    url: str
+    client: Any
+
+    def stats(self) -> dict[str, Any]:
+        """The plugin's counters in the worker."""
+        body = json.dumps({"method": "specplug_stats"}).encode()
+        request = urllib.request.Request(
+            f"{self.url}/collective_rpc", body, {"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            (stats,) = json.load(answer)["results"]
+        assert isinstance(stats, dict)
+        return stats
+
+    def metric(self, name: str) -> float:
+        """Sum of a counter over its labels on ``/metrics``."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+        values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{name}{{")]
+        assert values, f"{name} is not on /metrics"
+        return sum(values)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_up(url: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+        return bool(answer.status == 200)
+    return False
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """True as soon as ``condition`` holds, False if it does not within ``timeout_s``."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small token store: a handful of modules that are not held out."""
+    import ast
+    import collections
+    import dataclasses
+    import inspect
+
+    path = tmp_path_factory.mktemp("store") / "small.specstore"
+    sources = [str(inspect.getsourcefile(module)) for module in (ast, collections, dataclasses, inspect)]
+    command = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "datastore", "build"]
+    subprocess.run([*command, str(path), *sources, "--tokenizer", str(target_path())], check=True, timeout=300)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """``specplug serve`` on a free port, stopped at the end."""
+    import openai
+
+    url = f"http://127.0.0.1:{(port := _free_port())}"
+    log_path = tmp_path_factory.mktemp("server") / "server.log"
+    config = {"method": "specplug", "datastore": str(store), "num_speculative_tokens": 6}
+    command = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "serve", str(target_path())]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL, "--dtype", "float32"]
+    command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
+    command += ["--speculative-config", json.dumps(config)]
+    command += ["--worker-extension-cls", "vllm_specplug.hooks.worker.WorkerExtension"]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_SERVER_DEV_MODE": "1",
+    }
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            started = wait_until(lambda: process.poll() is not None or _is_up(url), START_TIMEOUT_S)
+            if process.poll() is not None or not started:
+                pytest.fail(f"the server did not start:\n{log_path.read_text(errors='replace')[-4000:]}")
+            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+                yield Server(url, client)
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its own session: whatever it may have left behind
+            process.wait()
+
+
+def complete(server: Server, **options: Any) -> Any:
+    arguments = {"model": MODEL, "prompt": PROMPT, "max_tokens": 48, "temperature": 0.8, "seed": 7, **options}
+    return server.client.completions.create(**arguments)
+
+
+def chat(server: Server, **options: Any) -> Any:
+    messages = [{"role": "user", "content": "Write a function that reverses a list."}]
+    arguments = {"model": MODEL, "messages": messages, "max_tokens": 48, "temperature": 0.8, "seed": 7, **options}
+    return server.client.chat.completions.create(**arguments)
+
+
+@pytest.mark.engine
+def test_completion_repeats_for_a_seed(server: Server) -> None:
+    first, again, other = complete(server), complete(server), complete(server, seed=8)
+    assert first.choices[0].text
+    assert first.choices[0].text == again.choices[0].text
+    assert first.choices[0].text != other.choices[0].text
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_streaming_gives_the_same_text(server: Server, temperature: float) -> None:
+    whole = complete(server, temperature=temperature).choices[0].text
+    parts = [chunk.choices[0].text for chunk in complete(server, temperature=temperature, stream=True)]
+    assert "".join(parts) == whole
+    whole = chat(server, temperature=temperature).choices[0].message.content
+    chunks = chat(server, temperature=temperature, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_request_without_speculation_gives_the_same_text(server: Server, temperature: float) -> None:
+    drafted = server.metric("vllm:spec_decode_num_draft_tokens_total")
+    plain = complete(server, temperature=temperature, extra_body={"vllm_xargs": {"specplug_speculate": False}})
+    assert server.metric("vllm:spec_decode_num_draft_tokens_total") == drafted
+    assert plain.choices[0].text == complete(server, temperature=temperature).choices[0].text
+    assert server.metric("vllm:spec_decode_num_draft_tokens_total") > drafted
+
+
+@pytest.mark.engine
+def test_misspelt_request_option_is_refused(server: Server) -> None:
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match="Did you mean 'specplug_speculate'"):
+        complete(server, extra_body={"vllm_xargs": {"specplug_spekulate": False}})
+    assert complete(server).choices[0].text
+
+
+@pytest.mark.engine
+def test_logprobs(server: Server) -> None:
+    fast = complete(server, logprobs=3).choices[0]
+    plain = complete(server, logprobs=3, extra_body={"vllm_xargs": {"specplug_speculate": False}}).choices[0]
+    assert len(fast.logprobs.token_logprobs) == 48
+    assert fast.logprobs.tokens == plain.logprobs.tokens
+    # Verifying several tokens in one pass adds up in another order than one by one: float32 rounding, no more.
+    assert fast.logprobs.token_logprobs == pytest.approx(plain.logprobs.token_logprobs, abs=1e-3)
+    best = chat(server, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert len(best) == 48
+    assert all(len(token.top_logprobs) == 2 for token in best)
+
+
+@pytest.mark.engine
+def test_structured_output(server: Server) -> None:
+    # Finite by construction: a model this small would write an open string until it is cut off.
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["list", "dict"]}, "sorted": {"type": "boolean"}},
+        "required": ["kind", "sorted"],
+        "additionalProperties": False,
+    }
+    answer = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    text = chat(server, response_format=answer, max_tokens=128).choices[0].message.content
+    value = json.loads(text)
+    assert set(value) == {"kind", "sorted"}
+    assert value["kind"] in ("list", "dict")
+    assert isinstance(value["sorted"], bool)
+    plain = chat(
+        server, response_format=answer, max_tokens=128, extra_body={"vllm_xargs": {"specplug_speculate": False}}
+    )
+    assert plain.choices[0].message.content == text
+
+
+@pytest.mark.engine
+def test_metrics_and_counters_agree(server: Server) -> None:
+    complete(server, temperature=0)
+    stats = server.stats()
+    drafted = sum(proposer["drafted"] for proposer in stats["proposers"].values())
+    accepted = sum(proposer["accepted"] for proposer in stats["proposers"].values())
+    assert set(stats["proposers"]) == {"ngram", "rest"}
+    assert drafted == server.metric("vllm:spec_decode_num_draft_tokens_total")
+    assert accepted == server.metric("vllm:spec_decode_num_accepted_tokens_total")
+    assert 0 < accepted <= drafted
+    assert server.metric("vllm:spec_decode_num_drafts_total") > 0
+
+
+@pytest.mark.engine
+def test_aborted_clients_leave_nothing_behind(server: Server) -> None:
+    # Held open until all of them run, then dropped in the middle of their streams.
+    streams = [complete(server, seed=seed, max_tokens=700, stream=True) for seed in range(6)]
+    for stream in streams:
+        next(iter(stream))
+    for stream in streams:
+        stream.close()
+    # The worker learns of an abort with its next step: an ordinary request makes one.
+    assert wait_until(lambda: server.metric("vllm:num_requests_running") == 0, 60)
+    complete(server, max_tokens=2)
+    assert wait_until(lambda: server.stats()["live_requests"] <= 1, 60), server.stats()

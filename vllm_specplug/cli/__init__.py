@@ -1,0 +1,79 @@
+"""The ``specplug`` command, one file a subcommand.
+
+This module imports nothing heavy, and each subcommand imports what it needs when it runs: ``specplug --help`` must
+not wait for torch, vLLM or numba.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from vllm_specplug import __version__
+from vllm_specplug.cli import demo, serve
+from vllm_specplug.errors import SpecplugError
+
+EXIT_BAD_INPUT = 2
+
+app = typer.Typer(
+    name="specplug",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vllm-specplug {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Speculative decoding for vLLM: any drafter, and for a given seed the same tokens as without it.
+
+    Try it on this machine with [bold]specplug demo[/bold]; serve a model with [bold]specplug serve[/bold] (or
+    [bold]vllm serve[/bold]); make a token store of your own text with [bold]specplug datastore build[/bold].
+    """
+
+
+app.command(name="demo")(demo.demo)
+app.command(name="serve", context_settings=serve.CONTEXT_SETTINGS)(serve.serve)
+
+
+@app.command(
+    name="datastore",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def datastore(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="COMMAND [ARGS]...")] = None,
+) -> None:
+    """Build, inspect, check and try token stores: the text that drafts are looked up in.
+
+    Example: specplug datastore build code.specstore src/ --glob '*.py' --tokenizer MODEL
+    """
+    # A typer app of its own, behind a command that hands everything on: add_typer would have to import it (and with
+    # it numba) for every other subcommand.
+    from vllm_specplug.cli.datastore import app as datastore_app
+
+    datastore_app(args=arguments or [], prog_name="specplug datastore")
+
+
+def main() -> None:
+    """Entry point of the ``specplug`` script: errors made on purpose become one line and exit status 2."""
+    try:
+        app()
+    except SpecplugError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(EXIT_BAD_INPUT)

