@@ -92,7 +92,7 @@ def test_every_form_of_input(tmp_path, files, tokenizer, form):
     assert texts_of(tmp_path / "out", tokenizer) == TEXTS
     assert "of 2 documents" in result.stderr
     assert "tokens/s" in result.stderr
-    assert "memory: up to 10 bytes a token" in result.stderr
+    assert "memory: up to 12 bytes a token and 1024 MiB, mapped files included, at most" in result.stderr
 
 
 def test_several_inputs_each_once(tmp_path, files, tokenizer):
@@ -181,7 +181,11 @@ def test_sizes():
             cli.parse_bytes(text)
 
 
-def test_interrupted_build_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("stop", "exit_code", "message"),
+    [(signal.SIGINT, 130, b"interrupted: "), (signal.SIGTERM, 143, b"terminated: ")],
+)
+def test_stopped_build_leaves_nothing(tmp_path, stop, exit_code, message):
     out = tmp_path / "out"
     program = (  # without transformers, whose import takes seconds
         "from tokenizers import Tokenizer\n"
@@ -200,9 +204,10 @@ def test_interrupted_build_leaves_nothing(tmp_path):
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.2)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, stop)
     _, errors = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == exit_code
+    assert message in errors
     assert b"was not written" in errors
     assert b"Traceback" not in errors
     assert list(tmp_path.iterdir()) == []

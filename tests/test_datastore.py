@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -135,6 +136,30 @@ def test_size_and_opening_time(tmp_path):
             Datastore.open(path)
             seconds.append(time.perf_counter() - started)
         assert min(seconds) < 0.005
+
+
+def resident_bytes(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found
+    return int(found.group(1)) * 1024
+
+
+@pytest.mark.parametrize("vocab_size", [4096, 100_000])
+def test_memory_of_sorting(tmp_path, vocab_size):
+    num_tokens = 3_000_000
+    dtype = np.uint16 if vocab_size < 2**16 else np.uint32
+    tokens = np.random.default_rng(0).integers(0, vocab_size, num_tokens).astype(dtype)
+    tokens[[0, -1]] = vocab_size
+    tokens.tofile(tmp_path / "tokens")
+    sort_positions(tokens[-1000:].copy(), vocab_size)  # compiles
+    del tokens
+    mapped = np.memmap(tmp_path / "tokens", dtype, "r")
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    sort_positions(mapped, vocab_size)
+    per_token = (resident_bytes("VmHWM") - before) / num_tokens
+    # A few megabytes do not grow with the store: 2 bytes a token here.
+    assert per_token < datastore.sort_bytes_per_token(vocab_size) + 2
 
 
 def test_document_in_parts_is_one_document(tmp_path):

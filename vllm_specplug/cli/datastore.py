@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import re
+import signal
 import sys
 import time
 import zlib
@@ -46,6 +47,7 @@ app = typer.Typer(help="Build, inspect, check and try token stores for the rest 
 EXIT_CORRUPTED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson")
 COMPRESSION_SUFFIXES = (".gz", ".zst")
@@ -60,6 +62,29 @@ def _errors_to_stderr(exit_code: int = EXIT_BAD_INPUT) -> Iterator[None]:
     except (DatastoreError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(exit_code) from error
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def _raise_terminated(*_: object) -> None:
+    raise _Terminated
+
+
+@contextlib.contextmanager
+def _stops_cleanly(console: Console, consequence: str) -> Iterator[None]:
+    """Unwind on Ctrl-C and on SIGTERM, so that context managers inside clean up; then say so in one line and leave."""
+    before = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        is_terminated = isinstance(stop, _Terminated)
+        what = "terminated" if is_terminated else "interrupted"
+        console.print(f"[red]{what}:[/red] {escape(consequence)}", soft_wrap=True, highlight=False)
+        raise typer.Exit(EXIT_TERMINATED if is_terminated else EXIT_INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse_bytes(text: str) -> int:
@@ -295,7 +320,7 @@ def build(
     pattern: Annotated[str, typer.Option("--glob", help="Which files of a folder to read, at any depth.")] = "*",
     max_memory: Annotated[
         str | None,
-        typer.Option(help=f"Peak memory, such as 8GiB; by default {MEMORY_SHARE:.0%} of what is available."),
+        typer.Option(help=f"Peak resident memory, such as 8GiB; by default {MEMORY_SHARE:.0%} of what is available."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
@@ -306,7 +331,7 @@ def build(
     """
     console = Console(stderr=True)
     started = time.monotonic()
-    with _errors_to_stderr():
+    with _errors_to_stderr(), _stops_cleanly(console, f"{out} was not written"):
         sources = find_sources(inputs, pattern, field)
         loaded = load_tokenizer(tokenizer)
         vocab_size = vocab_size_of(loaded)
@@ -321,15 +346,11 @@ def build(
             peak = FIXED_MEMORY_BYTES + writer.segment_tokens * sort_bytes_per_token(vocab_size)
             console.print(
                 f"memory: up to {sort_bytes_per_token(vocab_size)} bytes a token and "
-                f"{FIXED_MEMORY_BYTES // 2**20} MiB, at most {peak / 2**30:.1f} GiB; more tokens than "
-                f"{writer.segment_tokens:,} are sorted in several segments",
+                f"{FIXED_MEMORY_BYTES // 2**20} MiB, mapped files included, at most {peak / 2**30:.1f} GiB; "
+                f"more tokens than {writer.segment_tokens:,} are sorted in several segments",
                 highlight=False,
             )
-            try:
-                _tokenize_and_sort(console, sources, writer, loaded)
-            except KeyboardInterrupt:
-                console.print(f"[red]interrupted:[/red] {escape(str(out))} was not written", soft_wrap=True)
-                raise typer.Exit(EXIT_INTERRUPTED) from None
+            _tokenize_and_sort(console, sources, writer, loaded)
     seconds = time.monotonic() - started
     size = out.stat().st_size
     skipped = f"; left out {sources.num_skipped:,} files that are not UTF-8 text" if sources.num_skipped else ""

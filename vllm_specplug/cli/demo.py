@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -309,7 +310,8 @@ def run_all(
 
 def print_table(console: Console, runs: list[Run], settings: str) -> None:
     """The results, and what is to be known about them."""
-    table = Table(title="Same prompts, same seeds", caption=settings)
+    # Fits a terminal of 80 columns.
+    table = Table(title="Same prompts, same seeds", caption=settings, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("temp.", justify="right")
     table.add_column("speculation")
     for heading in ("tokens/s", "vs off", "emitted/step", "acceptance", "identical"):

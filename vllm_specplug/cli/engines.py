@@ -131,9 +131,12 @@ def environment() -> dict[str, str]:
 
 
 def _intel_openmp() -> dict[str, str]:
+    # vLLM's CPU wheel brings Intel's OpenMP and asks for it to be loaded first. It matters with speculation and without:
+    # the shortest tenth of steps of the tiny model took 3.27 ms without it and 2.81 ms with it when speculation is off
+    # (batch 8: 4.66 and 4.09), 3.55 and 3.39 ms with specplug. So every engine gets it, where it is installed.
     library = Path(sys.prefix) / "lib" / "libiomp5.so"
     loaded = os.environ.get("LD_PRELOAD", "")
-    if "libiomp" in loaded or not library.is_file() or os.environ.get("SPECPLUG_NO_IOMP"):
+    if "libiomp" in loaded or not library.is_file():
         return {}
     return {"LD_PRELOAD": f"{loaded}:{library}".lstrip(":")}
 
