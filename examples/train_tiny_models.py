@@ -77,7 +77,8 @@ def package_sources() -> Iterator[tuple[str, list[Path]]]:
     """``("name version (licence)", files)`` for every installed package whose licence allows training on it."""
     for distribution in sorted(importlib.metadata.distributions(), key=lambda d: (d.metadata["Name"] or "").lower()):
         licence = licence_of(distribution)
-        if not ALLOWED_LICENCE.search(licence) or REFUSED_LICENCE.search(licence):
+        itself = distribution.metadata["Name"] == "vllm-specplug"
+        if itself or not ALLOWED_LICENCE.search(licence) or REFUSED_LICENCE.search(licence):
             continue
         files, size = [], 0
         entries = sorted(str(f) for f in distribution.files or [] if str(f).endswith(".py"))
