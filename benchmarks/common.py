@@ -35,6 +35,9 @@ def engine_arguments(model: str, dtype: str, max_batch: int, **more: Any) -> dic
         "dtype": dtype,
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": max_batch,
+        # Room for all prompts in one step: a seeded request whose prompt is split over two steps ends the engine
+        # when speculation is off (vLLM 0.32 on CPUs).
+        "max_num_batched_tokens": max_batch * MAX_MODEL_LEN,
         "enforce_eager": True,
         "enable_prefix_caching": False,  # a repeat must do the work of the first time
         "disable_log_stats": False,

@@ -10,7 +10,7 @@ import abc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,7 @@ class ProposerContext:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class DraftBatch:
     """The requests that want a draft in this step. All arrays are read-only for the proposer.
 
@@ -93,7 +93,7 @@ class DraftBatch:
 
 @dataclass(slots=True)
 class Drafts:
-    """One draft a request.
+    """One draft a request. Plain lists of token ids count with :attr:`DEFAULT_CONFIDENCE`.
 
     Attributes:
         token_ids: ``[num_requests, max_tokens]`` int32; columns from ``num_tokens[i]`` on are ignored.
@@ -101,6 +101,8 @@ class Drafts:
         confidence: ``[num_requests, max_tokens]`` float32 in [0, 1]: estimated chance that a draft token is accepted
             given that all before it are. It decides between proposers, never about correctness.
     """
+
+    DEFAULT_CONFIDENCE: ClassVar[float] = 0.5
 
     token_ids: NDArray[np.int32]
     num_tokens: NDArray[np.int64]
@@ -116,7 +118,7 @@ class Drafts:
         )
 
     @classmethod
-    def from_lists(cls, token_ids: Sequence[Sequence[int]], confidence: float = 0.5) -> Drafts:
+    def from_lists(cls, token_ids: Sequence[Sequence[int]], confidence: float = DEFAULT_CONFIDENCE) -> Drafts:
         """Plain lists of token ids, one a request, all with the same confidence."""
         drafts = cls.empty(len(token_ids), max(map(len, token_ids), default=0))
         for index, tokens in enumerate(token_ids):
@@ -133,8 +135,9 @@ class Verified:
     Attributes:
         request_ids: ``[num_requests]``.
         draft_token_ids: the draft that was verified, ``[num_requests]`` lists (empty: an ordinary step).
-        target_token_ids: the target's token at *every* verified position, ``[num_requests]`` lists, each one longer
-            than its draft. The first ``num_emitted`` of them were emitted; those behind follow a rejected token.
+        target_token_ids: the target's tokens, ``[num_requests]`` lists. The first ``num_emitted`` of them were emitted.
+            Where the verifier drew all positions at once, the tokens behind them follow: the target's choice after the
+            rejected draft tokens, up to one more than the draft is long.
         num_emitted: ``[num_requests]``, accepted drafts plus one.
     """
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticSerializationError
 
 from vllm_specplug import registry
 from vllm_specplug.errors import ConfigurationError
@@ -112,14 +113,14 @@ class Settings(BaseModel):
 def _explain(error: ValidationError, known: list[str]) -> str:
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"]) or "speculative_config"
+        key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             near = registry.nearest(key, known)
             lines.append(f"unknown key {key!r} (given: {item['input']!r}).{near} Known keys: {', '.join(known)}.")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            given = "" if item["loc"] == () else f" (given: {item['input']!r})"
-            lines.append(f"{key}: {message}{given}." if not message.endswith(".") else f"{key}: {message[:-1]}{given}.")
+            given = f" (given: {item['input']!r})" if key else ""
+            lines.append(f"{key + ': ' if key else ''}{message.removesuffix('.')}{given}.")
     return "\n  ".join(lines)
 
 
@@ -131,9 +132,13 @@ def parse_settings(data: Mapping[str, Any]) -> Settings:
     """
     known = [*Settings.model_fields]
     try:
-        return Settings.model_validate(dict(data))
+        settings = Settings.model_validate(dict(data))
+        settings.to_dict()
     except ValidationError as error:
         raise ConfigurationError("speculative_config: " + _explain(error, ["method", *known])) from None
+    except PydanticSerializationError as error:
+        raise ConfigurationError(f"speculative_config: options must be plain JSON values ({error}).") from None
+    return settings
 
 
 def settings_of(additional_config: Any) -> Settings | None:
@@ -154,5 +159,6 @@ def check_request_options(extra_args: Mapping[str, Any] | None) -> None:
             raise ConfigurationError(
                 f"unknown request option {name!r}.{registry.nearest(name, known)} Known: {', '.join(known)}."
             )
-        if not isinstance(value, kind):
+        # vLLM's HTTP types know no booleans: a JSON false arrives as 0.
+        if not (isinstance(value, kind) or (kind is bool and value in (0, 1) and isinstance(value, int))):
             raise ConfigurationError(f"request option {name!r} must be {kind.__name__}, was given {value!r}.")

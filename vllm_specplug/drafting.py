@@ -97,7 +97,7 @@ class Drafting:
             return registry.proposer_class(name)(context)
         except ConfigurationError:
             raise
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, ArithmeticError) as error:
             raise ConfigurationError(f"proposer {name!r}: {error}") from error
 
     def warm_up(self) -> None:
@@ -195,7 +195,7 @@ class Drafting:
 
     def _well_formed(self, answer: Drafts | Sequence[Sequence[int]], batch: DraftBatch, stats: ProposerStats) -> Drafts:
         """Check shapes, cut drafts to what is allowed, and cut them before ids outside the vocabulary."""
-        drafts = answer if isinstance(answer, Drafts) else Drafts.from_lists(answer)
+        drafts = answer if isinstance(answer, Drafts) else _from_lists(answer)
         num_requests = len(batch)
         token_ids = np.asarray(drafts.token_ids)
         if token_ids.ndim != 2 or len(token_ids) != num_requests or len(drafts.num_tokens) != num_requests:
@@ -205,7 +205,7 @@ class Drafting:
             )
         if token_ids.dtype.kind not in "iu":
             raise ValueError(f"answered token ids of type {token_ids.dtype}; integers are expected")
-        confidence = np.asarray(drafts.confidence, dtype=np.float32)
+        confidence = np.clip(np.nan_to_num(np.asarray(drafts.confidence, dtype=np.float32)), 0.0, 1.0)
         if confidence.shape != token_ids.shape:
             raise ValueError(f"answered confidence of shape {confidence.shape} for token ids of {token_ids.shape}")
         longest = token_ids.shape[1]
@@ -226,3 +226,18 @@ class Drafting:
             stats.invalid_tokens += int((num_tokens - cut).sum())
             num_tokens = cut
         return Drafts(token_ids=token_ids, num_tokens=num_tokens, confidence=confidence)
+
+
+def _from_lists(answer: Sequence[Sequence[int]]) -> Drafts:
+    """:meth:`Drafts.from_lists` for answers of strangers: wide enough for any id, and integers or ValueError."""
+    rows = [np.asarray(list(row)) for row in answer]
+    for row in rows:
+        if row.ndim != 1 or (len(row) and row.dtype.kind not in "iu"):
+            raise ValueError(f"answered {row.dtype} of shape {row.shape} for a request; a list of integers is expected")
+    drafts = Drafts.empty(len(rows), max(map(len, rows), default=0))
+    drafts.token_ids = drafts.token_ids.astype(np.int64)
+    for index, row in enumerate(rows):
+        drafts.token_ids[index, : len(row)] = row
+        drafts.num_tokens[index] = len(row)
+    drafts.confidence[:] = Drafts.DEFAULT_CONFIDENCE
+    return drafts

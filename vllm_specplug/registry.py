@@ -56,9 +56,9 @@ def proposer_class(name: str) -> type[Proposer]:
         module, _, attribute = name.replace(":", ".").rpartition(".")
         try:
             loaded = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # whatever a user's module raises when imported
             raise ConfigurationError(
-                f"proposers: cannot load {name!r}: {error}. Give 'module.Class' importable by every vLLM process "
+                f"proposers: cannot load {name!r}: {error!r}. Give 'module.Class' importable by every vLLM process "
                 f"(PYTHONPATH), or one of: {', '.join(proposer_names())}."
             ) from error
     else:

@@ -208,6 +208,7 @@ def first_tokens(
     stand_in = SimpleNamespace(
         device=runner.device,
         sampler=runner.sampler,
+        rejection_sampler=None,
         input_batch=SimpleNamespace(req_ids=request_ids, num_reqs=batch, greedy_reqs=set()),
         requests={i: SimpleNamespace(generator=None, output_token_ids=[]) for i in request_ids},
         discard_request_mask=SimpleNamespace(np=np.zeros(batch, dtype=bool)),

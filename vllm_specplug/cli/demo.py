@@ -276,6 +276,9 @@ def run_all(
             "dtype": dtype,
             "max_model_len": MAX_MODEL_LEN,
             "max_num_seqs": concurrency,
+            # Room for all prompts in one step: a seeded request whose prompt is split over two steps ends the engine
+            # when speculation is off (vLLM 0.32 on CPUs).
+            "max_num_batched_tokens": concurrency * MAX_MODEL_LEN,
             "enforce_eager": True,
             "enable_prefix_caching": False,  # the second temperature would find the first one's prompts
             "disable_log_stats": False,

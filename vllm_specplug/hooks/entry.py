@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,18 +10,20 @@ from typing import Any
 
 import vllm
 from vllm.exceptions import VLLMValidationError
-from vllm.platforms import current_platform
+from vllm.platforms import CpuArchEnum, current_platform
 
 from vllm_specplug.config import METHOD, SETTINGS_KEY, Settings, check_request_options, parse_settings
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.hooks import seams
-from vllm_specplug.registry import NEEDS_DATASTORE
+from vllm_specplug.proposers.base import ProposerContext
+from vllm_specplug.registry import NEEDS_DATASTORE, PROPOSERS
 
 COUPLED_DRAFTER = "vllm_specplug.Proposer"
 REJECTION_DRAFTER = "vllm_specplug.ProposerWithRejection"
 _DRAFTERS = (COUPLED_DRAFTER, REJECTION_DRAFTER)
 
 _patches = seams.Patches()
+logger = logging.getLogger("vllm.specplug")
 
 
 def install() -> None:
@@ -64,7 +67,8 @@ def _create_speculative_config(
     if method == METHOD or model in _DRAFTERS:
         settings = _read(given, self, method, model)
         check_platform(settings, target_model_config)
-        check_datastore(settings, target_model_config)
+        settings = check_datastore(settings, target_model_config)
+        check_proposers(settings, target_model_config)
         self.additional_config = {**(self.additional_config or {}), SETTINGS_KEY: settings.to_dict()}
         self.speculative_config = {
             "method": "custom_class",
@@ -95,14 +99,22 @@ def _read(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> S
     for vllms_own in ("target_model_config", "target_parallel_config"):  # left by an earlier call on the same object
         data.pop(vllms_own, None)
     if engine_args.spec_tokens is not None:
+        if "num_speculative_tokens" in data:
+            raise ConfigurationError(
+                "speculative_config: num_speculative_tokens and --spec-tokens are mutually exclusive; both are given."
+            )
         data["num_speculative_tokens"] = engine_args.spec_tokens
-    elsewhere = (engine_args.additional_config or {}).get(SETTINGS_KEY, {}) if method != METHOD else {}
+    elsewhere = (engine_args.additional_config or {}).get(SETTINGS_KEY, {})
     if not isinstance(elsewhere, dict):
         raise ConfigurationError(f"additional_config[{SETTINGS_KEY!r}] must be a dictionary, was given {elsewhere!r}.")
-    settings = parse_settings({**elsewhere, **data})
-    if model == REJECTION_DRAFTER and settings.is_coupled:
-        settings = settings.model_copy(update={"sampler": "rejection"})
-    return settings
+    if elsewhere and method == METHOD:
+        raise ConfigurationError(
+            f"speculative_config: with method {METHOD!r} all settings belong here; additional_config[{SETTINGS_KEY!r}] "
+            f"is given too: {elsewhere!r}."
+        )
+    if model == REJECTION_DRAFTER:
+        data.setdefault("sampler", "rejection")
+    return parse_settings({**elsewhere, **data})
 
 
 def check_platform(settings: Settings, model_config: Any) -> None:
@@ -110,7 +122,10 @@ def check_platform(settings: Settings, model_config: Any) -> None:
     if not settings.is_coupled:
         return
     unfit = ""
-    if not current_platform.is_cpu():
+    if not current_platform.is_cpu() or current_platform.get_cpu_architecture() not in (
+        CpuArchEnum.X86,
+        CpuArchEnum.ARM,
+    ):
         unfit = f"on {current_platform.device_name}, vLLM's sampler draws other noise"
     elif model_config.use_fp64_gumbel:
         unfit = "use_fp64_gumbel draws other noise"
@@ -121,8 +136,31 @@ def check_platform(settings: Settings, model_config: Any) -> None:
         )
 
 
-def check_datastore(settings: Settings, model_config: Any) -> None:
+def check_proposers(settings: Settings, model_config: Any) -> None:
+    """Build the proposers that come with this package once, so that a wrong option is found before a model loads.
+
+    Raises:
+        ConfigurationError: an option is unknown or out of its range.
+    """
+    from vllm_specplug.drafting import Drafting
+
+    own = tuple(entry for entry in settings.proposers if entry.name in PROPOSERS)
+    context = ProposerContext(
+        vocab_size=model_config.get_vocab_size(),
+        num_speculative_tokens=settings.num_speculative_tokens,
+        max_model_len=int(model_config.max_model_len),
+    )
+    try:
+        Drafting(settings.model_copy(update={"proposers": own}), context)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"speculative_config: {error}") from error
+
+
+def check_datastore(settings: Settings, model_config: Any) -> Settings:
     """Open the configured store once, before any model loads, and hold it against the model's tokenizer.
+
+    Returns:
+        The settings with the store's path made absolute: workers may run in another folder.
 
     Raises:
         ConfigurationError: a proposer needs a store and none is given, it cannot be opened, or it does not fit.
@@ -134,19 +172,23 @@ def check_datastore(settings: Settings, model_config: Any) -> None:
                 f"speculative_config: proposer {wanting[0]!r} needs the key 'datastore': the path of a store made by "
                 "'specplug datastore build OUT --tokenizer MODEL FILES...'."
             )
-        return
+        return settings
     from vllm_specplug.proposers.datastore import Datastore, DatastoreError, tokenizer_fingerprint
 
-    path = Path(settings.datastore)
     try:
+        path = Path(settings.datastore).expanduser().resolve()
         store = Datastore.open(path)
+        found = settings.model_copy(update={"datastore": str(path)})
         if getattr(model_config, "skip_tokenizer_init", False):
-            return
+            store.check_vocab_size(model_config.get_vocab_size())
+            logger.warning("specplug: no tokenizer is loaded, so that %s cannot be held against it", path)
+            return found
         from vllm.tokenizers import cached_tokenizer_from_config
 
         tokenizer = cached_tokenizer_from_config(model_config=model_config)
         store.check_tokenizer(tokenizer_fingerprint(tokenizer), model_config.get_vocab_size())
-    except DatastoreError as error:
+        return found
+    except (DatastoreError, OSError, ValueError) as error:
         raise ConfigurationError(f"speculative_config: datastore: {error}") from error
 
 

@@ -139,13 +139,13 @@ class Proposer:
             return drafts
         index = np.array(rows, dtype=np.int64)
         batch = DraftBatch(
-            request_ids=[input_batch.req_ids[row] for row in rows],
-            token_ids=token_ids_cpu,
-            rows=index,
-            num_tokens=num_tokens_no_spec[index].astype(np.int64),
-            num_prompt_tokens=input_batch.num_prompt_tokens[index].astype(np.int64),
-            max_draft_tokens=np.array(limits, dtype=np.int64),
-            options=[request.options for request in requests],
+            request_ids=tuple(input_batch.req_ids[row] for row in rows),
+            token_ids=_read_only(token_ids_cpu),
+            rows=_read_only(index),
+            num_tokens=_read_only(num_tokens_no_spec[index].astype(np.int64)),
+            num_prompt_tokens=_read_only(input_batch.num_prompt_tokens[index].astype(np.int64)),
+            max_draft_tokens=_read_only(np.array(limits, dtype=np.int64)),
+            options=tuple(request.options for request in requests),
         )
         for row, draft in zip(rows, self.drafting.propose(batch), strict=True):
             drafts[row] = draft
@@ -259,6 +259,7 @@ class CoupledVerifier:
         self._runner = runner
         self._drafter = drafter
         stock: Sampler = runner.sampler
+        self._stock = runner.rejection_sampler
         self._noise = _SeededNoise()
         self._keyed = _KeyedSampler(stock.logprobs_mode, stock.use_fp64_gumbel)
         self._sampler = copy.copy(stock)  # shares everything but the final draw
@@ -285,6 +286,8 @@ class CoupledVerifier:
         start = time.perf_counter()
         runner = self._runner
         counts: list[int] = metadata.num_draft_tokens
+        if len(counts) > len(runner.input_batch.req_ids):  # vLLM's warm-up with made-up rows
+            return self._stock(metadata, draft_probs, logits, sampling_metadata)
         request_ids = runner.input_batch.req_ids[: len(counts)]
         prefilling = runner.discard_request_mask.np[: len(counts)].tolist()
         states = [
@@ -299,7 +302,7 @@ class CoupledVerifier:
         else:
             verify = self._at_once
         token_ids, targets, emitted, logprobs = verify(metadata, logits, sampling_metadata, states)
-        drafts = _by_request(metadata.draft_token_ids, counts)
+        drafts = _real_drafts(metadata)
         settled = [index for index, skip in enumerate(prefilling) if not skip]
         for index in settled:
             if states[index] is not None:
@@ -408,12 +411,14 @@ class ObservedRejection:
     def __call__(self, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> SamplerOutput:
         """Same arguments and result as the stock sampler."""
         runner = self._runner
+        if len(metadata.num_draft_tokens) > len(runner.input_batch.req_ids):  # vLLM's warm-up with made-up rows
+            return self._stock(metadata, draft_probs, logits, sampling_metadata)
         # Half-prefilled requests must not draw: a CPU generator cannot be rewound afterwards.
         prefilling = runner.discard_request_mask.np[: len(metadata.num_draft_tokens)]
         drawing = {i: g for i, g in sampling_metadata.generators.items() if not prefilling[i]}
         output = self._stock(metadata, draft_probs, logits, replace(sampling_metadata, generators=drawing))
         kept = [[token for token in row if token != REJECTED] for row in output.sampled_token_ids.tolist()]
-        drafts = _by_request(metadata.draft_token_ids, metadata.num_draft_tokens)
+        drafts = _real_drafts(metadata)
         settled = [index for index, skip in enumerate(prefilling) if not skip]
         self._drafter.drafting.observe(
             Verified(
@@ -440,6 +445,18 @@ def _is_active(processor: Any) -> bool:
 def _budgets(sampling_metadata: SamplingMetadata) -> bool:
     holder = sampling_metadata.thinking_budget_state_holder
     return holder is not None and bool(holder.has_tracked_requests())
+
+
+def _read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    view = array.view()
+    view.flags.writeable = False  # the table of tokens is the engine's own: a proposer must not be able to change it
+    return view
+
+
+def _real_drafts(metadata: Any) -> list[list[int]]:
+    """Each request's verified draft; the placeholders (-1) that vLLM's scheduler pads with count as none."""
+    drafts = _by_request(metadata.draft_token_ids, metadata.num_draft_tokens)
+    return [draft if draft and draft[0] >= 0 else [] for draft in drafts]
 
 
 def _by_request(flat: torch.Tensor, counts: Sequence[int]) -> list[list[int]]:
