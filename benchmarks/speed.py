@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common import (
+    best_ratio,
     engine_arguments,
     engines,
     interleaved,
@@ -60,6 +61,7 @@ class Row:
             "name": self.name,
             "tokens_per_s": median_tokens_per_s(self.runs),
             "over_off": median_ratio(self.runs, self.off),
+            "best_over_best_off": best_ratio(self.runs, self.off),
             "over_vllm_ngram": median_ratio(self.runs, self.ngram),
             "emitted_per_step": last.emitted_per_step,
             "acceptance": last.acceptance,
@@ -77,6 +79,7 @@ class Row:
             NAMES[self.name],
             f"{values['tokens_per_s']:.0f}",
             f"{values['over_off']:.2f}",
+            f"{values['best_over_best_off']:.2f}",
             f"{values['over_vllm_ngram']:.2f}",
             f"{values['emitted_per_step']:.2f}",
             "-" if acceptance is None else f"{acceptance:.1%}",
@@ -85,8 +88,8 @@ class Row:
 
 
 HEADINGS = (
-    "batch", "temperature", "speculation", "tokens/s", "over off", "over vLLM ngram", "emitted/step", "acceptance",
-    "identical to off",
+    "batch", "temperature", "speculation", "tokens/s", "over off", "best over best off", "over vLLM ngram",
+    "emitted/step", "acceptance", "identical to off",
 )  # fmt: skip
 
 

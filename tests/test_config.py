@@ -52,6 +52,8 @@ def test_settings_survive_their_journey() -> None:
         ({"proposers": ["no.such.Module"]}, ["cannot load 'no.such.Module'", "PYTHONPATH"]),
         ({"proposers": ["pathlib.Path"]}, ["not a subclass of vllm_specplug.proposers.Proposer"]),
         ({"datastore": 5}, ["datastore", "valid string", "5"]),
+        ({"proposers": [{"name": "ngram", "min_match": object()}]}, ["options must be plain JSON values"]),
+        ({"proposers": ["."]}, ["cannot load '.'"]),
     ],
 )
 def test_mistakes_are_named(given: dict[str, Any], parts: list[str]) -> None:
@@ -64,6 +66,7 @@ def test_mistakes_are_named(given: dict[str, Any], parts: list[str]) -> None:
 def test_request_options() -> None:
     check_request_options(None)
     check_request_options({"specplug_speculate": False, "somebody_elses": 3})
+    check_request_options({"specplug_speculate": 0})  # what vLLM's HTTP types make of a JSON false
     with pytest.raises(ConfigurationError, match="unknown request option 'specplug_off'"):
         check_request_options({"specplug_off": True})
 
@@ -115,6 +118,12 @@ def foreign_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"method": "specplug", "datastore": "/no/such/store"}, ["datastore", "/no/such/store"]),
         ({"method": "ngram", "num_speculative_tokens": 3, "sampler": "gumbel"}, ["sampler", '"method": "specplug"']),
         ({"method": "custom_class", "model": "vllm_specplug.Proposer", "sampler": "x"}, ["there is no sampler 'x'"]),
+        (
+            {"method": "specplug", "proposers": [{"name": "ngram", "min_mach": 2}]},
+            ["no option 'min_mach'", "min_match"],
+        ),
+        ({"method": "specplug", "proposers": [{"name": "ngram", "min_match": 10**30}]}, ["proposer 'ngram'"]),
+        ({"method": "specplug", "datastore": "nul\0byte"}, ["datastore"]),
         ({"method": "eagle", "model": "vllm_specplug.Proposer"}, ["needs method 'specplug' or 'custom_class'"]),
     ],
 )

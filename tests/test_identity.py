@@ -175,14 +175,16 @@ def test_stock_dies_of_a_seeded_prompt_in_chunks_and_we_do_not(
         engine.generate([long_prompt])
 
 
-@pytest.mark.parametrize("name", ["Raises", "OutsideVocabulary", "TooMany", "WrongShape", "Floats", "Sleeps"])
+@pytest.mark.parametrize(
+    "name", ["Raises", "OutsideVocabulary", "TooMany", "WrongShape", "Floats", "WritesTable", "Sleeps"]
+)
 def test_a_broken_proposer_changes_nothing(name: str, roomy: Engine, stock: dict[str, list[dict[str, Any]]]) -> None:
     roomy.send("set_drafting", {"num_speculative_tokens": NUM_DRAFT, "proposers": [f"in_child.{name}", "ngram"]})
     sent = PLAIN[:24]
     ours = roomy.generate(sent)
     assert_same(ours, stock["plain"][:24], name, sent)
     stats = roomy.send("stats")["proposers"]
-    if name in ("Raises", "WrongShape", "Floats"):
+    if name in ("Raises", "WrongShape", "Floats", "WritesTable"):
         assert stats[f"in_child.{name}"]["errors"] == 1
         assert not stats[f"in_child.{name}"]["active"]
     else:

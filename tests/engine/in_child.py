@@ -81,6 +81,14 @@ class Floats(Proposer):
         return drafts
 
 
+class WritesTable(Proposer):
+    """Tries to change the engine's own tokens."""
+
+    def propose(self, batch: DraftBatch) -> list[list[int]]:
+        batch.context(0)[:] = 7
+        return [[7] for _ in batch.request_ids]
+
+
 class Sleeps(RandomTokens):
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         time.sleep(0.02)

@@ -314,7 +314,7 @@ def run_all(
 def print_table(console: Console, runs: list[Run], settings: str) -> None:
     """The results, and what is to be known about them."""
     # Fits a terminal of 80 columns.
-    table = Table(title="Same prompts, same seeds", caption=settings, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="Same prompts, same seeds", caption=settings, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("temp.", justify="right")
     table.add_column("speculation")
     for heading in ("tokens/s", "vs off", "emitted/step", "acceptance", "identical"):
