@@ -133,7 +133,8 @@ def environment() -> dict[str, str]:
 def _intel_openmp() -> dict[str, str]:
     # vLLM's CPU wheel brings Intel's OpenMP and asks for it to be loaded first. It pays with speculation and without:
     # the 10th percentile of the tiny model's steps was 3.27 ms without it and 2.81 ms with it when speculation is off
-    # (batch 8: 4.66 and 4.09), 3.55 and 3.39 ms with specplug. So every engine gets it, where it is installed.
+    # (batch 8: 4.66 and 4.09), 3.55 and 3.39 ms with specplug (batch 8: 4.27 and 4.69, within the noise). So every
+    # engine gets it, where it is installed.
     library = Path(sys.prefix) / "lib" / "libiomp5.so"
     loaded = os.environ.get("LD_PRELOAD", "")
     if "libiomp" in loaded or not library.is_file():
