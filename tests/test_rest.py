@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -180,8 +181,7 @@ def test_other_kinds_of_arrays_need_no_compilation(tmp_path):
     compiled = len(rest.draft_batch.signatures)
     batch = DraftBatch.from_contexts([[0, 1]], 2)
     batch.token_ids.flags.writeable = False
-    batch.rows = batch.rows.astype(np.int32)
-    batch.num_tokens = np.array([2, 9])[::2]
+    batch = dataclasses.replace(batch, rows=batch.rows.astype(np.int32), num_tokens=np.array([2, 9])[::2])
     assert proposer.propose(batch).token_ids.tolist() == [[2, 3]]
     assert len(rest.draft_batch.signatures) == compiled
 
