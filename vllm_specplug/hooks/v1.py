@@ -29,7 +29,7 @@ from vllm.v1.sample.sampler import Sampler
 from vllm_specplug.config import SPECULATE_OPTION, Settings, settings_of
 from vllm_specplug.drafting import Drafting
 from vllm_specplug.hooks import seams
-from vllm_specplug.hooks.entry import is_coupled, is_ours
+from vllm_specplug.hooks.entry import is_coupled
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext, Verified
 from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal
 from vllm_specplug.samplers.gumbel import SeedStream
@@ -264,7 +264,6 @@ class CoupledVerifier:
         self._keyed = _KeyedSampler(stock.logprobs_mode, stock.use_fp64_gumbel)
         self._sampler = copy.copy(stock)  # shares everything but the final draw
         self._sampler._modules = {**stock._modules, "topk_topp_sampler": self._keyed}
-        self.verify_s = 0.0
 
     @property
     def num_streams(self) -> int:
@@ -283,7 +282,6 @@ class CoupledVerifier:
         sampling_metadata: SamplingMetadata,
     ) -> SamplerOutput:
         """vLLM's call of its rejection sampler; returns ``[num_requests, max_draft_tokens + 1]`` token ids."""
-        start = time.perf_counter()
         runner = self._runner
         counts: list[int] = metadata.num_draft_tokens
         if len(counts) > len(runner.input_batch.req_ids):  # vLLM's warm-up with made-up rows
@@ -315,7 +313,6 @@ class CoupledVerifier:
                 [emitted[index] for index in settled],
             )
         )
-        self.verify_s += time.perf_counter() - start
         return SamplerOutput(sampled_token_ids=token_ids.to(torch.int32), logprobs_tensors=logprobs)
 
     def _draw(self, states: list[Any], num_rows: Sequence[int], depth: int = 0) -> None:
@@ -583,4 +580,4 @@ def _expand_batch_to_tokens(
     return torch.repeat_interleave(values, counts, output_size=num_tokens)
 
 
-__all__ = ["CoupledVerifier", "Proposer", "ProposerWithRejection", "install", "is_ours"]
+__all__ = ["CoupledVerifier", "Proposer", "ProposerWithRejection", "install"]
