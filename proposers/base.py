@@ -141,10 +141,10 @@ class Verified:
         num_emitted: ``[num_requests]``, accepted drafts plus one.
     """
 
-    request_ids: Sequence[str]
-    draft_token_ids: Sequence[Sequence[int]]
-    target_token_ids: Sequence[Sequence[int]]
-    num_emitted: Sequence[int]
+    request_ids: list[str]
+    draft_token_ids: list[list[int]]
+    target_token_ids: list[list[int]]
+    num_emitted: list[int]
 
 
 class Proposer(abc.ABC):
@@ -199,6 +199,13 @@ def check_option_names(options: Mapping[str, Any], known: Mapping[str, object], 
 def is_probability(value: float) -> bool:
     """True for a finite number in [0, 1]."""
     return math.isfinite(value) and 0.0 <= value <= 1.0
+
+
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """A view that cannot be written through: the table of tokens is the engine's own."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def kernel_input(array: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from compare import assert_close_logprobs, assert_same, tokens
 from harness import Engine, EngineError
 from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, requests
 
@@ -25,40 +25,6 @@ TIGHT = {"num_gpu_blocks_override": 9, "max_num_batched_tokens": 128, "enable_ch
 # One sampling call a step for all rows; and steps in which vLLM's stateful logits processors are at work.
 PLAIN = requests(112, PLAIN_FEATURES)
 MIXED = requests(100, [*PLAIN_FEATURES, *PROCESSOR_FEATURES], first_seed=1000)
-
-
-def tokens(outputs: list[dict[str, Any]]) -> list[list[list[int]]]:
-    return [[sequence["token_ids"] for sequence in output["outputs"]] for output in outputs]
-
-
-def texts(outputs: list[dict[str, Any]]) -> list[list[Any]]:
-    return [[(sequence["text"], sequence["finish_reason"]) for sequence in output["outputs"]] for output in outputs]
-
-
-def assert_same(ours: list[dict[str, Any]], stock: list[dict[str, Any]], what: str, sent: list[dict[str, Any]]) -> None:
-    different = [i for i, (a, b) in enumerate(zip(tokens(ours), tokens(stock), strict=True)) if a != b]
-    assert not different, (
-        f"{what}: {len(different)} of {len(stock)} requests differ, first {sent[different[0]]['params']}: "
-        f"{tokens(ours)[different[0]]} instead of {tokens(stock)[different[0]]}"
-    )
-    assert texts(ours) == texts(stock), what
-
-
-def assert_close_logprobs(ours: Any, stock: Any) -> int:
-    """Same candidates at every position up to float32 rounding of another batch shape; returns positions compared."""
-    if stock is None:
-        assert ours is None
-        return 0
-    assert len(ours) == len(stock)
-    for mine, theirs in zip(ours, stock, strict=True):
-        assert (mine is None) == (theirs is None)
-        if theirs is None:
-            continue
-        assert set(mine) == set(theirs)
-        for token, value in theirs.items():
-            # 1e-4: products in another order round differently in the seventh digit; -inf must stay -inf.
-            assert mine[token] == value or math.isclose(mine[token], value, abs_tol=1e-4)
-    return len(stock)
 
 
 @pytest.fixture(scope="module")

@@ -49,12 +49,22 @@ class ProposerStats:
 
 @dataclass
 class DraftingStats:
-    """Counters of the whole plugin in one worker."""
+    """Counters of the whole plugin in one worker.
+
+    Attributes:
+        steps: steps in which some request emitted tokens.
+        emitted: tokens of all requests.
+        request_steps: request and step pairs that emitted tokens.
+        live_requests: requests that hold state here.
+        wait_s: seconds spent waiting for emitted tokens to arrive from the device (V2).
+        proposers: counters of each.
+    """
 
     steps: int = 0
     emitted: int = 0
     request_steps: int = 0
     live_requests: int = 0
+    wait_s: float = 0.0
     proposers: dict[str, ProposerStats] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,7 +170,7 @@ class Drafting:
             if source is not None and draft:
                 stats = self.stats.proposers[source]
                 stats.drafted += len(draft)
-                stats.accepted += emitted - 1
+                stats.accepted += min(emitted - 1, len(draft))  # padding behind a draft may happen to be right too
         for name, proposer in list(self._proposers.items()):
             if type(proposer).observe is Proposer.observe:
                 continue

@@ -35,6 +35,11 @@ class Child:
     def start(self, engine_args: dict[str, Any]) -> None:
         from vllm import LLM
 
+        if os.environ.get("TRITON_INTERPRET"):
+            # vLLM's own Triton kernel for top-k and top-p does not run under the interpreter; its PyTorch form does.
+            from vllm.v1.sample.ops import topk_topp_sampler
+
+            topk_topp_sampler.apply_top_k_top_p_triton = topk_topp_sampler.apply_top_k_top_p_pytorch
         self.llm = LLM(**engine_args)
 
     @property
@@ -74,12 +79,17 @@ class Child:
         from vllm_specplug.config import parse_settings
         from vllm_specplug.drafting import Drafting
 
-        drafter = self.runner.drafter
+        drafter = self.drafter
         drafter.drafting = Drafting(parse_settings(settings), drafter.drafting.context)
         drafter.drafting.warm_up()
 
+    @property
+    def drafter(self) -> Any:
+        """What our plugin attached to the runner, V1 or V2."""
+        return getattr(self.runner, "_specplug", None) or self.runner.speculator
+
     def stats(self) -> Any:
-        return self.runner.drafter.snapshot()
+        return self.drafter.snapshot()
 
     def metrics(self) -> dict[str, Any]:
         return {metric.name: getattr(metric, "value", None) for metric in self.llm.get_metrics()}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_specplug.proposers import DraftBatch, Drafts, Proposer, ProposerContext
+from vllm_specplug.proposers import DraftBatch, Drafts, Proposer, ProposerContext, Verified
 
 
 class RandomTokens(Proposer):
@@ -250,3 +250,60 @@ def first_tokens(
     finally:
         v1.install()
     return counts
+
+
+def keep_async_scheduling(child: Any) -> None:
+    """Before an engine starts here: leave vLLM's default of a GPU in place, which its CPU platform switches off."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def without_that(cls: Any, config: Any) -> None:
+        chosen = config.scheduler_config.async_scheduling
+        original(cls, config)
+        config.scheduler_config.async_scheduling = chosen
+
+    CpuPlatform.check_and_update_config = classmethod(without_that)
+
+
+class Recorder(RandomTokens):
+    """Drafts at random and writes down what it was told was verified."""
+
+    def __init__(self, context: ProposerContext) -> None:
+        super().__init__(context)
+        self.emitted: dict[str, list[int]] = {}
+        self.behind_a_rejected_draft = 0
+
+    def observe(self, verified: Verified) -> None:
+        for request_id, draft, targets, emitted in zip(
+            verified.request_ids, verified.draft_token_ids, verified.target_token_ids, verified.num_emitted, strict=True
+        ):
+            self.emitted.setdefault(request_id, []).extend(targets[:emitted])
+            assert emitted <= len(targets) <= len(draft) + 1
+            assert draft[: emitted - 1] == targets[: emitted - 1]
+            self.behind_a_rejected_draft += len(targets) - emitted
+
+
+def recorded(child: Any) -> dict[str, Any]:
+    """What the running engine's :class:`Recorder` wrote down."""
+    recorder = child.drafter.drafting._proposers["in_child.Recorder"]
+    return {"emitted": recorder.emitted, "behind_a_rejected_draft": recorder.behind_a_rejected_draft}
+
+
+def verify_in_chunks_of(child: Any, num_rows: int) -> None:
+    """As with a vocabulary so large that vLLM verifies only ``num_rows`` rows at a time; counts how often it did."""
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    original = rejection_sampler._iter_request_chunks
+    child.num_chunked = 0
+
+    def counting(*args: Any) -> Any:
+        child.num_chunked += 1
+        return original(*args)
+
+    rejection_sampler.get_max_chunk_logits = lambda vocab_size: num_rows
+    rejection_sampler._iter_request_chunks = counting
+
+
+def num_chunked_verifications(child: Any) -> int:
+    return int(child.num_chunked)

@@ -40,11 +40,30 @@ PROCESSOR_FEATURES: list[dict[str, Any]] = [
     {"min_p": 0.05, "logprobs": 2, "frequency_penalty": 0.3},
     {"logit_bias": {10: 4.0}, "top_p": 0.9, "bad_words": ["self"]},
 ]
+# The same for the V2 runner, whose kernels run slowly on a CPU: several features a request, few requests.
+V2_FEATURES: list[dict[str, Any]] = [
+    {},
+    {"top_k": 20, "top_p": 0.9},
+    {"min_p": 0.1, "logprobs": 2},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.6, "repetition_penalty": 1.2},
+    {"logit_bias": {199: 3.0, 300: -100.0, 45: 1.5}, "bad_words": ["self", " return"]},
+    {"allowed_token_ids": list(range(0, 4096, 5)), "logprobs": 0},
+    {"min_tokens": 8, "stop_token_ids": [199, 220, 221]},
+    {"n": 2, "top_p": 0.9},
+    {"json_schema": JSON_SCHEMA},
+    {"thinking_token_budget": 3},
+    {"prompt_logprobs": 1, "stop": ["def "]},
+]
 TEMPERATURES = [0.0, 0.6, 0.8, 1.0, 1.4]
 
 
-def requests(count: int, features: list[dict[str, Any]], first_seed: int = 0) -> list[dict[str, Any]]:
-    """``count`` requests: every feature at every temperature in turn, prompts of 30 to 300 tokens."""
+def requests(
+    count: int, features: list[dict[str, Any]], first_seed: int = 0, longest: int = 44
+) -> list[dict[str, Any]]:
+    """``count`` requests: every feature at every temperature in turn, prompts of 30 to 300 tokens.
+
+    The longest output has ``longest`` tokens, the shortest 28 fewer but at least 6.
+    """
     chooser = random.Random(first_seed)
     prompts = corpus.held_out_prompts(48, 900)
     made = []
@@ -54,7 +73,7 @@ def requests(count: int, features: list[dict[str, Any]], first_seed: int = 0) ->
         if params["temperature"] == 0.0 and "n" in params:
             params["temperature"] = 0.9  # vLLM refuses n > 1 for greedy requests
         params["seed"] = first_seed + index
-        params["max_tokens"] = chooser.randint(16, 44)
+        params["max_tokens"] = chooser.randint(max(6, longest - 28), longest)
         params.setdefault("ignore_eos", chooser.random() < 0.5)
         prompt = prompts[index % len(prompts)]
         made.append({"prompt": prompt[: chooser.randint(120, len(prompt))], "params": params})

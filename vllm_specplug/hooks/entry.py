@@ -1,4 +1,7 @@
-"""Configuration: our spelling becomes vLLM's before vLLM builds its SpeculativeConfig. Active in every process."""
+"""Configuration: our keys become vLLM's before vLLM builds its SpeculativeConfig. Active in every process.
+
+Also here: which model runner a worker is about to build, and so whose hooks it needs.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import vllm
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import CpuArchEnum, current_platform
 
-from vllm_specplug.config import METHOD, SETTINGS_KEY, Settings, check_request_options, parse_settings
+from vllm_specplug.config import METHOD, SETTINGS_KEY, Settings, check_request_options, parse_settings, settings_of
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.hooks import seams
 from vllm_specplug.proposers.base import ProposerContext
@@ -21,6 +24,10 @@ from vllm_specplug.registry import NEEDS_DATASTORE, PROPOSERS
 COUPLED_DRAFTER = "vllm_specplug.Proposer"
 REJECTION_DRAFTER = "vllm_specplug.ProposerWithRejection"
 _DRAFTERS = (COUPLED_DRAFTER, REJECTION_DRAFTER)
+NATIVE_METHODS = ("ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3", "mtp", "medusa")
+"""vLLM's own drafters that our samplers verify: whatever of them the installed vLLM and model runner have."""
+
+_SAMPLER_MARK = "_specplug_sampler"  # on vLLM's SpeculativeConfig: all that a request's validation gets to see
 
 _patches = seams.Patches()
 logger = logging.getLogger("vllm.specplug")
@@ -33,6 +40,10 @@ def install() -> None:
         seams.PROCESS_SEAMS,
         {
             "EngineArgs.create_speculative_config": _create_speculative_config,
+            "EngineArgs.create_engine_config": _create_engine_config,
+            "VllmConfig.__post_init__": _post_init,
+            "VllmConfig._get_v2_model_runner_unsupported_features": _unsupported_features,
+            "WorkerWrapperBase.init_device": _init_device,
             "SamplingParams._validate_spec_decode": _validate_spec_decode,
             "_rebind_kernels": _rebind_kernels,
         },
@@ -41,9 +52,10 @@ def install() -> None:
 
 def uninstall() -> None:
     """Put vLLM's own functions back, the model runner's too where they were wrapped in this process."""
-    runner_hooks = sys.modules.get("vllm_specplug.hooks.v1")
-    if runner_hooks is not None:
-        runner_hooks.patches.undo()
+    for module in ("vllm_specplug.hooks.v1", "vllm_specplug.hooks.v2"):
+        runner_hooks = sys.modules.get(module)
+        if runner_hooks is not None:
+            runner_hooks.patches.undo()
     _patches.undo()
 
 
@@ -53,8 +65,10 @@ def is_ours(speculative_config: Any) -> bool:
 
 
 def is_coupled(speculative_config: Any) -> bool:
-    """True when that drafter runs under a coupled verifier, which draws every row like an ordinary sampling step."""
-    return is_ours(speculative_config) and speculative_config.model == COUPLED_DRAFTER
+    """True when a coupled verifier is at work, which draws every row like an ordinary sampling step."""
+    if is_ours(speculative_config):
+        return bool(speculative_config.model == COUPLED_DRAFTER)
+    return getattr(speculative_config, _SAMPLER_MARK, "rejection") != "rejection"
 
 
 def _create_speculative_config(
@@ -66,7 +80,6 @@ def _create_speculative_config(
     model = given.get("model", self.spec_model)
     if method == METHOD or model in _DRAFTERS:
         settings = _read(given, self, method, model)
-        check_platform(settings, target_model_config)
         settings = check_datastore(settings, target_model_config)
         check_proposers(settings, target_model_config)
         self.additional_config = {**(self.additional_config or {}), SETTINGS_KEY: settings.to_dict()}
@@ -76,12 +89,43 @@ def _create_speculative_config(
             "num_speculative_tokens": settings.num_speculative_tokens,
         }
         self.spec_method = self.spec_model = self.spec_tokens = None
-    elif given and (ours := sorted(set(given) & (set(Settings.model_fields) - {"num_speculative_tokens"}))):
+        return original(self, target_model_config, target_parallel_config)
+    if not (given or method or model):
+        return original(self, target_model_config, target_parallel_config)
+    settings_beside = _read_beside_native(given, self, method)
+    if settings_beside is None:
+        return original(self, target_model_config, target_parallel_config)
+    self.speculative_config = {key: value for key, value in given.items() if key.replace("-", "_") not in _OUR_KEYS}
+    config = original(self, target_model_config, target_parallel_config)
+    if config.method not in NATIVE_METHODS:
         raise ConfigurationError(
-            f"speculative_config: {', '.join(ours)} given with method {method!r}; these keys belong to "
-            f'"method": "{METHOD}".'
+            f"speculative_config: sampler {settings_beside.sampler!r} cannot verify the drafts of method "
+            f"{config.method!r}; it can verify those of {', '.join((METHOD, *NATIVE_METHODS))}."
         )
-    return original(self, target_model_config, target_parallel_config)
+    known = settings_beside.model_copy(update={"num_speculative_tokens": config.num_speculative_tokens})
+    self.additional_config = {**(self.additional_config or {}), SETTINGS_KEY: known.to_dict()}
+    setattr(config, _SAMPLER_MARK, settings_beside.sampler)
+    return config
+
+
+_OUR_KEYS = frozenset(Settings.model_fields) - {"num_speculative_tokens"}
+
+
+def _read_beside_native(given: dict[str, Any], engine_args: Any, method: Any) -> Settings | None:
+    """The sampler that shall verify one of vLLM's own drafters; None where nothing of ours was asked for."""
+    ours = {key.replace("-", "_"): value for key, value in given.items() if key.replace("-", "_") in _OUR_KEYS}
+    elsewhere = (engine_args.additional_config or {}).get(SETTINGS_KEY)
+    if not ours and elsewhere is None:
+        return None
+    if unfit := sorted(set(ours) - {"sampler"}):
+        raise ConfigurationError(
+            f"speculative_config: {', '.join(unfit)} given with method {method!r}; beside vLLM's own drafters only "
+            f'\'sampler\' can be given. Proposers of this plugin draft with "method": "{METHOD}".'
+        )
+    if elsewhere is not None and not isinstance(elsewhere, dict):
+        raise ConfigurationError(f"additional_config[{SETTINGS_KEY!r}] must be a dictionary, was given {elsewhere!r}.")
+    sampler = ours.get("sampler", (elsewhere or {}).get("sampler", Settings.model_fields["sampler"].default))
+    return parse_settings({"sampler": sampler, "proposers": []})
 
 
 def _read(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> Settings:
@@ -117,23 +161,88 @@ def _read(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> S
     return parse_settings({**elsewhere, **data})
 
 
-def check_platform(settings: Settings, model_config: Any) -> None:
-    """Raise ConfigurationError where the coupled verifier would not draw what vLLM's sampler draws."""
-    if not settings.is_coupled:
+def check_engine(config: Any) -> None:
+    """Raise ConfigurationError where the coupled verifier would not draw what vLLM's sampler draws.
+
+    Args:
+        config: vLLM's complete VllmConfig; only now the model runner is known.
+    """
+    settings = settings_of(config.additional_config)
+    if settings is None or not settings.is_coupled or config.speculative_config is None:
         return
-    unfit = ""
+    unfit = _unfit_v2(config) if config.use_v2_model_runner else _unfit_v1(config)
+    if unfit:
+        raise ConfigurationError(
+            f"speculative_config: sampler {settings.sampler!r} draws every token as vLLM's sampler would; {unfit}. "
+            'Leave that out, or give "sampler": "rejection": vLLM\'s own verifier, lossless but not drafter-invariant.'
+        )
+
+
+def _unfit_v1(config: Any) -> str:
+    """Why the V1 runner cannot be coupled ("" when it can): its noise is only reproduced on the CPU."""
     if not current_platform.is_cpu() or current_platform.get_cpu_architecture() not in (
         CpuArchEnum.X86,
         CpuArchEnum.ARM,
     ):
-        unfit = f"on {current_platform.device_name}, vLLM's sampler draws other noise"
-    elif model_config.use_fp64_gumbel:
-        unfit = "use_fp64_gumbel draws other noise"
-    if unfit:
-        raise ConfigurationError(
-            f"speculative_config: sampler {settings.sampler!r} reproduces vLLM's CPU sampler; {unfit}. "
-            'Give "sampler": "rejection" here: vLLM\'s own verifier, lossless but not drafter-invariant.'
-        )
+        return f"on {current_platform.device_name} that needs Model Runner V2, and V1 was chosen"
+    if config.model_config.use_fp64_gumbel:
+        return "use_fp64_gumbel draws other noise on this runner"
+    return ""
+
+
+def _unfit_v2(config: Any) -> str:
+    """Why the V2 runner cannot be coupled ("" when it can)."""
+    speculative_config = config.speculative_config
+    if getattr(config, "watermark_config", None) is not None:
+        return "watermarking draws its own noise"
+    if getattr(config.model_config, "is_diffusion", False):
+        return "diffusion models bring a sampler of their own"
+    if getattr(config.model_config, "enable_trace_replay", False):
+        return "trace replay forces tokens instead of drawing them"
+    if speculative_config.rejection_sample_method != "standard":
+        return f"rejection_sample_method {speculative_config.rejection_sample_method!r} is a verifier of its own"
+    if speculative_config.enable_adaptive_verification:
+        return "adaptive verification is not tested with it"
+    return ""
+
+
+def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    config = original(self, *args, **kwargs)
+    check_engine(config)
+    return config
+
+
+def _post_init(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """vLLM 0.32 keeps async scheduling to a list of its own methods; on V2 our drafter is none the worse for it."""
+    if not (is_ours(self.speculative_config) and self.use_v2_model_runner):
+        return original(self, *args, **kwargs)
+    from vllm.config import vllm as module
+
+    methods = module.NgramGPUTypes
+    module.NgramGPUTypes = Literal[(*get_args(methods), "custom_class")]
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        module.NgramGPUTypes = methods
+
+
+def _unsupported_features(original: Callable[..., Any], self: Any) -> Any:
+    features = original(self)
+    if is_ours(self.speculative_config):
+        return [feature for feature in features if "'custom_class'" not in feature]
+    return features
+
+
+def _init_device(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """A worker is about to build its model runner: the last moment to wrap it, and only where it is ours to wrap."""
+    config = self.vllm_config
+    if config is not None and config.speculative_config is not None and settings_of(config.additional_config):
+        if config.use_v2_model_runner:
+            from vllm_specplug.hooks import v2 as hooks
+        else:
+            from vllm_specplug.hooks import v1 as hooks  # type: ignore[no-redef]
+        hooks.install()
+    return original(self, *args, **kwargs)
 
 
 def check_proposers(settings: Settings, model_config: Any) -> None:

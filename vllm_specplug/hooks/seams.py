@@ -42,6 +42,30 @@ PROCESS_SEAMS = (
         "takes our keys out of speculative_config, validates them, and hands vLLM a custom_class drafter",
     ),
     Seam(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_engine_config",
+        ("self",),
+        "afterwards the model runner is known: refuses by name what our verifier cannot serve, before a model loads",
+    ),
+    Seam(
+        "vllm.config.vllm",
+        "VllmConfig.__post_init__",
+        ("self",),
+        "on V2 our drafter keeps async scheduling: the list NgramGPUTypes of vLLM 0.32 holds our method meanwhile",
+    ),
+    Seam(
+        "vllm.config.vllm",
+        "VllmConfig._get_v2_model_runner_unsupported_features",
+        ("self",),
+        "custom_class is taken off V2's list of unsupported methods where the class is ours",
+    ),
+    Seam(
+        "vllm.v1.worker.worker_base",
+        "WorkerWrapperBase.init_device",
+        ("self",),
+        "a worker is about to build its model runner: wraps that runner's seams where our settings travel with it",
+    ),
+    Seam(
         "vllm.sampling_params",
         "SamplingParams._validate_spec_decode",
         ("self", "speculative_config"),
@@ -89,7 +113,53 @@ V1_SEAMS = (
         "returns uninitialised memory on the CPU of vLLM 0.32; repeats the values instead",
     ),
 )
-"""Wrapped when vLLM's V1 model runner builds our drafter."""
+"""Wrapped in a worker that is about to build a V1 model runner with our settings."""
+
+V2_SEAMS = (
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "init_speculator",
+        ("vllm_config", "device", "req_states"),
+        "builds our drafter; makes a sampling drafter of vLLM's share the target's noise",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "RejectionSampler",
+        ("sampler", "spec_config", "device", "watermark_key"),
+        "builds our verifier, a subclass, where the sampler is a coupling",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.load_model",
+        ("self", "load_dummy_weights"),
+        "afterwards the runner has its verifier: connects it with the drafter and says what is active",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.add_requests",
+        ("self", "scheduler_output"),
+        "new and resumed requests: their tokens so far and their options, for the drafter's copy on the host",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.finish_requests",
+        ("self", "scheduler_output"),
+        "requests that finished, were aborted or preempted: frees what the drafter keeps for them",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.prepare_inputs",
+        ("self", "scheduler_output"),
+        "drafts must be in place now: until here the device worked while the host was free",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.utils",
+        "DraftTokensHandler.get_draft_tokens",
+        ("self",),
+        "without async scheduling the scheduler learns how long each draft really is",
+    ),
+)
+"""Wrapped in a worker that is about to build a V2 model runner with our settings."""
 
 
 def check_version(version: str) -> None:

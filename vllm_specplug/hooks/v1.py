@@ -1,7 +1,7 @@
 """vLLM's V1 model runner: our drafter in place of its own, our verifier in place of its rejection sampler.
 
 Tokens flow: target logits of every verified row -> :class:`CoupledVerifier` (the target's own token of every row,
-accepted while equal) -> vLLM's bookkeeping -> :class:`Proposer` (drafts of the next step).
+accepted while equal) -> vLLM's bookkeeping -> :class:`Proposer` or one of vLLM's own drafters (the next drafts).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from vllm.v1.sample.logits_processor.builtin import (
 )
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
-from vllm.v1.sample.sampler import Sampler
+from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
 
 from vllm_specplug.config import SPECULATE_OPTION, Settings, settings_of
 from vllm_specplug.drafting import Drafting
 from vllm_specplug.hooks import seams
 from vllm_specplug.hooks.entry import is_coupled
-from vllm_specplug.proposers.base import DraftBatch, ProposerContext, Verified
+from vllm_specplug.proposers.base import DraftBatch, ProposerContext, Verified, read_only
 from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal
 from vllm_specplug.samplers.gumbel import SeedStream
 
@@ -47,7 +47,51 @@ class _Request:
     max_total_tokens: int
 
 
-class Proposer:
+class Attachment:
+    """What this plugin keeps in a runner: its verifier, its counters, and a hand in the noise of sampling drafters.
+
+    Args:
+        settings: ours, from ``additional_config``.
+        drafting: the proposers; none where one of vLLM's own drafters is at work.
+    """
+
+    def __init__(self, settings: Settings, drafting: Drafting) -> None:
+        self.settings = settings
+        self.drafting = drafting
+        self.verifier: CoupledVerifier | ObservedRejection | None = None
+        self._runner: Any = None
+
+    def attach(self, runner: Any) -> None:
+        """Put the verifier in place. Called once the runner can serve."""
+        if self.settings.is_coupled:
+            self.verifier = CoupledVerifier(runner, self)
+            _share_noise(runner.drafter, self.verifier)
+        else:
+            self.verifier = ObservedRejection(runner, self, runner.rejection_sampler)
+        runner.rejection_sampler = self.verifier
+        runner._specplug = self
+        self._runner = runner
+
+    def describe_sampler(self) -> str:
+        """The sampler in the words of the start-up line."""
+        kind = "drafter-invariant" if self.settings.is_coupled else "vLLM's own verifier"
+        return f"runner V1, sampler {self.settings.sampler} ({kind})"
+
+    def finish(self, request_id: str) -> None:
+        """The engine forgot this request: so do we."""
+        if isinstance(self.verifier, CoupledVerifier):
+            self.verifier.finish(request_id)
+        self.drafting.finish([request_id])
+
+    def snapshot(self) -> dict[str, Any]:
+        """Counters of this worker, and how many requests hold state in it."""
+        counters = self.drafting.snapshot()
+        if isinstance(self.verifier, CoupledVerifier):
+            counters["live_requests"] = max(counters["live_requests"], self.verifier.num_streams)
+        return counters
+
+
+class Proposer(Attachment):
     """The drafter that vLLM's runner builds for ``"method": "custom_class"``, under a coupled verifier.
 
     Args:
@@ -55,50 +99,29 @@ class Proposer:
     """
 
     def __init__(self, vllm_config: Any) -> None:
-        install()
         speculative_config = vllm_config.speculative_config
         model_config = vllm_config.model_config
-        settings = settings_of(vllm_config.additional_config) or Settings(
-            num_speculative_tokens=speculative_config.num_speculative_tokens
-        )
-        self.settings = settings
+        settings = settings_of(vllm_config.additional_config)
+        assert settings is not None  # taken in when the configuration was made, in either spelling
         self.num_speculative_tokens = int(speculative_config.num_speculative_tokens)
         self.max_model_len = int(model_config.max_model_len)
-        self.drafting = Drafting(
-            settings,
-            ProposerContext(
-                vocab_size=model_config.get_vocab_size(),
-                num_speculative_tokens=self.num_speculative_tokens,
-                max_num_requests=vllm_config.scheduler_config.max_num_seqs,
-                max_model_len=self.max_model_len,
-            ),
-        )
-        self._runner: Any = None
+        super().__init__(settings, Drafting(settings, _context(vllm_config)))
         self._requests: dict[str, _Request] = {}
-        self.verifier: CoupledVerifier | ObservedRejection | None = None
 
     def load_model(self, *_: Any, **__: Any) -> None:
         """vLLM's CPU runner asks every drafter to load its model; there is none."""
 
     def attach(self, runner: Any) -> None:
-        """Put the verifier in place and say what is active. Called once the runner can serve."""
-        if self._runner is runner:
-            return
-        self._runner = runner
-        if self.settings.is_coupled:
-            self.verifier = CoupledVerifier(runner, self)
-        else:
-            self.verifier = ObservedRejection(runner, self, runner.rejection_sampler)
-        runner.rejection_sampler = self.verifier
+        """Put the verifier in place, warm up, and say what is active."""
+        super().attach(runner)
         # vLLM drops everyone's drafts once one request is within k tokens of max_model_len; propose() limits each
         # request by itself, so that rule has nothing left to protect.
         runner.effective_drafter_max_model_len = self.max_model_len + self.num_speculative_tokens + 1
         start = time.perf_counter()
         self.drafting.warm_up()
         logger.info(
-            "specplug is active: runner V1, sampler %s (%s), proposers: %s; up to %d draft tokens (warm-up %.1f s)",
-            self.settings.sampler,
-            "drafter-invariant" if self.settings.is_coupled else "vLLM's own verifier",
+            "specplug is active: %s, proposers: %s; up to %d draft tokens (warm-up %.1f s)",
+            self.describe_sampler(),
             self.drafting.describe(),
             self.num_speculative_tokens,
             time.perf_counter() - start,
@@ -140,11 +163,11 @@ class Proposer:
         index = np.array(rows, dtype=np.int64)
         batch = DraftBatch(
             request_ids=tuple(input_batch.req_ids[row] for row in rows),
-            token_ids=_read_only(token_ids_cpu),
-            rows=_read_only(index),
-            num_tokens=_read_only(num_tokens_no_spec[index].astype(np.int64)),
-            num_prompt_tokens=_read_only(input_batch.num_prompt_tokens[index].astype(np.int64)),
-            max_draft_tokens=_read_only(np.array(limits, dtype=np.int64)),
+            token_ids=read_only(token_ids_cpu),
+            rows=read_only(index),
+            num_tokens=read_only(num_tokens_no_spec[index].astype(np.int64)),
+            num_prompt_tokens=read_only(input_batch.num_prompt_tokens[index].astype(np.int64)),
+            max_draft_tokens=read_only(np.array(limits, dtype=np.int64)),
             options=tuple(request.options for request in requests),
         )
         for row, draft in zip(rows, self.drafting.propose(batch), strict=True):
@@ -154,16 +177,12 @@ class Proposer:
     def finish(self, request_id: str) -> None:
         """The engine forgot this request: so do we."""
         self._requests.pop(request_id, None)
-        if isinstance(self.verifier, CoupledVerifier):
-            self.verifier.finish(request_id)
-        self.drafting.finish([request_id])
+        super().finish(request_id)
 
     def snapshot(self) -> dict[str, Any]:
         """Counters of this worker, and how many requests hold state in it."""
-        counters = self.drafting.snapshot()
+        counters = super().snapshot()
         counters["live_requests"] = max(counters["live_requests"], len(self._requests))
-        if isinstance(self.verifier, CoupledVerifier):
-            counters["live_requests"] = max(counters["live_requests"], self.verifier.num_streams)
         return counters
 
     def _request(self, request_id: str) -> _Request:
@@ -182,6 +201,15 @@ class Proposer:
 
 class ProposerWithRejection(Proposer):
     """The same drafter in front of vLLM's own rejection sampler (``"sampler": "rejection"``)."""
+
+
+def _context(vllm_config: Any) -> ProposerContext:
+    return ProposerContext(
+        vocab_size=vllm_config.model_config.get_vocab_size(),
+        num_speculative_tokens=int(vllm_config.speculative_config.num_speculative_tokens),
+        max_num_requests=vllm_config.scheduler_config.max_num_seqs,
+        max_model_len=int(vllm_config.model_config.max_model_len),
+    )
 
 
 class _KeyedSampler(TopKTopPSampler):  # type: ignore[misc]
@@ -255,9 +283,9 @@ class CoupledVerifier:
     speculation, until every request has met its first rejected draft.
     """
 
-    def __init__(self, runner: Any, drafter: Proposer) -> None:
+    def __init__(self, runner: Any, attachment: Attachment) -> None:
         self._runner = runner
-        self._drafter = drafter
+        self._attachment = attachment
         stock: Sampler = runner.sampler
         self._stock = runner.rejection_sampler
         self._noise = _SeededNoise()
@@ -273,6 +301,27 @@ class CoupledVerifier:
     def finish(self, request_id: str) -> None:
         """Drop the request's stream of seeds."""
         self._noise.finish(request_id)
+
+    def draw_ahead(self, logits: torch.Tensor, num_rows: int, depth: int) -> torch.Tensor:
+        """What the noise of coming tokens makes of other logits: a drafter's.
+
+        Args:
+            logits: ``[num_requests * num_rows, vocab]`` of all requests of the batch, temperature applied.
+            num_rows: consecutive tokens of each request.
+            depth: the first of them, counted from the request's next output token.
+        """
+        runner = self._runner
+        num_requests = len(logits) // num_rows
+        draws = [
+            (
+                request_id,
+                None if request_id in runner.input_batch.greedy_reqs else runner.requests[request_id],
+                num_rows,
+            )
+            for request_id in runner.input_batch.req_ids[:num_requests]
+        ]
+        # A prompt that is not complete yet reads its first seeds ahead; reading consumes none.
+        return self._noise.rows(draws, depth)(logits)
 
     def __call__(
         self,
@@ -305,7 +354,7 @@ class CoupledVerifier:
         for index in settled:
             if states[index] is not None:
                 self._noise.consume(request_ids[index], emitted[index])
-        self._drafter.drafting.observe(
+        self._attachment.drafting.observe(
             Verified(
                 [request_ids[index] for index in settled],
                 [drafts[index] for index in settled],
@@ -400,9 +449,9 @@ class CoupledVerifier:
 class ObservedRejection:
     """vLLM's own rejection sampler, with what it accepted reported to the proposers."""
 
-    def __init__(self, runner: Any, drafter: Proposer, stock: Any) -> None:
+    def __init__(self, runner: Any, attachment: Attachment, stock: Any) -> None:
         self._runner = runner
-        self._drafter = drafter
+        self._attachment = attachment
         self._stock = stock
 
     def __call__(self, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> SamplerOutput:
@@ -417,7 +466,7 @@ class ObservedRejection:
         kept = [[token for token in row if token != REJECTED] for row in output.sampled_token_ids.tolist()]
         drafts = _real_drafts(metadata)
         settled = [index for index, skip in enumerate(prefilling) if not skip]
-        self._drafter.drafting.observe(
+        self._attachment.drafting.observe(
             Verified(
                 [runner.input_batch.req_ids[index] for index in settled],
                 [drafts[index] for index in settled],
@@ -426,6 +475,52 @@ class ObservedRejection:
             )
         )
         return output
+
+
+class _SharedNoise:
+    """Makes a sampling drafter of vLLM's choose each token with the noise that the verifier will use there.
+
+    vLLM draws the draft's noise afresh, which the classic rule needs; under accept-if-equal the same noise is what
+    makes draft and target agree, and the tokens that come out are the target's alone either way.
+
+    Args:
+        drafter: one of vLLM's model drafters with ``draft_sample_method: probabilistic``.
+        verifier: knows the seeds of the coming tokens.
+    """
+
+    def __init__(self, drafter: Any, verifier: CoupledVerifier) -> None:
+        self._verifier = verifier
+        self._propose = drafter.propose
+        self._depth = 0
+        drafter.propose = self.propose
+        drafter._sample_from_logits = self.sample
+
+    def propose(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own; a new draft begins with the next output token."""
+        self._depth = 0
+        return self._propose(*args, **kwargs)
+
+    def sample(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> tuple[torch.Tensor, None]:
+        """Draft tokens ``[num_rows]`` for draft logits ``[num_rows, vocab]``; no probabilities are kept.
+
+        One row a request for each depth in turn, or, with parallel drafting, all depths of a request in a row.
+        """
+        greedy = logits.argmax(dim=-1)
+        temperature = sampling_metadata.temperature
+        if sampling_metadata.all_greedy or temperature is None:
+            return greedy, None
+        depths = len(logits) // len(temperature)
+        temperature = temperature.repeat_interleave(depths)
+        is_greedy = temperature < _SAMPLING_EPS
+        scaled = logits.to(torch.float32) / torch.where(is_greedy, 1.0, temperature)[:, None]
+        sampled = self._verifier.draw_ahead(scaled, depths, self._depth)
+        self._depth += depths
+        return torch.where(is_greedy, greedy, sampled), None
+
+
+def _share_noise(drafter: Any, verifier: CoupledVerifier) -> None:
+    if getattr(drafter, "_enable_probabilistic_draft_probs", False):
+        _SharedNoise(drafter, verifier)
 
 
 def _is_active(processor: Any) -> bool:
@@ -442,12 +537,6 @@ def _is_active(processor: Any) -> bool:
 def _budgets(sampling_metadata: SamplingMetadata) -> bool:
     holder = sampling_metadata.thinking_budget_state_holder
     return holder is not None and bool(holder.has_tracked_requests())
-
-
-def _read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    view = array.view()
-    view.flags.writeable = False  # the table of tokens is the engine's own: a proposer must not be able to change it
-    return view
 
 
 def _real_drafts(metadata: Any) -> list[list[int]]:
@@ -525,21 +614,32 @@ def install() -> None:
     )
 
 
-def _drafter_of(runner: Any) -> Proposer | None:
-    drafter = getattr(runner, "drafter", None)
-    return drafter if isinstance(drafter, Proposer) else None
+def _attachment_of(runner: Any) -> Attachment | None:
+    return getattr(runner, "_specplug", None)
 
 
 def _initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(self, *args, **kwargs)
-    drafter = _drafter_of(self)
-    if drafter is not None:
+    drafter = getattr(self, "drafter", None)
+    if drafter is None or _attachment_of(self) is not None:
+        return result
+    if isinstance(drafter, Proposer):
         drafter.attach(self)
+    elif settings := settings_of(self.vllm_config.additional_config):
+        attachment = Attachment(settings, Drafting(settings, _context(self.vllm_config)))
+        attachment.attach(self)
+        config = self.vllm_config.speculative_config
+        logger.info(
+            "specplug is active: %s verifies the drafts of vLLM's %s (%s)",
+            attachment.describe_sampler(),
+            config.method,
+            config.draft_sample_method,
+        )
     return result
 
 
 def _bookkeeping_sync(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    if _drafter_of(self) is None:
+    if _attachment_of(self) is None:
         return original(self, *args, **kwargs)
     # Bookkeeping would take back the draw of half-prefilled requests. Our verifiers never draw for them.
     generators = self.input_batch.generators
@@ -551,9 +651,9 @@ def _bookkeeping_sync(original: Callable[..., Any], self: Any, *args: Any, **kwa
 
 
 def _on_request_state_removed(original: Callable[..., Any], self: Any, req_id: str, req_state: Any) -> Any:
-    drafter = _drafter_of(self)
-    if drafter is not None:
-        drafter.finish(req_id)
+    attachment = _attachment_of(self)
+    if attachment is not None:
+        attachment.finish(req_id)
     return original(self, req_id, req_state)
 
 

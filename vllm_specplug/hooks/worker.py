@@ -15,6 +15,7 @@ class WorkerExtension:
 
         ``live_requests`` is the number of requests that hold state in proposers or verifier: 0 once all have ended.
         """
-        drafter = getattr(self.model_runner, "drafter", None)
-        snapshot = getattr(drafter, "snapshot", None)
+        runner = self.model_runner
+        attached = getattr(runner, "_specplug", None) or getattr(runner, "speculator", None)
+        snapshot = getattr(attached, "snapshot", None)
         return None if snapshot is None else snapshot()

@@ -1,0 +1,232 @@
+"""The promise on Model Runner V2, vLLM's default on GPUs: same tokens as stock V2, whoever drafts.
+
+No GPU is needed: the runner's kernels, vLLM's and ours, run under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from compare import assert_close_logprobs, assert_same
+from harness import ENGINE_ARGS, Engine, EngineError
+from requests_matrix import V2_FEATURES, requests
+
+from vllm_specplug.tiny_models import draft_path, target_path
+
+pytestmark = pytest.mark.engine
+
+NUM_DRAFT = 3
+SPECPLUG = {"method": "specplug", "num_speculative_tokens": NUM_DRAFT, "proposers": []}
+SIZES = {"max_model_len": 384, "max_num_seqs": 12, "max_num_batched_tokens": 1024}
+# A budget of reasoning tokens needs words that begin and end reasoning; any will do for a model that knows none.
+ROOMY = {**SIZES, "reasoning_config": {"reasoning_start_str": "def", "reasoning_end_str": "\n"}}
+# Small enough for preemption, prompts prefilled in pieces, cached prefixes of earlier requests in the way.
+TIGHT = {**ROOMY, "num_gpu_blocks_override": 6, "max_num_batched_tokens": 96, "enable_chunked_prefill": True}
+
+SENT = requests(22, V2_FEATURES, first_seed=500, longest=12)
+PROPOSERS = ["none", "rest", "ngram", "random", "oracle"]
+
+
+@pytest.fixture(scope="module")
+def stock() -> Iterator[list[dict[str, Any]]]:
+    with Engine(ROOMY, plugin=False, v2=True) as engine:
+        yield engine.generate(SENT)
+
+
+@pytest.fixture(scope="module")
+def files(stock: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Paths: what the oracle knows, and a token store."""
+    from transformers import AutoTokenizer
+
+    from vllm_specplug import corpus
+    from vllm_specplug.proposers.datastore import DatastoreWriter, Piece, add_texts, tokenizer_fingerprint
+
+    folder = tmp_path_factory.mktemp("v2")
+    sequences = [o["prompt_token_ids"] + sequence["token_ids"] for o in stock for sequence in o["outputs"]]
+    (folder / "sequences.json").write_text(json.dumps(sequences))
+    tokenizer = AutoTokenizer.from_pretrained(target_path())
+    store = folder / "stdlib.specstore"
+    texts = (corpus.read_text(path) for path in corpus.standard_library_sources()[:40])
+    with DatastoreWriter(store, vocab_size=len(tokenizer), fingerprint=tokenizer_fingerprint(tokenizer)) as writer:
+        add_texts(writer, tokenizer, (Piece(text, True) for text in texts if text))
+        writer.finish()
+    return {"sequences": str(folder / "sequences.json"), "store": str(store)}
+
+
+def drafting(name: str, files: dict[str, str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {"num_speculative_tokens": NUM_DRAFT}
+    if name == "rest":
+        return {**settings, "proposers": ["rest"], "datastore": files["store"]}
+    entries: dict[str, list[Any]] = {
+        "none": [],
+        "ngram": ["ngram"],
+        "random": ["in_child.RandomTokens"],
+        "oracle": [{"name": "in_child.Oracle", "sequences": files["sequences"]}],
+    }
+    return {**settings, "proposers": entries[name]}
+
+
+def start(arguments: dict[str, Any], *, asynchronous: bool) -> Engine:
+    engine = Engine(v2=True)
+    try:
+        if asynchronous:
+            engine.send("call", "keep_async_scheduling")
+        engine.send("start", {**ENGINE_ARGS, **arguments})
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+@pytest.fixture(scope="module")
+def roomy() -> Iterator[Engine]:
+    with start({**ROOMY, "speculative_config": SPECPLUG}, asynchronous=False) as engine:
+        assert "runner V2, sampler gumbel (drafter-invariant)" in engine.tail(100_000)
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def tight() -> Iterator[Engine]:
+    """As on a GPU: async scheduling. And what is small elsewhere: a cache with preemptions, verification in chunks."""
+    with start({**TIGHT, "speculative_config": SPECPLUG}, asynchronous=True) as engine:
+        assert "async scheduling on" in engine.tail(100_000)
+        engine.send("call", "verify_in_chunks_of", 7)
+        yield engine
+
+
+def check(ours: list[dict[str, Any]], stock: list[dict[str, Any]], what: str) -> None:
+    assert_same(ours, stock, what, SENT)
+    compared = 0
+    for mine, theirs in zip(ours, stock, strict=True):
+        assert_close_logprobs(mine["prompt_logprobs"], theirs["prompt_logprobs"])
+        for a, b in zip(mine["outputs"], theirs["outputs"], strict=True):
+            compared += assert_close_logprobs(a["logprobs"], b["logprobs"])
+    assert compared > 20
+
+
+@pytest.mark.parametrize("cache", ["roomy", "tight"])
+@pytest.mark.parametrize("proposer", PROPOSERS)
+def test_same_tokens_as_stock_v2(
+    cache: str,
+    proposer: str,
+    stock: list[dict[str, Any]],
+    files: dict[str, str],
+    request: pytest.FixtureRequest,
+) -> None:
+    if cache == "tight" and proposer in ("none", "rest"):
+        pytest.skip("the slow runner's time goes to the drafters that matter under preemption")
+    engine: Engine = request.getfixturevalue(cache)
+    engine.send("set_drafting", drafting(proposer, files))
+    before = engine.send("metrics")
+    check(engine.generate(SENT, reset_prefix_cache=cache == "roomy"), stock, f"{proposer}, {cache}")
+    after, stats = engine.send("metrics"), engine.send("stats")
+    delta = {name: after[name] - before[name] for name in after if isinstance(after[name], int | float)}
+    drafted = sum(p["drafted"] for p in stats["proposers"].values())
+    accepted = sum(p["accepted"] for p in stats["proposers"].values())
+    assert (drafted > 0) == (proposer != "none")
+    if cache == "tight":
+        assert delta["vllm:num_preemptions"] > 0, "the cache was meant to be too small"
+        # Async scheduling reserves room for k draft tokens a request before it knows any draft.
+        assert delta["vllm:spec_decode_num_draft_tokens"] > drafted
+        assert engine.send("call", "num_chunked_verifications") > 0
+    else:
+        assert delta["vllm:spec_decode_num_draft_tokens"] == drafted
+    if proposer == "oracle":
+        # Every oracle draft is right; what is rejected lies behind the end of a request or of its grammar.
+        assert accepted >= 0.85 * drafted
+    if proposer == "random":
+        assert accepted < 0.05 * drafted
+
+
+def test_every_oracle_token_is_accepted(roomy: Engine, stock: list[dict[str, Any]], files: dict[str, str]) -> None:
+    """Requests that end by their length alone: no draft reaches beyond an end, so none may be rejected."""
+    roomy.send("set_drafting", drafting("oracle", files))
+    plain = [
+        index
+        for index, (request, output) in enumerate(zip(SENT, stock, strict=True))
+        if output["outputs"][0]["finish_reason"] == "length" and "json_schema" not in request["params"]
+    ]
+    assert len(plain) >= 8
+    sent = [
+        dict(SENT[index], params={**SENT[index]["params"], "n": 1})
+        for index in plain
+        if "n" not in SENT[index]["params"]
+    ]
+    roomy.generate(sent, reset_prefix_cache=True)
+    (counters,) = roomy.send("stats")["proposers"].values()
+    assert counters["drafted"] > 40
+    assert counters["accepted"] == counters["drafted"]
+
+
+@pytest.mark.parametrize("name", ["Raises", "OutsideVocabulary", "TooMany", "WritesTable"])
+def test_a_broken_proposer_changes_nothing(name: str, tight: Engine, stock: list[dict[str, Any]]) -> None:
+    tight.send("set_drafting", {"num_speculative_tokens": NUM_DRAFT, "proposers": [f"in_child.{name}", "ngram"]})
+    assert_same(tight.generate(SENT[:6]), stock[:6], name, SENT[:6])
+    stats = tight.send("stats")["proposers"]
+    assert stats[f"in_child.{name}"]["active"] == (name not in ("Raises", "WritesTable"))
+    assert stats["ngram"]["active"]
+
+
+def test_proposers_see_what_was_verified(roomy: Engine, stock: list[dict[str, Any]]) -> None:
+    """``observe()`` reports every token that came out, in order, and the target's choices behind a rejected draft."""
+    roomy.send("set_drafting", {"num_speculative_tokens": NUM_DRAFT, "proposers": ["in_child.Recorder"]})
+    sent = [r for r in SENT if not {"n", "json_schema", "stop"} & set(r["params"])][:6]
+    outputs = roomy.generate(sent, reset_prefix_cache=True)
+    records = roomy.send("call", "recorded")
+    told = sorted(tuple(tokens) for tokens in records["emitted"].values())
+    assert told == sorted(tuple(o["outputs"][0]["token_ids"]) for o in outputs)
+    assert records["behind_a_rejected_draft"] > 10
+
+
+def test_a_request_can_switch_speculation_off(roomy: Engine) -> None:
+    roomy.send("set_drafting", {"num_speculative_tokens": NUM_DRAFT, "proposers": ["in_child.RandomTokens"]})
+    params = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
+    roomy.generate([{"prompt": "import", "params": {**params, "extra_args": {"specplug_speculate": False}}}])
+    assert roomy.send("stats")["proposers"]["in_child.RandomTokens"]["chosen"] == 0
+    roomy.generate([{"prompt": "import", "params": params}])
+    assert roomy.send("stats")["proposers"]["in_child.RandomTokens"]["chosen"] > 0
+    # A finished request is forgotten at the start of the step after its last one.
+    assert roomy.send("stats")["live_requests"] <= 1
+
+
+@pytest.mark.parametrize("draft", ["itself", "tiny draft", "ngram"])
+def test_vllms_own_drafters(draft: str, stock: list[dict[str, Any]]) -> None:
+    config: dict[str, Any] = {"num_speculative_tokens": NUM_DRAFT, "sampler": "gumbel"}
+    if draft == "ngram":
+        config |= {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    else:
+        model = target_path() if draft == "itself" else draft_path()
+        config |= {"method": "draft_model", "model": str(model), "draft_sample_method": "probabilistic"}
+    with start({**ROOMY, "speculative_config": config}, asynchronous=False) as engine:
+        assert f"verifies the drafts of vLLM's {config['method']}" in engine.tail(100_000)
+        check(engine.generate(SENT), stock, draft)
+        before = engine.send("metrics")
+        # Sampling with the temperature alone, which is all that vLLM's drafters heed; 4, 8 or 12 more tokens, so that
+        # no draft reaches beyond the end of a request.
+        params = [{"temperature": t, "seed": s, "max_tokens": 1 + 4 * n, "ignore_eos": True}
+                  for s, (t, n) in enumerate([(0.0, 1), (0.5, 2), (1.0, 3), (1.5, 2), (1.0, 1)])]  # fmt: skip
+        engine.generate([{"prompt": r["prompt"], "params": p} for r, p in zip(SENT, params, strict=False)])
+        after = engine.send("metrics")
+        drafted, accepted = (
+            after[name] - before[name]
+            for name in ("vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens")
+        )
+        assert drafted > 20
+        if draft == "itself":
+            assert accepted == drafted, "draft and target share their noise: the same model draws the same tokens"
+
+
+def test_rejection_sampler_keeps_greedy_text(stock: list[dict[str, Any]]) -> None:
+    config = {**SPECPLUG, "sampler": "rejection", "proposers": ["ngram", "in_child.RandomTokens"]}
+    greedy = [i for i, r in enumerate(SENT) if r["params"]["temperature"] == 0.0
+              and not {"min_p", "logit_bias", "logprobs", "prompt_logprobs"} & set(r["params"])]  # fmt: skip
+    with start({**ROOMY, "speculative_config": config}, asynchronous=True) as engine:
+        sent = [SENT[i] for i in greedy]
+        assert len(sent) >= 3
+        assert_same(engine.generate(sent), [stock[i] for i in greedy], "rejection", sent)
+        with pytest.raises(EngineError, match="min_p and logit_bias"):
+            engine.generate([{"prompt": "x", "params": {"min_p": 0.2, "max_tokens": 2}}])
+        assert engine.generate([{"prompt": "x", "params": {"temperature": 1.0, "max_tokens": 3}}])

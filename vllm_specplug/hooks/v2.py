@@ -1,0 +1,524 @@
+"""vLLM's V2 model runner: our drafter in place of its own, our verifier in place of its rejection sampler.
+
+Tokens flow: target logits of every verified row -> :class:`CoupledVerifier` (the target's own token of every row,
+accepted while equal) -> vLLM's bookkeeping on the device -> one copy of what was emitted to the host ->
+:class:`Speculator` (drafts of the next step) -> one copy back.
+
+Under async scheduling the copy to the host starts when vLLM asks for drafts and is waited for only when the next step's
+inputs are made: in between, the device verifies while scheduler and worker do their host work.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.logger import init_logger
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator, DraftModelSpeculator
+
+from vllm_specplug.config import SPECULATE_OPTION, Settings, settings_of
+from vllm_specplug.drafting import Drafting
+from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.history import TokenHistory, TrackedRequest
+from vllm_specplug.hooks import seams
+from vllm_specplug.hooks.entry import is_coupled, is_ours
+from vllm_specplug.proposers.base import DraftBatch, ProposerContext, Verified, read_only
+from vllm_specplug.samplers.kernels import pack_emitted, verify_drafts
+
+logger = init_logger("vllm.specplug")
+patches = seams.Patches()
+
+
+class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
+    """Draws the target's token of every row exactly as vLLM would in an ordinary step, and keeps drafts while equal.
+
+    vLLM's noise is keyed by (request seed, position, token id), so that neither the draft nor its length can change a
+    token. Draft logits are neither read nor kept.
+    """
+
+    token_ids: torch.Tensor | None = None
+    """``[num_requests, num_speculative_tokens + 1]``: the target's tokens at all positions of the last step."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own call; what was drawn behind a rejected draft is kept for proposers that learn from it."""
+        output = super().__call__(*args, **kwargs)
+        self.token_ids = output.sampled_token_ids
+        return output
+
+    def _verify(
+        self,
+        logits: torch.Tensor,  # [num_rows, vocab]
+        draft_logits: torch.Tensor | None,
+        draft_sampled: torch.Tensor,  # [num_rows] input token of each row
+        pos: torch.Tensor,  # [num_rows]
+        cu_num_logits: torch.Tensor,  # [num_requests + 1]
+        idx_mapping: torch.Tensor,
+        idx_mapping_np: NDArray[np.intp],
+        expanded_idx_mapping: torch.Tensor,  # [num_rows]
+        expanded_local_pos: torch.Tensor,
+        seq_lens_upper_bound_np: NDArray[np.int32],
+        verify_draft_sampled: torch.Tensor,  # [num_rows] the same, -1 where a draft must not be accepted
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """vLLM's one method for a chunk of rows; returns processed logits, tokens and how many of them are emitted."""
+        sampler = self.sampler
+        processed = sampler.apply_sampling_params(
+            logits,
+            expanded_idx_mapping,
+            idx_mapping,
+            idx_mapping_np,
+            pos,
+            draft_sampled,
+            expanded_local_pos,
+            seq_lens_upper_bound_np,
+        )
+        targets = gumbel_sample(
+            processed,
+            expanded_idx_mapping,
+            sampler.sampling_states.temperature.gpu,
+            sampler.sampling_states.seeds.gpu,
+            pos,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=sampler.use_fp64_gumbel,
+        )
+        token_ids, num_emitted = verify_drafts(
+            targets, verify_draft_sampled, cu_num_logits, self.num_speculative_steps + 1
+        )
+        return processed, token_ids, num_emitted
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a step emitted, on its way to the host."""
+
+    request_ids: list[str]
+    rows: NDArray[np.int64]  # [n]
+    occupation: NDArray[np.int64]  # [n] of those rows then
+    num_verified: NDArray[np.int64]  # [n] draft rows that were verified
+    max_draft_tokens: int
+    packed: torch.Tensor | None  # [n, 2 + width] on the host; None on ranks that only receive drafts
+    arrived: Any
+
+
+class Speculator(BaseSpeculator):  # type: ignore[misc]
+    """The drafter that vLLM's V2 runner builds for our configuration.
+
+    Args:
+        vllm_config: vLLM's configuration; ours is in its ``additional_config``.
+        device: of the runner.
+        req_states: the runner's per-request tensors.
+    """
+
+    supports_mm_inputs = False
+    draft_logits = None
+
+    def __init__(self, vllm_config: Any, device: torch.device, req_states: Any) -> None:
+        settings = settings_of(vllm_config.additional_config)
+        assert settings is not None
+        self.settings: Settings = settings
+        self.device = device
+        self.num_speculative_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
+        self.max_model_len = int(vllm_config.model_config.max_model_len)
+        max_num_requests = int(vllm_config.scheduler_config.max_num_seqs)
+        self.is_async = bool(vllm_config.scheduler_config.async_scheduling)
+        self._req_states = req_states
+        self._width = self.num_speculative_tokens + 1
+        self.drafting = Drafting(
+            settings,
+            ProposerContext(
+                vocab_size=vllm_config.model_config.get_vocab_size(),
+                num_speculative_tokens=self.num_speculative_tokens,
+                max_num_requests=max_num_requests,
+                max_model_len=self.max_model_len,
+            ),
+        )
+        # A last step can emit a few tokens more than fit; there is room for them, so that nothing is written outside.
+        self.history = TokenHistory(max_num_requests, self.max_model_len + self._width)
+        self._drafts = torch.zeros((max_num_requests, self.num_speculative_tokens), dtype=torch.int64, device=device)
+        self._packed = torch.empty((max_num_requests, 2 + self._width), dtype=torch.int32, device=device)
+        self._on_host = torch.empty(self._packed.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._on_host_drafts = torch.empty(
+            (max_num_requests, 1 + self.num_speculative_tokens), dtype=torch.int32, pin_memory=device.type == "cuda"
+        )
+        self._pending: _Step | None = None
+        self._in_place: dict[str, list[int]] = {}  # request id -> its draft that the next step verifies
+        self._verifier: RejectionSampler | None = None
+        self._is_sharded = False
+        self._has_pipeline = False
+        self._tp_group: Any = None
+        self.is_first_rank = True
+
+    def attach(self, runner: Any) -> None:
+        """The runner is complete: find the verifier, compile and map what must be quick later, say what is active.
+
+        Raises:
+            ConfigurationError: the model brings a sampler of its own, so that our verifier is not in place.
+        """
+        self._verifier = runner.rejection_sampler
+        if self.settings.is_coupled and not isinstance(self._verifier, CoupledVerifier):
+            raise ConfigurationError(
+                f"speculative_config: {type(runner.model).__name__} brings a sampler of its own "
+                f"({type(self._verifier).__name__}), which sampler {self.settings.sampler!r} cannot replace."
+            )
+        self._is_sharded = runner.batch_sharder is not None
+        self._has_pipeline = runner.use_pp
+        runner.draft_tokens_handler._specplug = self
+        group = get_tp_group()
+        if group.world_size > 1:
+            self._tp_group, self.is_first_rank = group, group.rank_in_group == 0
+        start = time.perf_counter()
+        if self.is_first_rank:
+            self.drafting.warm_up()
+            logger.info(
+                "specplug is active: runner V2, sampler %s (%s), proposers: %s; up to %d draft tokens, "
+                "async scheduling %s (warm-up %.1f s)",
+                self.settings.sampler,
+                "drafter-invariant" if self.settings.is_coupled else "vLLM's own verifier",
+                self.drafting.describe(),
+                self.num_speculative_tokens,
+                "on: drafts are padded to that length" if self.is_async else "off: drafts keep their own length",
+                time.perf_counter() - start,
+            )
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Nothing of ours runs in a CUDA graph."""
+
+    def capture(self) -> None:
+        """Nothing of ours runs in a CUDA graph."""
+
+    def add_requests(self, scheduler_output: Any) -> None:
+        """New requests, and preempted ones that come back, have their rows."""
+        for new in scheduler_output.scheduled_new_reqs:
+            params = new.sampling_params
+            if params is None:
+                continue
+            options = params.extra_args or {}
+            longest = self.max_model_len
+            if params.max_tokens is not None:
+                longest = min(longest, new.prompt_len + params.max_tokens)
+            request = TrackedRequest(
+                new.req_id, new.prompt_len, longest, bool(options.get(SPECULATE_OPTION, True)), options
+            )
+            self.history.add(self._req_states.req_id_to_index[new.req_id], request, new.prefill_token_ids)
+
+    def finish_requests(self, scheduler_output: Any) -> None:
+        """These requests left their rows: for good, or preempted."""
+        for request_id in (*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())):
+            self.history.remove(request_id)
+            self._in_place.pop(request_id, None)
+        self.drafting.finish(list(scheduler_output.finished_req_ids))
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,  # [num_requests]
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,  # [max_num_requests, 1]
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Called by vLLM after each step; ``[num_requests, num_speculative_tokens]`` draft tokens on the device.
+
+        Places behind a draft, and all places of a request without one, hold its last token: any token is as good, since
+        the verifier does not trust it.
+        """
+        drafts = self._drafts[: input_batch.num_reqs]
+        if dummy_run:
+            return drafts
+        self.put_in_place()  # of an earlier step, when the one in between ran no model
+        drafts.copy_(last_sampled[input_batch.idx_mapping].expand_as(drafts))
+        limit = self.num_speculative_tokens
+        if num_speculative_tokens is not None:
+            limit = min(limit, num_speculative_tokens)
+        self._pending = self._send_to_host(input_batch, num_sampled, limit)
+        # Whoever reads the drafts before the next step's inputs are made must not see placeholders.
+        if not self.is_async or self._has_pipeline or input_batch.has_structured_output_reqs:
+            self.put_in_place(drafts)
+        return drafts
+
+    def put_in_place(self, out: torch.Tensor | None = None) -> None:
+        """Draft for the step whose tokens are on their way, if there is one, and hand the drafts to the device.
+
+        Args:
+            out: ``[num_requests, num_speculative_tokens]`` of that step, to be filled; None writes to the runner's
+                table, where the placeholders are by now.
+        """
+        step, self._pending = self._pending, None
+        if step is None:
+            return
+        alive = self.history.occupation[step.rows] == step.occupation
+        alive &= step.occupation > 0
+        drafts: list[list[int]] = [[] for _ in step.request_ids]
+        if step.packed is not None:
+            start = time.perf_counter()
+            if step.arrived is not None:
+                step.arrived.synchronize()
+            self.drafting.stats.wait_s += time.perf_counter() - start
+            drafts = self._draft(step, step.packed.numpy(), alive)
+        self._in_place.update(
+            (request_id, draft)
+            for request_id, draft, lives in zip(step.request_ids, drafts, alive, strict=True)
+            if lives
+        )
+        if self._tp_group is not None:
+            self._share(step, drafts, alive, out)
+            return
+        chosen = [index for index, draft in enumerate(drafts) if draft]
+        if not chosen:
+            return
+        rows = chosen if out is not None else step.rows[chosen].tolist()
+        self._write(self._req_states.draft_tokens if out is None else out, rows, [drafts[index] for index in chosen])
+
+    def cut(self, proposed: DraftTokenIds | None) -> DraftTokenIds | None:
+        """vLLM's answer to the scheduler (k tokens a request), with each draft as long as it really is."""
+        if proposed is None:
+            return None
+        lengths = [len(self._in_place.get(request_id, ())) for request_id in proposed.req_ids]
+        cut = [draft[:length] for draft, length in zip(proposed.draft_token_ids, lengths, strict=True)]
+        return DraftTokenIds(proposed.req_ids, cut)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Counters of this worker, and how many requests hold state in it."""
+        counters = self.drafting.snapshot()
+        counters["live_requests"] = max(counters["live_requests"], len(self.history), len(self._in_place))
+        return counters
+
+    def _send_to_host(self, input_batch: Any, num_sampled: torch.Tensor, limit: int) -> _Step:
+        num_requests = input_batch.num_reqs
+        rows = np.asarray(input_batch.idx_mapping_np[:num_requests], dtype=np.int64)
+        verified = np.zeros(num_requests, dtype=np.int64)
+        if input_batch.num_draft_tokens_per_req is not None:
+            verified[:] = input_batch.num_draft_tokens_per_req[:num_requests]
+        packed, arrived = None, None
+        if self.is_first_rank:
+            on_device, packed = self._packed[:num_requests], self._on_host[:num_requests]
+            targets = getattr(self._verifier, "token_ids", None)
+            pack_emitted(
+                input_batch.idx_mapping,
+                num_sampled,
+                self._req_states.total_len.gpu,
+                self._req_states.all_token_ids.gpu,
+                targets if input_batch.num_draft_tokens and not self._is_sharded else None,
+                on_device,
+            )
+            packed.copy_(on_device, non_blocking=True)
+            if self.device.type == "cuda":
+                arrived = torch.cuda.Event(blocking=True)  # the waiting thread sleeps instead of polling the driver
+                arrived.record()
+        return _Step(list(input_batch.req_ids), rows, self.history.occupation[rows], verified, limit, packed, arrived)
+
+    def _draft(self, step: _Step, packed: NDArray[np.int32], alive: NDArray[np.bool_]) -> list[list[int]]:
+        """Take in what a step emitted and ask the proposers; one draft a request of the step, empty where none."""
+        drafts: list[list[int]] = [[] for _ in step.request_ids]
+        totals, counts = packed[:, 0].astype(np.int64), packed[:, 1].astype(np.int64)
+        emitting = np.flatnonzero(alive & (counts > 0))
+        if not len(emitting):
+            return drafts
+        self.history.append(step.rows[emitting], totals[emitting], counts[emitting], packed[emitting, 2:])
+        self._observe(step, packed, emitting)
+        wanting: list[int] = []
+        limits: list[int] = []
+        requests: list[TrackedRequest] = []
+        for index in emitting.tolist():
+            request = self.history.requests[step.rows[index]]
+            assert request is not None
+            # The step emits one token more than it accepts, and none may pass max_tokens or max_model_len.
+            limit = min(step.max_draft_tokens, request.max_total_tokens - int(totals[index]) - 1)
+            if request.speculate and limit > 0:
+                wanting.append(index)
+                limits.append(limit)
+                requests.append(request)
+        if not wanting:
+            return drafts
+        rows = step.rows[wanting]
+        batch = DraftBatch(
+            request_ids=tuple(request.request_id for request in requests),
+            token_ids=read_only(self.history.token_ids),
+            rows=read_only(rows),
+            num_tokens=read_only(totals[wanting]),
+            num_prompt_tokens=read_only(np.array([r.num_prompt_tokens for r in requests], dtype=np.int64)),
+            max_draft_tokens=read_only(np.array(limits, dtype=np.int64)),
+            options=tuple(request.options for request in requests),
+        )
+        for index, draft in zip(wanting, self.drafting.propose(batch), strict=True):
+            drafts[index] = draft
+        return drafts
+
+    def _observe(self, step: _Step, packed: NDArray[np.int32], emitting: NDArray[np.intp]) -> None:
+        """Tell counters and proposers what was verified."""
+        verified = Verified([], [], [], [])
+        for index, line in zip(emitting.tolist(), packed[emitting].tolist(), strict=True):
+            num_verified, num_emitted = int(step.num_verified[index]), line[1]
+            draft = self._in_place.pop(step.request_ids[index], [])[:num_verified]
+            targets = line[2 : 2 + max(num_emitted, len(draft) + 1)]
+            if -1 in targets:  # the verifier reported emitted tokens only
+                targets = targets[:num_emitted]
+            verified.request_ids.append(step.request_ids[index])
+            verified.draft_token_ids.append(draft)
+            verified.target_token_ids.append(targets)
+            verified.num_emitted.append(num_emitted)
+        self.drafting.observe(verified)
+
+    def _share(self, step: _Step, drafts: list[list[int]], alive: NDArray[np.bool_], out: torch.Tensor | None) -> None:
+        """Every rank of a tensor-parallel group must run the model on the same drafts: those of the first."""
+        shared = self._drafts[: len(step.request_ids)]  # the placeholders, which are the same on all ranks
+        chosen = [index for index, draft in enumerate(drafts) if draft]
+        if chosen:
+            self._write(shared, chosen, [drafts[index] for index in chosen])
+        self._tp_group.broadcast(shared, src=0)
+        if out is None:
+            living = np.flatnonzero(alive)
+            rows = torch.from_numpy(step.rows[living]).to(self.device)
+            self._req_states.draft_tokens[rows] = shared[torch.from_numpy(living).to(self.device)]
+
+    def _write(self, target: torch.Tensor, rows: list[int], drafts: list[list[int]]) -> None:
+        """One copy to the device; each row is its draft, its last token repeated to the end."""
+        # Reused each step: by now the device is past the copy of the step before, whose tokens have arrived since.
+        table = self._on_host_drafts[: len(rows)]
+        for line, row, draft in zip(table.numpy(), rows, drafts, strict=True):
+            line[0] = row
+            line[1 : 1 + len(draft)] = draft
+            line[1 + len(draft) :] = draft[-1]
+        on_device = table.to(self.device, non_blocking=True).to(torch.int64)
+        target[on_device[:, 0]] = on_device[:, 1:]
+
+
+def _sample_with_the_targets_noise(
+    speculator: DraftModelSpeculator,
+    hidden_states: torch.Tensor,
+    sample_src_positions: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    draft_step: torch.Tensor,
+    draft_logits: torch.Tensor | None,
+    spec_step_idx: int = 0,
+    **_: Any,
+) -> torch.Tensor:
+    """vLLM's ``sample_draft`` with the noise that the verifier will use, and without keeping the draft's logits."""
+    logits = speculator.compute_draft_logits(hidden_states, spec_step_idx)
+    sampled = gumbel_sample(
+        logits,
+        idx_mapping,
+        temperature,
+        seeds,
+        sample_src_positions,
+        apply_temperature=True,
+        is_drafting=False,  # vLLM salts a draft's noise; with accept-if-equal the same noise is what makes tokens agree
+        use_fp64=speculator.use_fp64_gumbel,
+    )
+    speculator._maybe_predict_acceptance(logits, idx_mapping, draft_step)
+    return sampled  # type: ignore[no-any-return]
+
+
+def install() -> None:
+    """Wrap the runner's seams in this process, after checking their signatures. Idempotent."""
+    patches.install(
+        seams.V2_SEAMS,
+        {
+            "init_speculator": _init_speculator,
+            "RejectionSampler": _rejection_sampler,
+            "GPUModelRunner.load_model": _load_model,
+            "GPUModelRunner.add_requests": _add_requests,
+            "GPUModelRunner.finish_requests": _finish_requests,
+            "GPUModelRunner.prepare_inputs": _prepare_inputs,
+            "DraftTokensHandler.get_draft_tokens": _get_draft_tokens,
+        },
+    )
+
+
+def _speculator_of(runner: Any) -> Speculator | None:
+    speculator = getattr(runner, "speculator", None)
+    return speculator if isinstance(speculator, Speculator) else None
+
+
+def _init_speculator(original: Callable[..., Any], vllm_config: Any, device: torch.device, req_states: Any) -> Any:
+    config = vllm_config.speculative_config
+    if is_ours(config):
+        return Speculator(vllm_config, device, req_states)
+    if not is_coupled(config) or config.draft_sample_method != "probabilistic":
+        return original(vllm_config, device, req_states)
+    # Built as a greedy drafter, it allocates no cache of draft logits (requests x k x vocabulary): none is read.
+    config.draft_sample_method = "greedy"
+    try:
+        speculator = original(vllm_config, device, req_states)
+    finally:
+        config.draft_sample_method = "probabilistic"
+    if isinstance(speculator, DraftModelSpeculator):
+        speculator.sample_draft = functools.partial(_sample_with_the_targets_noise, speculator)
+    return speculator
+
+
+def _rejection_sampler(original: Callable[..., Any], sampler: Any, spec_config: Any, *args: Any, **kwargs: Any) -> Any:
+    build = CoupledVerifier if is_coupled(spec_config) else original
+    return build(sampler, spec_config, *args, **kwargs)
+
+
+def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, *args, **kwargs)
+    speculator = _speculator_of(self)
+    if speculator is not None:
+        speculator.attach(self)
+    elif self.speculator is not None and isinstance(self.rejection_sampler, CoupledVerifier):
+        config = self.vllm_config.speculative_config
+        logger.info(
+            "specplug is active: runner V2, sampler %s (drafter-invariant) verifies the drafts of vLLM's %s (%s)",
+            settings_of(self.vllm_config.additional_config).sampler,  # type: ignore[union-attr]
+            config.method,
+            config.draft_sample_method,
+        )
+    return result
+
+
+def _add_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> Any:
+    result = original(self, scheduler_output)
+    speculator = _speculator_of(self)
+    if speculator is not None:
+        speculator.add_requests(scheduler_output)
+    return result
+
+
+def _finish_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> Any:
+    speculator = _speculator_of(self)
+    if speculator is not None:
+        speculator.finish_requests(scheduler_output)
+    return original(self, scheduler_output)
+
+
+def _prepare_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    speculator = _speculator_of(self)
+    if speculator is not None:
+        speculator.put_in_place()
+    return original(self, *args, **kwargs)
+
+
+def _get_draft_tokens(original: Callable[..., Any], self: Any) -> Any:
+    proposed = original(self)
+    speculator: Speculator | None = getattr(self, "_specplug", None)
+    return proposed if speculator is None else speculator.cut(proposed)
+
+
+__all__ = ["CoupledVerifier", "Speculator", "install"]
