@@ -13,20 +13,26 @@ this way waits for no host. The drafts are those of :class:`~.rest.RestProposer`
   kernel reads :func:`~.rest.vote_confidence` from a table that the host filled, and only multiplies, in float64.
 """
 
-# ruff: noqa: N803 - in kernels, capitals mark what is known when they are compiled, as everywhere in Triton
-
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 from numpy.typing import NDArray
 
 from .base import ProposerContext
 from .rest import RestProposer, vote_confidence
+
+try:
+    # not typed, and not there at all without CUDA
+    import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+except ImportError as error:
+    raise ImportError(
+        "vllm_specplug.proposers.rest_device needs the package triton, which comes with CUDA builds of torch; without "
+        "it, vllm_specplug.proposers.rest drafts the same on the host"
+    ) from error
 
 LARGEST_MAX_MATCH = 256
 """Longest match that a program compares at once."""
@@ -39,29 +45,29 @@ UPLOAD_BYTES = 64 * 2**20
 """What is copied to the device at one go: a store need not fit the host's memory beside its memory map."""
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _search(  # type: ignore[no-untyped-def]
     tokens, positions, first_token, low, high, suffix, limit,
-    AFTER: tl.constexpr, MATCH_LANES: tl.constexpr, PROBES: tl.constexpr,
+    after: tl.constexpr, match_lanes: tl.constexpr, num_probes: tl.constexpr,
 ):  # fmt: skip
     """Where in ``positions[low:high]``, one segment's or a part of it, a suffix belongs.
 
     Args:
         tokens: ``[num_slots]``, the store's tokens.
         first_token: the segment's first token.
-        suffix: ``[MATCH_LANES]`` int32, the context read backwards; only its first ``limit`` tokens count.
-        AFTER: 0 to come out before all entries that match ``limit`` tokens, 1 to come out behind them.
+        suffix: ``[match_lanes]`` int32, the context read backwards; only its first ``limit`` tokens count.
+        after: 0 to come out before all entries that match ``limit`` tokens, 1 to come out behind them.
 
     Returns:
         (index, length): the entry before which the suffix belongs, and the longest match that was met on the way. If
         the suffix belongs inside a segment, both neighbours of that place were met, and one of them matches longest.
     """
-    probe = tl.arange(0, PROBES)
-    back = tl.arange(0, MATCH_LANES)[None, :]
+    probe = tl.arange(0, num_probes)
+    back = tl.arange(0, match_lanes)[None, :]
     longest = 0
     while low < high:
-        # One of high - low + 1 places is right. Probes cut them into PROBES + 1 pieces, the last ones maybe empty.
-        step = (high - low) // (PROBES + 1) + 1
+        # One of high - low + 1 places is right. Probes cut them into num_probes + 1 pieces, the last ones maybe empty.
+        step = (high - low) // (num_probes + 1) + 1
         index = low + (probe + 1) * step - 1
         inside = index < high
         following = first_token + tl.load(positions + index, mask=inside, other=0).to(tl.int64)
@@ -69,8 +75,8 @@ def _search(  # type: ignore[no-untyped-def]
         # A separator differs from any token of a context, so what lies before the first document is not missed.
         text = tl.load(tokens + slot, mask=inside[:, None] & (back < limit) & (slot >= 0), other=0).to(tl.int32)
         differs = (text != suffix[None, :]) & (back < limit)
-        # [PROBES]: twice the length of the match, and odd where the suffix belongs before the entry.
-        order = tl.where(differs, 2 * back + (text > suffix[None, :]).to(tl.int32), 2 * limit + 1 - AFTER)
+        # [num_probes]: twice the length of the match, and odd where the suffix belongs before the entry.
+        order = tl.where(differs, 2 * back + (text > suffix[None, :]).to(tl.int32), 2 * limit + 1 - after)
         order = tl.min(order, axis=1)
         longest = tl.maximum(longest, tl.max(tl.where(inside, order // 2, 0), axis=0))
         num_smaller = tl.sum((inside & (order % 2 == 0)).to(tl.int32), axis=0)
@@ -79,77 +85,77 @@ def _search(  # type: ignore[no-untyped-def]
     return low, longest
 
 
-@triton.jit
-def _most_voted(token, voting, VOTE_LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit  # type: ignore[untyped-decorator]
+def _most_voted(token, voting, vote_lanes: tl.constexpr):  # type: ignore[no-untyped-def]
     """The token with the most votes, and how many: of several, the one that had so many votes first.
 
     Votes for 5, 7, 7, 5 elect 7: it had two votes before 5 had.
 
     Args:
-        token: ``[VOTE_LANES]`` int32, -1 where not voting.
-        voting: ``[VOTE_LANES]`` bool, at least one of them true.
+        token: ``[vote_lanes]`` int32, -1 where not voting.
+        voting: ``[vote_lanes]`` bool, at least one of them true.
     """
-    vote = tl.arange(0, VOTE_LANES)
+    vote = tl.arange(0, vote_lanes)
     earlier = (token[:, None] == token[None, :]) & (vote[:, None] >= vote[None, :])
     # The how-manieth vote for its token each one is. The first to reach the highest count decides.
     nth = tl.sum(earlier.to(tl.int32), axis=1)
-    best = tl.max(tl.where(voting, nth * VOTE_LANES + VOTE_LANES - 1 - vote, 0), axis=0)
-    decider = VOTE_LANES - 1 - best % VOTE_LANES
-    return tl.sum(tl.where(vote == decider, token, 0), axis=0), best // VOTE_LANES
+    best = tl.max(tl.where(voting, nth * vote_lanes + vote_lanes - 1 - vote, 0), axis=0)
+    decider = vote_lanes - 1 - best % vote_lanes
+    return tl.sum(tl.where(vote == decider, token, 0), axis=0), best // vote_lanes
 
 
-@triton.jit(do_not_specialize=["row_stride"])
+@triton.jit(do_not_specialize=["row_stride"])  # type: ignore[untyped-decorator]
 def _draft_kernel(  # type: ignore[no-untyped-def]
     tokens, positions, segments, confidences, min_confidence,
     token_ids, row_stride, total_len, rows, wanted, drafts, num_tokens, out_confidence,
-    NUM_SEGMENTS: tl.constexpr, VOCAB_SIZE: tl.constexpr, MAX_MATCH: tl.constexpr, MIN_MATCH: tl.constexpr,
-    MAX_VOTES: tl.constexpr, MAX_DRAFT: tl.constexpr, SEGMENT_LANES: tl.constexpr, MATCH_LANES: tl.constexpr,
-    VOTE_LANES: tl.constexpr, DRAFT_LANES: tl.constexpr, PROBES: tl.constexpr,
+    num_segments: tl.constexpr, vocab_size: tl.constexpr, max_match: tl.constexpr, min_match: tl.constexpr,
+    max_votes: tl.constexpr, draft_width: tl.constexpr, segment_lanes: tl.constexpr, match_lanes: tl.constexpr,
+    vote_lanes: tl.constexpr, draft_lanes: tl.constexpr, num_probes: tl.constexpr,
 ):  # fmt: skip
     """``draft_one`` of rest.py, one program a request. The first five arguments are :class:`DeviceRest`'s tensors.
 
-    ``*_LANES``: the number before it, rounded up to a power of two.
+    ``*_lanes``: the number before it, rounded up to a power of two.
     """
     request = tl.program_id(0)
     row = tl.load(rows + request).to(tl.int64)
     num_context = tl.load(total_len + row)
-    max_draft = tl.minimum(tl.load(wanted + request), MAX_DRAFT)
+    max_draft = tl.minimum(tl.load(wanted + request), draft_width)
 
-    # The last tokens read backwards, up to the first that no store can hold: [MATCH_LANES].
-    back = tl.arange(0, MATCH_LANES)
+    # The last tokens read backwards, up to the first that no store can hold: [match_lanes].
+    back = tl.arange(0, match_lanes)
     suffix = tl.load(
         token_ids + row * row_stride + num_context - 1 - back,
-        mask=(back < num_context) & (back < MAX_MATCH),
+        mask=(back < num_context) & (back < max_match),
         other=-1,
     )
-    limit = tl.min(tl.where((suffix < 0) | (suffix >= VOCAB_SIZE), back, MATCH_LANES), axis=0)
+    limit = tl.min(tl.where((suffix < 0) | (suffix >= vocab_size), back, match_lanes), axis=0)
 
-    # The longest match of all segments, and its range of positions in each: [SEGMENT_LANES].
-    num_searched = tl.where((max_draft > 0) & (limit >= MIN_MATCH), NUM_SEGMENTS, 0)
-    lane = tl.arange(0, SEGMENT_LANES)
-    begins = tl.zeros([SEGMENT_LANES], tl.int64)
-    counts = tl.zeros([SEGMENT_LANES], tl.int64)
+    # The longest match of all segments, and its range of positions in each: [segment_lanes].
+    num_searched = tl.where((max_draft > 0) & (limit >= min_match), num_segments, 0)
+    lane = tl.arange(0, segment_lanes)
+    begins = tl.zeros([segment_lanes], tl.int64)
+    counts = tl.zeros([segment_lanes], tl.int64)
     longest = 0
     for segment in range(num_searched):
         first_token = tl.load(segments + 4 * segment)
         start = tl.load(segments + 4 * segment + 2)
         stop = tl.load(segments + 4 * segment + 3)
-        place, length = _search(tokens, positions, first_token, start, stop, suffix, limit, 0, MATCH_LANES, PROBES)
-        if length >= tl.maximum(longest, MIN_MATCH):
-            begin, _ = _search(tokens, positions, first_token, start, place, suffix, length, 0, MATCH_LANES, PROBES)
-            end, _ = _search(tokens, positions, first_token, place, stop, suffix, length, 1, MATCH_LANES, PROBES)
+        place, length = _search(tokens, positions, first_token, start, stop, suffix, limit, 0, match_lanes, num_probes)
+        if length >= tl.maximum(longest, min_match):
+            begin, _ = _search(tokens, positions, first_token, start, place, suffix, length, 0, match_lanes, num_probes)
+            end, _ = _search(tokens, positions, first_token, place, stop, suffix, length, 1, match_lanes, num_probes)
             counts = tl.where(length > longest, 0, counts)  # shorter matches have no vote
             begins = tl.where(lane == segment, begin, begins)
             counts = tl.where(lane == segment, end - begin, counts)
             longest = length
 
-    # What follows the occurrences that vote, evenly spread over all of them, as slots of the store: [VOTE_LANES].
+    # What follows the occurrences that vote, evenly spread over all of them, as slots of the store: [vote_lanes].
     total = tl.sum(counts, axis=0)
-    num_votes = tl.minimum(total, MAX_VOTES)
-    vote = tl.arange(0, VOTE_LANES)
+    num_votes = tl.minimum(total, max_votes)
+    vote = tl.arange(0, vote_lanes)
     voting = vote < num_votes
     nth = vote * total // tl.maximum(num_votes, 1)
-    following = tl.zeros([VOTE_LANES], tl.int64)
+    following = tl.zeros([vote_lanes], tl.int64)
     passed = tl.zeros_like(total)
     for segment in range(num_searched):
         first_token = tl.load(segments + 4 * segment)
@@ -168,23 +174,23 @@ def _draft_kernel(  # type: ignore[no-untyped-def]
     while drafting:
         token = tl.load(tokens + following + depth, mask=voting, other=0).to(tl.int32)
         token = tl.where(voting, token, -1)
-        choice, num_agreeing = _most_voted(token, voting, VOTE_LANES)
+        choice, num_agreeing = _most_voted(token, voting, vote_lanes)
         num_voting = tl.sum(voting.to(tl.int32), axis=0)
         confidence = tl.load(
-            confidences + ((longest + depth - 1) * MAX_VOTES + num_voting - 1) * MAX_VOTES + num_agreeing - 1
+            confidences + ((longest + depth - 1) * max_votes + num_voting - 1) * max_votes + num_agreeing - 1
         )
         chance *= confidence
-        drafting = (choice != VOCAB_SIZE) & (chance >= least)
-        tl.store(drafts + request * MAX_DRAFT + depth, choice.to(tl.int64), mask=drafting)
-        tl.store(out_confidence + request * MAX_DRAFT + depth, confidence.to(tl.float32), mask=drafting)
+        drafting = (choice != vocab_size) & (chance >= least)
+        tl.store(drafts + request * draft_width + depth, choice.to(tl.int64), mask=drafting)
+        tl.store(out_confidence + request * draft_width + depth, confidence.to(tl.float32), mask=drafting)
         voting = voting & (token == choice)
         depth += drafting.to(tl.int32)
         drafting = drafting & (depth < max_draft)
     tl.store(num_tokens + request, depth)
-    column = tl.arange(0, DRAFT_LANES)
-    empty = (column >= depth) & (column < MAX_DRAFT)
-    tl.store(drafts + request * MAX_DRAFT + column, tl.zeros([DRAFT_LANES], tl.int64), mask=empty)
-    tl.store(out_confidence + request * MAX_DRAFT + column, tl.zeros([DRAFT_LANES], tl.float32), mask=empty)
+    column = tl.arange(0, draft_lanes)
+    empty = (column >= depth) & (column < draft_width)
+    tl.store(drafts + request * draft_width + column, tl.zeros([draft_lanes], tl.int64), mask=empty)
+    tl.store(out_confidence + request * draft_width + column, tl.zeros([draft_lanes], tl.float32), mask=empty)
 
 
 class DeviceRest:
@@ -226,17 +232,17 @@ class DeviceRest:
         self._min_confidence = _upload(np.array([host._min_confidence]), self.device)
         num_segments = len(self.store.segments)
         self.constants = {
-            "NUM_SEGMENTS": num_segments,
-            "VOCAB_SIZE": self.store.header.vocab_size,
-            "MAX_MATCH": max_match,
-            "MIN_MATCH": min_match,
-            "MAX_VOTES": max_votes,
-            "MAX_DRAFT": self.num_draft_tokens,
-            "SEGMENT_LANES": triton.next_power_of_2(num_segments),
-            "MATCH_LANES": triton.next_power_of_2(max_match),
-            "VOTE_LANES": triton.next_power_of_2(max_votes),
-            "DRAFT_LANES": triton.next_power_of_2(self.num_draft_tokens),
-            "PROBES": PROBES,
+            "num_segments": num_segments,
+            "vocab_size": self.store.header.vocab_size,
+            "max_match": max_match,
+            "min_match": min_match,
+            "max_votes": max_votes,
+            "draft_width": self.num_draft_tokens,
+            "segment_lanes": triton.next_power_of_2(num_segments),
+            "match_lanes": triton.next_power_of_2(max_match),
+            "vote_lanes": triton.next_power_of_2(max_votes),
+            "draft_lanes": triton.next_power_of_2(self.num_draft_tokens),
+            "num_probes": PROBES,
         }
         """What the kernel is compiled for."""
 

@@ -116,7 +116,8 @@ def foreign_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"method": "specplug", "propsers": []}, ["Did you mean 'proposers'"]),
         ({"method": "specplug", "proposers": ["rest"]}, ["'rest' needs the key 'datastore'", "datastore build"]),
         ({"method": "specplug", "datastore": "/no/such/store"}, ["datastore", "/no/such/store"]),
-        ({"method": "ngram", "num_speculative_tokens": 3, "sampler": "gumbel"}, ["sampler", '"method": "specplug"']),
+        ({"method": "ngram", "num_speculative_tokens": 3, "proposers": []}, ["proposers", '"method": "specplug"']),
+        ({"method": "ngram", "num_speculative_tokens": 3, "sampler": "gumbl"}, ["no sampler 'gumbl'", "gumbel"]),
         ({"method": "custom_class", "model": "vllm_specplug.Proposer", "sampler": "x"}, ["there is no sampler 'x'"]),
         (
             {"method": "specplug", "proposers": [{"name": "ngram", "min_mach": 2}]},
@@ -172,13 +173,73 @@ def test_spellings(process: Engine, arguments: dict[str, Any], drafter: str, num
     assert (k, settings["num_speculative_tokens"], settings["sampler"]) == (num_tokens, num_tokens, sampler)
 
 
-@pytest.mark.engine
-def test_registration_is_idempotent_and_can_be_undone(process: Engine) -> None:
-    assert process.send("call", "seams_are_undone") == (True, False)
+NATIVE = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
 
 
 @pytest.mark.engine
-def test_a_changed_vllm_is_refused_whole(process: Engine) -> None:
-    message = process.send("call", "changed_signature_error")
-    assert "takes (self, another), expected (self, speculative_config, ...)" in message
-    assert message.endswith("wrapped=False")
+def test_a_sampler_beside_vllms_own_drafter(process: Engine) -> None:
+    settings, _, k = process.send(
+        "call", "accepted_config", {**MODEL, "speculative_config": {**NATIVE, "sampler": "gumbel"}}
+    )
+    assert (settings["sampler"], settings["proposers"], settings["num_speculative_tokens"], k) == ("gumbel", [], 3, 3)
+    elsewhere = {**MODEL, "speculative_config": NATIVE, "additional_config": {"specplug": {"sampler": "gumbel"}}}
+    assert process.send("call", "accepted_config", elsewhere)[0] == settings
+
+
+@pytest.mark.engine
+def test_every_seam_is_wrapped_once_and_restored(process_v2: Engine) -> None:
+    total, wrapped, left = process_v2.send("call", "undone_seams")
+    assert (wrapped, left) == (total, 0)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("kind", "told"), [("version", "vLLM 0.99.0 is installed"), ("signature", "takes (self, another)")]
+)
+def test_an_unsupported_vllm_works_without_us(process: Engine, kind: str, told: str) -> None:
+    wanted = [{"method": "specplug"}, {**NATIVE, "sampler": "gumbel"},
+              {"method": "custom_class", "model": "vllm_specplug.Proposer", "num_speculative_tokens": 2}]  # fmt: skip
+    unwanted: list[dict[str, Any]] = [{}, NATIVE]
+    result = process.send("call", "unsupported", kind, [(config, MODEL) for config in (*wanted, *unwanted)])
+    for error in result["errors"][: len(wanted)]:
+        assert error.startswith("UnsupportedVersionError")
+        assert told in error
+        assert "supports vllm>=0.32,<0.34" in error
+    assert result["errors"][len(wanted) :] == ["", ""]
+    # One place refuses our settings; all else is as vLLM made it.
+    assert result["changed"] == ["vllm.engine.arg_utils.EngineArgs.create_speculative_config"]
+
+
+@pytest.fixture(scope="module")
+def process_v2() -> Iterator[Engine]:
+    """The same where vLLM chooses its V2 runner."""
+    with Engine(v2=True) as child:
+        yield child
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("engine_args", "parts"),
+    [
+        ({"spec": {"rejection_sample_method": "block"}}, ["rejection_sample_method 'block'"]),
+        ({"enable_trace_replay": True}, ["trace replay"]),
+    ],
+)
+def test_what_v2_cannot_couple_is_refused_by_name(
+    process_v2: Engine, engine_args: dict[str, Any], parts: list[str]
+) -> None:
+    given = dict(engine_args)
+    config = {**NATIVE, **given.pop("spec", {}), "sampler": "gumbel"}
+    message = process_v2.send("call", "config_error", config, {**MODEL, **given})
+    assert message.startswith("ConfigurationError: speculative_config: sampler 'gumbel'")
+    for part in (*parts, '"sampler": "rejection"'):
+        assert part in message
+    config["sampler"] = "rejection"
+    assert process_v2.send("call", "config_error", config, {**MODEL, **given}) == ""
+
+
+@pytest.mark.engine
+def test_v2_is_kept_with_our_drafter(process_v2: Engine) -> None:
+    assert process_v2.send("call", "chosen_runner", {**MODEL, "speculative_config": {"method": "specplug"}}) == (
+        [], True, True,
+    )  # fmt: skip

@@ -110,6 +110,10 @@ class Settings(BaseModel):
         return self.model_dump(mode="json")
 
 
+OWN_KEYS = frozenset(Settings.model_fields) - {"num_speculative_tokens"}
+"""Keys of ``speculative_config`` that vLLM itself does not know."""
+
+
 def _explain(error: ValidationError, known: list[str]) -> str:
     lines = []
     for item in error.errors():

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from vllm_specplug.hooks import entry
+import logging
+
+from vllm_specplug.errors import UnsupportedVersionError
+from vllm_specplug.hooks import guard, seams
+
+logger = logging.getLogger("vllm.specplug")
 
 
 def register() -> None:
-    """Check vLLM's version and wrap the configuration seams. Idempotent and cheap; raises rather than half-registers.
+    """Check vLLM's version and wrap the configuration seams. Idempotent and cheap.
 
-    Raises:
-        UnsupportedVersionError: vLLM is outside the supported range, or a seam has another signature.
+    Where vLLM is outside the supported range, or a seam has another signature, nothing is wrapped but the place where
+    our settings would be read: asking for this plugin then ends in one clear error, and vLLM without our settings works
+    as if the plugin were not installed.
     """
-    entry.install()
+    import vllm
+
+    try:
+        seams.check_version(vllm.__version__)
+        try:
+            from vllm_specplug.hooks import entry
+        except ImportError as error:
+            raise UnsupportedVersionError(
+                f"vLLM {vllm.__version__} lacks a name that this plugin imports ({error}); vllm-specplug supports "
+                f"vllm{seams.SUPPORTED_VLLM}"
+            ) from error
+        entry.install()
+    except UnsupportedVersionError as error:
+        if guard.install(error):
+            logger.warning("vllm-specplug stays inactive: %s", error)
 
 
 def unregister() -> None:
     """Undo :func:`register` and whatever the model runner's hooks wrapped in this process."""
+    from vllm_specplug.hooks import entry
+
+    guard.uninstall()
     entry.uninstall()

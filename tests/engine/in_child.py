@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
@@ -124,11 +125,15 @@ def __getattr__(name: str) -> Any:
 
 
 def config_error(child: Any, speculative_config: dict[str, Any], engine_args: dict[str, Any]) -> str:
-    """Type and message of what building the engine's configuration raises ("" when nothing)."""
+    """Type and message of what building the engine's configuration raises ("" when nothing).
+
+    Args:
+        speculative_config: empty for none.
+    """
     from vllm.engine.arg_utils import EngineArgs
 
     try:
-        EngineArgs(speculative_config=speculative_config, **engine_args).create_engine_config()
+        EngineArgs(speculative_config=speculative_config or None, **engine_args).create_engine_config()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -143,39 +148,86 @@ def accepted_config(child: Any, engine_args: dict[str, Any]) -> tuple[dict[str, 
     return config.additional_config["specplug"], speculative.model, speculative.num_speculative_tokens
 
 
-def seams_are_undone(child: Any) -> tuple[bool, bool]:
-    """Whether a registered seam is ours, before and after unregister()."""
+def chosen_runner(child: Any, engine_args: dict[str, Any]) -> tuple[list[str], bool, bool]:
+    """What V2 lacks for a configuration, whether V2 is chosen when nothing forces it, and async scheduling there."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    keep_async_scheduling(child)
+    os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
+    config = EngineArgs(**engine_args).create_engine_config()
+    return (
+        config._get_v2_model_runner_unsupported_features(),
+        config.use_v2_model_runner,
+        config.scheduler_config.async_scheduling,
+    )
+
+
+def _seam_targets() -> dict[str, Any]:
+    """What every seam's name stands for now, by module and name."""
+    import importlib
+    import inspect
+
+    from vllm_specplug.hooks import seams
+
+    found = {}
+    for seam in (*seams.PROCESS_SEAMS, *seams.V1_SEAMS, *seams.V2_SEAMS):
+        owner: Any = importlib.import_module(seam.module)
+        *path, attribute = seam.name.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        found[f"{seam.module}.{seam.name}"] = inspect.getattr_static(owner, attribute)
+    return found
+
+
+def undone_seams(child: Any) -> tuple[int, int, int]:
+    """Seams altogether, those wrapped after registration with both runners' hooks, those not restored after undoing."""
+    from vllm_specplug import plugin
+    from vllm_specplug.hooks import v1, v2
+
+    plugin.unregister()
+    before = _seam_targets()
+    for _ in range(2):
+        plugin.register()
+        v1.install()
+        v2.install()
+    during = _seam_targets()
+    plugin.unregister()
+    after = _seam_targets()
+    plugin.register()
+    return (
+        len(before),
+        sum(during[name] is not original for name, original in before.items()),
+        sum(after[name] is not original for name, original in before.items()),
+    )
+
+
+def unsupported(child: Any, kind: str, requests: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """Register with a vLLM that is not supported, then build each (speculative_config, engine arguments).
+
+    Args:
+        kind: ``version`` (an unknown version number) or ``signature`` (a function that we wrap has changed).
+    """
+    import vllm
     from vllm.sampling_params import SamplingParams
 
     from vllm_specplug import plugin
 
-    plugin.register()
-    plugin.register()
-    before = hasattr(SamplingParams._validate_spec_decode, "__wrapped__")
     plugin.unregister()
-    after = hasattr(SamplingParams._validate_spec_decode, "__wrapped__")
-    return before, after
-
-
-def changed_signature_error(child: Any) -> str:
-    """The error when vLLM changed a function that we wrap, and whether anything stayed wrapped."""
-    from vllm.sampling_params import SamplingParams
-
-    from vllm_specplug import plugin
-    from vllm_specplug.errors import UnsupportedVersionError
-    from vllm_specplug.hooks import entry
-
-    plugin.unregister()
-    original = SamplingParams._validate_spec_decode
-    SamplingParams._validate_spec_decode = lambda self, another: None
+    version, original = vllm.__version__, SamplingParams._validate_spec_decode
+    if kind == "version":
+        vllm.__version__ = "0.99.0"
+    else:
+        SamplingParams._validate_spec_decode = lambda self, another: None
+    before = _seam_targets()
     try:
         plugin.register()
-    except UnsupportedVersionError as error:
-        return f"{error} wrapped={entry._patches.installed}"
-    finally:
-        SamplingParams._validate_spec_decode = original
         plugin.register()
-    return ""
+        changed = [name for name, was in before.items() if _seam_targets()[name] is not was]
+        return {"changed": changed, "errors": [config_error(child, *request) for request in requests]}
+    finally:
+        plugin.unregister()
+        vllm.__version__, SamplingParams._validate_spec_decode = version, original
+        plugin.register()
 
 
 def target_logits(child: Any, prompt: str) -> np.ndarray[Any, Any]:

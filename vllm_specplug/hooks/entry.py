@@ -15,7 +15,15 @@ import vllm
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import CpuArchEnum, current_platform
 
-from vllm_specplug.config import METHOD, SETTINGS_KEY, Settings, check_request_options, parse_settings, settings_of
+from vllm_specplug.config import (
+    METHOD,
+    OWN_KEYS,
+    SETTINGS_KEY,
+    Settings,
+    check_request_options,
+    parse_settings,
+    settings_of,
+)
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.hooks import seams
 from vllm_specplug.proposers.base import ProposerContext
@@ -95,7 +103,7 @@ def _create_speculative_config(
     settings_beside = _read_beside_native(given, self, method)
     if settings_beside is None:
         return original(self, target_model_config, target_parallel_config)
-    self.speculative_config = {key: value for key, value in given.items() if key.replace("-", "_") not in _OUR_KEYS}
+    self.speculative_config = {key: value for key, value in given.items() if key.replace("-", "_") not in OWN_KEYS}
     config = original(self, target_model_config, target_parallel_config)
     if config.method not in NATIVE_METHODS:
         raise ConfigurationError(
@@ -108,12 +116,9 @@ def _create_speculative_config(
     return config
 
 
-_OUR_KEYS = frozenset(Settings.model_fields) - {"num_speculative_tokens"}
-
-
 def _read_beside_native(given: dict[str, Any], engine_args: Any, method: Any) -> Settings | None:
     """The sampler that shall verify one of vLLM's own drafters; None where nothing of ours was asked for."""
-    ours = {key.replace("-", "_"): value for key, value in given.items() if key.replace("-", "_") in _OUR_KEYS}
+    ours = {key.replace("-", "_"): value for key, value in given.items() if key.replace("-", "_") in OWN_KEYS}
     elsewhere = (engine_args.additional_config or {}).get(SETTINGS_KEY)
     if not ours and elsewhere is None:
         return None
