@@ -37,7 +37,7 @@ except ImportError as error:
 LARGEST_MAX_MATCH = 256
 """Longest match that a program compares at once."""
 LARGEST_MAX_VOTES = 128
-"""A program compares every vote with every other, all at once: the square of this many pairs must fit its registers."""
+"""A program compares every vote with every other at once: 128 * 128 pairs still fit the registers of its warps."""
 PROBES = 32
 """Entries of the suffix array that a round of the search looks at."""
 NUM_WARPS = 4

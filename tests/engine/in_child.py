@@ -324,6 +324,7 @@ class Recorder(RandomTokens):
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
         self.emitted: dict[str, list[int]] = {}
+        self.steps: list[tuple[str, list[int], list[int], int]] = []
         self.behind_a_rejected_draft = 0
 
     def observe(self, verified: Verified) -> None:
@@ -331,6 +332,7 @@ class Recorder(RandomTokens):
             verified.request_ids, verified.draft_token_ids, verified.target_token_ids, verified.num_emitted, strict=True
         ):
             self.emitted.setdefault(request_id, []).extend(targets[:emitted])
+            self.steps.append((request_id, list(draft), list(targets), emitted))
             assert emitted <= len(targets) <= len(draft) + 1
             assert draft[: emitted - 1] == targets[: emitted - 1]
             self.behind_a_rejected_draft += len(targets) - emitted
@@ -339,7 +341,11 @@ class Recorder(RandomTokens):
 def recorded(child: Any) -> dict[str, Any]:
     """What the running engine's :class:`Recorder` wrote down."""
     recorder = child.drafter.drafting._proposers["in_child.Recorder"]
-    return {"emitted": recorder.emitted, "behind_a_rejected_draft": recorder.behind_a_rejected_draft}
+    return {
+        "emitted": recorder.emitted,
+        "steps": recorder.steps,
+        "behind_a_rejected_draft": recorder.behind_a_rejected_draft,
+    }
 
 
 def verify_in_chunks_of(child: Any, num_rows: int) -> None:
