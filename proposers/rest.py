@@ -70,7 +70,7 @@ def vote_confidence(length, num_agreeing, num_votes):  # type: ignore[no-untyped
 
 @njit(cache=True, nogil=True)
 def _most_voted(tokens, candidates, num_candidates, depth, choices, counts):  # type: ignore[no-untyped-def]
-    """Token that most candidates have at ``depth``, and how many; ties go to the first seen."""
+    """Token that most candidates have at ``depth``, and how many; of equals the one that got there first."""
     num_choices = 0
     best = 0
     for index in range(num_candidates):

@@ -29,6 +29,12 @@ MAX_SPECULATIVE_TOKENS = 128
 DEFAULT_SPECULATIVE_TOKENS = 8
 
 
+ON_DEVICE = "on_device"
+"""Option of a proposer that can draft on the device."""
+
+DEVICE_PROPOSERS = ("rest",)
+
+
 class ProposerSettings(BaseModel):
     """One entry of ``"proposers"``: a name, and whatever options that proposer knows."""
 
@@ -38,8 +44,13 @@ class ProposerSettings(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every key but the name."""
-        return dict(self.model_extra or {})
+        """Every key but the name and ``on_device``."""
+        return {key: value for key, value in (self.model_extra or {}).items() if key != ON_DEVICE}
+
+    @property
+    def on_device(self) -> bool:
+        """True when it is to draft on the device, without the host."""
+        return bool((self.model_extra or {}).get(ON_DEVICE, False))
 
 
 class Settings(BaseModel):
@@ -98,7 +109,29 @@ class Settings(BaseModel):
             registry.proposer_class(name)
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"proposers: named twice: {', '.join(sorted(repeated))}")
+        for entry in self.proposers:
+            if not isinstance((entry.model_extra or {}).get(ON_DEVICE, False), bool):
+                raise ValueError(f"proposers: {ON_DEVICE} of {entry.name!r} must be true or false")
+            if entry.on_device and entry.name not in DEVICE_PROPOSERS:
+                raise ValueError(
+                    f"proposers: {entry.name!r} cannot draft on the device; {', '.join(DEVICE_PROPOSERS)} can"
+                )
+            if entry.on_device and len(self.proposers) > 1:
+                raise ValueError(
+                    f"proposers: {entry.name!r} with {ON_DEVICE} drafts without the host, where the others of "
+                    f"{names} draft; name it alone, or leave {ON_DEVICE} out"
+                )
         return self
+
+    @property
+    def host_proposers(self) -> tuple[ProposerSettings, ...]:
+        """Those that draft on the host."""
+        return tuple(entry for entry in self.proposers if not entry.on_device)
+
+    @property
+    def device_proposer(self) -> ProposerSettings | None:
+        """The one that drafts on the device, where there is one."""
+        return next((entry for entry in self.proposers if entry.on_device), None)
 
     @property
     def is_coupled(self) -> bool:

@@ -90,7 +90,7 @@ class Drafting:
         self._proposers: dict[str, Proposer] = {}
         self._source: dict[str, str] = {}  # request id -> proposer of the draft under verification
         self._seen: set[str] = set()
-        for entry in settings.proposers:
+        for entry in settings.host_proposers:
             self._proposers[entry.name] = self._build(entry.name, entry.options)
             self.stats.proposers[entry.name] = ProposerStats()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -365,3 +366,15 @@ def verify_in_chunks_of(child: Any, num_rows: int) -> None:
 
 def num_chunked_verifications(child: Any) -> int:
     return int(child.num_chunked)
+
+
+def draft_on_device(child: Any, store: str | None) -> None:
+    """Let ``rest`` draft on the device of the running V2 engine from now on; None: on the host again."""
+    from vllm_specplug.hooks.v2 import DeviceDrafting
+
+    speculator = child.drafter
+    speculator._on_device = None
+    if store is not None:
+        context = replace(speculator.drafting.context, datastore=store, options={})
+        speculator._on_device = DeviceDrafting(context, speculator.device, speculator._req_states)
+        speculator._on_device.warm_up()

@@ -48,7 +48,7 @@ V2_FEATURES: list[dict[str, Any]] = [
     {"presence_penalty": 0.7, "frequency_penalty": 0.6, "repetition_penalty": 1.2},
     {"logit_bias": {199: 3.0, 300: -100.0, 45: 1.5}, "bad_words": ["self", " return"]},
     {"allowed_token_ids": list(range(0, 4096, 5)), "logprobs": 0},
-    {"min_tokens": 8, "stop_token_ids": [199, 220, 221]},
+    {"min_tokens": 5, "stop_token_ids": [199, 220, 221]},
     {"n": 2, "top_p": 0.9},
     {"json_schema": JSON_SCHEMA},
     {"thinking_token_budget": 3},

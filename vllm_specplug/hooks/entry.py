@@ -17,6 +17,7 @@ from vllm.platforms import CpuArchEnum, current_platform
 
 from vllm_specplug.config import (
     METHOD,
+    ON_DEVICE,
     OWN_KEYS,
     SETTINGS_KEY,
     Settings,
@@ -167,13 +168,22 @@ def _read(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> S
 
 
 def check_engine(config: Any) -> None:
-    """Raise ConfigurationError where the coupled verifier would not draw what vLLM's sampler draws.
+    """Raise ConfigurationError where the chosen model runner cannot do what was asked.
+
+    Above all: where the coupled verifier would not draw what vLLM's sampler draws.
 
     Args:
         config: vLLM's complete VllmConfig; only now the model runner is known.
     """
     settings = settings_of(config.additional_config)
-    if settings is None or not settings.is_coupled or config.speculative_config is None:
+    if settings is None or config.speculative_config is None:
+        return
+    if settings.device_proposer is not None and not config.use_v2_model_runner:
+        raise ConfigurationError(
+            f"speculative_config: proposer {settings.device_proposer.name!r} with {ON_DEVICE} needs Model Runner V2 "
+            f"(vLLM's default on GPUs), and V1 was chosen. Leave {ON_DEVICE} out to draft on the host."
+        )
+    if not settings.is_coupled:
         return
     unfit = _unfit_v2(config) if config.use_v2_model_runner else _unfit_v1(config)
     if unfit:
@@ -258,7 +268,10 @@ def check_proposers(settings: Settings, model_config: Any) -> None:
     """
     from vllm_specplug.drafting import Drafting
 
-    own = tuple(entry for entry in settings.proposers if entry.name in PROPOSERS)
+    # Where an option is right on the host, it is on the device; what else the device asks for, it says itself.
+    own = tuple(
+        type(entry)(name=entry.name, **entry.options) for entry in settings.proposers if entry.name in PROPOSERS
+    )
     context = ProposerContext(
         vocab_size=model_config.get_vocab_size(),
         num_speculative_tokens=settings.num_speculative_tokens,

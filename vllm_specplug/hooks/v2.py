@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -111,6 +111,53 @@ class _Step:
     arrived: Any
 
 
+class DeviceDrafting:
+    """``rest`` with ``on_device``: what it needs of the requests is on the device, and so are its drafts.
+
+    Args:
+        context: sizes, the store and the proposer's options.
+        device: of the runner.
+        req_states: the runner's per-request tensors.
+
+    Raises:
+        ConfigurationError: the proposer refuses its options there.
+    """
+
+    def __init__(self, context: ProposerContext, device: torch.device, req_states: Any) -> None:
+        from vllm_specplug.proposers.rest_device import DeviceRest
+
+        try:
+            self.proposer = DeviceRest(context, device)
+        except ValueError as error:
+            raise ConfigurationError(f"speculative_config: {error}") from error
+        self._req_states = req_states
+        # Tokens (prompt + output) that each row's request can have; 0 where it wants no drafts.
+        self._longest = torch.zeros(context.max_num_requests, dtype=torch.int32, device=device)
+
+    def warm_up(self) -> None:
+        """Compile the kernel."""
+        row = torch.zeros(1, dtype=torch.int64, device=self._longest.device)
+        states = self._req_states
+        self.proposer.propose(states.all_token_ids.gpu, states.total_len.gpu, row, row.to(torch.int32))
+
+    def add(self, rows: list[int], longest: list[int]) -> None:
+        """These rows have new requests."""
+        device = self._longest.device
+        self._longest[torch.tensor(rows, device=device)] = torch.tensor(longest, dtype=torch.int32, device=device)
+
+    def propose(self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, limit: int, drafts: torch.Tensor) -> None:
+        """Write drafts over ``drafts``, ``[num_requests, num_speculative_tokens]``, as far as each of them goes."""
+        states = self._req_states
+        # The step emits one token more than it accepts, and none may pass max_tokens or max_model_len.
+        wanted = (self._longest[idx_mapping] - states.total_len.gpu[idx_mapping] - 1).clamp(0, limit)
+        wanted = torch.where(num_sampled > 0, wanted, 0).to(torch.int32)
+        token_ids, num_tokens, _ = self.proposer.propose(
+            states.all_token_ids.gpu, states.total_len.gpu, idx_mapping, wanted
+        )
+        column = torch.arange(drafts.shape[1], device=drafts.device)
+        drafts.copy_(torch.where(column[None, :] < num_tokens[:, None], token_ids, drafts))
+
+
 class Speculator(BaseSpeculator):  # type: ignore[misc]
     """The drafter that vLLM's V2 runner builds for our configuration.
 
@@ -134,15 +181,18 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self.is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._req_states = req_states
         self._width = self.num_speculative_tokens + 1
-        self.drafting = Drafting(
-            settings,
-            ProposerContext(
-                vocab_size=vllm_config.model_config.get_vocab_size(),
-                num_speculative_tokens=self.num_speculative_tokens,
-                max_num_requests=max_num_requests,
-                max_model_len=self.max_model_len,
-            ),
+        context = ProposerContext(
+            vocab_size=vllm_config.model_config.get_vocab_size(),
+            num_speculative_tokens=self.num_speculative_tokens,
+            max_num_requests=max_num_requests,
+            max_model_len=self.max_model_len,
+            datastore=settings.datastore,
         )
+        self.drafting = Drafting(settings, context)
+        self._on_device: DeviceDrafting | None = None
+        if settings.device_proposer is not None:
+            options = settings.device_proposer.options
+            self._on_device = DeviceDrafting(replace(context, options=options), device, req_states)
         # A last step can emit a few tokens more than fit; there is room for them, so that nothing is written outside.
         self.history = TokenHistory(max_num_requests, self.max_model_len + self._width)
         self._drafts = torch.zeros((max_num_requests, self.num_speculative_tokens), dtype=torch.int64, device=device)
@@ -178,6 +228,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         if group.world_size > 1:
             self._tp_group, self.is_first_rank = group, group.rank_in_group == 0
         start = time.perf_counter()
+        if self._on_device is not None:
+            self._on_device.warm_up()
         if self.is_first_rank:
             self.drafting.warm_up()
             logger.info(
@@ -185,11 +237,18 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
                 "async scheduling %s (warm-up %.1f s)",
                 self.settings.sampler,
                 "drafter-invariant" if self.settings.is_coupled else "vLLM's own verifier",
-                self.drafting.describe(),
+                self.drafting.describe()
+                if self._on_device is None
+                else f"rest ({self._on_device.proposer.describe()})",
                 self.num_speculative_tokens,
                 "on: drafts are padded to that length" if self.is_async else "off: drafts keep their own length",
                 time.perf_counter() - start,
             )
+
+    def _describe_proposers(self) -> str:
+        if self._on_device is not None:
+            return f"rest ({self._on_device.proposer.describe()})"
+        return self.drafting.describe()
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Nothing of ours runs in a CUDA graph."""
@@ -199,6 +258,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
 
     def add_requests(self, scheduler_output: Any) -> None:
         """New requests, and preempted ones that come back, have their rows."""
+        rows: list[int] = []
+        lengths: list[int] = []
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
             if params is None:
@@ -207,10 +268,16 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             longest = self.max_model_len
             if params.max_tokens is not None:
                 longest = min(longest, new.prompt_len + params.max_tokens)
-            request = TrackedRequest(
-                new.req_id, new.prompt_len, longest, bool(options.get(SPECULATE_OPTION, True)), options
-            )
-            self.history.add(self._req_states.req_id_to_index[new.req_id], request, new.prefill_token_ids)
+            speculate = bool(options.get(SPECULATE_OPTION, True))
+            row = self._req_states.req_id_to_index[new.req_id]
+            if self._on_device is not None:
+                rows.append(row)
+                lengths.append(longest if speculate else 0)
+            else:
+                request = TrackedRequest(new.req_id, new.prompt_len, longest, speculate, options)
+                self.history.add(row, request, new.prefill_token_ids)
+        if self._on_device is not None and rows:
+            self._on_device.add(rows, lengths)
 
     def finish_requests(self, scheduler_output: Any) -> None:
         """These requests left their rows: for good, or preempted."""
@@ -253,6 +320,9 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         limit = self.num_speculative_tokens
         if num_speculative_tokens is not None:
             limit = min(limit, num_speculative_tokens)
+        if self._on_device is not None:
+            self._on_device.propose(input_batch.idx_mapping, num_sampled, limit, drafts)
+            return drafts
         self._pending = self._send_to_host(input_batch, num_sampled, limit)
         # Whoever reads the drafts before the next step's inputs are made must not see placeholders.
         if not self.is_async or self._has_pipeline or input_batch.has_structured_output_reqs:
@@ -294,8 +364,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
 
     def cut(self, proposed: DraftTokenIds | None) -> DraftTokenIds | None:
         """vLLM's answer to the scheduler (k tokens a request), with each draft as long as it really is."""
-        if proposed is None:
-            return None
+        if proposed is None or self._on_device is not None:  # how long those are, only the device knows
+            return proposed
         lengths = [len(self._in_place.get(request_id, ())) for request_id in proposed.req_ids]
         cut = [draft[:length] for draft, length in zip(proposed.draft_token_ids, lengths, strict=True)]
         return DraftTokenIds(proposed.req_ids, cut)
@@ -326,7 +396,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             )
             packed.copy_(on_device, non_blocking=True)
             if self.device.type == "cuda":
-                arrived = torch.cuda.Event(blocking=True)  # the waiting thread sleeps instead of polling the driver
+                arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the waiting thread sleeps instead of polling the driver
                 arrived.record()
         return _Step(list(input_batch.req_ids), rows, self.history.occupation[rows], verified, limit, packed, arrived)
 
