@@ -30,6 +30,8 @@ SENT = requests(22, V2_FEATURES, first_seed=500, longest=10)
 for _request in SENT:
     if "prompt_logprobs" in _request["params"]:  # a row of work for every token of the prompt
         _request["prompt"] = _request["prompt"][:40]
+    if 0.0 < _request["params"]["temperature"] != 0.9:  # 0.9: greedy requests that ask for two outputs
+        _request["params"]["temperature"] = 1.0
 PROPOSERS = ["none", "rest", "ngram", "random", "oracle"]
 
 

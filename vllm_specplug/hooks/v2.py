@@ -323,7 +323,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         if self._on_device is not None:
             self._on_device.propose(input_batch.idx_mapping, num_sampled, limit, drafts)
             return drafts
-        self._pending = self._send_to_host(input_batch, num_sampled, limit)
+        self._send_to_host(input_batch, num_sampled, limit)
         # Whoever reads the drafts before the next step's inputs are made must not see placeholders.
         if not self.is_async or self._has_pipeline or input_batch.has_structured_output_reqs:
             self.put_in_place(drafts)
@@ -376,9 +376,32 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         counters["live_requests"] = max(counters["live_requests"], len(self.history), len(self._in_place))
         return counters
 
-    def _send_to_host(self, input_batch: Any, num_sampled: torch.Tensor, limit: int) -> _Step:
+    def take_in(
+        self,
+        request_ids: list[str],
+        rows: NDArray[np.int64],
+        num_verified: NDArray[np.int64],
+        max_draft_tokens: int,
+        packed: torch.Tensor | None,
+        arrived: Any = None,
+    ) -> None:
+        """A step's tokens are on their way to the host; :meth:`put_in_place` will wait for them.
+
+        Args:
+            request_ids: of the step, ``[num_requests]``.
+            rows: of each, in the runner's per-request tensors.
+            num_verified: ``[num_requests]`` draft tokens of each that were verified.
+            max_draft_tokens: longest draft of the next step.
+            packed: ``[num_requests, 2 + num_speculative_tokens + 1]`` int32 on the host, as ``pack_emitted`` lays it
+                out; None on ranks that only receive drafts.
+            arrived: event after which ``packed`` can be read; None where it can be read at once.
+        """
+        self._pending = _Step(
+            request_ids, rows, self.history.occupation[rows], num_verified, max_draft_tokens, packed, arrived
+        )
+
+    def _send_to_host(self, input_batch: Any, num_sampled: torch.Tensor, limit: int) -> None:
         num_requests = input_batch.num_reqs
-        rows = np.asarray(input_batch.idx_mapping_np[:num_requests], dtype=np.int64)
         verified = np.zeros(num_requests, dtype=np.int64)
         if input_batch.num_draft_tokens_per_req is not None:
             verified[:] = input_batch.num_draft_tokens_per_req[:num_requests]
@@ -396,9 +419,11 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             )
             packed.copy_(on_device, non_blocking=True)
             if self.device.type == "cuda":
-                arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the waiting thread sleeps instead of polling the driver
+                # A blocking event: the thread that waits for it sleeps instead of polling the driver.
+                arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                 arrived.record()
-        return _Step(list(input_batch.req_ids), rows, self.history.occupation[rows], verified, limit, packed, arrived)
+        rows = np.asarray(input_batch.idx_mapping_np[:num_requests], dtype=np.int64)
+        self.take_in(list(input_batch.req_ids), rows, verified, limit, packed, arrived)
 
     def _draft(self, step: _Step, packed: NDArray[np.int32], alive: NDArray[np.bool_]) -> list[list[int]]:
         """Take in what a step emitted and ask the proposers; one draft a request of the step, empty where none."""
