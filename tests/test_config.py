@@ -54,6 +54,12 @@ def test_settings_survive_their_journey() -> None:
         ({"datastore": 5}, ["datastore", "valid string", "5"]),
         ({"proposers": [{"name": "ngram", "min_match": object()}]}, ["options must be plain JSON values"]),
         ({"proposers": ["."]}, ["cannot load '.'"]),
+        ({"proposers": [{"name": "ngram", "on_device": True}]}, ["'ngram' cannot draft on the device; rest can"]),
+        ({"proposers": [{"name": "rest", "on_device": 1}], "datastore": "x"}, ["on_device of 'rest' must be true"]),
+        (
+            {"proposers": [{"name": "rest", "on_device": True}, "ngram"], "datastore": "x"},
+            ["name it alone, or leave on_device out"],
+        ),
     ],
 )
 def test_mistakes_are_named(given: dict[str, Any], parts: list[str]) -> None:
@@ -184,6 +190,9 @@ def test_a_sampler_beside_vllms_own_drafter(process: Engine) -> None:
     assert (settings["sampler"], settings["proposers"], settings["num_speculative_tokens"], k) == ("gumbel", [], 3, 3)
     elsewhere = {**MODEL, "speculative_config": NATIVE, "additional_config": {"specplug": {"sampler": "gumbel"}}}
     assert process.send("call", "accepted_config", elsewhere)[0] == settings
+    elsewhere["additional_config"] = {"specplug": {"sampler": "gumbel", "proposers": ["ngram"]}}
+    message = process.send("call", "config_error", elsewhere.pop("speculative_config"), elsewhere)
+    assert message.startswith("ConfigurationError: additional_config['specplug']: proposers given with method 'ngram'")
 
 
 @pytest.mark.engine
@@ -223,6 +232,7 @@ def process_v2() -> Iterator[Engine]:
     [
         ({"spec": {"rejection_sample_method": "block"}}, ["rejection_sample_method 'block'"]),
         ({"enable_trace_replay": True}, ["trace replay"]),
+        ({"pipeline_parallel_size": 2}, ["pipeline parallelism", "async scheduling"]),
     ],
 )
 def test_what_v2_cannot_couple_is_refused_by_name(

@@ -203,6 +203,13 @@ def test_a_request_can_switch_speculation_off(roomy: Engine) -> None:
     assert roomy.send("stats")["live_requests"] <= 1
 
 
+def test_logprobs_of_chosen_tokens_are_refused(roomy: Engine) -> None:
+    """vLLM's V2 verification leaves them out in silence; one clear error instead, and the engine goes on."""
+    with pytest.raises(EngineError, match="logprob_token_ids cannot be served with speculation on Model Runner V2"):
+        roomy.generate([{"prompt": "x", "params": {"max_tokens": 2, "logprob_token_ids": [3, 4]}}])
+    assert roomy.generate([{"prompt": "x", "params": {"max_tokens": 2, "temperature": 0.0}}])
+
+
 def test_drafting_on_the_device(roomy: Engine, stock: list[dict[str, Any]], files: dict[str, str]) -> None:
     """``rest`` without the host: same drafts, so at least as many accepted (the padding may be right as well)."""
     accepted = {}

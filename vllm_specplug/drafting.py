@@ -128,6 +128,11 @@ class Drafting:
         )
 
     @property
+    def has_proposers(self) -> bool:
+        """False when nobody drafts (any more)."""
+        return bool(self._proposers)
+
+    @property
     def wants_observations(self) -> bool:
         """True when some proposer learns from what the verifier saw."""
         return any(type(proposer).observe is not Proposer.observe for proposer in self._proposers.values())

@@ -36,7 +36,9 @@ _DRAFTERS = (COUPLED_DRAFTER, REJECTION_DRAFTER)
 NATIVE_METHODS = ("ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3", "mtp", "medusa")
 """vLLM's own drafters that our samplers verify: whatever of them the installed vLLM and model runner have."""
 
-_SAMPLER_MARK = "_specplug_sampler"  # on vLLM's SpeculativeConfig: all that a request's validation gets to see
+# On vLLM's SpeculativeConfig, which is all that a request's validation gets to see.
+_SAMPLER_MARK = "_specplug_sampler"
+_V2_MARK = "_specplug_v2"
 
 _patches = seams.Patches()
 logger = logging.getLogger("vllm.specplug")
@@ -130,6 +132,17 @@ def _read_beside_native(given: dict[str, Any], engine_args: Any, method: Any) ->
         )
     if elsewhere is not None and not isinstance(elsewhere, dict):
         raise ConfigurationError(f"additional_config[{SETTINGS_KEY!r}] must be a dictionary, was given {elsewhere!r}.")
+    # "proposers": [] and the draft length are what an earlier call on the same object left there.
+    left = {
+        "sampler",
+        "num_speculative_tokens",
+        *(key for key in ("proposers", "datastore") if not (elsewhere or {}).get(key)),
+    }
+    if unfit := sorted(set(elsewhere or {}) - left):
+        raise ConfigurationError(
+            f"additional_config[{SETTINGS_KEY!r}]: {', '.join(unfit)} given with method {method!r}; beside vLLM's own "
+            "drafters only 'sampler' can be given."
+        )
     sampler = ours.get("sampler", (elsewhere or {}).get("sampler", Settings.model_fields["sampler"].default))
     return parse_settings({"sampler": sampler, "proposers": []})
 
@@ -218,12 +231,16 @@ def _unfit_v2(config: Any) -> str:
         return f"rejection_sample_method {speculative_config.rejection_sample_method!r} is a verifier of its own"
     if speculative_config.enable_adaptive_verification:
         return "adaptive verification is not tested with it"
+    if config.parallel_config.pipeline_parallel_size > 1 and not config.scheduler_config.async_scheduling:
+        return "with pipeline parallelism vLLM's V2 runner speculates under async scheduling only, which is off"
     return ""
 
 
 def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     config = original(self, *args, **kwargs)
     check_engine(config)
+    if config.use_v2_model_runner and is_coupled(config.speculative_config):
+        setattr(config.speculative_config, _V2_MARK, True)
     return config
 
 
@@ -257,6 +274,13 @@ def _init_device(original: Callable[..., Any], self: Any, *args: Any, **kwargs: 
         else:
             from vllm_specplug.hooks import v1 as hooks  # type: ignore[no-redef]
         hooks.install()
+        settings = settings_of(config.additional_config)
+        # Both say the same unless something between the processes rebuilt vLLM's configuration without our mark.
+        if settings is not None and settings.is_coupled != is_coupled(config.speculative_config):
+            raise ConfigurationError(
+                f"speculative_config: this worker was told sampler {settings.sampler!r} in one place and another in "
+                "its SpeculativeConfig; start the engine with this plugin active in every process."
+            )
     return original(self, *args, **kwargs)
 
 
@@ -326,6 +350,13 @@ def _validate_spec_decode(original: Callable[..., Any], self: Any, speculative_c
         except ConfigurationError as error:
             raise VLLMValidationError(str(error), parameter="extra_args", value=self.extra_args) from None
     if is_coupled(speculative_config):
+        if getattr(speculative_config, _V2_MARK, False) and self.logprob_token_ids:
+            raise VLLMValidationError(
+                "logprob_token_ids cannot be served with speculation on Model Runner V2, whose verification reports "
+                "the most likely tokens only. Ask for logprobs instead.",
+                parameter="logprob_token_ids",
+                value=self.logprob_token_ids,
+            )
         return None
     return original(self, speculative_config)
 

@@ -625,7 +625,9 @@ def _initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **
         return result
     if isinstance(drafter, Proposer):
         drafter.attach(self)
-    elif settings := settings_of(self.vllm_config.additional_config):
+    elif (settings := settings_of(self.vllm_config.additional_config)) and (
+        settings.is_coupled or self.device.type == "cpu"  # elsewhere vLLM's own verifier needs no repair of ours
+    ):
         attachment = Attachment(settings, Drafting(settings, _context(self.vllm_config)))
         attachment.attach(self)
         config = self.vllm_config.speculative_config

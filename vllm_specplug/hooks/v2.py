@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
@@ -38,6 +39,9 @@ from vllm_specplug.samplers.kernels import pack_emitted, verify_drafts
 
 logger = init_logger("vllm.specplug")
 patches = seams.Patches()
+
+_WARM_UP_REQUESTS = ("_warmup_", "_v2_mixed_warmup")
+"""vLLM warms kernels up with made-up requests of these names: nothing to learn from, nothing to count."""
 
 
 class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
@@ -98,6 +102,16 @@ class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
         return processed, token_ids, num_emitted
 
 
+def check_verifier(runner: Any) -> None:
+    """Raise ConfigurationError when the model brings a sampler of its own, so that our verifier is not in place."""
+    if not isinstance(runner.rejection_sampler, CoupledVerifier):
+        raise ConfigurationError(
+            f"speculative_config: {type(runner.model).__name__} brings a sampler of its own "
+            f"({type(runner.rejection_sampler).__name__}), which no coupling can replace. "
+            'Give "sampler": "rejection".'
+        )
+
+
 @dataclass(frozen=True)
 class _Step:
     """What a step emitted, on its way to the host."""
@@ -142,8 +156,10 @@ class DeviceDrafting:
 
     def add(self, rows: list[int], longest: list[int]) -> None:
         """These rows have new requests."""
+        # Not torch.tensor(..., device=...): that would wait for the device, which is still busy with the step before.
         device = self._longest.device
-        self._longest[torch.tensor(rows, device=device)] = torch.tensor(longest, dtype=torch.int32, device=device)
+        at = async_tensor_h2d(rows, device=device, dtype=torch.int64)
+        self._longest[at] = async_tensor_h2d(longest, device=device, dtype=torch.int32)
 
     def propose(self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, limit: int, drafts: torch.Tensor) -> None:
         """Write drafts over ``drafts``, ``[num_requests, num_speculative_tokens]``, as far as each of them goes."""
@@ -208,6 +224,9 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self._has_pipeline = False
         self._tp_group: Any = None
         self.is_first_rank = True
+        parallel_config = getattr(vllm_config, "parallel_config", None)
+        # Under torchrun every rank schedules for itself, and only the first knows how long its drafts are.
+        self._every_rank_schedules = getattr(parallel_config, "distributed_executor_backend", "") == "external_launcher"
 
     def attach(self, runner: Any) -> None:
         """The runner is complete: find the verifier, compile and map what must be quick later, say what is active.
@@ -216,11 +235,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             ConfigurationError: the model brings a sampler of its own, so that our verifier is not in place.
         """
         self._verifier = runner.rejection_sampler
-        if self.settings.is_coupled and not isinstance(self._verifier, CoupledVerifier):
-            raise ConfigurationError(
-                f"speculative_config: {type(runner.model).__name__} brings a sampler of its own "
-                f"({type(self._verifier).__name__}), which sampler {self.settings.sampler!r} cannot replace."
-            )
+        if self.settings.is_coupled:
+            check_verifier(runner)
         self._is_sharded = runner.batch_sharder is not None
         self._has_pipeline = runner.use_pp
         runner.draft_tokens_handler._specplug = self
@@ -262,7 +278,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         lengths: list[int] = []
         for new in scheduler_output.scheduled_new_reqs:
             params = new.sampling_params
-            if params is None:
+            if params is None or new.req_id.startswith(_WARM_UP_REQUESTS):
                 continue
             options = params.extra_args or {}
             longest = self.max_model_len
@@ -275,7 +291,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
                 lengths.append(longest if speculate else 0)
             else:
                 request = TrackedRequest(new.req_id, new.prompt_len, longest, speculate, options)
-                self.history.add(row, request, new.prefill_token_ids)
+                self.history.add(row, request, new.prefill_token_ids if self.is_first_rank else ())
         if self._on_device is not None and rows:
             self._on_device.add(rows, lengths)
 
@@ -323,6 +339,9 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         if self._on_device is not None:
             self._on_device.propose(input_batch.idx_mapping, num_sampled, limit, drafts)
             return drafts
+        if self._tp_group is None and not self.drafting.has_proposers:
+            self._in_place.clear()
+            return drafts
         self._send_to_host(input_batch, num_sampled, limit)
         # Whoever reads the drafts before the next step's inputs are made must not see placeholders.
         if not self.is_async or self._has_pipeline or input_batch.has_structured_output_reqs:
@@ -363,8 +382,14 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self._write(self._req_states.draft_tokens if out is None else out, rows, [drafts[index] for index in chosen])
 
     def cut(self, proposed: DraftTokenIds | None) -> DraftTokenIds | None:
-        """vLLM's answer to the scheduler (k tokens a request), with each draft as long as it really is."""
-        if proposed is None or self._on_device is not None:  # how long those are, only the device knows
+        """vLLM's answer to the scheduler (k tokens a request), with each draft as long as it really is.
+
+        Under async scheduling the scheduler has reserved k already, and validates against a grammar what stands in all
+        k places: nothing is cut. How long drafts made on the device are, only the device knows.
+        """
+        if proposed is None or self.is_async or self._on_device is not None:
+            return proposed
+        if self._every_rank_schedules and self._tp_group is not None:
             return proposed
         lengths = [len(self._in_place.get(request_id, ())) for request_id in proposed.req_ids]
         cut = [draft[:length] for draft, length in zip(proposed.draft_token_ids, lengths, strict=True)]
@@ -417,8 +442,9 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
                 targets if input_batch.num_draft_tokens and not self._is_sharded else None,
                 on_device,
             )
-            packed.copy_(on_device, non_blocking=True)
-            if self.device.type == "cuda":
+            is_cuda = self.device.type == "cuda"
+            packed.copy_(on_device, non_blocking=is_cuda)
+            if is_cuda:
                 # A blocking event: the thread that waits for it sleeps instead of polling the driver.
                 arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                 arrived.record()
@@ -483,11 +509,17 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         chosen = [index for index, draft in enumerate(drafts) if draft]
         if chosen:
             self._write(shared, chosen, [drafts[index] for index in chosen])
-        self._tp_group.broadcast(shared, src=0)
+        # vLLM's own NCCL communicator where there is one: torch's would be a second, made after memory was shared out.
+        communicator = getattr(self._tp_group, "device_communicator", None)
+        nccl = getattr(communicator, "pynccl_comm", None)
+        if nccl is not None and not nccl.disabled:
+            communicator.broadcast(shared, 0)  # type: ignore[union-attr]
+        else:
+            self._tp_group.broadcast(shared, src=0)
         if out is None:
             living = np.flatnonzero(alive)
-            rows = torch.from_numpy(step.rows[living]).to(self.device)
-            self._req_states.draft_tokens[rows] = shared[torch.from_numpy(living).to(self.device)]
+            rows = async_tensor_h2d(step.rows[living], device=self.device)
+            self._req_states.draft_tokens[rows] = shared[async_tensor_h2d(living, device=self.device)]
 
     def _write(self, target: torch.Tensor, rows: list[int], drafts: list[list[int]]) -> None:
         """One copy to the device; each row is its draft, its last token repeated to the end."""
@@ -497,7 +529,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             line[0] = row
             line[1 : 1 + len(draft)] = draft
             line[1 + len(draft) :] = draft[-1]
-        on_device = table.to(self.device, non_blocking=True).to(torch.int64)
+        on_device = table.to(self.device, non_blocking=self.device.type == "cuda").to(torch.int64)
         target[on_device[:, 0]] = on_device[:, 1:]
 
 
@@ -577,7 +609,8 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
     speculator = _speculator_of(self)
     if speculator is not None:
         speculator.attach(self)
-    elif self.speculator is not None and isinstance(self.rejection_sampler, CoupledVerifier):
+    elif self.speculator is not None and is_coupled(self.vllm_config.speculative_config):
+        check_verifier(self)
         config = self.vllm_config.speculative_config
         logger.info(
             "specplug is active: runner V2, sampler %s (drafter-invariant) verifies the drafts of vLLM's %s (%s)",
