@@ -32,7 +32,6 @@ for _request in SENT:
         _request["prompt"] = _request["prompt"][:40]
     if 0.0 < _request["params"]["temperature"] != 0.9:  # 0.9: greedy requests that ask for two outputs
         _request["params"]["temperature"] = 1.0
-PROPOSERS = ["none", "rest", "ngram", "random", "oracle"]
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +117,14 @@ def check(
     assert compared > at_least
 
 
-@pytest.mark.parametrize("cache", ["roomy", "tight"])
-@pytest.mark.parametrize("proposer", PROPOSERS)
+# Under preemption the slow runner's time goes to the drafters that matter there.
+@pytest.mark.parametrize(
+    ("cache", "proposer"),
+    [
+        ("roomy", "none"), ("roomy", "rest"), ("roomy", "ngram"), ("roomy", "random"), ("roomy", "oracle"),
+        ("tight", "ngram"), ("tight", "random"), ("tight", "oracle"),
+    ],
+)  # fmt: skip
 def test_same_tokens_as_stock_v2(
     cache: str,
     proposer: str,
@@ -127,8 +132,6 @@ def test_same_tokens_as_stock_v2(
     files: dict[str, str],
     request: pytest.FixtureRequest,
 ) -> None:
-    if cache == "tight" and proposer in ("none", "rest"):
-        pytest.skip("the slow runner's time goes to the drafters that matter under preemption")
     engine: Engine = request.getfixturevalue(cache)
     engine.send("set_drafting", drafting(proposer, files))
     before = engine.send("metrics")

@@ -490,17 +490,19 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
 
     def _observe(self, step: _Step, packed: NDArray[np.int32], emitting: NDArray[np.intp]) -> None:
         """Tell counters and proposers what was verified."""
-        verified = Verified([], [], [], [])
-        for index, line in zip(emitting.tolist(), packed[emitting].tolist(), strict=True):
-            num_verified, num_emitted = int(step.num_verified[index]), line[1]
-            draft = self._in_place.pop(step.request_ids[index], [])[:num_verified]
-            targets = line[2 : 2 + max(num_emitted, len(draft) + 1)]
-            if -1 in targets:  # the verifier reported emitted tokens only
-                targets = targets[:num_emitted]
-            verified.request_ids.append(step.request_ids[index])
-            verified.draft_token_ids.append(draft)
-            verified.target_token_ids.append(targets)
-            verified.num_emitted.append(num_emitted)
+        verified = Verified([], [], [], packed[emitting, 1].tolist())
+        for index in emitting.tolist():
+            request_id = step.request_ids[index]
+            verified.request_ids.append(request_id)
+            verified.draft_token_ids.append(self._in_place.pop(request_id, [])[: step.num_verified[index]])
+        if self.drafting.wants_observations:  # counters do without the tokens
+            verified.target_token_ids += (
+                # -1: the verifier reported emitted tokens only
+                [token for token in line[: max(num_emitted, len(draft) + 1)] if token != -1]
+                for line, draft, num_emitted in zip(
+                    packed[emitting, 2:].tolist(), verified.draft_token_ids, verified.num_emitted, strict=True
+                )
+            )
         self.drafting.observe(verified)
 
     def _share(self, step: _Step, drafts: list[list[int]], alive: NDArray[np.bool_], out: torch.Tensor | None) -> None:
@@ -524,11 +526,12 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
     def _write(self, target: torch.Tensor, rows: list[int], drafts: list[list[int]]) -> None:
         """One copy to the device; each row is its draft, its last token repeated to the end."""
         # Reused each step: by now the device is past the copy of the step before, whose tokens have arrived since.
+        k = self.num_speculative_tokens
         table = self._on_host_drafts[: len(rows)]
-        for line, row, draft in zip(table.numpy(), rows, drafts, strict=True):
-            line[0] = row
-            line[1 : 1 + len(draft)] = draft
-            line[1 + len(draft) :] = draft[-1]
+        # Padded as lists and written at once: a fraction of the time of one numpy assignment a row.
+        table.numpy()[:] = [
+            [row, *draft, *draft[-1:] * (k - len(draft))] for row, draft in zip(rows, drafts, strict=True)
+        ]
         on_device = table.to(self.device, non_blocking=self.device.type == "cuda").to(torch.int64)
         target[on_device[:, 0]] = on_device[:, 1:]
 
