@@ -51,6 +51,8 @@ class ProposerStats:
 class DraftingStats:
     """Counters of the whole plugin in one worker.
 
+    Under async scheduling (V2) a request is gone before its last step is counted; ratios are not touched by that.
+
     Attributes:
         steps: steps in which some request emitted tokens.
         emitted: tokens of all requests.

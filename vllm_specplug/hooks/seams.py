@@ -162,6 +162,72 @@ V2_SEAMS = (
 """Wrapped in a worker that is about to build a V2 model runner with our settings."""
 
 
+V1_USED = (
+    Seam(
+        "vllm.v1.spec_decode.llm_base_proposer",
+        "SpecDecodeBaseProposer._sample_from_logits",
+        ("self", "logits", "sampling_metadata"),
+        "replaced on a sampling drafter, so that it draws with the target's noise",
+    ),
+)
+"""Not wrapped, but replaced on single objects: their signatures are counted on all the same."""
+
+V2_USED = (
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
+        "RejectionSampler._verify",
+        (
+            "self", "logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits", "idx_mapping", "idx_mapping_np",
+            "expanded_idx_mapping", "expanded_local_pos", "seq_lens_upper_bound_np", "verify_draft_sampled",
+        ),
+        "the one method that our verifier overrides",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.speculator",
+        "BaseSpeculator.propose",
+        (
+            "self", "input_batch", "attn_metadata", "slot_mappings", "last_hidden_states", "aux_hidden_states",
+            "num_sampled", "num_rejected", "last_sampled", "next_prefill_tokens", "temperature", "seeds",
+            "dp_sync_state", "dummy_run", "skip_attn_for_dummy_run", "mm_inputs", "is_profile",
+            "num_speculative_tokens",
+        ),
+        "how the runner asks our drafter",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.speculator",
+        "DraftModelSpeculator.sample_draft",
+        (
+            "self", "hidden_states", "sample_src_positions", "idx_mapping", "temperature", "seeds", "draft_step",
+            "draft_logits", "spec_step_idx",
+        ),
+        "replaced on a sampling drafter, so that it draws with the target's noise",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.sample.gumbel",
+        "gumbel_sample",
+        ("logits", "expanded_idx_mapping", "temperature", "seed", "pos", "apply_temperature", "is_drafting"),
+        "vLLM's own draw, which our verifier calls",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.sample.sampler",
+        "Sampler.apply_sampling_params",
+        (
+            "self", "logits", "expanded_idx_mapping", "idx_mapping", "idx_mapping_np", "pos", "input_ids",
+            "expanded_local_pos", "seq_lens_upper_bound_np",
+        ),
+        "vLLM's own processing of logits, which our verifier calls",
+    ),
+)  # fmt: skip
+"""Not wrapped, but overridden, replaced on single objects or called: their signatures are counted on all the same."""
+
+
+def check(seams: Iterable[Seam]) -> None:
+    """Raise UnsupportedVersionError unless every one of these has the signature that we count on."""
+    for seam in seams:
+        if (found := _resolve(seam)) is not None:
+            _check_signature(seam, found[2])
+
+
 def check_version(version: str) -> None:
     """Raise UnsupportedVersionError unless ``version`` (such as ``"0.32.1+cpu"``) is in the supported range."""
     try:

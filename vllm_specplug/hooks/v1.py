@@ -602,6 +602,7 @@ def _optional_rows(values: torch.Tensor | None, rows: torch.Tensor) -> torch.Ten
 
 def install() -> None:
     """Wrap the runner's seams in this process, after checking their signatures. Idempotent."""
+    seams.check(seams.V1_USED)
     patches.install(
         seams.V1_SEAMS,
         {

@@ -192,7 +192,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self.settings: Settings = settings
         self.device = device
         self.num_speculative_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
-        self.max_model_len = int(vllm_config.model_config.max_model_len)
+        self._model_config = vllm_config.model_config
         max_num_requests = int(vllm_config.scheduler_config.max_num_seqs)
         self.is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._req_states = req_states
@@ -253,13 +253,16 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
                 "async scheduling %s (warm-up %.1f s)",
                 self.settings.sampler,
                 "drafter-invariant" if self.settings.is_coupled else "vLLM's own verifier",
-                self.drafting.describe()
-                if self._on_device is None
-                else f"rest ({self._on_device.proposer.describe()})",
+                self._describe_proposers(),
                 self.num_speculative_tokens,
                 "on: drafts are padded to that length" if self.is_async else "off: drafts keep their own length",
                 time.perf_counter() - start,
             )
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a request; vLLM 0.33 may lower it after this drafter is built, to what fits the cache."""
+        return int(self._model_config.max_model_len)
 
     def _describe_proposers(self) -> str:
         if self._on_device is not None:
@@ -566,6 +569,7 @@ def _sample_with_the_targets_noise(
 
 def install() -> None:
     """Wrap the runner's seams in this process, after checking their signatures. Idempotent."""
+    seams.check(seams.V2_USED)
     patches.install(
         seams.V2_SEAMS,
         {
