@@ -124,6 +124,12 @@ def foreign_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"method": "specplug", "datastore": "/no/such/store"}, ["datastore", "/no/such/store"]),
         ({"method": "ngram", "num_speculative_tokens": 3, "proposers": []}, ["proposers", '"method": "specplug"']),
         ({"method": "ngram", "num_speculative_tokens": 3, "sampler": "gumbl"}, ["no sampler 'gumbl'", "gumbel"]),
+        ({"method": "ngram", "num_speculative_tokens": 3, "samplr": "gumbel"}, ["'samplr'", "mean 'sampler'"]),
+        ({"method": "ngramm", "num_speculative_tokens": 3, "sampler": "gumbel"}, ["'ngramm'", "ngram, ngram_gpu"]),
+        ({"method": "mlp_speculator", "model": "x", "sampler": "gumbel"}, ["'mlp_speculator'", "leave 'sampler' out"]),
+        ({"method": "specplugg"}, ["no method 'specplugg'", "mean 'specplug'"]),
+        ({"num_speculative_tokens": 3, "sampler": "gumbel"}, ["without 'method'", "Give 'specplug'"]),
+        ({"method": "specplug", "draft_sample_method": "probabilistic"}, ["is for vLLM's own drafters", "sampler"]),
         ({"method": "custom_class", "model": "vllm_specplug.Proposer", "sampler": "x"}, ["there is no sampler 'x'"]),
         (
             {"method": "specplug", "proposers": [{"name": "ngram", "min_mach": 2}]},
@@ -193,6 +199,27 @@ def test_a_sampler_beside_vllms_own_drafter(process: Engine) -> None:
     elsewhere["additional_config"] = {"specplug": {"sampler": "gumbel", "proposers": ["ngram"]}}
     message = process.send("call", "config_error", elsewhere.pop("speculative_config"), elsewhere)
     assert message.startswith("ConfigurationError: additional_config['specplug']: proposers given with method 'ngram'")
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("config", "additional", "told"),
+    [
+        (NATIVE, "specplug", "additional_config must be a dictionary, was given 'specplug'"),
+        (NATIVE, {"specplug": None}, "must be a dictionary, such as {'sampler': 'gumbel'}, was given None"),
+        ({}, {"specplug": {"sampler": "gumbel"}}, "is given without a speculative_config"),
+        ({**NATIVE, "sampler": "gumbel"}, {"specplug": {"sampler": "rejection"}}, "sampler is 'gumbel' in"),
+        (
+            {"method": "custom_class", "model": "vllm_specplug.Proposer", "num_speculative_tokens": 8},
+            {"specplug": {"num_speculative_tokens": 3}},
+            "num_speculative_tokens is 8 in speculative_config and 3 in additional_config",
+        ),
+    ],
+)
+def test_additional_config_is_checked_too(process: Engine, config: dict[str, Any], additional: Any, told: str) -> None:
+    message = process.send("call", "config_error", config, {**MODEL, "additional_config": additional})
+    assert message.startswith("ConfigurationError: ")
+    assert told in message
 
 
 @pytest.mark.engine

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_same
-from harness import Engine
+from harness import Engine, EngineError
 from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, requests
 
 from vllm_specplug.tiny_models import draft_path, target_path
@@ -103,6 +103,19 @@ def test_same_tokens_as_stock(method: str, stock: dict[str, list[dict[str, Any]]
             assert accepted > 50
         engine.generate([{"prompt": "x", "params": {"max_tokens": 1, "temperature": 0.0}}])
         assert engine.send("stats")["live_requests"] <= 1
+
+
+def test_a_request_option_that_cannot_be_heeded_is_refused(heads: dict[str, str]) -> None:
+    with start({"method": "medusa", "model": heads["medusa"]}) as engine:
+        for extra_args, told in (
+            ({"specplug_speculate": False}, "requests can opt out with method 'specplug'"),
+            ({"specplug_speculat": False}, "Did you mean 'specplug_speculate'"),
+        ):
+            with pytest.raises(EngineError, match=told):
+                engine.generate([{"prompt": "x", "params": {"max_tokens": 2, "extra_args": extra_args}}])
+        assert engine.generate(
+            [{"prompt": "x", "params": {"max_tokens": 2, "extra_args": {"specplug_speculate": True}}}]
+        )
 
 
 def test_the_same_model_accepts_all_of_its_own_samples(stock: dict[str, list[dict[str, Any]]]) -> None:

@@ -111,7 +111,8 @@ class Settings(BaseModel):
             raise ValueError(f"proposers: named twice: {', '.join(sorted(repeated))}")
         for entry in self.proposers:
             if not isinstance((entry.model_extra or {}).get(ON_DEVICE, False), bool):
-                raise ValueError(f"proposers: {ON_DEVICE} of {entry.name!r} must be true or false")
+                given = (entry.model_extra or {})[ON_DEVICE]
+                raise ValueError(f"proposers: {ON_DEVICE} of {entry.name!r} must be true or false, not {given!r}")
             if entry.on_device and entry.name not in DEVICE_PROPOSERS:
                 raise ValueError(
                     f"proposers: {entry.name!r} cannot draft on the device; {', '.join(DEVICE_PROPOSERS)} can"

@@ -110,7 +110,9 @@ class Drafting:
         except ConfigurationError:
             raise
         except (ValueError, TypeError, OSError, ArithmeticError) as error:
-            raise ConfigurationError(f"proposer {name!r}: {error}") from error
+            told = str(error)
+            prefix = "" if told.startswith(f"proposer {name!r}") else f"proposer {name!r}: "
+            raise ConfigurationError(f"{prefix}{told}") from error
 
     def warm_up(self) -> None:
         """Let every proposer compile and map what it needs, before the first request."""

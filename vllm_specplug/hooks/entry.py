@@ -5,13 +5,15 @@ Also here: which model runner a worker is about to build, and so whose hooks it 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import vllm
+from vllm.config import SpeculativeConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import CpuArchEnum, current_platform
 
@@ -20,6 +22,7 @@ from vllm_specplug.config import (
     ON_DEVICE,
     OWN_KEYS,
     SETTINGS_KEY,
+    SPECULATE_OPTION,
     Settings,
     check_request_options,
     parse_settings,
@@ -28,13 +31,15 @@ from vllm_specplug.config import (
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.hooks import seams
 from vllm_specplug.proposers.base import ProposerContext
-from vllm_specplug.registry import NEEDS_DATASTORE, PROPOSERS
+from vllm_specplug.registry import NEEDS_DATASTORE, PROPOSERS, nearest
 
 COUPLED_DRAFTER = "vllm_specplug.Proposer"
 REJECTION_DRAFTER = "vllm_specplug.ProposerWithRejection"
 _DRAFTERS = (COUPLED_DRAFTER, REJECTION_DRAFTER)
 NATIVE_METHODS = ("ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3", "mtp", "medusa")
 """vLLM's own drafters that our samplers verify: whatever of them the installed vLLM and model runner have."""
+
+_VLLM_KEYS = frozenset(field.name for field in dataclasses.fields(SpeculativeConfig))
 
 # On vLLM's SpeculativeConfig, which is all that a request's validation gets to see.
 _SAMPLER_MARK = "_specplug_sampler"
@@ -86,6 +91,7 @@ def _create_speculative_config(
     original: Callable[..., Any], self: Any, target_model_config: Any, target_parallel_config: Any
 ) -> Any:
     given = dict(self.speculative_config or {})
+    _in_additional_config(self)
     # vLLM's own flags --spec-method, --spec-model and --spec-tokens stand for keys of the same dictionary.
     method = given.get("method", self.spec_method)
     model = given.get("model", self.spec_model)
@@ -102,49 +108,96 @@ def _create_speculative_config(
         self.spec_method = self.spec_model = self.spec_tokens = None
         return original(self, target_model_config, target_parallel_config)
     if not (given or method or model):
+        if _in_additional_config(self):
+            raise ConfigurationError(
+                f"additional_config[{SETTINGS_KEY!r}] is given without a speculative_config, so that nothing would "
+                f'speculate. Give all settings as speculative_config={{"method": "{METHOD}", ...}}.'
+            )
         return original(self, target_model_config, target_parallel_config)
-    settings_beside = _read_beside_native(given, self, method)
+    _check_spelling(given, method)
+    settings_beside = _read_beside_native(given, self, method, model)
     if settings_beside is None:
         return original(self, target_model_config, target_parallel_config)
     self.speculative_config = {key: value for key, value in given.items() if key.replace("-", "_") not in OWN_KEYS}
     config = original(self, target_model_config, target_parallel_config)
-    if config.method not in NATIVE_METHODS:
-        raise ConfigurationError(
-            f"speculative_config: sampler {settings_beside.sampler!r} cannot verify the drafts of method "
-            f"{config.method!r}; it can verify those of {', '.join((METHOD, *NATIVE_METHODS))}."
-        )
+    _check_native(config.method, settings_beside)  # vLLM may have found the method by the model
     known = settings_beside.model_copy(update={"num_speculative_tokens": config.num_speculative_tokens})
     self.additional_config = {**(self.additional_config or {}), SETTINGS_KEY: known.to_dict()}
     setattr(config, _SAMPLER_MARK, settings_beside.sampler)
     return config
 
 
-def _read_beside_native(given: dict[str, Any], engine_args: Any, method: Any) -> Settings | None:
+def _in_additional_config(engine_args: Any) -> dict[str, Any]:
+    """Our part of vLLM's additional_config, {} where there is none."""
+    additional = engine_args.additional_config or {}
+    if not isinstance(additional, Mapping):
+        raise ConfigurationError(f"additional_config must be a dictionary, was given {additional!r}.")
+    ours = additional.get(SETTINGS_KEY, {})
+    if not isinstance(ours, dict):
+        raise ConfigurationError(
+            f"additional_config[{SETTINGS_KEY!r}] must be a dictionary, such as {{'sampler': 'gumbel'}}, was given "
+            f"{ours!r}."
+        )
+    return ours
+
+
+def _check_spelling(given: Mapping[str, Any], method: Any) -> None:
+    """vLLM would call these unknown too, without knowing what was meant."""
+    if isinstance(method, str) and (near := nearest(method, [METHOD])):
+        raise ConfigurationError(f"speculative_config: there is no method {method!r}.{near}")
+    for key in given:
+        name = key.replace("-", "_")
+        if name not in OWN_KEYS | _VLLM_KEYS and (near := nearest(name, sorted(OWN_KEYS))):
+            raise ConfigurationError(f"speculative_config: unknown key {key!r} (given: {given[key]!r}).{near}")
+
+
+def _check_native(method: Any, settings: Settings) -> None:
+    if method not in NATIVE_METHODS and not str(method).endswith("_mtp"):  # older names of mtp
+        raise ConfigurationError(
+            f"speculative_config: sampler {settings.sampler!r} cannot verify the drafts of method {method!r}; it can "
+            f"verify those of {', '.join((METHOD, *NATIVE_METHODS))}. Choose one of these, or leave 'sampler' out."
+        )
+
+
+def _read_beside_native(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> Settings | None:
     """The sampler that shall verify one of vLLM's own drafters; None where nothing of ours was asked for."""
     ours = {key.replace("-", "_"): value for key, value in given.items() if key.replace("-", "_") in OWN_KEYS}
-    elsewhere = (engine_args.additional_config or {}).get(SETTINGS_KEY)
-    if not ours and elsewhere is None:
+    elsewhere = _in_additional_config(engine_args)
+    if not ours and not elsewhere:
         return None
     if unfit := sorted(set(ours) - {"sampler"}):
         raise ConfigurationError(
             f"speculative_config: {', '.join(unfit)} given with method {method!r}; beside vLLM's own drafters only "
             f'\'sampler\' can be given. Proposers of this plugin draft with "method": "{METHOD}".'
         )
-    if elsewhere is not None and not isinstance(elsewhere, dict):
-        raise ConfigurationError(f"additional_config[{SETTINGS_KEY!r}] must be a dictionary, was given {elsewhere!r}.")
-    # "proposers": [] and the draft length are what an earlier call on the same object left there.
-    left = {
-        "sampler",
-        "num_speculative_tokens",
-        *(key for key in ("proposers", "datastore") if not (elsewhere or {}).get(key)),
-    }
-    if unfit := sorted(set(elsewhere or {}) - left):
+    # An empty list of proposers and the draft length are what an earlier call on the same object left there.
+    left = {"sampler", "num_speculative_tokens"} | {key for key in OWN_KEYS if not elsewhere.get(key)}
+    if unfit := sorted(set(elsewhere) - left):
         raise ConfigurationError(
             f"additional_config[{SETTINGS_KEY!r}]: {', '.join(unfit)} given with method {method!r}; beside vLLM's own "
             "drafters only 'sampler' can be given."
         )
-    sampler = ours.get("sampler", (elsewhere or {}).get("sampler", Settings.model_fields["sampler"].default))
-    return parse_settings({"sampler": sampler, "proposers": []})
+    _check_same(ours, elsewhere)
+    sampler = ours.get("sampler", elsewhere.get("sampler", Settings.model_fields["sampler"].default))
+    settings = parse_settings({"sampler": sampler, "proposers": []})
+    if method is None and model is None:
+        raise ConfigurationError(
+            f"speculative_config: sampler {sampler!r} is given without 'method'. Give {METHOD!r}, or one of "
+            f"vLLM's own: {', '.join(NATIVE_METHODS)}."
+        )
+    if method is not None:
+        _check_native(method, settings)
+    return settings
+
+
+def _check_same(given: Mapping[str, Any], elsewhere: Mapping[str, Any]) -> None:
+    """The two places for our settings must not say different things."""
+    for key in sorted(set(given) & set(elsewhere)):
+        if given[key] != elsewhere[key]:
+            raise ConfigurationError(
+                f"{key} is {given[key]!r} in speculative_config and {elsewhere[key]!r} in "
+                f"additional_config[{SETTINGS_KEY!r}]; give it once."
+            )
 
 
 def _read(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> Settings:
@@ -167,14 +220,19 @@ def _read(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> S
                 "speculative_config: num_speculative_tokens and --spec-tokens are mutually exclusive; both are given."
             )
         data["num_speculative_tokens"] = engine_args.spec_tokens
-    elsewhere = (engine_args.additional_config or {}).get(SETTINGS_KEY, {})
-    if not isinstance(elsewhere, dict):
-        raise ConfigurationError(f"additional_config[{SETTINGS_KEY!r}] must be a dictionary, was given {elsewhere!r}.")
+    elsewhere = _in_additional_config(engine_args)
     if elsewhere and method == METHOD:
         raise ConfigurationError(
             f"speculative_config: with method {METHOD!r} all settings belong here; additional_config[{SETTINGS_KEY!r}] "
             f"is given too: {elsewhere!r}."
         )
+    _check_same(data, elsewhere)
+    for key in data:
+        if key not in Settings.model_fields and key in _VLLM_KEYS:
+            raise ConfigurationError(
+                f"speculative_config: key {key!r} (given: {data[key]!r}) is for vLLM's own drafters; method {METHOD!r} "
+                f"knows {', '.join(Settings.model_fields)}."
+            )
     if model == REJECTION_DRAFTER:
         data.setdefault("sampler", "rejection")
     return parse_settings({**elsewhere, **data})
@@ -344,9 +402,14 @@ def check_datastore(settings: Settings, model_config: Any) -> Settings:
 
 
 def _validate_spec_decode(original: Callable[..., Any], self: Any, speculative_config: Any) -> Any:
-    if is_ours(speculative_config):
+    if is_ours(speculative_config) or is_coupled(speculative_config):
         try:
             check_request_options(self.extra_args)
+            if not is_ours(speculative_config) and not (self.extra_args or {}).get(SPECULATE_OPTION, True):
+                raise ConfigurationError(
+                    f"request option {SPECULATE_OPTION!r}: vLLM's own drafter (method {speculative_config.method!r}) "
+                    f"drafts for every request; requests can opt out with method {METHOD!r}."
+                )
         except ConfigurationError as error:
             raise VLLMValidationError(str(error), parameter="extra_args", value=self.extra_args) from None
     if is_coupled(speculative_config):

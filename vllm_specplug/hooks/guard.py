@@ -46,9 +46,10 @@ def _asks_for_us(engine_args: Any) -> bool:
     method = given.get("method", getattr(engine_args, "spec_method", None))
     model = given.get("model", getattr(engine_args, "spec_model", None))
     keys = {str(key).replace("-", "_") for key in given}
+    additional = getattr(engine_args, "additional_config", None)
     return (
         method == METHOD
         or str(model).startswith("vllm_specplug.")
         or bool(keys & OWN_KEYS)
-        or SETTINGS_KEY in (getattr(engine_args, "additional_config", None) or {})
+        or (isinstance(additional, dict) and SETTINGS_KEY in additional)
     )
