@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_specplug.config import SPECULATE_OPTION
+
 
 @dataclass(frozen=True, slots=True)
 class TrackedRequest:
-    """A request that occupies a row.
+    """What the drafter remembers of a request's parameters: they never change.
 
     Attributes:
         request_id: the engine's.
@@ -32,6 +34,15 @@ class TrackedRequest:
     max_total_tokens: int
     speculate: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, request_id: str, params: Any, num_prompt_tokens: int, max_model_len: int) -> TrackedRequest:
+        """From the engine's sampling parameters (``max_tokens`` or None, ``extra_args`` or None)."""
+        options = params.extra_args or {}
+        longest = max_model_len
+        if params.max_tokens is not None:
+            longest = min(longest, num_prompt_tokens + params.max_tokens)
+        return cls(request_id, num_prompt_tokens, longest, bool(options.get(SPECULATE_OPTION, True)), options)
 
 
 class TokenHistory:

@@ -17,15 +17,14 @@ def register() -> None:
     our settings would be read: asking for this plugin then ends in one clear error, and vLLM without our settings works
     as if the plugin were not installed.
     """
-    import vllm
-
     try:
-        seams.check_version(vllm.__version__)
+        version = seams.installed_version()
+        seams.check_version(version)
         try:
             from vllm_specplug.hooks import entry
         except ImportError as error:
             raise UnsupportedVersionError(
-                f"vLLM {vllm.__version__} lacks a name that this plugin imports ({error}); vllm-specplug supports "
+                f"vLLM {version} lacks a name that this plugin imports ({error}); vllm-specplug supports "
                 f"vllm{seams.SUPPORTED_VLLM}"
             ) from error
         entry.install()

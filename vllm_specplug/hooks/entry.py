@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import vllm
 from vllm.config import SpeculativeConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import CpuArchEnum, current_platform
@@ -51,7 +50,7 @@ logger = logging.getLogger("vllm.specplug")
 
 def install() -> None:
     """Check the version, then wrap the configuration seams (all or none)."""
-    seams.check_version(vllm.__version__)
+    seams.check_version(seams.installed_version())
     _patches.install(
         seams.PROCESS_SEAMS,
         {

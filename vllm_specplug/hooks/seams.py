@@ -228,6 +228,13 @@ def check(seams: Iterable[Seam]) -> None:
             _check_signature(seam, found[2])
 
 
+def installed_version() -> str:
+    """Of the vLLM in this process."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
 def check_version(version: str) -> None:
     """Raise UnsupportedVersionError unless ``version`` (such as ``"0.32.1+cpu"``) is in the supported range."""
     try:

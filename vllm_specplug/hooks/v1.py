@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,9 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
 from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
 
-from vllm_specplug.config import SPECULATE_OPTION, Settings, settings_of
+from vllm_specplug.config import Settings, settings_of
 from vllm_specplug.drafting import Drafting
+from vllm_specplug.history import TrackedRequest
 from vllm_specplug.hooks import seams
 from vllm_specplug.hooks.entry import is_coupled
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext, Verified, read_only
@@ -36,15 +37,6 @@ from vllm_specplug.samplers.gumbel import SeedStream
 
 logger = init_logger("vllm.specplug")
 patches = seams.Patches()
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What the drafter remembers of a request's parameters: they never change."""
-
-    speculate: bool
-    options: Mapping[str, Any]
-    max_total_tokens: int
 
 
 class Attachment:
@@ -106,7 +98,7 @@ class Proposer(Attachment):
         self.num_speculative_tokens = int(speculative_config.num_speculative_tokens)
         self.max_model_len = int(model_config.max_model_len)
         super().__init__(settings, Drafting(settings, _context(vllm_config)))
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, TrackedRequest] = {}
 
     def load_model(self, *_: Any, **__: Any) -> None:
         """vLLM's CPU runner asks every drafter to load its model; there is none."""
@@ -145,7 +137,7 @@ class Proposer(Attachment):
         input_batch = self._runner.input_batch
         rows: list[int] = []
         limits: list[int] = []
-        requests: list[_Request] = []
+        requests: list[TrackedRequest] = []
         for row, emitted in enumerate(sampled_token_ids):
             if not emitted:
                 continue
@@ -185,16 +177,11 @@ class Proposer(Attachment):
         counters["live_requests"] = max(counters["live_requests"], len(self._requests))
         return counters
 
-    def _request(self, request_id: str) -> _Request:
+    def _request(self, request_id: str) -> TrackedRequest:
         known = self._requests.get(request_id)
         if known is None:
             state = self._runner.requests[request_id]
-            params = state.sampling_params
-            options = params.extra_args or {}
-            longest = self.max_model_len
-            if params.max_tokens is not None:
-                longest = min(longest, state.num_prompt_tokens + params.max_tokens)
-            known = _Request(bool(options.get(SPECULATE_OPTION, True)), options, longest)
+            known = TrackedRequest.of(request_id, state.sampling_params, state.num_prompt_tokens, self.max_model_len)
             self._requests[request_id] = known
         return known
 

@@ -28,7 +28,7 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator, DraftModelSpeculator
 
-from vllm_specplug.config import SPECULATE_OPTION, Settings, settings_of
+from vllm_specplug.config import Settings, settings_of
 from vllm_specplug.drafting import Drafting
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.history import TokenHistory, TrackedRequest
@@ -283,17 +283,12 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             params = new.sampling_params
             if params is None or new.req_id.startswith(_WARM_UP_REQUESTS):
                 continue
-            options = params.extra_args or {}
-            longest = self.max_model_len
-            if params.max_tokens is not None:
-                longest = min(longest, new.prompt_len + params.max_tokens)
-            speculate = bool(options.get(SPECULATE_OPTION, True))
+            request = TrackedRequest.of(new.req_id, params, new.prompt_len, self.max_model_len)
             row = self._req_states.req_id_to_index[new.req_id]
             if self._on_device is not None:
                 rows.append(row)
-                lengths.append(longest if speculate else 0)
+                lengths.append(request.max_total_tokens if request.speculate else 0)
             else:
-                request = TrackedRequest(new.req_id, new.prompt_len, longest, speculate, options)
                 self.history.add(row, request, new.prefill_token_ids if self.is_first_rank else ())
         if self._on_device is not None and rows:
             self._on_device.add(rows, lengths)
