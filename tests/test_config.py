@@ -205,7 +205,8 @@ def test_a_sampler_beside_vllms_own_drafter(process: Engine) -> None:
 @pytest.mark.parametrize(
     ("config", "additional", "told"),
     [
-        (NATIVE, "specplug", "additional_config must be a dictionary, was given 'specplug'"),
+        ({**NATIVE, "sampler": "gumbel"}, "specplug", "must be a dictionary, in which this plugin's settings travel"),
+        ({"method": "specplug"}, "specplug", "was given 'specplug'"),
         (NATIVE, {"specplug": None}, "must be a dictionary, such as {'sampler': 'gumbel'}, was given None"),
         ({}, {"specplug": {"sampler": "gumbel"}}, "is given without a speculative_config"),
         ({**NATIVE, "sampler": "gumbel"}, {"specplug": {"sampler": "rejection"}}, "sampler is 'gumbel' in"),
@@ -220,6 +221,13 @@ def test_additional_config_is_checked_too(process: Engine, config: dict[str, Any
     message = process.send("call", "config_error", config, {**MODEL, "additional_config": additional})
     assert message.startswith("ConfigurationError: ")
     assert told in message
+
+
+@pytest.mark.engine
+def test_somebody_elses_additional_config_is_none_of_our_business(process: Engine) -> None:
+    """vLLM takes any object with a ``compute_hash`` there, and without our keys it works as if we were not there."""
+    for config in ({}, NATIVE):
+        assert process.send("call", "error_with_hashable_config", config, MODEL) == ""
 
 
 @pytest.mark.engine

@@ -265,3 +265,36 @@ def test_murmur_noise_gives_the_tokens_of_vllms_v2_sampler(tmp_path: Path, rng: 
     clear = best_two[:, 1] - best_two[:, 0] > 1e-4
     assert clear.sum() > num_rows - 5
     assert (tokens[clear] == perturbed.argmax(axis=1)[clear]).all()
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from vllm_specplug.samplers.kernels import NUM_HEADER_COLUMNS, _pack_kernel, _verify_kernel
+
+constants = {"block_size": 16}
+verify = dict(
+    target_ptr="*i64", draft_ptr="*i32", cu_num_rows_ptr="*i32", token_ids_ptr="*i64", num_emitted_ptr="*i32",
+    width="i32",
+)
+pack = dict(
+    idx_mapping_ptr="*i64", num_emitted_ptr="*i32", total_len_ptr="*i32", all_token_ids_ptr="*i32",
+    all_token_ids_stride="i64", verified_ptr="*i64", verified_stride="i64", out_ptr="*i32", out_stride="i64",
+    width="i32",
+)
+for capability in (80, 90):
+    for kernel, signature, more in (
+        (_verify_kernel, verify, {}), (_pack_kernel, pack, {"num_header_columns": NUM_HEADER_COLUMNS})
+    ):
+        given = {**constants, **more}
+        source = ASTSource(kernel, {**signature, **dict.fromkeys(given, "constexpr")}, given)
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
+        assert ".visible .entry" in compiled.asm["ptx"]
+"""
+
+
+def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
+    """The interpreter is lenient about types; no GPU is needed to find out, only a process that does not interpret."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True)

@@ -293,8 +293,9 @@ for vocabulary, path in zip(("*u16", "*u32"), sys.argv[1:], strict=True):
     signature |= dict.fromkeys(proposer.constants, "constexpr")
     source = ASTSource(_draft_kernel, signature, proposer.constants)
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
-    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert ".f64" in compiled.asm["ptx"]
+    for capability in (80, 90):
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert ".f64" in compiled.asm["ptx"]
 """
 
 

@@ -55,7 +55,6 @@ class TokenHistory:
 
     def __init__(self, num_rows: int, max_tokens: int) -> None:
         self.token_ids: NDArray[np.int32] = np.zeros((num_rows, max_tokens), dtype=np.int32)
-        self.num_tokens: NDArray[np.int64] = np.zeros(num_rows, dtype=np.int64)
         self.occupation: NDArray[np.int64] = np.zeros(num_rows, dtype=np.int64)
         self.requests: list[TrackedRequest | None] = [None] * num_rows
         self._row_of: dict[str, int] = {}
@@ -75,7 +74,6 @@ class TokenHistory:
         self.requests[row] = request
         self._row_of[request.request_id] = row
         self.token_ids[row, : len(token_ids)] = token_ids
-        self.num_tokens[row] = len(token_ids)
 
     def remove(self, request_id: str) -> None:
         """The request is gone (for now); does nothing when it has no row."""
@@ -99,4 +97,3 @@ class TokenHistory:
         places = (totals - counts)[:, None] + columns
         new = (columns < counts[:, None]) & (places < self.token_ids.shape[1])
         self.token_ids[np.broadcast_to(rows[:, None], new.shape)[new], places[new]] = tokens[new]
-        self.num_tokens[rows] = np.minimum(totals, self.token_ids.shape[1])

@@ -140,6 +140,16 @@ def config_error(child: Any, speculative_config: dict[str, Any], engine_args: di
     return ""
 
 
+def error_with_hashable_config(child: Any, speculative_config: dict[str, Any], engine_args: dict[str, Any]) -> str:
+    """The same with an ``additional_config`` that is no dictionary."""
+
+    class Hashable:
+        def compute_hash(self) -> str:
+            return "0"
+
+    return config_error(child, speculative_config, {**engine_args, "additional_config": Hashable()})
+
+
 def accepted_config(child: Any, engine_args: dict[str, Any]) -> tuple[dict[str, Any], str, int]:
     """Our settings, the drafter and the draft length in a configuration that vLLM accepted."""
     from vllm.engine.arg_utils import EngineArgs

@@ -90,7 +90,6 @@ def _create_speculative_config(
     original: Callable[..., Any], self: Any, target_model_config: Any, target_parallel_config: Any
 ) -> Any:
     given = dict(self.speculative_config or {})
-    _in_additional_config(self)
     # vLLM's own flags --spec-method, --spec-model and --spec-tokens stand for keys of the same dictionary.
     method = given.get("method", self.spec_method)
     model = given.get("model", self.spec_model)
@@ -98,7 +97,7 @@ def _create_speculative_config(
         settings = _read(given, self, method, model)
         settings = check_datastore(settings, target_model_config)
         check_proposers(settings, target_model_config)
-        self.additional_config = {**(self.additional_config or {}), SETTINGS_KEY: settings.to_dict()}
+        _send_along(self, settings)
         self.speculative_config = {
             "method": "custom_class",
             "model": COUPLED_DRAFTER if settings.is_coupled else REJECTION_DRAFTER,
@@ -117,20 +116,20 @@ def _create_speculative_config(
     settings_beside = _read_beside_native(given, self, method, model)
     if settings_beside is None:
         return original(self, target_model_config, target_parallel_config)
+    _send_along(self, settings_beside)
     self.speculative_config = {key: value for key, value in given.items() if key.replace("-", "_") not in OWN_KEYS}
     config = original(self, target_model_config, target_parallel_config)
     _check_native(config.method, settings_beside)  # vLLM may have found the method by the model
-    known = settings_beside.model_copy(update={"num_speculative_tokens": config.num_speculative_tokens})
-    self.additional_config = {**(self.additional_config or {}), SETTINGS_KEY: known.to_dict()}
+    _send_along(self, settings_beside.model_copy(update={"num_speculative_tokens": config.num_speculative_tokens}))
     setattr(config, _SAMPLER_MARK, settings_beside.sampler)
     return config
 
 
 def _in_additional_config(engine_args: Any) -> dict[str, Any]:
     """Our part of vLLM's additional_config, {} where there is none."""
-    additional = engine_args.additional_config or {}
-    if not isinstance(additional, Mapping):
-        raise ConfigurationError(f"additional_config must be a dictionary, was given {additional!r}.")
+    additional = engine_args.additional_config
+    if not isinstance(additional, Mapping):  # vLLM takes any object with a hash there: somebody else's
+        return {}
     ours = additional.get(SETTINGS_KEY, {})
     if not isinstance(ours, dict):
         raise ConfigurationError(
@@ -138,6 +137,16 @@ def _in_additional_config(engine_args: Any) -> dict[str, Any]:
             f"{ours!r}."
         )
     return ours
+
+
+def _send_along(engine_args: Any, settings: Settings) -> None:
+    """Put the settings where every process finds them."""
+    additional = engine_args.additional_config or {}
+    if not isinstance(additional, Mapping):
+        raise ConfigurationError(
+            f"additional_config must be a dictionary, in which this plugin's settings travel; was given {additional!r}."
+        )
+    engine_args.additional_config = {**additional, SETTINGS_KEY: settings.to_dict()}
 
 
 def _check_spelling(given: Mapping[str, Any], method: Any) -> None:

@@ -523,8 +523,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
 
     def _write(self, target: torch.Tensor, rows: list[int], drafts: list[list[int]]) -> None:
         """One copy to the device; each row is its draft, its last token repeated to the end."""
-        # Reused each step: by now the device is past the copy of the step before, whose tokens have arrived since.
         k = self.num_speculative_tokens
+        # Reused each step: by now the device is past the copy of the step before, whose tokens have arrived since.
         table = self._on_host_drafts[: len(rows)]
         # Padded as lists and written at once: a fraction of the time of one numpy assignment a row.
         table.numpy()[:] = [

@@ -1,0 +1,58 @@
+"""The host's copy of tokens: rows change hands, steps arrive late, and nothing is written outside a row."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from vllm_specplug.history import TokenHistory, TrackedRequest
+
+
+def request(name: str) -> TrackedRequest:
+    return TrackedRequest(name, num_prompt_tokens=2, max_total_tokens=9)
+
+
+def test_tokens_of_steps_are_appended_in_place() -> None:
+    history = TokenHistory(num_rows=3, max_tokens=6)
+    history.add(2, request("a"), [1, 2])
+    history.add(0, request("b"), [7])
+    history.append(np.array([2, 0]), np.array([4, 2]), np.array([2, 1]), np.array([[3, 4, -1], [8, 99, 99]], np.int32))
+    assert history.token_ids[2].tolist() == [1, 2, 3, 4, 0, 0]
+    assert history.token_ids[0].tolist() == [7, 8, 0, 0, 0, 0]
+    assert len(history) == 2
+
+
+def test_what_does_not_fit_is_left_out() -> None:
+    history = TokenHistory(num_rows=2, max_tokens=4)
+    history.add(0, request("a"), [1, 2, 3])
+    history.add(1, request("b"), [9])
+    history.append(np.array([0]), np.array([6]), np.array([3]), np.array([[4, 5, 6]], np.int32))
+    assert history.token_ids.tolist() == [[1, 2, 3, 4], [9, 0, 0, 0]]
+
+
+def test_every_occupation_of_a_row_has_its_own_number() -> None:
+    """So that the tokens of a step can be told from those of a later holder, even of the same name."""
+    history = TokenHistory(num_rows=2, max_tokens=4)
+    seen = []
+    for name, row in (("a", 0), ("a", 0), ("b", 0), ("a", 1)):  # resumed in place, replaced, resumed elsewhere
+        history.add(row, request(name), [1])
+        seen.append(int(history.occupation[row]))
+    assert len(set(seen)) == 4
+    assert 0 not in seen
+    history.add(0, request("a"), [1])  # one request never holds two rows
+    assert history.occupation[1] == 0
+    assert len(history) == 1
+    history.remove("a")
+    history.remove("never there")
+    assert history.occupation.tolist() == [0, 0]
+    assert history.requests == [None, None]
+
+
+def test_a_request_ends_at_its_own_limit_or_the_models() -> None:
+    params = SimpleNamespace(extra_args={"specplug_speculate": False, "other": 1}, max_tokens=5)
+    tracked = TrackedRequest.of("a", params, num_prompt_tokens=3, max_model_len=100)
+    assert (tracked.max_total_tokens, tracked.speculate, tracked.options["other"]) == (8, False, 1)
+    unbounded = TrackedRequest.of("a", SimpleNamespace(extra_args=None, max_tokens=None), 3, 100)
+    assert (unbounded.max_total_tokens, unbounded.speculate) == (100, True)
+    assert TrackedRequest.of("a", SimpleNamespace(extra_args=None, max_tokens=500), 3, 100).max_total_tokens == 100
