@@ -38,6 +38,30 @@ class ProposerContext:
 
 
 @dataclass(frozen=True, slots=True)
+class TargetNoise:
+    """The noise with which the verifier will draw the next tokens of each request.
+
+    Hand ``kind``, a key and a token id to :func:`vllm_specplug.samplers.noise.noise_of`. It helps a proposer that has
+    weights for several candidates: see :func:`~vllm_specplug.samplers.noise.noisy_score`.
+
+    Attributes:
+        kind: which of vLLM's hashes, one of the constants of :mod:`vllm_specplug.samplers.noise`.
+        keys: ``[num_requests, max_draft_tokens]`` uint64: key of each coming token; column 0 is the first draft token.
+            Rows of greedy requests are not filled.
+        temperature: ``[num_requests]`` float32; 0 for greedy requests, which know no noise.
+    """
+
+    kind: int
+    keys: NDArray[np.uint64]
+    temperature: NDArray[np.float32]
+
+    def scales(self, sharpness: float) -> NDArray[np.float64]:
+        """Factor of a proposer's log weights, ``[num_requests]``: sharpness over temperature, 0 where greedy."""
+        sampling = self.temperature > 0
+        return np.where(sampling, sharpness / np.where(sampling, self.temperature, 1.0), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
 class DraftBatch:
     """The requests that want a draft in this step. All arrays are read-only for the proposer.
 
@@ -51,6 +75,8 @@ class DraftBatch:
         num_prompt_tokens: ``[num_requests]`` int64.
         max_draft_tokens: ``[num_requests]`` int64, longest draft that is of use to each request (at least 1).
         options: ``[num_requests]``, each request's own ``extra_args``.
+        noise: the noise of the coming tokens; None where the verifier's is not known (every request then counts as
+            greedy).
     """
 
     request_ids: Sequence[str]
@@ -60,6 +86,7 @@ class DraftBatch:
     num_prompt_tokens: NDArray[np.int64]
     max_draft_tokens: NDArray[np.int64]
     options: Sequence[Mapping[str, Any]] = ()
+    noise: TargetNoise | None = None
 
     def __len__(self) -> int:
         return len(self.request_ids)
@@ -67,6 +94,39 @@ class DraftBatch:
     def context(self, index: int) -> NDArray[np.int32]:
         """Request ``index``'s tokens so far, ``[num_tokens[index]]`` int32, as a view."""
         return self.token_ids[self.rows[index], : self.num_tokens[index]]
+
+    def subset(self, indices: Sequence[int]) -> DraftBatch:
+        """The same step for some of its requests, in the order of ``indices``."""
+        at = np.asarray(indices, dtype=np.int64)
+        noise = self.noise
+        if noise is not None:
+            noise = TargetNoise(noise.kind, noise.keys[at], noise.temperature[at])
+        return DraftBatch(
+            request_ids=[self.request_ids[index] for index in indices],
+            token_ids=self.token_ids,
+            rows=self.rows[at],
+            num_tokens=self.num_tokens[at],
+            num_prompt_tokens=self.num_prompt_tokens[at],
+            max_draft_tokens=self.max_draft_tokens[at],
+            options=[self.options[index] for index in indices] if self.options else (),
+            noise=noise,
+        )
+
+    def noise_inputs(self, sharpness: float) -> tuple[int, NDArray[np.uint64], NDArray[np.float64]]:
+        """What a compiled kernel needs to draw with the target's noise: kind, keys and scales of the log weights.
+
+        Args:
+            sharpness: factor of the proposer's log weights at temperature 1.
+
+        Returns:
+            ``kind``, ``keys`` (``[num_requests, max_draft_tokens]`` uint64) and ``scales`` (``[num_requests]`` float64,
+            0 for greedy requests); without noise kind 0 and scales of 0. All arrays as :func:`kernel_input` makes them.
+        """
+        noise = self.noise
+        if noise is None:
+            keys = np.zeros((len(self), int(self.max_draft_tokens.max(initial=0))), dtype=np.uint64)
+            return 0, kernel_input(keys, np.uint64), kernel_input(np.zeros(len(self)), np.float64)
+        return noise.kind, kernel_input(noise.keys, np.uint64), kernel_input(noise.scales(sharpness), np.float64)
 
     @classmethod
     def from_contexts(

@@ -82,7 +82,8 @@ def gumbel_noise(seeds: NDArray[np.int64], token_ids: NDArray[np.int64]) -> NDAr
     return np.asarray(-np.log(-np.log(uniform)))
 
 
-def _murmur3_round(state: NDArray[np.uint32], word: NDArray[np.uint32]) -> NDArray[np.uint32]:
+def murmur3_round(state: NDArray[np.uint32], word: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """MurmurHash3 (Appleby, x86, 32 bits): mix one 32-bit word into the state, elementwise."""
     word = word * np.uint32(0xCC9E2D51)
     word = (word << np.uint32(15)) | (word >> np.uint32(17))
     state = state ^ (word * np.uint32(0x1B873593))
@@ -121,7 +122,7 @@ def murmur_gumbel_noise(
     with np.errstate(over="ignore"):
         h: NDArray[np.uint32] = np.zeros((), dtype=np.uint32)
         for word in words:
-            h = _murmur3_round(h, word.astype(np.uint32))
+            h = murmur3_round(h, word.astype(np.uint32))
         h = h ^ np.uint32(4 * len(words))
         h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
         h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
