@@ -15,6 +15,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+TENANT_OPTION = "specplug_tenant"
+"""Request option: name of the tenant whose history this request reads and writes; "" is everybody's."""
+
+STORES_OPTION = "specplug_datastore"
+"""Request option: names of the stores to consult, as a tuple; absent: all of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProposerContext:
@@ -160,6 +166,9 @@ class Drafts:
         num_tokens: ``[num_requests]`` int64; 0 where there is nothing to propose.
         confidence: ``[num_requests, max_tokens]`` float32 in [0, 1]: estimated chance that a draft token is accepted
             given that all before it are. It decides between proposers, never about correctness.
+        match_length: ``[num_requests]`` int32, tokens of context that the draft was found by; None where the proposer
+            matches nothing. Evidence for whoever weighs this draft against another.
+        votes: ``[num_requests, max_tokens]`` int32, places that chose each draft token; None where nobody votes.
     """
 
     DEFAULT_CONFIDENCE: ClassVar[float] = 0.5
@@ -167,6 +176,8 @@ class Drafts:
     token_ids: NDArray[np.int32]
     num_tokens: NDArray[np.int64]
     confidence: NDArray[np.float32]
+    match_length: NDArray[np.int32] | None = None
+    votes: NDArray[np.int32] | None = None
 
     @classmethod
     def empty(cls, num_requests: int, max_tokens: int) -> Drafts:
@@ -227,11 +238,21 @@ class Proposer(abc.ABC):
     def observe(self, verified: Verified) -> None:  # noqa: B027 - an optional hook, empty on purpose
         """Learn from what the verifier saw. Called once a step, before :meth:`propose`."""
 
+    def follow(self, batch: DraftBatch) -> None:  # noqa: B027 - an optional hook, empty on purpose
+        """Called instead of :meth:`propose` now and then while nothing is drafted: keep up with the tokens."""
+
     def finish(self, request_ids: Sequence[str]) -> None:  # noqa: B027 - an optional hook, empty on purpose
         """These requests ended or were aborted: drop their state."""
 
+    def close(self) -> None:  # noqa: B027 - an optional hook, empty on purpose
+        """The engine is going down in an orderly way: save what shall outlive it."""
+
     def warm_up(self) -> None:  # noqa: B027 - an optional hook, empty on purpose
         """Called once before the first request: compile, map files, touch what must be quick later."""
+
+    def memory_bytes(self) -> int:
+        """Bytes of state kept about requests now, for the counters."""
+        return 0
 
     def describe(self) -> str:
         """A few words for the start-up line, such as the store's size."""

@@ -73,7 +73,7 @@ def test_common_noise_makes_two_races_agree(random: np.random.Generator) -> None
     agree = 0
     for key in keys:
         winners = [
-            max(range(6), key=lambda token: noisy_score(float(np.log(weights[token])), 1.0, SPLITMIX, key, token))  # noqa: B023
+            max(range(6), key=lambda token: noisy_score(float(np.log(weights[token])), 1.0, SPLITMIX, key, token))
             for weights in (target, mixed)
         ]
         agree += winners[0] == winners[1]
