@@ -186,7 +186,7 @@ def _trace_votes(tokens, positions, segments, vocab_size, context, draft, max_ma
 
 def votes_behind(proposer: RestProposer) -> Callable[[DraftBatch, Drafts], NDArray[np.int64]]:
     """The arguments of ``vote_confidence`` for each draft token."""
-    store = proposer.store
+    (store,) = proposer.stores.values()
 
     def evidence_of(batch: DraftBatch, drafts: Drafts) -> NDArray[np.int64]:
         evidence = np.zeros((*drafts.token_ids.shape, 3), dtype=np.int64)
@@ -360,7 +360,7 @@ def report_ngram(windows: Windows, markdown: bool) -> None:
 
 
 def rest_proposer(path: Path, **options: float) -> RestProposer:
-    return RestProposer(ProposerContext(2**23, MAX_DRAFT, datastore=str(path), options=options))
+    return RestProposer(ProposerContext(2**23, MAX_DRAFT, datastores={"store": str(path)}, options=options))
 
 
 def ngram_proposer(**options: float) -> NgramProposer:

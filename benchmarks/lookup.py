@@ -83,7 +83,7 @@ def scan_contexts(table, rows, num_tokens, max_match):  # type: ignore[no-untype
 
 
 def measure_rest(store: Datastore, modules: list[NDArray[np.int32]], num_requests: int) -> list[list[str]]:
-    proposer = RestProposer(ProposerContext(store.header.vocab_size, MAX_DRAFT, datastore=str(store.path)))
+    proposer = RestProposer(ProposerContext(store.header.vocab_size, MAX_DRAFT, datastores={"store": str(store.path)}))
     proposer.warm_up()
     rng = np.random.default_rng(0)
     rows = []

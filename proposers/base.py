@@ -31,7 +31,7 @@ class ProposerContext:
         num_speculative_tokens: longest draft of a request.
         max_num_requests: most requests in one batch.
         max_model_len: most tokens (prompt + output) of one request.
-        datastore: path of the token store, where one is configured.
+        datastores: path of each token store by its name, in the order in which the user gave them.
         options: the proposer's own settings, as the user wrote them.
     """
 
@@ -39,7 +39,7 @@ class ProposerContext:
     num_speculative_tokens: int
     max_num_requests: int = 256
     max_model_len: int = 4096
-    datastore: str | None = None
+    datastores: Mapping[str, str] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -210,12 +210,14 @@ class Verified:
             Where the verifier drew all positions at once, the tokens behind them follow: the target's choice after the
             rejected draft tokens, up to one more than the draft is long.
         num_emitted: ``[num_requests]``, accepted drafts plus one.
+        num_unsettled: requests that took part in the step without emitting: still in their prompts.
     """
 
     request_ids: list[str]
     draft_token_ids: list[list[int]]
     target_token_ids: list[list[int]]
     num_emitted: list[int]
+    num_unsettled: int = 0
 
 
 class Proposer(abc.ABC):

@@ -1,8 +1,16 @@
-"""REST: drafts from a token store, after He et al., "REST: Retrieval-Based Speculative Decoding" (2023).
+"""REST: drafts from token stores, after He et al., "REST: Retrieval-Based Speculative Decoding" (2023).
 
-The longest suffix of a request's tokens is looked up in the store, and the continuations of its occurrences vote: the
+The longest suffix of a request's tokens is looked up in a store, and the continuations of its occurrences vote: the
 first draft token is the one that most of them continue with, the second the one that most of *these* continue with,
 and so on. A draft ends where a document ends, or where the chance that its next token still counts gets too small.
+
+Where the request samples and the verifier's noise is known, votes are weights instead: at each depth the winner of
+``scale * log(votes) + noise`` is drafted, with the very noise that the target's token will be drawn with
+(:mod:`vllm_specplug.samplers.noise`). Rare continuations are then drafted when they are due. Greedy requests get the
+token with the most votes. The end of a document is no token and does not race: such a draft ends where all who are
+left end.
+
+Of several stores each drafts by itself, and a request gets the draft that should get furthest.
 
 Against the paper: one binary search over reversed text instead of a search for each suffix length, at most
 ``max_votes`` occurrences instead of up to 5000 (evenly spread over all of them), and a chain instead of a tree.
@@ -22,7 +30,19 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from .base import DraftBatch, Drafts, Proposer, ProposerContext, check_option_names, is_probability, kernel_input
+from vllm_specplug.samplers.noise import noisy_score
+
+from .base import (
+    STORES_OPTION,
+    DraftBatch,
+    Drafts,
+    Proposer,
+    ProposerContext,
+    check_option_names,
+    expected_accepted,
+    is_probability,
+    kernel_input,
+)
 from .datastore import Datastore, longest_match, usable_length
 
 DEFAULT_OPTIONS: Mapping[str, int | float] = {
@@ -30,6 +50,7 @@ DEFAULT_OPTIONS: Mapping[str, int | float] = {
     "min_match": 1,
     "max_votes": 64,
     "min_confidence": 0.1,
+    "sharpness": 1.6,
 }
 """What ``options`` may set.
 
@@ -37,6 +58,8 @@ max_match: longest suffix that is looked up, in tokens.
 min_match: no draft from a shorter match.
 max_votes: most occurrences that vote.
 min_confidence: a draft ends before the token whose chance of counting (itself and all before it accepted) is below.
+sharpness: factor of the logarithm of votes at temperature 1, where drafts are drawn with the target's noise: the more,
+    the likelier the token with the most votes. 0: always that token.
 """
 
 PARALLEL_BATCH = 64
@@ -69,8 +92,12 @@ def vote_confidence(length, num_agreeing, num_votes):  # type: ignore[no-untyped
 
 
 @njit(cache=True, nogil=True)
-def _most_voted(tokens, candidates, num_candidates, depth, choices, counts):  # type: ignore[no-untyped-def]
-    """Token that most candidates have at ``depth``, and how many; of equals the one that got there first."""
+def _elect(tokens, candidates, num_candidates, depth, separator, kind, key, scale, choices, counts):  # type: ignore[no-untyped-def]
+    """The token that the candidates elect at ``depth``, and how many chose it.
+
+    With ``scale`` 0 it is the one that most have, of equals the one that got there first. Else it is the winner of the
+    noisy race, in which ``separator`` takes part only where it is alone.
+    """
     num_choices = 0
     best = 0
     for index in range(num_candidates):
@@ -85,6 +112,14 @@ def _most_voted(tokens, candidates, num_candidates, depth, choices, counts):  # 
         counts[choice] += 1
         if counts[choice] > counts[best]:
             best = choice
+    if scale > 0.0 and num_choices > 1:
+        best_score = -math.inf
+        for choice in range(num_choices):
+            if choices[choice] != separator:
+                score = noisy_score(math.log(counts[choice]), scale, kind, key, choices[choice])
+                if score > best_score:
+                    best = choice
+                    best_score = score
     return choices[best], counts[best]
 
 
@@ -131,12 +166,20 @@ def find_candidates(tokens, positions, segments, vocab_size, context, max_match,
 
 @njit(cache=True, nogil=True)
 def draft_one(  # type: ignore[no-untyped-def]
-    tokens, positions, segments, vocab_size, context, max_draft, settings, min_confidence, out_tokens, out_confidence
-):
-    """Draft for one context into ``out_tokens`` and ``out_confidence``; returns its length.
+    tokens, positions, segments, vocab_size, context, max_draft, settings, min_confidence, kind, keys, scale,
+    out_tokens, out_confidence, out_votes,
+):  # fmt: skip
+    """Draft for one context into the last three arrays.
 
-    ``settings``: ``[3]`` int64, max_match, min_match and max_votes.
+    Args:
+        settings: ``[3]`` int64, max_match, min_match and max_votes.
+        kind, keys, scale: the target's noise; ``keys`` is ``[max_draft]`` uint64, and ``scale`` 0 takes the heaviest.
+
+    Returns:
+        (length of the draft, length of the match): 0, 0 where there is none.
     """
+    if max_draft < 1:
+        return 0, 0
     max_match, min_match, max_votes = settings
     candidates = np.empty(max_votes, dtype=np.int64)
     length, num_candidates, _ = find_candidates(
@@ -147,7 +190,9 @@ def draft_one(  # type: ignore[no-untyped-def]
     chance = 1.0
     depth = 0
     while depth < max_draft and num_candidates > 0:
-        token, num_agreeing = _most_voted(tokens, candidates, num_candidates, depth, choices, counts)
+        token, num_agreeing = _elect(
+            tokens, candidates, num_candidates, depth, vocab_size, kind, keys[depth], scale, choices, counts
+        )
         if token == vocab_size:
             break
         confidence = vote_confidence(length + depth, num_agreeing, num_candidates)
@@ -156,6 +201,7 @@ def draft_one(  # type: ignore[no-untyped-def]
             break
         out_tokens[depth] = token
         out_confidence[depth] = confidence
+        out_votes[depth] = num_agreeing
         if num_agreeing < num_candidates:
             kept = 0
             for index in range(num_candidates):
@@ -164,19 +210,20 @@ def draft_one(  # type: ignore[no-untyped-def]
                     kept += 1
             num_candidates = kept
         depth += 1
-    return depth
+    return depth, length if depth > 0 else 0
 
 
 @njit(cache=True, nogil=True)
 def draft_batch(  # type: ignore[no-untyped-def]
     tokens, positions, segments, vocab_size, table, rows, num_tokens, max_drafts, settings, min_confidence,
-    out_tokens, out_num_tokens, out_confidence,
+    kind, keys, scales, out_tokens, out_num_tokens, out_confidence, out_match_length, out_votes,
 ):  # fmt: skip
     """:func:`draft_one` for each request of a batch, one after the other."""
     for i in range(len(rows)):
-        out_num_tokens[i] = draft_one(
+        out_num_tokens[i], out_match_length[i] = draft_one(
             tokens, positions, segments, vocab_size, table[rows[i], : num_tokens[i]],
-            min(max_drafts[i], out_tokens.shape[1]), settings, min_confidence, out_tokens[i], out_confidence[i],
+            min(max_drafts[i], out_tokens.shape[1]), settings, min_confidence, kind, keys[i], scales[i],
+            out_tokens[i], out_confidence[i], out_votes[i],
         )  # fmt: skip
 
 
@@ -184,20 +231,25 @@ def draft_batch(  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True, parallel=True)
 def draft_batch_parallel(  # type: ignore[no-untyped-def]
     tokens, positions, segments, vocab_size, table, rows, num_tokens, max_drafts, settings, min_confidence,
-    out_tokens, out_num_tokens, out_confidence,
+    kind, keys, scales, out_tokens, out_num_tokens, out_confidence, out_match_length, out_votes,
 ):  # fmt: skip
     """:func:`draft_one` for each request of a batch, on all of numba's threads."""
     for i in prange(len(rows)):
-        out_num_tokens[i] = draft_one(
+        out_num_tokens[i], out_match_length[i] = draft_one(
             tokens, positions, segments, vocab_size, table[rows[i], : num_tokens[i]],
-            min(max_drafts[i], out_tokens.shape[1]), settings, min_confidence, out_tokens[i], out_confidence[i],
+            min(max_drafts[i], out_tokens.shape[1]), settings, min_confidence, kind, keys[i], scales[i],
+            out_tokens[i], out_confidence[i], out_votes[i],
         )  # fmt: skip
 
 
 class RestProposer(Proposer):
-    """Drafts from the token store ``context.datastore``; for options see :data:`DEFAULT_OPTIONS`.
+    """Drafts from the token stores ``context.datastores``; for options see :data:`DEFAULT_OPTIONS`.
 
-    Keeps no state about requests.
+    A request consults all of them, or those that its option :data:`~.base.STORES_OPTION` names. Keeps no state about
+    requests.
+
+    Attributes:
+        stores: by name, in the order of the context; of equally promising drafts the first store's is taken.
 
     Raises:
         ValueError: no store is configured, it cannot be used (:class:`~.datastore.DatastoreError`), or an option is
@@ -218,48 +270,97 @@ class RestProposer(Proposer):
         if not isinstance(options["min_confidence"], (int, float)) or not is_probability(options["min_confidence"]):
             raise ValueError(f"proposer 'rest': min_confidence must lie in [0, 1], not {options['min_confidence']!r}")
         self._min_confidence = float(options["min_confidence"])
-        if not context.datastore:
+        sharpness = options["sharpness"]
+        if isinstance(sharpness, bool) or not isinstance(sharpness, (int, float)) or not 0 <= sharpness < math.inf:
+            raise ValueError(f"proposer 'rest': sharpness must be a number of at least 0, not {sharpness!r}")
+        self._sharpness = float(sharpness)
+        if not context.datastores:
             raise ValueError(
                 "proposer 'rest' drafts from a token store, and none is configured: set \"datastore\" to a file that "
                 "`specplug datastore build` made"
             )
-        self.store = Datastore.open(context.datastore)
-        self.store.check_vocab_size(context.vocab_size)
+        self.stores = {name: Datastore.open(path) for name, path in context.datastores.items()}
+        for store in self.stores.values():
+            store.check_vocab_size(context.vocab_size)
 
     def propose(self, batch: DraftBatch) -> Drafts:
-        drafts = Drafts.empty(len(batch), int(batch.max_draft_tokens.max(initial=0)))
         kernel = draft_batch if len(batch) < PARALLEL_BATCH or numba.get_num_threads() == 1 else draft_batch_parallel
-        self._run(kernel, batch, drafts)
-        return drafts
+        return self._run(kernel, batch)
 
-    def _run(self, kernel: Any, batch: DraftBatch, drafts: Drafts) -> None:
-        store = self.store
-        kernel(
-            store.tokens, store.positions, store.segments, store.header.vocab_size,
+    def _run(self, kernel: Any, batch: DraftBatch) -> Drafts:
+        width = int(batch.max_draft_tokens.max(initial=0))
+        contexts = (
             kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
-            kernel_input(batch.num_tokens, np.int64), kernel_input(batch.max_draft_tokens, np.int64),
-            self._settings, self._min_confidence, drafts.token_ids, drafts.num_tokens, drafts.confidence,
+            kernel_input(batch.num_tokens, np.int64),
         )  # fmt: skip
+        noise = batch.noise_inputs(self._sharpness)
+        answers = []
+        for store, max_draft_tokens in zip(self.stores.values(), self._limits(batch), strict=True):
+            drafts = Drafts.empty(len(batch), width)
+            drafts.match_length = np.zeros(len(batch), dtype=np.int32)
+            drafts.votes = np.zeros((len(batch), width), dtype=np.int32)
+            kernel(
+                store.tokens, store.positions, store.segments, store.header.vocab_size, *contexts,
+                kernel_input(max_draft_tokens, np.int64), self._settings, self._min_confidence, *noise,
+                drafts.token_ids, drafts.num_tokens, drafts.confidence, drafts.match_length, drafts.votes,
+            )  # fmt: skip
+            answers.append(drafts)
+        return answers[0] if len(answers) == 1 else _furthest(answers)
+
+    def _limits(self, batch: DraftBatch) -> list[NDArray[np.int64]]:
+        """Longest draft of each store for each request, ``[num_stores]`` of ``[num_requests]``: 0 where not asked."""
+        wanted = [options.get(STORES_OPTION) for options in batch.options]
+        if wanted.count(None) == len(wanted):
+            return [batch.max_draft_tokens] * len(self.stores)
+        return [
+            np.where([names is None or name in names for names in wanted], batch.max_draft_tokens, 0)
+            for name in self.stores
+        ]
 
     def longest_match(self, context: NDArray[np.int32]) -> tuple[int, int]:
-        """Length of the longest suffix of ``context`` that drafts come from, and how often the store has it."""
+        """Length of the longest suffix of ``context`` that drafts come from, and how often the stores have it."""
         max_match, min_match, max_votes = self._settings
-        store = self.store
-        length, _, num_matches = find_candidates(
-            store.tokens, store.positions, store.segments, store.header.vocab_size, context, max_match, min_match,
-            np.empty(max_votes, dtype=np.int64),
-        )  # fmt: skip
-        return int(length) if num_matches else 0, int(num_matches)
+        longest, total = 0, 0
+        for store in self.stores.values():
+            length, _, num_matches = find_candidates(
+                store.tokens, store.positions, store.segments, store.header.vocab_size, context, max_match, min_match,
+                np.empty(max_votes, dtype=np.int64),
+            )  # fmt: skip
+            if num_matches and length >= longest:
+                total = int(num_matches) + (total if length == longest else 0)
+                longest = int(length)
+        return longest, total
 
     def warm_up(self) -> None:
         batch = DraftBatch.from_contexts([[0, 0]], max_draft_tokens=1)
         for kernel in (draft_batch, draft_batch_parallel):
-            self._run(kernel, batch, Drafts.empty(1, 1))
-        self.store.prefault()
+            self._run(kernel, batch)
+        for store in self.stores.values():
+            store.prefault()
 
     def describe(self) -> str:
-        header = self.store.header
-        return f"{header.num_tokens:,} tokens of {header.num_documents:,} documents in {self.store.path}"
+        words = []
+        for name, store in self.stores.items():
+            header = store.header
+            size = f"{header.num_tokens:,} tokens of {header.num_documents:,} documents in {store.path}"
+            words.append(size if len(self.stores) == 1 else f"{name}: {size}")
+        return "; ".join(words)
+
+
+def _furthest(answers: list[Drafts]) -> Drafts:
+    """For each request the draft with the most :func:`~.base.expected_accepted` tokens; the first of equals.
+
+    A longer match and a clearer vote both raise that expectation, whichever store they are found in.
+    """
+    which = np.stack([expected_accepted(each.confidence, each.num_tokens) for each in answers]).argmax(axis=0)
+    requests = np.arange(len(which))
+
+    def chosen(field: str) -> Any:
+        return np.stack([getattr(each, field) for each in answers])[which, requests]
+
+    return Drafts(
+        chosen("token_ids"), chosen("num_tokens"), chosen("confidence"), chosen("match_length"), chosen("votes")
+    )
 
 
 def _at_least_one(name: str, value: object) -> int:

@@ -1,7 +1,9 @@
 """The rest proposer on a GPU: the token store lives in device memory, and one program of a kernel drafts for a request.
 
 Token ids so far go in as a tensor on the device and drafts come out as tensors on the device, so a step that drafts
-this way waits for no host. The drafts are those of :class:`~.rest.RestProposer` bit for bit, confidences included:
+this way waits for no host. The drafts are those of :class:`~.rest.RestProposer` for greedy requests bit for bit,
+confidences included. Requests that sample get the same: the token with the most votes, without the target's noise.
+Requests cannot choose among stores, of which there is one.
 
 - *Lookup.* Where a context belongs in the suffix array does not depend on how it is searched for. Each round compares
   ``PROBES`` evenly spaced entries at once, each over all tokens of the longest match, since a GPU waits as long for one
@@ -200,20 +202,30 @@ class DeviceRest:
     confidences, 1.5 MB with the default options and 16 draft tokens.
 
     Args:
-        context: as for :class:`~.rest.RestProposer`: ``datastore``, ``options``, ``vocab_size`` and
-            ``num_speculative_tokens`` count, the latter as the width of what :meth:`propose` returns.
+        context: as for :class:`~.rest.RestProposer`: ``datastores``, of which there must be one, ``options``,
+            ``vocab_size`` and ``num_speculative_tokens`` count, the latter as the width of what :meth:`propose` returns.
         device: where the store and the drafts are to be; the current device of the process when it calls.
 
     Attributes:
         num_bytes: device memory held, in bytes.
 
     Raises:
-        ValueError: what :class:`~.rest.RestProposer` refuses, and ``max_match`` above :data:`LARGEST_MAX_MATCH` or
-            ``max_votes`` above :data:`LARGEST_MAX_VOTES`.
+        ValueError: what :class:`~.rest.RestProposer` refuses; several stores; ``sharpness``, since there is no noise
+            here; ``max_match`` above :data:`LARGEST_MAX_MATCH` or ``max_votes`` above :data:`LARGEST_MAX_VOTES`.
     """
 
     def __init__(self, context: ProposerContext, device: torch.device | str) -> None:
         host = RestProposer(context)
+        if len(host.stores) > 1:
+            raise ValueError(
+                f"proposer 'rest' on a device drafts from one store, and there are {len(host.stores)}: "
+                f"{', '.join(host.stores)}; give one, or leave on_device out"
+            )
+        if "sharpness" in context.options:
+            raise ValueError(
+                "proposer 'rest' on a device drafts the token with the most votes, without noise that sharpness could "
+                "weigh it against; leave sharpness out, or on_device"
+            )
         max_match, min_match, max_votes = (int(value) for value in host._settings)
         for name, value, largest in (
             ("max_match", max_match, LARGEST_MAX_MATCH),
@@ -222,7 +234,7 @@ class DeviceRest:
             if value > largest:
                 raise ValueError(f"proposer 'rest' on a device: {name} may be up to {largest}, not {value}")
         self.num_draft_tokens = context.num_speculative_tokens
-        self.store = host.store
+        (self.store,) = host.stores.values()
         self.device = torch.device(device)
         self._tokens = _upload(self.store.tokens, self.device)
         self._positions = _upload(self.store.positions, self.device)

@@ -31,7 +31,7 @@ def write_store(folder: Path, documents: Sequence[Sequence[int]], segment_tokens
 
 
 def proposer_for(path: str, num_speculative_tokens: int = 8, vocab_size: int = VOCAB_SIZE, **options) -> RestProposer:
-    return RestProposer(ProposerContext(vocab_size, num_speculative_tokens, datastore=path, options=options))
+    return RestProposer(ProposerContext(vocab_size, num_speculative_tokens, datastores={"store": path}, options=options))
 
 
 def naive_confidence(length: int, num_agreeing: int, num_votes: int) -> float:
@@ -160,7 +160,7 @@ def test_votes_are_spread_over_all_occurrences(tmp_path):
     path = write_store(tmp_path, [[0, 1]] * 200 + [[0, 2]] * 100, segment_tokens=90)
     proposer = proposer_for(path, min_confidence=0.0, max_votes=9)
     assert proposer.longest_match(np.array([0], dtype=np.int32)) == (1, 300)
-    assert len(proposer.store.segments) > 5
+    assert len(proposer.stores["store"].segments) > 5
     drafts = proposer.propose(DraftBatch.from_contexts([[0]], 4))
     assert drafts.token_ids[0, 0] == 1
     assert drafts.confidence[0, 0] == pytest.approx(naive_confidence(1, 6, 9), abs=0.05)

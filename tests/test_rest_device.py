@@ -59,7 +59,7 @@ def write_store(
 
 
 def context_for(path: str, num_speculative_tokens: int = 6, **options: Any) -> ProposerContext:
-    return ProposerContext(2**20, num_speculative_tokens, datastore=path, options=options)
+    return ProposerContext(2**20, num_speculative_tokens, datastores={"store": path}, options=options)
 
 
 def check_same(
@@ -200,7 +200,7 @@ def test_a_longer_match_in_a_later_segment_silences_the_earlier(tmp_path):
     filler = [3] * 50
     documents = [[1, 2, 0], filler, [0, 1, 2, 1], filler, [1, 2, 0], filler, [0, 1, 2, 1], filler, [2, 2, 2, 0]]
     context = context_for(write_store(tmp_path, documents, segment_tokens=50), min_confidence=0.0)
-    assert len(RestProposer(context).store.segments) > 5
+    assert len(DeviceRest(context, DEVICE).store.segments) > 5
     assert check_same(context, [[0, 1, 2], [2, 1, 2], [3, 2]])[0] == [1]
 
 
@@ -288,7 +288,7 @@ pointers = dict(
     total_len="*i32", rows="*i64", wanted="*i32", drafts="*i64", num_tokens="*i32", out_confidence="*fp32",
 )
 for vocabulary, path in zip(("*u16", "*u32"), sys.argv[1:], strict=True):
-    proposer = DeviceRest(ProposerContext(2**20, 8, datastore=path), "cpu")
+    proposer = DeviceRest(ProposerContext(2**20, 8, datastores={"store": path}), "cpu")
     signature = {**pointers, "tokens": vocabulary, "row_stride": "i64"}
     signature |= dict.fromkeys(proposer.constants, "constexpr")
     source = ASTSource(_draft_kernel, signature, proposer.constants)

@@ -53,6 +53,10 @@ class ProposerSettings(BaseModel):
         return bool((self.model_extra or {}).get(ON_DEVICE, False))
 
 
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 class Settings(BaseModel):
     """Everything that can stand in ``speculative_config`` beside ``"method": "specplug"``.
 
@@ -61,7 +65,8 @@ class Settings(BaseModel):
         proposers: who drafts, in order of preference between equals: names, ``{"name": ..., option: ...}`` or
             ``"module.Class"``. Default: ``ngram``, and ``rest`` where a datastore is given. An empty list drafts
             nothing (the verifier still runs).
-        datastore: token store for ``rest``, made by ``specplug datastore build``.
+        datastore: token stores for ``rest``, made by ``specplug datastore build``, as paths by name. May be given as one
+            path or a list of paths, whose names then are the files' without folder and suffix.
         sampler: ``gumbel`` (drafter-invariant: seeded output as without speculation) or ``rejection`` (vLLM's own).
     """
 
@@ -69,7 +74,7 @@ class Settings(BaseModel):
 
     num_speculative_tokens: int = Field(default=DEFAULT_SPECULATIVE_TOKENS, ge=1, le=MAX_SPECULATIVE_TOKENS)
     proposers: tuple[ProposerSettings, ...] = ()
-    datastore: str | None = None
+    datastore: dict[str, str] | None = None
     sampler: str = "gumbel"
 
     @model_validator(mode="before")
@@ -89,8 +94,27 @@ class Settings(BaseModel):
 
     @field_validator("datastore", mode="before")
     @classmethod
-    def _paths_become_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
+    def _paths_get_names(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            named = {name: str(path) if isinstance(path, Path) else path for name, path in value.items()}
+        elif value is None:
+            return None
+        else:
+            paths = [str(path) if isinstance(path, Path) else path for path in _as_list(value)]
+            if wrong := [path for path in paths if not isinstance(path, str)]:
+                raise ValueError(f"a path must be a valid string, not {wrong[0]!r}")
+            names = [Path(path).stem for path in paths]
+            if repeated := {name for name in names if names.count(name) > 1}:
+                raise ValueError(
+                    f"two stores would be named {min(repeated)!r}; name them yourself: "
+                    '{"NAME": "PATH", "OTHER NAME": "OTHER PATH"}'
+                )
+            named = dict(zip(names, paths, strict=True))
+        if not named:
+            raise ValueError("names no store; leave it out, or give a path, a list of paths, or names with paths")
+        if "" in named or "" in named.values():
+            raise ValueError("a store needs a name and a path that are not empty")
+        return named
 
     @field_validator("sampler")
     @classmethod
@@ -121,6 +145,11 @@ class Settings(BaseModel):
                 raise ValueError(
                     f"proposers: {entry.name!r} with {ON_DEVICE} drafts without the host, where the others of "
                     f"{names} draft; name it alone, or leave {ON_DEVICE} out"
+                )
+            if entry.on_device and len(self.datastore or ()) > 1:
+                raise ValueError(
+                    f"proposers: {entry.name!r} with {ON_DEVICE} drafts from one store, and datastore names "
+                    f"{', '.join(self.datastore or ())}; give one, or leave {ON_DEVICE} out"
                 )
         return self
 

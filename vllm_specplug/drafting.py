@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,17 @@ from numpy.typing import NDArray
 from vllm_specplug import registry
 from vllm_specplug.config import Settings
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified
-from vllm_specplug.proposers.combine import choose_best
+from vllm_specplug.history import TrackedRequest
+from vllm_specplug.proposers.base import (
+    DraftBatch,
+    Drafts,
+    Proposer,
+    ProposerContext,
+    TargetNoise,
+    Verified,
+    read_only,
+)
+from vllm_specplug.proposers.ensemble import Ensemble, EnsembleStats
 
 logger = logging.getLogger("vllm.specplug")  # under vLLM's logger, so that its handlers and levels apply
 
@@ -31,10 +40,11 @@ class ProposerStats:
     Attributes:
         drafted: draft tokens that were verified.
         accepted: those of them that were kept.
-        chosen: drafts of this proposer that went to the verifier.
+        chosen: drafts that begin with a token of this proposer's.
         errors: calls that raised or answered nonsense.
         invalid_tokens: draft tokens cut off because they are outside the vocabulary.
         propose_s: seconds spent in the proposer.
+        memory_bytes: state it keeps about requests.
         active: False once it was left out.
     """
 
@@ -44,6 +54,7 @@ class ProposerStats:
     errors: int = 0
     invalid_tokens: int = 0
     propose_s: float = 0.0
+    memory_bytes: int = 0
     active: bool = True
 
 
@@ -60,6 +71,7 @@ class DraftingStats:
         live_requests: requests that hold state here.
         wait_s: seconds spent waiting for emitted tokens to arrive from the device (V2).
         proposers: counters of each.
+        ensemble: what was decided between them, and what steps cost.
     """
 
     steps: int = 0
@@ -68,6 +80,7 @@ class DraftingStats:
     live_requests: int = 0
     wait_s: float = 0.0
     proposers: dict[str, ProposerStats] = field(default_factory=dict)
+    ensemble: EnsembleStats = field(default_factory=EnsembleStats)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for RPC, JSON and logs."""
@@ -80,33 +93,41 @@ class Drafting:
     Args:
         settings: what the user wrote.
         context: sizes that the engine guarantees; ``options`` is filled in for each proposer.
+        native: name of a drafter of the engine's own that takes part, where there is one.
+        can_shorten: False where the engine verifies as many rows whatever a draft's length.
 
     Raises:
         ConfigurationError: a proposer refuses its options, or the datastore cannot be used.
     """
 
-    def __init__(self, settings: Settings, context: ProposerContext) -> None:
+    FOLLOW_INTERVAL = 4
+    """While proposers rest, they see the tokens every so many steps."""
+
+    def __init__(
+        self, settings: Settings, context: ProposerContext, native: str | None = None, can_shorten: bool = True
+    ) -> None:
         self.settings = settings
         self.context = context
         self.stats = DraftingStats()
         self._proposers: dict[str, Proposer] = {}
-        self._source: dict[str, str] = {}  # request id -> proposer of the draft under verification
         self._seen: set[str] = set()
         for entry in settings.host_proposers:
             self._proposers[entry.name] = self._build(entry.name, entry.options)
             self.stats.proposers[entry.name] = ProposerStats()
+        self._native = native
+        if native is not None:
+            self.stats.proposers[native] = ProposerStats()
+        self._names = tuple(self.stats.proposers)
+        self.ensemble = Ensemble(
+            self._names, context.num_speculative_tokens, settings.ensemble_options, can_shorten=can_shorten
+        )
+        self._step_began = 0.0  # when the drafts of the step under way were handed over
+        self._verified_rows = -1  # draft rows of the step under way; -1 when its time says nothing
+        self._num_steps = 0
 
     def _build(self, name: str, options: dict[str, Any]) -> Proposer:
-        context = ProposerContext(
-            vocab_size=self.context.vocab_size,
-            num_speculative_tokens=self.context.num_speculative_tokens,
-            max_num_requests=self.context.max_num_requests,
-            max_model_len=self.context.max_model_len,
-            datastore=self.settings.datastore,
-            options=options,
-        )
         try:
-            return registry.proposer_class(name)(context)
+            return registry.proposer_class(name)(replace(self.context, options=options))
         except ConfigurationError:
             raise
         except (ValueError, TypeError, OSError, ArithmeticError) as error:
@@ -116,6 +137,7 @@ class Drafting:
 
     def warm_up(self) -> None:
         """Let every proposer compile and map what it needs, before the first request."""
+        self.ensemble.warm_up()
         for name in list(self._proposers):
             try:
                 self._proposers[name].warm_up()
@@ -134,52 +156,166 @@ class Drafting:
     @property
     def has_proposers(self) -> bool:
         """False when nobody drafts (any more)."""
-        return bool(self._proposers)
+        return bool(self._proposers) or self._native is not None
 
-    @property
-    def wants_observations(self) -> bool:
-        """True when some proposer learns from what the verifier saw."""
-        return any(type(proposer).observe is not Proposer.observe for proposer in self._proposers.values())
+    def propose(
+        self,
+        requests: Sequence[TrackedRequest],
+        token_ids: NDArray[np.int32],
+        rows: NDArray[np.int64],
+        num_tokens: NDArray[np.int64],
+        limit: int,
+        noise: Callable[[Sequence[int], int], TargetNoise] | None = None,
+        native: NDArray[np.int32] | None = None,
+    ) -> list[list[int]]:
+        """One draft for each request that emitted tokens in this step, empty for those that want or need none.
 
-    def propose(self, batch: DraftBatch) -> list[list[int]]:
-        """One draft for each request of ``batch``: ``[num_requests]`` lists of at most ``max_draft_tokens`` ids."""
-        self._seen.update(batch.request_ids)
-        answers: list[Drafts] = []
-        names: list[str] = []
-        for name, proposer in list(self._proposers.items()):
-            stats = self.stats.proposers[name]
-            start = time.perf_counter()
-            try:
-                answers.append(self._well_formed(proposer.propose(batch), batch, stats))
-                names.append(name)
-            except Exception:
-                self._leave_out(name, "raised")
-            stats.propose_s += time.perf_counter() - start
-        if not answers:
-            return [[] for _ in batch.request_ids]
-        best, which = choose_best(answers)
+        Args:
+            requests: ``[num_running]``.
+            token_ids: ``[num_rows, max_tokens]`` the engine's table; it is not written to.
+            rows: ``[num_running]`` row of each request in it.
+            num_tokens: ``[num_running]`` tokens so far, the new ones included.
+            limit: longest draft of the next step.
+            noise: gives the target's noise for some of the requests (by index) and so many coming tokens; None where
+                it is not known.
+            native: ``[num_running, k]`` drafts of the engine's own drafter.
+        """
+        now = time.perf_counter()
+        if self._verified_rows >= 0 and self._step_began:
+            self.ensemble.took(len(requests), self._verified_rows, now - self._step_began)
+        self._num_steps += 1
+        try:
+            return self._propose(requests, token_ids, rows, num_tokens, limit, noise, native)
+        finally:
+            self._step_began = time.perf_counter()
+
+    def _propose(
+        self,
+        requests: Sequence[TrackedRequest],
+        token_ids: NDArray[np.int32],
+        rows: NDArray[np.int64],
+        num_tokens: NDArray[np.int64],
+        limit: int,
+        noise: Callable[[Sequence[int], int], TargetNoise] | None,
+        native: NDArray[np.int32] | None,
+    ) -> list[list[int]]:
+        drafts: list[list[int]] = [[] for _ in requests]
+        if not self.has_proposers:
+            return drafts
+        wanting: list[int] = []
+        limits: list[int] = []
+        for index, (request, total) in enumerate(zip(requests, num_tokens.tolist(), strict=True)):
+            longest = request.longest_draft(total, limit)
+            if longest > 0:
+                wanting.append(index)
+                limits.append(longest)
+        if not wanting:
+            return drafts
+        self._seen.update(requests[index].request_id for index in wanting)
+        everyone = len(wanting) == len(requests)
+        batch = DraftBatch(
+            request_ids=tuple(requests[index].request_id for index in wanting),
+            token_ids=read_only(token_ids),
+            rows=read_only(rows if everyone else rows[wanting]),
+            num_tokens=read_only(num_tokens if everyone else num_tokens[wanting]),
+            num_prompt_tokens=read_only(
+                np.array([requests[index].num_prompt_tokens for index in wanting], dtype=np.int64)
+            ),
+            max_draft_tokens=read_only(np.array(limits, dtype=np.int64)),
+            options=tuple(requests[index].options for index in wanting),
+            noise=None if noise is None else noise(wanting, max(limits)),
+        )
+        if not self.ensemble.wants_drafts(len(requests)):
+            if self._num_steps % self.FOLLOW_INTERVAL == 0:
+                self._follow(batch)
+            return drafts
+        start = time.perf_counter()
+        allowed = [requests[index].proposers for index in wanting]
+        answers = [self._ask(name, batch, allowed) for name in self._names if name != self._native]
+        if self._native is not None:
+            answers.append(None if native is None else self._native_answer(native[wanting], batch, allowed))
+        if all(answer is None for answer in answers):
+            return drafts
+        best, source = self.ensemble.combine(batch, answers, len(requests), time.perf_counter() - start)
         lengths = best.num_tokens.tolist()
-        rows = best.token_ids.tolist()
-        drafts = [row[:length] for row, length in zip(rows, lengths, strict=True)]
-        for request_id, draft, index in zip(batch.request_ids, drafts, which.tolist(), strict=True):
-            if draft:
-                self._source[request_id] = names[index]
-                self.stats.proposers[names[index]].chosen += 1
+        for index, row, length in zip(wanting, best.token_ids.tolist(), lengths, strict=True):
+            drafts[index] = row[:length]
+        for place in source[best.num_tokens > 0, 0].tolist():
+            self.stats.proposers[self._names[place]].chosen += 1
         return drafts
 
+    def _ask(self, name: str, batch: DraftBatch, allowed: Sequence[frozenset[str] | None]) -> Drafts | None:
+        """One proposer's drafts for those requests of the batch that it may draft for; None where it answers nothing."""
+        proposer = self._proposers.get(name)
+        if proposer is None:
+            return None
+        mine = [index for index, names in enumerate(allowed) if names is None or name in names]
+        if not mine:
+            return None
+        part = batch if len(mine) == len(batch) else batch.subset(mine)
+        stats = self.stats.proposers[name]
+        start = time.perf_counter()
+        try:
+            answer = self._well_formed(proposer.propose(part), part, stats)
+        except Exception:
+            self._leave_out(name, "raised")
+            return None
+        finally:
+            stats.propose_s += time.perf_counter() - start
+        return answer if part is batch else _spread(answer, mine, len(batch))
+
+    def _native_answer(
+        self, token_ids: NDArray[np.int32], batch: DraftBatch, allowed: Sequence[frozenset[str] | None]
+    ) -> Drafts:
+        """The engine's own drafter's drafts; a place of -1 ends one."""
+        assert self._native is not None
+        is_token = np.cumprod(token_ids >= 0, axis=1).astype(np.int64)
+        drafts = Drafts(
+            token_ids=token_ids,
+            num_tokens=np.minimum(is_token.sum(axis=1), batch.max_draft_tokens),
+            confidence=np.full(token_ids.shape, Drafts.DEFAULT_CONFIDENCE, dtype=np.float32),
+        )
+        for index, names in enumerate(allowed):
+            if names is not None and self._native not in names:
+                drafts.num_tokens[index] = 0
+        return drafts
+
+    def _follow(self, batch: DraftBatch) -> None:
+        for name, proposer in list(self._proposers.items()):
+            if type(proposer).follow is Proposer.follow:
+                continue
+            try:
+                proposer.follow(batch)
+            except Exception:
+                self._leave_out(name, "raised while following")
+
     def observe(self, verified: Verified) -> None:
-        """Count what was accepted, and hand it to the proposers that learn."""
-        self.stats.steps += 1
-        for request_id, draft, emitted in zip(
-            verified.request_ids, verified.draft_token_ids, verified.num_emitted, strict=True
-        ):
-            self.stats.request_steps += 1
-            self.stats.emitted += emitted
-            source = self._source.pop(request_id, None)
-            if source is not None and draft:
-                stats = self.stats.proposers[source]
-                stats.drafted += len(draft)
-                stats.accepted += min(emitted - 1, len(draft))  # padding behind a draft may happen to be right too
+        """Count what was accepted, and hand it to the proposers and the ensemble that learn.
+
+        To be called in every step, before :meth:`propose`, also where nothing was drafted.
+        """
+        stats = self.stats
+        stats.steps += 1
+        stats.request_steps += len(verified.request_ids)
+        stats.emitted += sum(verified.num_emitted)
+        # A step that took in a prompt takes longer than its rows say.
+        is_decode = not verified.num_unsettled and all(request_id in self._seen for request_id in verified.request_ids)
+        self._verified_rows = sum(map(len, verified.draft_token_ids)) if is_decode else -1
+        if not self.has_proposers or not verified.request_ids:
+            return
+        num_emitted = np.array(verified.num_emitted, dtype=np.int64)
+        is_place = np.arange(max(int(num_emitted.max()), 1))[None, :] < num_emitted[:, None]
+        emitted = np.zeros(is_place.shape, dtype=np.int32)
+        emitted[is_place] = [
+            token
+            for targets, count in zip(verified.target_token_ids, verified.num_emitted, strict=True)
+            for token in targets[:count]
+        ]
+        num_verified = np.array([len(draft) for draft in verified.draft_token_ids], dtype=np.int64)
+        drafted, accepted = self.ensemble.observe(verified.request_ids, emitted, num_emitted, num_verified)
+        for name, each, kept in zip(self._names, drafted, accepted, strict=True):
+            stats.proposers[name].drafted += each
+            stats.proposers[name].accepted += kept
         for name, proposer in list(self._proposers.items()):
             if type(proposer).observe is Proposer.observe:
                 continue
@@ -190,18 +326,28 @@ class Drafting:
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """Free everything kept for these requests."""
-        for request_id in request_ids:
-            self._source.pop(request_id, None)
-            self._seen.discard(request_id)
+        self._seen.difference_update(request_ids)
+        self.ensemble.finish(request_ids)
         for name, proposer in list(self._proposers.items()):
             try:
                 proposer.finish(request_ids)
             except Exception:
                 self._leave_out(name, "raised while finishing a request")
 
+    def close(self) -> None:
+        """The engine is going down in an orderly way: proposers save what shall outlive it."""
+        for name, proposer in list(self._proposers.items()):
+            try:
+                proposer.close()
+            except Exception:
+                self._leave_out(name, "raised while closing")
+
     def snapshot(self) -> dict[str, Any]:
         """The counters now, as plain types."""
-        self.stats.live_requests = len(self._seen)
+        self.stats.live_requests = max(len(self._seen), self.ensemble.num_live)
+        self.stats.ensemble = self.ensemble.snapshot()
+        for name, proposer in self._proposers.items():
+            self.stats.proposers[name].memory_bytes = proposer.memory_bytes()
         return self.stats.to_dict()
 
     def _leave_out(self, name: str, what: str) -> None:
@@ -244,7 +390,22 @@ class Drafting:
                 )
             stats.invalid_tokens += int((num_tokens - cut).sum())
             num_tokens = cut
-        return Drafts(token_ids=token_ids, num_tokens=num_tokens, confidence=confidence)
+        return Drafts(token_ids, num_tokens, confidence, drafts.match_length, drafts.votes)
+
+
+def _spread(drafts: Drafts, indices: Sequence[int], num_requests: int) -> Drafts:
+    """Drafts for some requests as drafts for all, empty for the others."""
+    out = Drafts.empty(num_requests, drafts.token_ids.shape[1])
+    out.token_ids[indices] = drafts.token_ids
+    out.num_tokens[indices] = drafts.num_tokens
+    out.confidence[indices] = drafts.confidence
+    if drafts.match_length is not None:
+        out.match_length = np.zeros(num_requests, dtype=np.int32)
+        out.match_length[indices] = drafts.match_length
+    if drafts.votes is not None:
+        out.votes = np.zeros(out.token_ids.shape, dtype=np.int32)
+        out.votes[indices] = drafts.votes
+    return out
 
 
 def _from_lists(answer: Sequence[Sequence[int]]) -> Drafts:

@@ -385,6 +385,6 @@ def draft_on_device(child: Any, store: str | None) -> None:
     speculator = child.drafter
     speculator._on_device = None
     if store is not None:
-        context = replace(speculator.drafting.context, datastore=store, options={})
+        context = replace(speculator.drafting.context, datastores={"store": store}, options={})
         speculator._on_device = DeviceDrafting(context, speculator.device, speculator._req_states)
         speculator._on_device.warm_up()

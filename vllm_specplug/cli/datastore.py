@@ -450,7 +450,7 @@ def query(
         ProposerContext(
             vocab_size=opened.header.vocab_size,
             num_speculative_tokens=max_tokens,
-            datastore=str(store),
+            datastores={store.stem: str(store)},
             options=options,
         )
     )

@@ -374,13 +374,13 @@ def check_proposers(settings: Settings, model_config: Any) -> None:
 
 
 def check_datastore(settings: Settings, model_config: Any) -> Settings:
-    """Open the configured store once, before any model loads, and hold it against the model's tokenizer.
+    """Open each configured store once, before any model loads, and hold it against the model's tokenizer.
 
     Returns:
-        The settings with the store's path made absolute: workers may run in another folder.
+        The settings with the stores' paths made absolute: workers may run in another folder.
 
     Raises:
-        ConfigurationError: a proposer needs a store and none is given, it cannot be opened, or it does not fit.
+        ConfigurationError: a proposer needs a store and none is given, or one cannot be opened or does not fit.
     """
     wanting = [entry.name for entry in settings.proposers if entry.name in NEEDS_DATASTORE]
     if settings.datastore is None:
@@ -390,23 +390,30 @@ def check_datastore(settings: Settings, model_config: Any) -> Settings:
                 "'specplug datastore build OUT --tokenizer MODEL FILES...'."
             )
         return settings
-    from vllm_specplug.proposers.datastore import Datastore, DatastoreError, tokenizer_fingerprint
+    from vllm_specplug.proposers.datastore import Datastore, tokenizer_fingerprint
 
-    try:
-        path = Path(settings.datastore).expanduser().resolve()
-        store = Datastore.open(path)
-        found = settings.model_copy(update={"datastore": str(path)})
-        if getattr(model_config, "skip_tokenizer_init", False):
-            store.check_vocab_size(model_config.get_vocab_size())
-            logger.warning("specplug: no tokenizer is loaded, so that %s cannot be held against it", path)
-            return found
-        from vllm.tokenizers import cached_tokenizer_from_config
+    fingerprint = ""
+    paths = {}
+    for name, given in settings.datastore.items():
+        try:
+            path = Path(given).expanduser().resolve()
+            store = Datastore.open(path)
+            if getattr(model_config, "skip_tokenizer_init", False):
+                store.check_vocab_size(model_config.get_vocab_size())
+                logger.warning("specplug: no tokenizer is loaded, so that %s cannot be held against it", path)
+            else:
+                fingerprint = fingerprint or tokenizer_fingerprint(_tokenizer_of(model_config))
+                store.check_tokenizer(fingerprint, model_config.get_vocab_size())
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"speculative_config: datastore {name!r}: {error}") from error
+        paths[name] = str(path)
+    return settings.model_copy(update={"datastore": paths})
 
-        tokenizer = cached_tokenizer_from_config(model_config=model_config)
-        store.check_tokenizer(tokenizer_fingerprint(tokenizer), model_config.get_vocab_size())
-        return found
-    except (DatastoreError, OSError, ValueError) as error:
-        raise ConfigurationError(f"speculative_config: datastore: {error}") from error
+
+def _tokenizer_of(model_config: Any) -> Any:
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    return cached_tokenizer_from_config(model_config=model_config)
 
 
 def _validate_spec_decode(original: Callable[..., Any], self: Any, speculative_config: Any) -> Any:

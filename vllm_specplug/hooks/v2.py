@@ -202,7 +202,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             num_speculative_tokens=self.num_speculative_tokens,
             max_num_requests=max_num_requests,
             max_model_len=self.max_model_len,
-            datastore=settings.datastore,
+            datastores=settings.datastore or {},
         )
         self.drafting = Drafting(settings, context)
         self._on_device: DeviceDrafting | None = None
