@@ -203,7 +203,8 @@ class DeviceRest:
 
     Args:
         context: as for :class:`~.rest.RestProposer`: ``datastores``, of which there must be one, ``options``,
-            ``vocab_size`` and ``num_speculative_tokens`` count, the latter as the width of what :meth:`propose` returns.
+            ``vocab_size`` and ``num_speculative_tokens`` count, the latter as the width of what :meth:`propose`
+            returns.
         device: where the store and the drafts are to be; the current device of the process when it calls.
 
     Attributes:

@@ -31,7 +31,9 @@ def write_store(folder: Path, documents: Sequence[Sequence[int]], segment_tokens
 
 
 def proposer_for(path: str, num_speculative_tokens: int = 8, vocab_size: int = VOCAB_SIZE, **options) -> RestProposer:
-    return RestProposer(ProposerContext(vocab_size, num_speculative_tokens, datastores={"store": path}, options=options))
+    return RestProposer(
+        ProposerContext(vocab_size, num_speculative_tokens, datastores={"store": path}, options=options)
+    )
 
 
 def naive_confidence(length: int, num_agreeing: int, num_votes: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from pydantic_core import PydanticSerializationError
 
 from vllm_specplug import registry
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.proposers.base import STORES_OPTION, TENANT_OPTION
+from vllm_specplug.proposers.ensemble import check_options
 
 METHOD = "specplug"
 """Our value of vLLM's ``"method"`` key."""
@@ -20,8 +23,20 @@ SETTINGS_KEY = "specplug"
 
 REQUEST_OPTION_PREFIX = "specplug_"
 SPECULATE_OPTION = "specplug_speculate"
-REQUEST_OPTIONS: dict[str, type] = {SPECULATE_OPTION: bool}
-"""Known per-request options (``SamplingParams.extra_args``, ``vllm_xargs`` over HTTP) and their types."""
+PROPOSERS_OPTION = "specplug_proposers"
+MAX_DRAFT_OPTION = "specplug_max_draft_tokens"
+REQUEST_OPTIONS: dict[str, str] = {
+    SPECULATE_OPTION: "true or false: whether drafts are made for this request",
+    PROPOSERS_OPTION: "names of configured proposers that may draft for it, as a list or separated by commas",
+    MAX_DRAFT_OPTION: "whole number: its longest draft, 0 for none",
+    STORES_OPTION: "names of configured stores that rest consults, as a list or separated by commas",
+    TENANT_OPTION: "name: suffix keeps the history of each tenant apart",
+}
+"""Known per-request options (``SamplingParams.extra_args``, ``vllm_xargs`` over HTTP) and what they must be."""
+
+MAX_TENANT_CHARS = 256
+ENSEMBLE = "ensemble"
+"""An entry of ``"proposers"`` of this name sets options of what combines the others."""
 
 MAX_SPECULATIVE_TOKENS = 128
 """vLLM's own limit of draft tokens a request and step (``MAX_SPEC_LEN`` of its rejection sampler)."""
@@ -65,8 +80,8 @@ class Settings(BaseModel):
         proposers: who drafts, in order of preference between equals: names, ``{"name": ..., option: ...}`` or
             ``"module.Class"``. Default: ``ngram``, and ``rest`` where a datastore is given. An empty list drafts
             nothing (the verifier still runs).
-        datastore: token stores for ``rest``, made by ``specplug datastore build``, as paths by name. May be given as one
-            path or a list of paths, whose names then are the files' without folder and suffix.
+        datastore: token stores for ``rest``, made by ``specplug datastore build``, as paths by name. May be given as
+            one path or a list of paths, whose names then are the files' without folder and suffix.
         sampler: ``gumbel`` (drafter-invariant: seeded output as without speculation) or ``rejection`` (vLLM's own).
     """
 
@@ -81,9 +96,21 @@ class Settings(BaseModel):
     @classmethod
     def _default_proposers(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and data.get("proposers") is None:
-            names = ("ngram", "rest") if data.get("datastore") is not None else ("ngram",)
-            return {**data, "proposers": names}
+            return {**data, "proposers": cls._default_names(data)}
+        if isinstance(data, Mapping) and isinstance(data["proposers"], (list, tuple)):
+            given = list(data["proposers"])
+            if given and all(cls._name_of(entry) == ENSEMBLE for entry in given):
+                # An ensemble of nobody named: of those that draft by default.
+                return {**data, "proposers": [*cls._default_names(data), *given]}
         return data
+
+    @staticmethod
+    def _name_of(entry: Any) -> Any:
+        return entry.get("name") if isinstance(entry, Mapping) else entry
+
+    @staticmethod
+    def _default_names(data: Mapping[str, Any]) -> list[str]:
+        return ["suffix", "rest"] if data.get("datastore") is not None else ["suffix"]
 
     @field_validator("proposers", mode="before")
     @classmethod
@@ -130,7 +157,9 @@ class Settings(BaseModel):
     def _proposers_exist(self) -> Settings:
         names = [entry.name for entry in self.proposers]
         for name in names:
-            registry.proposer_class(name)
+            if name != ENSEMBLE:
+                registry.proposer_class(name)
+        check_options(self.ensemble_options)
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"proposers: named twice: {', '.join(sorted(repeated))}")
         for entry in self.proposers:
@@ -141,7 +170,7 @@ class Settings(BaseModel):
                 raise ValueError(
                     f"proposers: {entry.name!r} cannot draft on the device; {', '.join(DEVICE_PROPOSERS)} can"
                 )
-            if entry.on_device and len(self.proposers) > 1:
+            if entry.on_device and len(names) > 1:
                 raise ValueError(
                     f"proposers: {entry.name!r} with {ON_DEVICE} drafts without the host, where the others of "
                     f"{names} draft; name it alone, or leave {ON_DEVICE} out"
@@ -156,7 +185,12 @@ class Settings(BaseModel):
     @property
     def host_proposers(self) -> tuple[ProposerSettings, ...]:
         """Those that draft on the host."""
-        return tuple(entry for entry in self.proposers if not entry.on_device)
+        return tuple(entry for entry in self.proposers if not entry.on_device and entry.name != ENSEMBLE)
+
+    @property
+    def ensemble_options(self) -> dict[str, Any]:
+        """Options of what combines the proposers."""
+        return next((entry.options for entry in self.proposers if entry.name == ENSEMBLE), {})
 
     @property
     def device_proposer(self) -> ProposerSettings | None:
@@ -215,17 +249,87 @@ def settings_of(additional_config: Any) -> Settings | None:
     return None
 
 
-def check_request_options(extra_args: Mapping[str, Any] | None) -> None:
-    """Raise ConfigurationError for a misspelt or wrongly typed ``specplug_...`` option of one request."""
-    for name, value in (extra_args or {}).items():
+@dataclass(frozen=True)
+class RequestChoices:
+    """What requests of one engine can choose from.
+
+    Attributes:
+        proposers: names of those that draft, the engine's own drafter among them.
+        stores: names of the token stores.
+        max_draft_tokens: longest draft.
+        own_drafter: name of the engine's own drafter where nobody else drafts: requests cannot opt out of it.
+    """
+
+    proposers: tuple[str, ...] = ()
+    stores: tuple[str, ...] = ()
+    max_draft_tokens: int = MAX_SPECULATIVE_TOKENS
+    own_drafter: str | None = None
+
+
+def parse_request_options(
+    extra_args: Mapping[str, Any] | None, choices: RequestChoices | None = None
+) -> dict[str, Any]:
+    """The ``specplug_...`` options of one request, lists as tuples.
+
+    Args:
+        extra_args: ``SamplingParams.extra_args``; keys that are not ours are left alone.
+        choices: what can be chosen; None checks types only.
+
+    Raises:
+        ConfigurationError: misspelt, of a wrong type, or naming what is not there.
+    """
+    if not extra_args:
+        return {}
+    options: dict[str, Any] = {}
+    for name, value in extra_args.items():
         if not name.startswith(REQUEST_OPTION_PREFIX):
             continue
-        kind = REQUEST_OPTIONS.get(name)
-        if kind is None:
+        if name not in REQUEST_OPTIONS:
             known = list(REQUEST_OPTIONS)
             raise ConfigurationError(
                 f"unknown request option {name!r}.{registry.nearest(name, known)} Known: {', '.join(known)}."
             )
+        options[name] = _request_option(name, value, choices)
+    if choices is not None and choices.own_drafter is not None and options:
+        raise ConfigurationError(
+            f"request option {next(iter(options))!r}: vLLM's own drafter (method {choices.own_drafter!r}) drafts alone "
+            f'and for every request; requests can choose with method {METHOD!r}, or with "proposers" beside it.'
+        )
+    return options
+
+
+def _request_option(name: str, value: Any, choices: RequestChoices | None) -> Any:
+    wrong = ConfigurationError(f"request option {name!r} must be {REQUEST_OPTIONS[name]}; was given {value!r}.")
+    if name == SPECULATE_OPTION:
         # vLLM's HTTP types know no booleans: a JSON false arrives as 0.
-        if not (isinstance(value, kind) or (kind is bool and value in (0, 1) and isinstance(value, int))):
-            raise ConfigurationError(f"request option {name!r} must be {kind.__name__}, was given {value!r}.")
+        if not (isinstance(value, int) and value in (0, 1)):
+            raise wrong
+        return bool(value)
+    if name == MAX_DRAFT_OPTION:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise wrong
+        if choices is not None and value > choices.max_draft_tokens:
+            raise ConfigurationError(
+                f"request option {name!r} can be at most {choices.max_draft_tokens}, the engine's "
+                f"num_speculative_tokens; was given {value}."
+            )
+        return value
+    if name == TENANT_OPTION:
+        if not isinstance(value, str) or not 0 < len(value) <= MAX_TENANT_CHARS:
+            raise ConfigurationError(
+                f"request option {name!r} must be a name of 1 to {MAX_TENANT_CHARS} characters; was given {value!r:.80}."
+            )
+        return value
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(each, str) for each in names):
+        raise wrong
+    names = tuple(each.strip() for each in names)
+    if choices is not None:
+        known = choices.proposers if name == PROPOSERS_OPTION else choices.stores
+        for each in names:
+            if each not in known:
+                raise ConfigurationError(
+                    f"request option {name!r}: there is no {each!r} in this engine."
+                    f"{registry.nearest(each, list(known))} Configured: {', '.join(known) or 'none'}."
+                )
+    return names

@@ -92,7 +92,7 @@ class Drafting:
 
     Args:
         settings: what the user wrote.
-        context: sizes that the engine guarantees; ``options`` is filled in for each proposer.
+        context: sizes that the engine guarantees; ``datastores`` and ``options`` are filled in.
         native: name of a drafter of the engine's own that takes part, where there is one.
         can_shorten: False where the engine verifies as many rows whatever a draft's length.
 
@@ -127,7 +127,8 @@ class Drafting:
 
     def _build(self, name: str, options: dict[str, Any]) -> Proposer:
         try:
-            return registry.proposer_class(name)(replace(self.context, options=options))
+            context = replace(self.context, datastores=self.settings.datastore or {}, options=options)
+            return registry.proposer_class(name)(context)
         except ConfigurationError:
             raise
         except (ValueError, TypeError, OSError, ArithmeticError) as error:
