@@ -183,9 +183,14 @@ class Settings(BaseModel):
         return self
 
     @property
+    def drafting_proposers(self) -> tuple[ProposerSettings, ...]:
+        """Those that draft, on the host or the device: all but the ensemble."""
+        return tuple(entry for entry in self.proposers if entry.name != ENSEMBLE)
+
+    @property
     def host_proposers(self) -> tuple[ProposerSettings, ...]:
         """Those that draft on the host."""
-        return tuple(entry for entry in self.proposers if not entry.on_device and entry.name != ENSEMBLE)
+        return tuple(entry for entry in self.drafting_proposers if not entry.on_device)
 
     @property
     def ensemble_options(self) -> dict[str, Any]:
@@ -317,7 +322,8 @@ def _request_option(name: str, value: Any, choices: RequestChoices | None) -> An
     if name == TENANT_OPTION:
         if not isinstance(value, str) or not 0 < len(value) <= MAX_TENANT_CHARS:
             raise ConfigurationError(
-                f"request option {name!r} must be a name of 1 to {MAX_TENANT_CHARS} characters; was given {value!r:.80}."
+                f"request option {name!r} must be a name of 1 to {MAX_TENANT_CHARS} characters; was given "
+                f"{value!r:.80}."
             )
         return value
     names = value.split(",") if isinstance(value, str) else value

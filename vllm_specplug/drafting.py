@@ -114,7 +114,7 @@ class Drafting:
         for entry in settings.host_proposers:
             self._proposers[entry.name] = self._build(entry.name, entry.options)
             self.stats.proposers[entry.name] = ProposerStats()
-        self._native = native
+        self.native = native
         if native is not None:
             self.stats.proposers[native] = ProposerStats()
         self._names = tuple(self.stats.proposers)
@@ -124,6 +124,7 @@ class Drafting:
         self._step_began = 0.0  # when the drafts of the step under way were handed over
         self._verified_rows = -1  # draft rows of the step under way; -1 when its time says nothing
         self._num_steps = 0
+        self._settled: list[str] = []
 
     def _build(self, name: str, options: dict[str, Any]) -> Proposer:
         try:
@@ -157,7 +158,7 @@ class Drafting:
     @property
     def has_proposers(self) -> bool:
         """False when nobody drafts (any more)."""
-        return bool(self._proposers) or self._native is not None
+        return bool(self._proposers) or self.native is not None
 
     def propose(
         self,
@@ -185,6 +186,7 @@ class Drafting:
         if self._verified_rows >= 0 and self._step_began:
             self.ensemble.took(len(requests), self._verified_rows, now - self._step_began)
         self._num_steps += 1
+        self._verified_rows = -1
         try:
             return self._propose(requests, token_ids, rows, num_tokens, limit, noise, native)
         finally:
@@ -203,6 +205,7 @@ class Drafting:
         drafts: list[list[int]] = [[] for _ in requests]
         if not self.has_proposers:
             return drafts
+        self._seen.update(request.request_id for request in requests)
         wanting: list[int] = []
         limits: list[int] = []
         for index, (request, total) in enumerate(zip(requests, num_tokens.tolist(), strict=True)):
@@ -212,7 +215,6 @@ class Drafting:
                 limits.append(longest)
         if not wanting:
             return drafts
-        self._seen.update(requests[index].request_id for index in wanting)
         everyone = len(wanting) == len(requests)
         batch = DraftBatch(
             request_ids=tuple(requests[index].request_id for index in wanting),
@@ -232,8 +234,8 @@ class Drafting:
             return drafts
         start = time.perf_counter()
         allowed = [requests[index].proposers for index in wanting]
-        answers = [self._ask(name, batch, allowed) for name in self._names if name != self._native]
-        if self._native is not None:
+        answers = [self._ask(name, batch, allowed) for name in self._names if name != self.native]
+        if self.native is not None:
             answers.append(None if native is None else self._native_answer(native[wanting], batch, allowed))
         if all(answer is None for answer in answers):
             return drafts
@@ -246,7 +248,7 @@ class Drafting:
         return drafts
 
     def _ask(self, name: str, batch: DraftBatch, allowed: Sequence[frozenset[str] | None]) -> Drafts | None:
-        """One proposer's drafts for those requests of the batch that it may draft for; None where it answers nothing."""
+        """One proposer's drafts for those requests that it may draft for; None where it answers nothing."""
         proposer = self._proposers.get(name)
         if proposer is None:
             return None
@@ -269,7 +271,7 @@ class Drafting:
         self, token_ids: NDArray[np.int32], batch: DraftBatch, allowed: Sequence[frozenset[str] | None]
     ) -> Drafts:
         """The engine's own drafter's drafts; a place of -1 ends one."""
-        assert self._native is not None
+        assert self.native is not None
         is_token = np.cumprod(token_ids >= 0, axis=1).astype(np.int64)
         drafts = Drafts(
             token_ids=token_ids,
@@ -277,7 +279,7 @@ class Drafting:
             confidence=np.full(token_ids.shape, Drafts.DEFAULT_CONFIDENCE, dtype=np.float32),
         )
         for index, names in enumerate(allowed):
-            if names is not None and self._native not in names:
+            if names is not None and self.native not in names:
                 drafts.num_tokens[index] = 0
         return drafts
 
@@ -297,6 +299,7 @@ class Drafting:
         """
         stats = self.stats
         stats.steps += 1
+        self._settled = verified.request_ids
         stats.request_steps += len(verified.request_ids)
         stats.emitted += sum(verified.num_emitted)
         # A step that took in a prompt takes longer than its rows say.
@@ -324,6 +327,11 @@ class Drafting:
                 proposer.observe(verified)
             except Exception:
                 self._leave_out(name, "raised while observing")
+
+    def take_settled(self) -> list[str]:
+        """Requests that emitted tokens in the step just observed; empty when asked again."""
+        settled, self._settled = self._settled, []
+        return settled
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """Free everything kept for these requests."""

@@ -16,8 +16,12 @@ from vllm_specplug.proposers.base import Proposer
 PROPOSER_GROUP = "vllm_specplug.proposers"
 
 PROPOSERS = {
+    "jacobi": "vllm_specplug.proposers.jacobi:JacobiProposer",
+    "lookahead": "vllm_specplug.proposers.lookahead:LookaheadProposer",
     "ngram": "vllm_specplug.proposers.ngram:NgramProposer",
+    "recycling": "vllm_specplug.proposers.recycling:RecyclingProposer",
     "rest": "vllm_specplug.proposers.rest:RestProposer",
+    "suffix": "vllm_specplug.proposers.suffix:SuffixProposer",
 }
 SAMPLERS = ("gumbel", "rejection")
 NEEDS_DATASTORE = frozenset({"rest"})

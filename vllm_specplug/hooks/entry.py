@@ -17,13 +17,14 @@ from vllm.exceptions import VLLMValidationError
 from vllm.platforms import CpuArchEnum, current_platform
 
 from vllm_specplug.config import (
+    ENSEMBLE,
     METHOD,
     ON_DEVICE,
     OWN_KEYS,
     SETTINGS_KEY,
-    SPECULATE_OPTION,
+    RequestChoices,
     Settings,
-    check_request_options,
+    parse_request_options,
     parse_settings,
     settings_of,
 )
@@ -43,6 +44,7 @@ _VLLM_KEYS = frozenset(field.name for field in dataclasses.fields(SpeculativeCon
 # On vLLM's SpeculativeConfig, which is all that a request's validation gets to see.
 _SAMPLER_MARK = "_specplug_sampler"
 _V2_MARK = "_specplug_v2"
+_CHOICES_MARK = "_specplug_choices"
 
 _patches = seams.Patches()
 logger = logging.getLogger("vllm.specplug")
@@ -104,7 +106,9 @@ def _create_speculative_config(
             "num_speculative_tokens": settings.num_speculative_tokens,
         }
         self.spec_method = self.spec_model = self.spec_tokens = None
-        return original(self, target_model_config, target_parallel_config)
+        config = original(self, target_model_config, target_parallel_config)
+        setattr(config, _CHOICES_MARK, _choices(settings))
+        return config
     if not (given or method or model):
         if _in_additional_config(self):
             raise ConfigurationError(
@@ -116,13 +120,28 @@ def _create_speculative_config(
     settings_beside = _read_beside_native(given, self, method, model)
     if settings_beside is None:
         return original(self, target_model_config, target_parallel_config)
+    settings_beside = check_datastore(settings_beside, target_model_config)
+    check_proposers(settings_beside, target_model_config)
     _send_along(self, settings_beside)
     self.speculative_config = {key: value for key, value in given.items() if key.replace("-", "_") not in OWN_KEYS}
     config = original(self, target_model_config, target_parallel_config)
     _check_native(config.method, settings_beside)  # vLLM may have found the method by the model
-    _send_along(self, settings_beside.model_copy(update={"num_speculative_tokens": config.num_speculative_tokens}))
+    settings_beside = settings_beside.model_copy(update={"num_speculative_tokens": config.num_speculative_tokens})
+    _send_along(self, settings_beside)
     setattr(config, _SAMPLER_MARK, settings_beside.sampler)
+    setattr(config, _CHOICES_MARK, _choices(settings_beside, config.method))
     return config
+
+
+def _choices(settings: Settings, native: str | None = None) -> RequestChoices:
+    """What requests can choose from, for their validation before they reach a worker."""
+    names = [entry.name for entry in settings.drafting_proposers]
+    return RequestChoices(
+        proposers=tuple(names if native is None else [*names, native]),
+        stores=tuple(settings.datastore or ()),
+        max_draft_tokens=settings.num_speculative_tokens,
+        own_drafter=None if names or native is None else native,
+    )
 
 
 def _in_additional_config(engine_args: Any) -> dict[str, Any]:
@@ -173,21 +192,25 @@ def _read_beside_native(given: dict[str, Any], engine_args: Any, method: Any, mo
     elsewhere = _in_additional_config(engine_args)
     if not ours and not elsewhere:
         return None
-    if unfit := sorted(set(ours) - {"sampler"}):
-        raise ConfigurationError(
-            f"speculative_config: {', '.join(unfit)} given with method {method!r}; beside vLLM's own drafters only "
-            f'\'sampler\' can be given. Proposers of this plugin draft with "method": "{METHOD}".'
-        )
-    # An empty list of proposers and the draft length are what an earlier call on the same object left there.
-    left = {"sampler", "num_speculative_tokens"} | {key for key in OWN_KEYS if not elsewhere.get(key)}
-    if unfit := sorted(set(elsewhere) - left):
-        raise ConfigurationError(
-            f"additional_config[{SETTINGS_KEY!r}]: {', '.join(unfit)} given with method {method!r}; beside vLLM's own "
-            "drafters only 'sampler' can be given."
-        )
+    # The draft length is what an earlier call on the same object left there.
     _check_same(ours, elsewhere)
-    sampler = ours.get("sampler", elsewhere.get("sampler", Settings.model_fields["sampler"].default))
-    settings = parse_settings({"sampler": sampler, "proposers": []})
+    settings = parse_settings({"proposers": [], **elsewhere, **ours})
+    sampler = settings.sampler
+    if settings.device_proposer is not None:
+        raise ConfigurationError(
+            f"speculative_config: {ON_DEVICE} of proposer {settings.device_proposer.name!r} cannot be combined with "
+            f"method {method!r}: leave it out to draft on the host."
+        )
+    if settings.datastore is not None and not settings.proposers:
+        raise ConfigurationError(
+            f"speculative_config: datastore is given with method {method!r} and nobody reads it; name its reader too: "
+            '"proposers": ["rest"].'
+        )
+    if settings.proposers and not settings.is_coupled:
+        raise ConfigurationError(
+            f"speculative_config: proposers beside method {method!r} need a coupled sampler, whose tokens do not "
+            f'depend on who drafted; sampler is {sampler!r}. Give "sampler": "gumbel".'
+        )
     if method is None and model is None:
         raise ConfigurationError(
             f"speculative_config: sampler {sampler!r} is given without 'method'. Give {METHOD!r}, or one of "
@@ -313,6 +336,9 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
 def _post_init(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """vLLM 0.32 keeps async scheduling to a list of its own methods; on V2 our drafter is none the worse for it."""
     if not (is_ours(self.speculative_config) and self.use_v2_model_runner):
+        settings = settings_of(self.additional_config)
+        if settings is not None and settings.proposers and not is_ours(self.speculative_config):
+            _keep_v1_synchronous(self)
         return original(self, *args, **kwargs)
     from vllm.config import vllm as module
 
@@ -322,6 +348,19 @@ def _post_init(original: Callable[..., Any], self: Any, *args: Any, **kwargs: An
         return original(self, *args, **kwargs)
     finally:
         module.NgramGPUTypes = methods
+
+
+def _keep_v1_synchronous(config: Any) -> None:
+    """V1 under async scheduling takes its own drafter's drafts on the device; ours could not join them there."""
+    scheduler_config = config.scheduler_config
+    if config.speculative_config is None or config.use_v2_model_runner or scheduler_config.async_scheduling is False:
+        return
+    if scheduler_config.async_scheduling:
+        raise ConfigurationError(
+            f"speculative_config: proposers beside method {config.speculative_config.method!r} and async scheduling "
+            "need Model Runner V2, and V1 was chosen. Leave --async-scheduling out."
+        )
+    scheduler_config.async_scheduling = False
 
 
 def _unsupported_features(original: Callable[..., Any], self: Any) -> Any:
@@ -360,7 +399,9 @@ def check_proposers(settings: Settings, model_config: Any) -> None:
 
     # Where an option is right on the host, it is on the device; what else the device asks for, it says itself.
     own = tuple(
-        type(entry)(name=entry.name, **entry.options) for entry in settings.proposers if entry.name in PROPOSERS
+        type(entry)(name=entry.name, **entry.options)
+        for entry in settings.proposers
+        if entry.name in PROPOSERS or entry.name == ENSEMBLE
     )
     context = ProposerContext(
         vocab_size=model_config.get_vocab_size(),
@@ -419,12 +460,7 @@ def _tokenizer_of(model_config: Any) -> Any:
 def _validate_spec_decode(original: Callable[..., Any], self: Any, speculative_config: Any) -> Any:
     if is_ours(speculative_config) or is_coupled(speculative_config):
         try:
-            check_request_options(self.extra_args)
-            if not is_ours(speculative_config) and not (self.extra_args or {}).get(SPECULATE_OPTION, True):
-                raise ConfigurationError(
-                    f"request option {SPECULATE_OPTION!r}: vLLM's own drafter (method {speculative_config.method!r}) "
-                    f"drafts for every request; requests can opt out with method {METHOD!r}."
-                )
+            parse_request_options(self.extra_args, getattr(speculative_config, _CHOICES_MARK, None))
         except ConfigurationError as error:
             raise VLLMValidationError(str(error), parameter="extra_args", value=self.extra_args) from None
     if is_coupled(speculative_config):

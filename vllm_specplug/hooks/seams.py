@@ -102,6 +102,12 @@ V1_SEAMS = (
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.take_draft_token_ids",
+        ("self",),
+        "where the drafts of vLLM's own drafter leave the worker: ours join them",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
         "build_logitsprocs",
         ("vllm_config", "device", "is_pin_memory", "is_pooling_model", "custom_logitsprocs"),
         "drops min_p, logit_bias and custom processors under speculation; a coupled verifier serves them all",

@@ -6,6 +6,7 @@ accepted while equal) -> vLLM's bookkeeping -> :class:`Proposer` or one of vLLM'
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.logger import init_logger
-from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.outputs import DraftTokenIds, LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor.builtin import (
     LogitBiasLogitsProcessor,
     MinPLogitsProcessor,
@@ -31,30 +32,36 @@ from vllm_specplug.drafting import Drafting
 from vllm_specplug.history import TrackedRequest
 from vllm_specplug.hooks import seams
 from vllm_specplug.hooks.entry import is_coupled
-from vllm_specplug.proposers.base import DraftBatch, ProposerContext, Verified, read_only
+from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
 from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal
 from vllm_specplug.samplers.gumbel import SeedStream
+from vllm_specplug.samplers.noise import SPLITMIX, splitmix_keys
 
 logger = init_logger("vllm.specplug")
 patches = seams.Patches()
 
 
 class Attachment:
-    """What this plugin keeps in a runner: its verifier, its counters, and a hand in the noise of sampling drafters.
+    """What this plugin keeps in a runner: its verifier, its proposers, and a hand in the noise of sampling drafters.
 
     Args:
         settings: ours, from ``additional_config``.
-        drafting: the proposers; none where one of vLLM's own drafters is at work.
+        drafting: the proposers; none where one of vLLM's own drafters is at work alone.
+        num_speculative_tokens: longest draft.
+        max_model_len: most tokens of a request.
     """
 
-    def __init__(self, settings: Settings, drafting: Drafting) -> None:
+    def __init__(self, settings: Settings, drafting: Drafting, num_speculative_tokens: int, max_model_len: int) -> None:
         self.settings = settings
         self.drafting = drafting
+        self.num_speculative_tokens = num_speculative_tokens
+        self.max_model_len = max_model_len
         self.verifier: CoupledVerifier | ObservedRejection | None = None
         self._runner: Any = None
+        self._requests: dict[str, TrackedRequest] = {}
 
     def attach(self, runner: Any) -> None:
-        """Put the verifier in place. Called once the runner can serve."""
+        """Put the verifier in place and warm up. Called once the runner can serve."""
         if self.settings.is_coupled:
             self.verifier = CoupledVerifier(runner, self)
             _share_noise(runner.drafter, self.verifier)
@@ -63,14 +70,68 @@ class Attachment:
         runner.rejection_sampler = self.verifier
         runner._specplug = self
         self._runner = runner
+        self.drafting.warm_up()
+        atexit.register(self.drafting.close)
 
     def describe_sampler(self) -> str:
         """The sampler in the words of the start-up line."""
         kind = "drafter-invariant" if self.settings.is_coupled else "vLLM's own verifier"
         return f"runner V1, sampler {self.settings.sampler} ({kind})"
 
+    def draft(
+        self, rows: Sequence[int], num_tokens: Any, token_ids: Any, native: np.ndarray[Any, Any] | None = None
+    ) -> list[list[int]]:
+        """Drafts for the requests of the batch that have just emitted tokens; ``[len(rows)]``.
+
+        Args:
+            rows: their rows in vLLM's tables.
+            num_tokens: ``[max_num_reqs]`` tokens so far, the new ones included.
+            token_ids: ``[max_num_reqs, max_model_len]``.
+            native: ``[len(rows), num_speculative_tokens]`` drafts of vLLM's own drafter, -1 behind their ends.
+        """
+        req_ids = self._runner.input_batch.req_ids
+        requests = [self._request(req_ids[row]) for row in rows]
+        index = np.array(rows, dtype=np.int64)
+        verifier = self.verifier
+
+        def noise(chosen: Sequence[int], width: int) -> TargetNoise:
+            assert isinstance(verifier, CoupledVerifier)
+            return verifier.target_noise([requests[i] for i in chosen], width)
+
+        return self.drafting.propose(
+            requests,
+            token_ids,
+            index,
+            num_tokens[index].astype(np.int64),
+            self.num_speculative_tokens,
+            noise if self.settings.is_coupled else None,
+            native,
+        )
+
+    def join(self, proposed: Any) -> Any:
+        """The drafts of vLLM's own drafter (its DraftTokenIds, or None), joined by ours where ours promise more."""
+        if not self.drafting.has_proposers:
+            return proposed
+        input_batch = self._runner.input_batch
+        k = self.num_speculative_tokens
+        theirs = {} if proposed is None else dict(zip(proposed.req_ids, proposed.draft_token_ids, strict=True))
+        rows = [
+            row
+            for request_id in self.drafting.take_settled()
+            if (row := input_batch.req_id_to_index.get(request_id)) is not None
+        ]
+        native = np.full((len(rows), k), -1, dtype=np.int32)
+        for index, row in enumerate(rows):
+            draft = theirs.get(input_batch.req_ids[row], ())
+            native[index, : len(draft)] = draft
+        drafts = self.draft(rows, input_batch.num_tokens_no_spec, input_batch.token_ids_cpu, native)
+        for row, draft in zip(rows, drafts, strict=True):
+            theirs[input_batch.req_ids[row]] = draft
+        return DraftTokenIds(list(theirs), list(theirs.values()))
+
     def finish(self, request_id: str) -> None:
         """The engine forgot this request: so do we."""
+        self._requests.pop(request_id, None)
         if isinstance(self.verifier, CoupledVerifier):
             self.verifier.finish(request_id)
         self.drafting.finish([request_id])
@@ -78,9 +139,18 @@ class Attachment:
     def snapshot(self) -> dict[str, Any]:
         """Counters of this worker, and how many requests hold state in it."""
         counters = self.drafting.snapshot()
+        counters["live_requests"] = max(counters["live_requests"], len(self._requests))
         if isinstance(self.verifier, CoupledVerifier):
             counters["live_requests"] = max(counters["live_requests"], self.verifier.num_streams)
         return counters
+
+    def _request(self, request_id: str) -> TrackedRequest:
+        known = self._requests.get(request_id)
+        if known is None:
+            state = self._runner.requests[request_id]
+            known = TrackedRequest.of(request_id, state.sampling_params, state.num_prompt_tokens, self.max_model_len)
+            self._requests[request_id] = known
+        return known
 
 
 class Proposer(Attachment):
@@ -91,26 +161,21 @@ class Proposer(Attachment):
     """
 
     def __init__(self, vllm_config: Any) -> None:
-        speculative_config = vllm_config.speculative_config
-        model_config = vllm_config.model_config
         settings = settings_of(vllm_config.additional_config)
         assert settings is not None  # taken in when the configuration was made, in either spelling
-        self.num_speculative_tokens = int(speculative_config.num_speculative_tokens)
-        self.max_model_len = int(model_config.max_model_len)
-        super().__init__(settings, Drafting(settings, _context(vllm_config)))
-        self._requests: dict[str, TrackedRequest] = {}
+        context = _context(vllm_config, settings)
+        super().__init__(settings, Drafting(settings, context), context.num_speculative_tokens, context.max_model_len)
 
     def load_model(self, *_: Any, **__: Any) -> None:
         """vLLM's CPU runner asks every drafter to load its model; there is none."""
 
     def attach(self, runner: Any) -> None:
         """Put the verifier in place, warm up, and say what is active."""
-        super().attach(runner)
         # vLLM drops everyone's drafts once one request is within k tokens of max_model_len; propose() limits each
         # request by itself, so that rule has nothing left to protect.
         runner.effective_drafter_max_model_len = self.max_model_len + self.num_speculative_tokens + 1
         start = time.perf_counter()
-        self.drafting.warm_up()
+        super().attach(runner)
         logger.info(
             "specplug is active: %s, proposers: %s; up to %d draft tokens (warm-up %.1f s)",
             self.describe_sampler(),
@@ -134,68 +199,24 @@ class Proposer(Attachment):
             token_ids_cpu: ``[max_num_reqs, max_model_len]``.
             slot_mappings: not used.
         """
-        input_batch = self._runner.input_batch
-        rows: list[int] = []
-        limits: list[int] = []
-        requests: list[TrackedRequest] = []
-        for row, emitted in enumerate(sampled_token_ids):
-            if not emitted:
-                continue
-            request = self._request(input_batch.req_ids[row])
-            total = int(num_tokens_no_spec[row])
-            # The step emits one token more than it accepts, and none may pass max_tokens or max_model_len.
-            limit = min(self.num_speculative_tokens, request.max_total_tokens - total - 1)
-            if request.speculate and limit > 0:
-                rows.append(row)
-                limits.append(limit)
-                requests.append(request)
+        rows = [row for row, emitted in enumerate(sampled_token_ids) if emitted]
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        if not rows:
-            return drafts
-        index = np.array(rows, dtype=np.int64)
-        batch = DraftBatch(
-            request_ids=tuple(input_batch.req_ids[row] for row in rows),
-            token_ids=read_only(token_ids_cpu),
-            rows=read_only(index),
-            num_tokens=read_only(num_tokens_no_spec[index].astype(np.int64)),
-            num_prompt_tokens=read_only(input_batch.num_prompt_tokens[index].astype(np.int64)),
-            max_draft_tokens=read_only(np.array(limits, dtype=np.int64)),
-            options=tuple(request.options for request in requests),
-        )
-        for row, draft in zip(rows, self.drafting.propose(batch), strict=True):
+        for row, draft in zip(rows, self.draft(rows, num_tokens_no_spec, token_ids_cpu), strict=True):
             drafts[row] = draft
         return drafts
-
-    def finish(self, request_id: str) -> None:
-        """The engine forgot this request: so do we."""
-        self._requests.pop(request_id, None)
-        super().finish(request_id)
-
-    def snapshot(self) -> dict[str, Any]:
-        """Counters of this worker, and how many requests hold state in it."""
-        counters = super().snapshot()
-        counters["live_requests"] = max(counters["live_requests"], len(self._requests))
-        return counters
-
-    def _request(self, request_id: str) -> TrackedRequest:
-        known = self._requests.get(request_id)
-        if known is None:
-            state = self._runner.requests[request_id]
-            known = TrackedRequest.of(request_id, state.sampling_params, state.num_prompt_tokens, self.max_model_len)
-            self._requests[request_id] = known
-        return known
 
 
 class ProposerWithRejection(Proposer):
     """The same drafter in front of vLLM's own rejection sampler (``"sampler": "rejection"``)."""
 
 
-def _context(vllm_config: Any) -> ProposerContext:
+def _context(vllm_config: Any, settings: Settings) -> ProposerContext:
     return ProposerContext(
         vocab_size=vllm_config.model_config.get_vocab_size(),
         num_speculative_tokens=int(vllm_config.speculative_config.num_speculative_tokens),
         max_num_requests=vllm_config.scheduler_config.max_num_seqs,
         max_model_len=int(vllm_config.model_config.max_model_len),
+        datastores=settings.datastore or {},
     )
 
 
@@ -289,6 +310,17 @@ class CoupledVerifier:
         """Drop the request's stream of seeds."""
         self._noise.finish(request_id)
 
+    def target_noise(self, requests: Sequence[TrackedRequest], width: int) -> TargetNoise:
+        """The noise of the next ``width`` tokens of each request, without consuming any."""
+        runner = self._runner
+        temperature = np.array([request.temperature for request in requests], dtype=np.float32)
+        temperature[temperature < _SAMPLING_EPS] = 0.0  # vLLM calls these greedy
+        seeds: np.ndarray[Any, np.dtype[np.int64]] = np.zeros((len(requests), width), dtype=np.int64)
+        for index in np.flatnonzero(temperature).tolist():
+            request_id = requests[index].request_id
+            seeds[index] = self._noise.stream(request_id, runner.requests[request_id]).peek(width)
+        return TargetNoise(SPLITMIX, splitmix_keys(seeds), temperature)
+
     def draw_ahead(self, logits: torch.Tensor, num_rows: int, depth: int) -> torch.Tensor:
         """What the noise of coming tokens makes of other logits: a drafter's.
 
@@ -347,6 +379,7 @@ class CoupledVerifier:
                 [drafts[index] for index in settled],
                 [targets[index] for index in settled],
                 [emitted[index] for index in settled],
+                num_unsettled=len(prefilling) - len(settled),
             )
         )
         return SamplerOutput(sampled_token_ids=token_ids.to(torch.int32), logprobs_tensors=logprobs)
@@ -459,6 +492,7 @@ class ObservedRejection:
                 [drafts[index] for index in settled],
                 [kept[index] for index in settled],
                 [len(kept[index]) for index in settled],
+                num_unsettled=len(prefilling) - len(settled),
             )
         )
         return output
@@ -596,6 +630,7 @@ def install() -> None:
             "GPUModelRunner.initialize_kv_cache": _initialize_kv_cache,
             "GPUModelRunner._bookkeeping_sync": _bookkeeping_sync,
             "GPUModelRunner._on_request_state_removed": _on_request_state_removed,
+            "GPUModelRunner.take_draft_token_ids": _take_draft_token_ids,
             "build_logitsprocs": _build_logitsprocs,
             "expand_batch_to_tokens": _expand_batch_to_tokens,
         },
@@ -616,14 +651,17 @@ def _initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **
     elif (settings := settings_of(self.vllm_config.additional_config)) and (
         settings.is_coupled or self.device.type == "cpu"  # elsewhere vLLM's own verifier needs no repair of ours
     ):
-        attachment = Attachment(settings, Drafting(settings, _context(self.vllm_config)))
-        attachment.attach(self)
         config = self.vllm_config.speculative_config
+        context = _context(self.vllm_config, settings)
+        drafting = Drafting(settings, context, native=config.method if settings.host_proposers else None)
+        attachment = Attachment(settings, drafting, context.num_speculative_tokens, context.max_model_len)
+        attachment.attach(self)
         logger.info(
-            "specplug is active: %s verifies the drafts of vLLM's %s (%s)",
+            "specplug is active: %s verifies the drafts of vLLM's %s (%s)%s",
             attachment.describe_sampler(),
             config.method,
             config.draft_sample_method,
+            f", joined by {drafting.describe()}" if settings.host_proposers else "",
         )
     return result
 
@@ -645,6 +683,15 @@ def _on_request_state_removed(original: Callable[..., Any], self: Any, req_id: s
     if attachment is not None:
         attachment.finish(req_id)
     return original(self, req_id, req_state)
+
+
+def _take_draft_token_ids(original: Callable[..., Any], self: Any) -> Any:
+    proposed = original(self)
+    attachment = _attachment_of(self)
+    # Our own drafter's drafts are what it gave; only beside one of vLLM's there is something to join.
+    if attachment is None or isinstance(attachment, Proposer):
+        return proposed
+    return attachment.join(proposed)
 
 
 def _build_logitsprocs(original: Callable[..., Any], vllm_config: Any, *args: Any, **kwargs: Any) -> Any:

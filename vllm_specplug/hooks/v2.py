@@ -10,9 +10,10 @@ inputs are made: in between, the device verifies while scheduler and worker do t
 
 from __future__ import annotations
 
+import atexit
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,8 +35,9 @@ from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.history import TokenHistory, TrackedRequest
 from vllm_specplug.hooks import seams
 from vllm_specplug.hooks.entry import is_coupled, is_ours
-from vllm_specplug.proposers.base import DraftBatch, ProposerContext, Verified, read_only
+from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
 from vllm_specplug.samplers.kernels import pack_emitted, verify_drafts
+from vllm_specplug.samplers.noise import MURMUR, murmur_keys
 
 logger = init_logger("vllm.specplug")
 patches = seams.Patches()
@@ -123,6 +125,7 @@ class _Step:
     max_draft_tokens: int
     packed: torch.Tensor | None  # [n, 2 + width] on the host; None on ranks that only receive drafts
     arrived: Any
+    native: torch.Tensor | None = None  # [n, k] on the host: drafts of vLLM's own drafter, where ours join it
 
 
 class DeviceDrafting:
@@ -175,20 +178,22 @@ class DeviceDrafting:
 
 
 class Speculator(BaseSpeculator):  # type: ignore[misc]
-    """The drafter that vLLM's V2 runner builds for our configuration.
+    """The drafter that vLLM's V2 runner builds for our configuration, or that joins one of vLLM's own.
 
     Args:
         vllm_config: vLLM's configuration; ours is in its ``additional_config``.
         device: of the runner.
         req_states: the runner's per-request tensors.
+        native: vLLM's own drafter that ours join; None where ours draft alone.
     """
 
     supports_mm_inputs = False
     draft_logits = None
 
-    def __init__(self, vllm_config: Any, device: torch.device, req_states: Any) -> None:
+    def __init__(self, vllm_config: Any, device: torch.device, req_states: Any, native: Any = None) -> None:
         settings = settings_of(vllm_config.additional_config)
         assert settings is not None
+        self._native = native
         self.settings: Settings = settings
         self.device = device
         self.num_speculative_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
@@ -204,7 +209,13 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             max_model_len=self.max_model_len,
             datastores=settings.datastore or {},
         )
-        self.drafting = Drafting(settings, context)
+        # Under async scheduling the scheduler reserves k rows a request before any draft is known: none can be saved.
+        self.drafting = Drafting(
+            settings,
+            context,
+            native=None if native is None else vllm_config.speculative_config.method,
+            can_shorten=not self.is_async,
+        )
         self._on_device: DeviceDrafting | None = None
         if settings.device_proposer is not None:
             options = settings.device_proposer.options
@@ -217,6 +228,10 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self._on_host_drafts = torch.empty(
             (max_num_requests, 1 + self.num_speculative_tokens), dtype=torch.int32, pin_memory=device.type == "cuda"
         )
+        self._on_host_native = torch.empty(
+            self._drafts.shape if native is not None else (0, 0), dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
+        self._sampling_states: Any = None
         self._pending: _Step | None = None
         self._in_place: dict[str, list[int]] = {}  # request id -> its draft that the next step verifies
         self._verifier: RejectionSampler | None = None
@@ -239,6 +254,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             check_verifier(runner)
         self._is_sharded = runner.batch_sharder is not None
         self._has_pipeline = runner.use_pp
+        if self.settings.is_coupled and not runner.sampler.use_fp64_gumbel:  # which hashes in another way
+            self._sampling_states = runner.sampler.sampling_states
         runner.draft_tokens_handler._specplug = self
         group = get_tp_group()
         if group.world_size > 1:
@@ -248,12 +265,14 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             self._on_device.warm_up()
         if self.is_first_rank:
             self.drafting.warm_up()
+            atexit.register(self.drafting.close)
             logger.info(
-                "specplug is active: runner V2, sampler %s (%s), proposers: %s; up to %d draft tokens, "
+                "specplug is active: runner V2, sampler %s (%s), proposers: %s%s; up to %d draft tokens, "
                 "async scheduling %s (warm-up %.1f s)",
                 self.settings.sampler,
                 "drafter-invariant" if self.settings.is_coupled else "vLLM's own verifier",
                 self._describe_proposers(),
+                "" if self._native is None else f", joining vLLM's {self.drafting.native}",
                 self.num_speculative_tokens,
                 "on: drafts are padded to that length" if self.is_async else "off: drafts keep their own length",
                 time.perf_counter() - start,
@@ -329,8 +348,29 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         drafts = self._drafts[: input_batch.num_reqs]
         if dummy_run:
             return drafts
-        self.put_in_place()  # of an earlier step, when the one in between ran no model
         drafts.copy_(last_sampled[input_batch.idx_mapping].expand_as(drafts))
+        return self._propose(input_batch, num_sampled, drafts, num_speculative_tokens)
+
+    @torch.inference_mode()
+    def join(self, propose: Callable[..., torch.Tensor], input_batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """vLLM's own drafter's ``propose``, its drafts joined by ours where ours promise more.
+
+        Args:
+            propose: that method.
+            input_batch: like the rest, what vLLM calls it with.
+        """
+        theirs = propose(input_batch, *args, **kwargs)
+        if kwargs.get("dummy_run"):
+            return theirs
+        drafts = self._drafts[: input_batch.num_reqs]
+        drafts.copy_(theirs)
+        return self._propose(input_batch, args[4], drafts, kwargs.get("num_speculative_tokens"))
+
+    def _propose(
+        self, input_batch: Any, num_sampled: torch.Tensor, drafts: torch.Tensor, num_speculative_tokens: int | None
+    ) -> torch.Tensor:
+        """Drafts over those that stand in ``drafts``: placeholders, or vLLM's own."""
+        self.put_in_place()  # of an earlier step, when the one in between ran no model
         limit = self.num_speculative_tokens
         if num_speculative_tokens is not None:
             limit = min(limit, num_speculative_tokens)
@@ -340,7 +380,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         if self._tp_group is None and not self.drafting.has_proposers:
             self._in_place.clear()
             return drafts
-        self._send_to_host(input_batch, num_sampled, limit)
+        self._send_to_host(input_batch, num_sampled, limit, drafts)
         # Whoever reads the drafts before the next step's inputs are made must not see placeholders.
         if not self.is_async or self._has_pipeline or input_batch.has_structured_output_reqs:
             self.put_in_place(drafts)
@@ -407,6 +447,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         max_draft_tokens: int,
         packed: torch.Tensor | None,
         arrived: Any = None,
+        native: torch.Tensor | None = None,
     ) -> None:
         """A step's tokens are on their way to the host; :meth:`put_in_place` will wait for them.
 
@@ -417,18 +458,20 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             max_draft_tokens: longest draft of the next step.
             packed: ``[num_requests, 2 + num_speculative_tokens + 1]`` int32 on the host, as ``pack_emitted`` lays it
                 out; None on ranks that only receive drafts.
-            arrived: event after which ``packed`` can be read; None where it can be read at once.
+            arrived: event after which ``packed`` and ``native`` can be read; None where they can be read at once.
+            native: ``[num_requests, num_speculative_tokens]`` int64 on the host, drafts of vLLM's own drafter that ours
+                join.
         """
         self._pending = _Step(
-            request_ids, rows, self.history.occupation[rows], num_verified, max_draft_tokens, packed, arrived
+            request_ids, rows, self.history.occupation[rows], num_verified, max_draft_tokens, packed, arrived, native
         )
 
-    def _send_to_host(self, input_batch: Any, num_sampled: torch.Tensor, limit: int) -> None:
+    def _send_to_host(self, input_batch: Any, num_sampled: torch.Tensor, limit: int, drafts: torch.Tensor) -> None:
         num_requests = input_batch.num_reqs
         verified = np.zeros(num_requests, dtype=np.int64)
         if input_batch.num_draft_tokens_per_req is not None:
             verified[:] = input_batch.num_draft_tokens_per_req[:num_requests]
-        packed, arrived = None, None
+        packed, arrived, native = None, None, None
         if self.is_first_rank:
             on_device, packed = self._packed[:num_requests], self._on_host[:num_requests]
             targets = getattr(self._verifier, "token_ids", None)
@@ -442,12 +485,15 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             )
             is_cuda = self.device.type == "cuda"
             packed.copy_(on_device, non_blocking=is_cuda)
+            if self._native is not None:
+                native = self._on_host_native[:num_requests]
+                native.copy_(drafts, non_blocking=is_cuda)
             if is_cuda:
                 # A blocking event: the thread that waits for it sleeps instead of polling the driver.
                 arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                 arrived.record()
         rows = np.asarray(input_batch.idx_mapping_np[:num_requests], dtype=np.int64)
-        self.take_in(list(input_batch.req_ids), rows, verified, limit, packed, arrived)
+        self.take_in(list(input_batch.req_ids), rows, verified, limit, packed, arrived, native)
 
     def _draft(self, step: _Step, packed: NDArray[np.int32], alive: NDArray[np.bool_]) -> list[list[int]]:
         """Take in what a step emitted and ask the proposers; one draft a request of the step, empty where none."""
@@ -456,44 +502,39 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         emitting = np.flatnonzero(alive & (counts > 0))
         if not len(emitting):
             return drafts
-        self.history.append(step.rows[emitting], totals[emitting], counts[emitting], packed[emitting, 2:])
+        rows = step.rows[emitting]
+        self.history.append(rows, totals[emitting], counts[emitting], packed[emitting, 2:])
         self._observe(step, packed, emitting)
-        wanting: list[int] = []
-        limits: list[int] = []
-        requests: list[TrackedRequest] = []
-        for index in emitting.tolist():
-            request = self.history.requests[step.rows[index]]
-            assert request is not None
-            # The step emits one token more than it accepts, and none may pass max_tokens or max_model_len.
-            limit = min(step.max_draft_tokens, request.max_total_tokens - int(totals[index]) - 1)
-            if request.speculate and limit > 0:
-                wanting.append(index)
-                limits.append(limit)
-                requests.append(request)
-        if not wanting:
-            return drafts
-        rows = step.rows[wanting]
-        batch = DraftBatch(
-            request_ids=tuple(request.request_id for request in requests),
-            token_ids=read_only(self.history.token_ids),
-            rows=read_only(rows),
-            num_tokens=read_only(totals[wanting]),
-            num_prompt_tokens=read_only(np.array([r.num_prompt_tokens for r in requests], dtype=np.int64)),
-            max_draft_tokens=read_only(np.array(limits, dtype=np.int64)),
-            options=tuple(request.options for request in requests),
+        requests = [request for row in rows.tolist() if (request := self.history.requests[row]) is not None]
+        states = self._sampling_states
+
+        def noise(chosen: Sequence[int], width: int) -> TargetNoise:
+            temperature = np.array([requests[index].temperature for index in chosen], dtype=np.float32)
+            # The token after position p is drawn with the noise of p: the next one's is the last token's.
+            positions = (totals[emitting[chosen]] - 1)[:, None] + np.arange(width)
+            return TargetNoise(MURMUR, murmur_keys(states.seeds.np[rows[chosen]][:, None], positions), temperature)
+
+        answers = self.drafting.propose(
+            requests,
+            self.history.token_ids,
+            rows,
+            totals[emitting],
+            step.max_draft_tokens,
+            None if states is None else noise,
+            None if step.native is None else step.native.numpy()[emitting].astype(np.int32),
         )
-        for index, draft in zip(wanting, self.drafting.propose(batch), strict=True):
+        for index, draft in zip(emitting.tolist(), answers, strict=True):
             drafts[index] = draft
         return drafts
 
     def _observe(self, step: _Step, packed: NDArray[np.int32], emitting: NDArray[np.intp]) -> None:
         """Tell counters and proposers what was verified."""
-        verified = Verified([], [], [], packed[emitting, 1].tolist())
+        verified = Verified([], [], [], packed[emitting, 1].tolist(), len(step.request_ids) - len(emitting))
         for index in emitting.tolist():
             request_id = step.request_ids[index]
             verified.request_ids.append(request_id)
             verified.draft_token_ids.append(self._in_place.pop(request_id, [])[: step.num_verified[index]])
-        if self.drafting.wants_observations:  # counters do without the tokens
+        if self.drafting.has_proposers:  # counters do without the tokens
             verified.target_token_ids += (
                 # -1: the verifier reported emitted tokens only
                 [token for token in line[: max(num_emitted, len(draft) + 1)] if token != -1]
@@ -581,13 +622,25 @@ def install() -> None:
 
 def _speculator_of(runner: Any) -> Speculator | None:
     speculator = getattr(runner, "speculator", None)
-    return speculator if isinstance(speculator, Speculator) else None
+    return speculator if isinstance(speculator, Speculator) else getattr(speculator, "_specplug", None)
 
 
 def _init_speculator(original: Callable[..., Any], vllm_config: Any, device: torch.device, req_states: Any) -> Any:
     config = vllm_config.speculative_config
     if is_ours(config):
         return Speculator(vllm_config, device, req_states)
+    native = _native_speculator(original, vllm_config, device, req_states)
+    settings = settings_of(vllm_config.additional_config)
+    if settings is not None and settings.host_proposers and is_coupled(config):
+        joining = Speculator(vllm_config, device, req_states, native)
+        native.propose = functools.partial(joining.join, native.propose)
+        native._specplug = joining
+    return native
+
+
+def _native_speculator(original: Callable[..., Any], vllm_config: Any, device: torch.device, req_states: Any) -> Any:
+    """vLLM's own drafter; one that samples draws with the target's noise under a coupled verifier."""
+    config = vllm_config.speculative_config
     if not is_coupled(config) or config.draft_sample_method != "probabilistic":
         return original(vllm_config, device, req_states)
     # Built as a greedy drafter, it allocates no cache of draft logits (requests x k x vocabulary): none is read.

@@ -17,5 +17,6 @@ class WorkerExtension:
         """
         runner = self.model_runner
         attached = getattr(runner, "_specplug", None) or getattr(runner, "speculator", None)
+        attached = getattr(attached, "_specplug", attached)  # ours beside one of vLLM's own (V2)
         snapshot = getattr(attached, "snapshot", None)
         return None if snapshot is None else snapshot()

@@ -1,0 +1,629 @@
+"""Several proposers as one: whose draft to verify, how far, and whether at all.
+
+*Whose.* For each proposer the chance that its next draft token is accepted is estimated online, by a logistic
+regression on what the proposer says (its confidence, the length of its match, its votes, the depth) and on what the
+others say there (agreement and disagreement), and on how it did lately in the same request. Every proposer learns from
+every step, whether its draft was chosen or not: under a coupled verifier the tokens a request emits do not depend on
+who proposed, so what was emitted says of every draft how far it would have come.
+
+*How far.* Draft tokens are worth their chance of being accepted and cost what a verified row costs. Sorted by chance,
+they are taken as long as expected tokens per second rise; the cost of a step with and without them is measured in the
+running engine, by batch size (:class:`StepCosts`).
+
+*Whether.* Where no draft pays nothing is proposed, and the proposers rest too if they cost anything worth saving; both
+decisions are tried again now and then, rarely.
+
+None of this can change a token that is emitted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from .base import DraftBatch, Drafts, check_option_names, kernel_input
+
+DEFAULT_OPTIONS: Mapping[str, int | float | bool] = {
+    "gate": True,
+    "learning_rate": 0.08,
+}
+"""What ``options`` may set.
+
+gate: measure what steps cost and verify only what pays; False verifies whole drafts always.
+learning_rate: step size of the online regression, 0 keeps the estimates it starts with.
+"""
+
+NUM_FEATURES = 11
+_FIRST_WEIGHTS = (-0.25, 0.75, 0.0, 0.8, -0.8, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+"""One, logit of the confidence, depth, best confidence of those that agree, of those that disagree, recent success,
+sampling, sampling times logit, match length, votes, own first token repeated by nobody. Each starts where a proposer
+that is about right wants it; what is left to learn differs from proposer to proposer."""
+
+RECENT = 0.25
+"""Weight of the latest token in a request's record of a proposer's success."""
+
+
+@njit(cache=True, nogil=True)
+def _logit(chance):  # type: ignore[no-untyped-def]
+    bounded = min(max(chance, 0.01), 0.99)
+    return math.log(bounded / (1.0 - bounded))
+
+
+@njit(cache=True, nogil=True)
+def _sigmoid(score):  # type: ignore[no-untyped-def]
+    return 1.0 / (1.0 + math.exp(-min(max(score, -30.0), 30.0)))
+
+
+@njit(cache=True, nogil=True)
+def _estimate(  # type: ignore[no-untyped-def]
+    tokens, lengths, confidence, match_length, votes, sampled, recent, weights, features, chances,
+):  # fmt: skip
+    """Features and chances of every draft token of one request.
+
+    ``tokens``, ``confidence``, ``votes``, ``chances``: ``[num_members, k]``; ``features``: ``[num_members, k, F]``.
+    """
+    num_members = len(lengths)
+    for member in range(num_members):
+        for depth in range(lengths[member]):
+            agreeing = 0.0
+            disagreeing = 0.0
+            for other in range(num_members):
+                if other == member or lengths[other] <= depth:
+                    continue
+                same = True
+                for before in range(depth):
+                    if tokens[other, before] != tokens[member, before]:
+                        same = False
+                        break
+                if same:
+                    if tokens[other, depth] == tokens[member, depth]:
+                        agreeing = max(agreeing, confidence[other, depth])
+                    else:
+                        disagreeing = max(disagreeing, confidence[other, depth])
+            logit = _logit(confidence[member, depth])
+            row = features[member, depth]
+            row[0] = 1.0
+            row[1] = logit
+            row[2] = math.log(1.0 + depth)
+            row[3] = agreeing
+            row[4] = disagreeing
+            row[5] = recent[member]
+            row[6] = sampled
+            row[7] = sampled * logit
+            row[8] = 0.5 * math.log(1.0 + match_length[member] + depth)
+            row[9] = 0.5 * math.log(1.0 + votes[member, depth])
+            row[10] = 1.0 if agreeing == 0.0 and disagreeing == 0.0 else 0.0
+            score = 0.0
+            for index in range(len(row)):
+                score += weights[member, index] * row[index]
+            chances[member, depth] = _sigmoid(score)
+
+
+@njit(cache=True, nogil=True)
+def _compose(tokens, lengths, chances, limit, alive, remaining, out_tokens, out_chances, out_source):  # type: ignore[no-untyped-def]
+    """One chain from those of all members; returns its length.
+
+    At each depth the members whose drafts begin like the chain so far are asked; the one whose rest promises most
+    tokens gives the next one. So a chain that ends, or turns unlikely, is continued by another that agreed with it.
+    """
+    num_members = len(lengths)
+    for member in range(num_members):
+        alive[member] = lengths[member] > 0
+        expected = 0.0
+        for depth in range(min(lengths[member], limit) - 1, -1, -1):
+            expected = chances[member, depth] * (1.0 + expected)
+            remaining[member, depth] = expected
+    for depth in range(limit):
+        best = -1
+        for member in range(num_members):
+            if (
+                alive[member]
+                and lengths[member] > depth
+                and (best < 0 or remaining[member, depth] > remaining[best, depth])
+            ):
+                best = member
+        if best < 0:
+            return depth
+        token = tokens[best, depth]
+        out_tokens[depth] = token
+        out_source[depth] = best
+        chance = chances[best, depth]
+        for member in range(num_members):
+            if alive[member] and lengths[member] > depth and tokens[member, depth] == token:
+                chance = max(chance, chances[member, depth])
+            else:
+                alive[member] = False
+        out_chances[depth] = chance
+    return limit
+
+
+@njit(cache=True, nogil=True)
+def _combine(  # type: ignore[no-untyped-def]
+    tokens, lengths, confidence, match_length, votes, sampled, limits, slots, recent, weights,
+    kept_tokens, kept_lengths, kept_features, out_tokens, out_lengths, out_chances, out_source,
+):  # fmt: skip
+    """:func:`_estimate` and :func:`_compose` for a batch; what is needed to learn from it is kept by slot."""
+    num_members, num_requests, width = tokens.shape
+    alive = np.zeros(num_members, dtype=np.bool_)
+    remaining = np.zeros((num_members, width))
+    chances = np.zeros((num_members, width))
+    for i in range(num_requests):
+        slot = slots[i]
+        _estimate(
+            tokens[:, i], lengths[:, i], confidence[:, i], match_length[:, i], votes[:, i], sampled[i], recent[slot],
+            weights, kept_features[slot], chances,
+        )  # fmt: skip
+        kept_lengths[slot] = lengths[:, i]
+        for member in range(num_members):
+            for depth in range(lengths[member, i]):
+                kept_tokens[slot, member, depth] = tokens[member, i, depth]
+        out_lengths[i] = _compose(
+            tokens[:, i], lengths[:, i], chances, min(limits[i], width), alive, remaining, out_tokens[i],
+            out_chances[i], out_source[i],
+        )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _learn(  # type: ignore[no-untyped-def]
+    slots, emitted, num_emitted, num_verified, kept_tokens, kept_lengths, kept_features, kept_source, recent, weights,
+    squares, rate, drafted, accepted,
+):  # fmt: skip
+    """Hold every kept draft against what was emitted, token by token up to its first wrong one (AdaGrad).
+
+    ``drafted`` and ``accepted``, ``[num_members]``, count whose tokens were verified and kept.
+    """
+    num_members, num_features = weights.shape
+    for i in range(len(slots)):
+        slot = slots[i]
+        if slot < 0:
+            continue
+        for member in range(num_members):
+            for depth in range(min(kept_lengths[slot, member], num_emitted[i])):
+                row = kept_features[slot, member, depth]
+                is_right = kept_tokens[slot, member, depth] == emitted[i, depth]
+                score = 0.0
+                for index in range(num_features):
+                    score += weights[member, index] * row[index]
+                error = _sigmoid(score) - (1.0 if is_right else 0.0)
+                for index in range(num_features):
+                    gradient = error * row[index]
+                    squares[member, index] += gradient * gradient
+                    weights[member, index] -= rate * gradient / math.sqrt(squares[member, index])
+                recent[slot, member] += RECENT * ((0.5 if is_right else -0.5) - recent[slot, member])
+                if not is_right:
+                    break
+            kept_lengths[slot, member] = 0
+        for depth in range(min(num_verified[i], kept_source.shape[1])):
+            member = kept_source[slot, depth]
+            if member < 0:
+                break  # not of ours: padding behind a draft
+            drafted[member] += 1
+            if depth < num_emitted[i] - 1:
+                accepted[member] += 1
+        kept_source[slot] = -1
+
+
+@njit(cache=True, nogil=True)
+def cut_to_what_pays(chances, lengths, num_running, plain_s, first_s, row_s, draft_s):  # type: ignore[no-untyped-def]
+    """Shorten drafts to the lengths that bring most expected tokens per second.
+
+    A step without drafts emits one token a running request in ``plain_s``. With ``n`` draft rows it takes ``plain_s +
+    first_s + n * row_s`` (and ``draft_s`` to draft), and emits in addition the sum of their chances of being accepted,
+    each with all before it. Those chances fall along a draft, so that the ``n`` most likely rows are always beginnings
+    of drafts.
+
+    Args:
+        chances: ``[num_requests, k]`` chance of each token, those before it accepted.
+        lengths: ``[num_requests]``, shortened in place.
+        num_running: requests of the batch, with or without a draft.
+        plain_s, first_s, row_s, draft_s: seconds.
+
+    Returns:
+        (expected tokens, expected seconds) of the step that was chosen, and of a step without drafts.
+    """
+    num_requests = len(lengths)
+    total = 0
+    for i in range(num_requests):
+        total += lengths[i]
+    values = np.empty(total)
+    at = 0
+    for i in range(num_requests):
+        alive = 1.0
+        for depth in range(lengths[i]):
+            alive *= chances[i, depth]
+            values[at] = alive
+            at += 1
+    ordered = np.sort(values)
+    best_rows = 0
+    best_rate = num_running / (plain_s + draft_s)
+    tokens = float(num_running)
+    chosen_tokens = tokens
+    chosen_s = plain_s + draft_s
+    for rows in range(1, total + 1):
+        tokens += ordered[total - rows]
+        seconds = plain_s + draft_s + first_s + rows * row_s
+        if tokens > best_rate * seconds:
+            best_rate = tokens / seconds
+            best_rows = rows
+            chosen_tokens = tokens
+            chosen_s = seconds
+    threshold = ordered[total - best_rows] if best_rows else 2.0
+    for i in range(num_requests):
+        alive = 1.0
+        kept = 0
+        for depth in range(lengths[i]):
+            alive *= chances[i, depth]
+            if alive < threshold:
+                break
+            kept = depth + 1
+        lengths[i] = kept
+    return chosen_tokens, chosen_s
+
+
+class StepCosts:
+    """What a step takes, measured in the running engine: without drafts, and for each verified draft row more.
+
+    Kept by batch size (powers of two): at each, the median of the latest steps without drafts, and a regression of
+    what steps with drafts took beyond it on their number of draft rows, which forgets slowly. Steps that took over
+    four times the median (a prompt came in, the machine was away) are left out.
+    """
+
+    KEPT = 15
+    FORGET = 0.98
+
+    def __init__(self) -> None:
+        self._plain: dict[int, list[float]] = {}
+        self._plain_s: dict[int, float] = {}
+        # Weighted sums of 1, n, n*n, y, n*y over steps with n draft rows that took y seconds longer than a plain one.
+        self._sums: dict[int, NDArray[np.float64]] = {}
+        self._since_plain: dict[int, int] = {}
+
+    @staticmethod
+    def bucket(num_running: int) -> int:
+        """Batch sizes that count as one: 1, 2, 3-4, 5-8, 9-16, ..."""
+        return max(num_running - 1, 0).bit_length()
+
+    def add(self, num_running: int, draft_rows: int, seconds: float) -> None:
+        """One step of ``num_running`` requests, none of them in its prompt, took ``seconds``."""
+        bucket = self.bucket(num_running)
+        if draft_rows == 0:
+            kept = self._plain.setdefault(bucket, [])
+            kept.append(seconds)
+            del kept[: -self.KEPT]
+            self._plain_s[bucket] = sorted(kept)[len(kept) // 2]
+            self._since_plain[bucket] = 0
+            return
+        self._since_plain[bucket] = self._since_plain.get(bucket, 0) + 1
+        plain_s = self._plain_s.get(bucket)
+        if plain_s is None or seconds > 4 * plain_s + 4 * draft_rows * self.of(num_running)[2]:
+            return
+        sums = self._sums.setdefault(bucket, np.zeros(5))
+        more = seconds - plain_s
+        sums *= self.FORGET
+        sums += (1.0, draft_rows, draft_rows * draft_rows, more, draft_rows * more)
+
+    def knows_plain(self, num_running: int) -> bool:
+        """True once a few steps without drafts were seen at this batch size."""
+        return len(self._plain.get(self.bucket(num_running), ())) >= 3
+
+    def steps_since_plain(self, num_running: int) -> int:
+        """Steps with drafts since the last one without, at this batch size."""
+        return self._since_plain.get(self.bucket(num_running), 0)
+
+    def of(self, num_running: int) -> tuple[float, float, float]:
+        """Seconds of a step without drafts, more for having any draft, and more for each draft row.
+
+        (0, 0, 0) while nothing is known; the nearest batch size that is known stands in for one that is not.
+        """
+        bucket = self.bucket(num_running)
+        near = min(self._plain_s, key=lambda known: abs(known - bucket), default=None)
+        if near is None:
+            return 0.0, 0.0, 0.0
+        plain_s = self._plain_s[near]
+        near = min(self._sums, key=lambda known: abs(known - bucket), default=None)
+        if near is None:
+            return plain_s, 0.0, 0.0
+        count, rows, squares, more, product = self._sums[near].tolist()
+        # A little belief in a straight line through nothing keeps few or equal numbers of rows from making nonsense.
+        squares += 1e-3 * squares + 1e-9
+        spread = count * squares - rows * rows
+        slope = (count * product - rows * more) / spread if spread > 1e-6 * count * squares else more / max(rows, 1.0)
+        slope = min(max(slope, 0.0), max(more / max(rows, 1.0), 0.0))
+        return plain_s, max((more - slope * rows) / max(count, 1e-9), 0.0), slope
+
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """By largest batch size of a bucket: seconds of a plain step, of having drafts, of a draft row."""
+        return {
+            str(1 << bucket): dict(zip(("plain_s", "first_s", "row_s"), self.of(1 << bucket), strict=True))
+            for bucket in sorted(self._plain_s)
+        }
+
+
+@dataclass
+class EnsembleStats:
+    """What the ensemble decided since start-up.
+
+    Attributes:
+        decisions: steps in which it had drafts to decide about.
+        withheld_steps: those of them in which none was worth verifying.
+        withheld_tokens: draft tokens that were not worth verifying, in all steps.
+        measuring_steps: steps without drafts only to learn what a plain step costs.
+        probes: steps with drafts only to learn whether they pay by now.
+        resting_steps: steps in which the proposers were not even asked.
+        paused: True while nothing is proposed because it does not pay.
+        expected_accepted: accepted draft tokens that the estimates promised, in all.
+        costs: see :meth:`StepCosts.to_dict`.
+        weights: regression weights by proposer.
+    """
+
+    decisions: int = 0
+    withheld_steps: int = 0
+    withheld_tokens: int = 0
+    measuring_steps: int = 0
+    probes: int = 0
+    resting_steps: int = 0
+    paused: bool = False
+    expected_accepted: float = 0.0
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    weights: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Ensemble:
+    """Combines the drafts of several proposers, and learns to.
+
+    Args:
+        names: the proposers, in order of preference between equals.
+        num_speculative_tokens: longest draft.
+        options: see :data:`DEFAULT_OPTIONS`.
+        can_shorten: False where the engine verifies as many rows whatever a draft's length: nothing is withheld then.
+
+    Raises:
+        ValueError: an option is unknown or out of its range.
+    """
+
+    PROBE_INTERVAL = 64
+    """Steps without drafts after which one is tried; doubled while it does not pay, up to :data:`LONGEST_INTERVAL`."""
+    LONGEST_INTERVAL = 1024
+    PLAIN_INTERVAL = 400
+    """Steps with drafts after which one without is made, to know what it costs by now."""
+    PATIENCE = 16
+    """Steps in a row in which nothing paid before the proposers rest."""
+    WORTH_RESTING = 0.01
+    """Drafting rests where it takes more than this share of a plain step."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        num_speculative_tokens: int,
+        options: Mapping[str, Any] | None = None,
+        can_shorten: bool = True,
+    ) -> None:
+        given = {**DEFAULT_OPTIONS, **(options or {})}
+        check_options(options or {})
+        self.names = tuple(names)
+        self.has_gate = bool(given["gate"]) and can_shorten
+        self._rate = float(given["learning_rate"])
+        self._width = num_speculative_tokens
+        members = len(self.names)
+        self.weights: NDArray[np.float64] = np.tile(np.array(_FIRST_WEIGHTS), (members, 1))
+        self._squares: NDArray[np.float64] = np.full((members, NUM_FEATURES), 1.0)
+        self._slot_of: dict[str, int] = {}
+        self._free: list[int] = []
+        self.costs = StepCosts()
+        self.stats = EnsembleStats()
+        self._idle_steps = 0  # in a row in which nothing paid
+        self._resting = 0  # steps to go before the proposers are asked again
+        self._interval = self.PROBE_INTERVAL
+        self._draft_s = 0.0
+        self._until_probe = self.PROBE_INTERVAL
+        self._make_room(8)
+
+    def _make_room(self, num_slots: int) -> None:
+        members, width, before = len(self.names), self._width, len(self._slot_of)
+        tokens = np.zeros((num_slots, members, width), dtype=np.int32)
+        lengths = np.zeros((num_slots, members), dtype=np.int64)
+        features = np.zeros((num_slots, members, width, NUM_FEATURES), dtype=np.float32)
+        recent = np.zeros((num_slots, members), dtype=np.float64)
+        source = np.full((num_slots, width), -1, dtype=np.int64)
+        if before:
+            kept = len(self._lengths)
+            tokens[:kept], lengths[:kept], features[:kept] = self._tokens, self._lengths, self._features
+            recent[:kept], source[:kept] = self._recent, self._source
+        taken = set(self._slot_of.values())
+        self._tokens, self._lengths, self._features = tokens, lengths, features
+        self._recent, self._source = recent, source
+        self._free = [slot for slot in reversed(range(num_slots)) if slot not in taken]
+
+    def _slots(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
+        slot_of = self._slot_of
+        new = [request_id for request_id in request_ids if request_id not in slot_of]
+        if len(new) > len(self._free):
+            num_slots = len(self._lengths)
+            while num_slots < len(slot_of) + len(new):
+                num_slots *= 2
+            self._make_room(num_slots)
+        for request_id in new:
+            slot_of[request_id] = self._free.pop()
+        return np.array([slot_of[request_id] for request_id in request_ids], dtype=np.int64)
+
+    @property
+    def num_live(self) -> int:
+        """Requests that hold state here."""
+        return len(self._slot_of)
+
+    def wants_drafts(self, num_running: int) -> bool:
+        """False in a step in which the proposers need not even be asked. To be called once a step."""
+        if not self.has_gate:
+            return True
+        if self._resting > 0:
+            self._resting -= 1
+            self.stats.resting_steps += 1
+            return self._resting == 0
+        return True
+
+    def took(self, num_running: int, draft_rows: int, seconds: float) -> None:
+        """The last step verified ``draft_rows`` rows for ``num_running`` requests, no prompts among them."""
+        if self.has_gate:
+            self.costs.add(num_running, draft_rows, seconds)
+
+    def combine(
+        self, batch: DraftBatch, answers: Sequence[Drafts | None], num_running: int, draft_s: float
+    ) -> tuple[Drafts, NDArray[np.int64]]:
+        """One draft a request.
+
+        Args:
+            batch: the requests.
+            answers: one a proposer, for all requests of the batch; None where it answered nothing.
+            num_running: requests that the next step serves, those of the batch among them.
+            draft_s: seconds that making the answers took.
+
+        Returns:
+            The drafts, ``confidence`` being the estimated chances, and ``source``, ``[num_requests, k]`` int64: the
+            place of the proposer that each token is of.
+        """
+        num_requests, width = len(batch), self._width
+        members = len(self.names)
+        tokens = np.zeros((members, num_requests, width), dtype=np.int32)
+        lengths = np.zeros((members, num_requests), dtype=np.int64)
+        confidence = np.zeros((members, num_requests, width), dtype=np.float32)
+        match_length = np.zeros((members, num_requests), dtype=np.int32)
+        votes = np.zeros((members, num_requests, width), dtype=np.int32)
+        for place, each in enumerate(answers):
+            if each is None:
+                continue
+            columns = min(each.token_ids.shape[1], width)
+            tokens[place, :, :columns] = each.token_ids[:, :columns]
+            confidence[place, :, :columns] = each.confidence[:, :columns]
+            lengths[place] = np.minimum(each.num_tokens, columns)
+            if each.match_length is not None:
+                match_length[place] = each.match_length
+            if each.votes is not None:
+                votes[place, :, :columns] = each.votes[:, :columns]
+        sampled = np.zeros(num_requests) if batch.noise is None else (batch.noise.temperature > 0).astype(np.float64)
+        best = Drafts.empty(num_requests, width)
+        source = np.zeros((num_requests, width), dtype=np.int64)
+        chances = np.zeros((num_requests, width))
+        slots = self._slots(batch.request_ids)
+        _combine(
+            tokens, lengths, confidence, match_length, votes, sampled,
+            kernel_input(batch.max_draft_tokens, np.int64), slots,
+            self._recent, self.weights, self._tokens, self._lengths, self._features,
+            best.token_ids, best.num_tokens, chances, source,
+        )  # fmt: skip
+        best.confidence[:] = chances
+        self._draft_s += 0.1 * (draft_s - self._draft_s)
+        if best.num_tokens.any():
+            self.stats.decisions += 1
+            if self.has_gate:
+                self._withhold(best, chances, num_running)
+            alive = np.arange(width)[None, :] < best.num_tokens[:, None]
+            self._source[slots] = np.where(alive, source, -1)
+            self.stats.expected_accepted += float(np.where(alive, np.cumprod(chances, axis=1), 0.0).sum())
+        return best, source
+
+    def _withhold(self, best: Drafts, chances: NDArray[np.float64], num_running: int) -> None:
+        """Shorten drafts to what pays, and keep the measurements fresh."""
+        stats, before = self.stats, best.num_tokens.copy()
+        plain_s, first_s, row_s = self.costs.of(num_running)
+        if not self.costs.knows_plain(num_running) or self.costs.steps_since_plain(num_running) > self.PLAIN_INTERVAL:
+            # Every other step while the first few are wanted: a start-up without drafts would be as wrong.
+            if self.costs.steps_since_plain(num_running) > 0:
+                best.num_tokens[:] = 0
+                stats.measuring_steps += 1
+            return
+        if plain_s <= 0.0:
+            return
+        cut_to_what_pays(chances, best.num_tokens, num_running, plain_s, first_s, row_s, 0.0)
+        stats.withheld_tokens += int((before - best.num_tokens).sum())
+        if best.num_tokens.any():
+            self._idle_steps = 0
+            self._interval = self._until_probe = self.PROBE_INTERVAL
+            stats.paused = False
+            return
+        stats.withheld_steps += 1
+        self._idle_steps += 1
+        self._until_probe -= 1
+        if self._until_probe <= 0:
+            # What drafts cost may have changed, and only a step with drafts can tell.
+            best.num_tokens[:] = before
+            stats.probes += 1
+            self._until_probe = self._interval = min(2 * self._interval, self.LONGEST_INTERVAL)
+            return
+        if self._idle_steps >= self.PATIENCE:
+            stats.paused = True
+            if self._draft_s > self.WORTH_RESTING * plain_s:
+                self._resting = self.PATIENCE
+                self._until_probe -= self._resting
+
+    def observe(
+        self,
+        request_ids: Sequence[str],
+        emitted: NDArray[np.int32],
+        num_emitted: NDArray[np.int64],
+        num_verified: NDArray[np.int64],
+    ) -> tuple[list[int], list[int]]:
+        """Learn from what requests emitted.
+
+        Args:
+            request_ids: ``[num_requests]``; those without drafts here are skipped.
+            emitted: ``[num_requests, width]`` int32, emitted tokens first.
+            num_emitted: ``[num_requests]`` int64.
+            num_verified: ``[num_requests]`` int64, draft tokens that were verified.
+
+        Returns:
+            By proposer: how many of its draft tokens were verified, and how many of these accepted.
+        """
+        drafted, accepted = np.zeros((2, len(self.names)), dtype=np.int64)
+        get = self._slot_of.get
+        slots = np.array([get(request_id, -1) for request_id in request_ids], dtype=np.int64)
+        _learn(
+            slots, emitted, num_emitted, num_verified, self._tokens, self._lengths, self._features, self._source,
+            self._recent, self.weights, self._squares, self._rate, drafted, accepted,
+        )  # fmt: skip
+        return drafted.tolist(), accepted.tolist()
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        """These requests are over."""
+        for request_id in request_ids:
+            slot = self._slot_of.pop(request_id, None)
+            if slot is not None:
+                self._lengths[slot] = 0
+                self._recent[slot] = 0.0
+                self._source[slot] = -1
+                self._free.append(slot)
+
+    def warm_up(self) -> None:
+        """Compile."""
+        batch = DraftBatch.from_contexts([[1, 2]], max_draft_tokens=1, request_ids=["specplug-warm-up"])
+        weights, squares = self.weights.copy(), self._squares.copy()
+        self.combine(batch, [Drafts.from_lists([[1]])] * len(self.names), 1, 0.0)
+        cut_to_what_pays(np.zeros((1, 1)), np.ones(1, dtype=np.int64), 1, 1.0, 0.0, 0.0, 0.0)
+        one = np.ones(1, dtype=np.int64)
+        self.observe(batch.request_ids, np.ones((1, 1), dtype=np.int32), one, one)
+        self.finish(batch.request_ids)
+        self.weights[:], self._squares[:] = weights, squares
+        self.stats = EnsembleStats()
+        self._draft_s = 0.0
+
+    def snapshot(self) -> EnsembleStats:
+        """What was decided, with costs and weights as they are now."""
+        self.stats.costs = self.costs.to_dict()
+        self.stats.weights = dict(zip(self.names, np.round(self.weights, 3).tolist(), strict=True))
+        return self.stats
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option of the ensemble that is unknown or out of its range."""
+    check_option_names(options, DEFAULT_OPTIONS, "ensemble")
+    gate = options.get("gate", True)
+    if not isinstance(gate, bool):
+        raise ValueError(f"proposer 'ensemble': gate must be true or false, not {gate!r}")
+    rate = options.get("learning_rate", 0.08)
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 <= rate <= 1.0:
+        raise ValueError(f"proposer 'ensemble': learning_rate must lie in [0, 1], not {rate!r}")
