@@ -415,6 +415,13 @@ class Ensemble:
         self._squares: NDArray[np.float64] = np.full((members, NUM_FEATURES), 1.0)
         self._slot_of: dict[str, int] = {}
         self._free: list[int] = []
+        # By slot, one a live request: its drafts that were not held against the truth yet, whose tokens went to the
+        # verifier, and how each proposer did lately.
+        self._tokens: NDArray[np.int32] = np.zeros((0, members, self._width), dtype=np.int32)
+        self._lengths: NDArray[np.int64] = np.zeros((0, members), dtype=np.int64)
+        self._features: NDArray[np.float32] = np.zeros((0, members, self._width, NUM_FEATURES), dtype=np.float32)
+        self._recent: NDArray[np.float64] = np.zeros((0, members))
+        self._source: NDArray[np.int64] = np.zeros((0, self._width), dtype=np.int64)
         self.costs = StepCosts()
         self.stats = EnsembleStats()
         self._idle_steps = 0  # in a row in which nothing paid
@@ -425,20 +432,14 @@ class Ensemble:
         self._make_room(8)
 
     def _make_room(self, num_slots: int) -> None:
-        members, width, before = len(self.names), self._width, len(self._slot_of)
-        tokens = np.zeros((num_slots, members, width), dtype=np.int32)
-        lengths = np.zeros((num_slots, members), dtype=np.int64)
-        features = np.zeros((num_slots, members, width, NUM_FEATURES), dtype=np.float32)
-        recent = np.zeros((num_slots, members), dtype=np.float64)
-        source = np.full((num_slots, width), -1, dtype=np.int64)
-        if before:
-            kept = len(self._lengths)
-            tokens[:kept], lengths[:kept], features[:kept] = self._tokens, self._lengths, self._features
-            recent[:kept], source[:kept] = self._recent, self._source
-        taken = set(self._slot_of.values())
-        self._tokens, self._lengths, self._features = tokens, lengths, features
-        self._recent, self._source = recent, source
-        self._free = [slot for slot in reversed(range(num_slots)) if slot not in taken]
+        kept = len(self._lengths)
+        more = num_slots - kept
+        self._tokens = np.concatenate([self._tokens, np.zeros((more, *self._tokens.shape[1:]), dtype=np.int32)])
+        self._lengths = np.concatenate([self._lengths, np.zeros((more, len(self.names)), dtype=np.int64)])
+        self._features = np.concatenate([self._features, np.zeros((more, *self._features.shape[1:]), dtype=np.float32)])
+        self._recent = np.concatenate([self._recent, np.zeros((more, len(self.names)))])
+        self._source = np.concatenate([self._source, np.full((more, self._width), -1, dtype=np.int64)])
+        self._free += reversed(range(kept, num_slots))
 
     def _slots(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
         slot_of = self._slot_of

@@ -39,7 +39,6 @@ from .base import (
     Proposer,
     ProposerContext,
     check_option_names,
-    expected_accepted,
     is_probability,
     kernel_input,
 )
@@ -92,11 +91,11 @@ def vote_confidence(length, num_agreeing, num_votes):  # type: ignore[no-untyped
 
 
 @njit(cache=True, nogil=True)
-def _elect(tokens, candidates, num_candidates, depth, separator, kind, key, scale, choices, counts):  # type: ignore[no-untyped-def]
-    """The token that the candidates elect at ``depth``, and how many chose it.
+def _most_voted(tokens, candidates, num_candidates, depth, choices, counts):  # type: ignore[no-untyped-def]
+    """Count what candidates have at ``depth``: the different tokens into ``choices``, their votes into ``counts``.
 
-    With ``scale`` 0 it is the one that most have, of equals the one that got there first. Else it is the winner of the
-    noisy race, in which ``separator`` takes part only where it is alone.
+    Returns:
+        (place of the token that most have, of equals the one that got there first; number of different tokens).
     """
     num_choices = 0
     best = 0
@@ -112,15 +111,21 @@ def _elect(tokens, candidates, num_candidates, depth, separator, kind, key, scal
         counts[choice] += 1
         if counts[choice] > counts[best]:
             best = choice
-    if scale > 0.0 and num_choices > 1:
-        best_score = -math.inf
-        for choice in range(num_choices):
-            if choices[choice] != separator:
-                score = noisy_score(math.log(counts[choice]), scale, kind, key, choices[choice])
-                if score > best_score:
-                    best = choice
-                    best_score = score
-    return choices[best], counts[best]
+    return best, num_choices
+
+
+@njit(cache=True, nogil=True)
+def _race(choices, counts, num_choices, separator, kind, key, scale):  # type: ignore[no-untyped-def]
+    """Place of the token that wins the noisy race; ``separator`` takes no part unless it is alone."""
+    best = 0
+    best_score = -math.inf
+    for choice in range(num_choices):
+        if choices[choice] != separator:
+            score = noisy_score(math.log(counts[choice]), scale, kind, key, choices[choice])
+            if score > best_score:
+                best = choice
+                best_score = score
+    return best
 
 
 @njit(cache=True, nogil=True)
@@ -190,9 +195,10 @@ def draft_one(  # type: ignore[no-untyped-def]
     chance = 1.0
     depth = 0
     while depth < max_draft and num_candidates > 0:
-        token, num_agreeing = _elect(
-            tokens, candidates, num_candidates, depth, vocab_size, kind, keys[depth], scale, choices, counts
-        )
+        best, num_choices = _most_voted(tokens, candidates, num_candidates, depth, choices, counts)
+        if scale > 0.0 and num_choices > 1:
+            best = _race(choices, counts, num_choices, vocab_size, kind, keys[depth], scale)
+        token, num_agreeing = choices[best], counts[best]
         if token == vocab_size:
             break
         confidence = vote_confidence(length + depth, num_agreeing, num_candidates)
@@ -210,7 +216,7 @@ def draft_one(  # type: ignore[no-untyped-def]
                     kept += 1
             num_candidates = kept
         depth += 1
-    return depth, length if depth > 0 else 0
+    return depth, length
 
 
 @njit(cache=True, nogil=True)
@@ -240,6 +246,35 @@ def draft_batch_parallel(  # type: ignore[no-untyped-def]
             min(max_drafts[i], out_tokens.shape[1]), settings, min_confidence, kind, keys[i], scales[i],
             out_tokens[i], out_confidence[i], out_votes[i],
         )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _expected(confidence, num_tokens):  # type: ignore[no-untyped-def]
+    """Expected number of accepted tokens of one draft; see :func:`~.base.expected_accepted`."""
+    chance = 1.0
+    expected = 0.0
+    for depth in range(num_tokens):
+        chance *= confidence[depth]
+        expected += chance
+    return expected
+
+
+@njit(cache=True, nogil=True)
+def _take_if_further(  # type: ignore[no-untyped-def]
+    token_ids, num_tokens, confidence, match_length, votes,
+    other_token_ids, other_num_tokens, other_confidence, other_match_length, other_votes,
+):  # fmt: skip
+    """Replace each request's draft in the first five arrays by the other, where that should get further.
+
+    A longer match and a clearer vote both raise the expectation, whichever store they are found in.
+    """
+    for i in range(len(num_tokens)):
+        if _expected(other_confidence[i], other_num_tokens[i]) > _expected(confidence[i], num_tokens[i]):
+            token_ids[i] = other_token_ids[i]
+            num_tokens[i] = other_num_tokens[i]
+            confidence[i] = other_confidence[i]
+            match_length[i] = other_match_length[i]
+            votes[i] = other_votes[i]
 
 
 class RestProposer(Proposer):
@@ -279,6 +314,8 @@ class RestProposer(Proposer):
                 "proposer 'rest' drafts from a token store, and none is configured: set \"datastore\" to a file that "
                 "`specplug datastore build` made"
             )
+        self._no_keys = kernel_input(np.zeros((0, 0)), np.uint64)
+        self._no_scales = kernel_input(np.zeros(0), np.float64)
         self.stores = {name: Datastore.open(path) for name, path in context.datastores.items()}
         for store in self.stores.values():
             store.check_vocab_size(context.vocab_size)
@@ -288,34 +325,51 @@ class RestProposer(Proposer):
         return self._run(kernel, batch)
 
     def _run(self, kernel: Any, batch: DraftBatch) -> Drafts:
-        width = int(batch.max_draft_tokens.max(initial=0))
+        width = max(batch.max_draft_tokens.tolist(), default=0)  # for few requests numpy's takes a microsecond more
         contexts = (
             kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
             kernel_input(batch.num_tokens, np.int64),
         )  # fmt: skip
-        noise = batch.noise_inputs(self._sharpness)
-        answers = []
-        for store, max_draft_tokens in zip(self.stores.values(), self._limits(batch), strict=True):
+        noise = self._no_noise(len(batch), width) if batch.noise is None else batch.noise_inputs(self._sharpness)
+        limits = self._limits(batch)
+        best: Drafts | None = None
+        for name, store in self.stores.items():
             drafts = Drafts.empty(len(batch), width)
             drafts.match_length = np.zeros(len(batch), dtype=np.int32)
             drafts.votes = np.zeros((len(batch), width), dtype=np.int32)
             kernel(
                 store.tokens, store.positions, store.segments, store.header.vocab_size, *contexts,
-                kernel_input(max_draft_tokens, np.int64), self._settings, self._min_confidence, *noise,
+                kernel_input(limits.get(name, batch.max_draft_tokens), np.int64), self._settings,
+                self._min_confidence, *noise,
                 drafts.token_ids, drafts.num_tokens, drafts.confidence, drafts.match_length, drafts.votes,
             )  # fmt: skip
-            answers.append(drafts)
-        return answers[0] if len(answers) == 1 else _furthest(answers)
+            if best is None:
+                best = drafts
+            else:
+                _take_if_further(
+                    best.token_ids, best.num_tokens, best.confidence, best.match_length, best.votes,
+                    drafts.token_ids, drafts.num_tokens, drafts.confidence, drafts.match_length, drafts.votes,
+                )  # fmt: skip
+        assert best is not None  # there is a store, or the constructor raised
+        return best
 
-    def _limits(self, batch: DraftBatch) -> list[NDArray[np.int64]]:
-        """Longest draft of each store for each request, ``[num_stores]`` of ``[num_requests]``: 0 where not asked."""
+    def _no_noise(self, num_requests: int, width: int) -> tuple[int, NDArray[np.uint64], NDArray[np.float64]]:
+        """What ``DraftBatch.noise_inputs`` answers where there is no noise, or more of it, kept for the next batch."""
+        if len(self._no_scales) < num_requests or self._no_keys.shape[1] < width:
+            shape = max(num_requests, len(self._no_scales)), max(width, self._no_keys.shape[1])
+            self._no_keys = kernel_input(np.zeros(shape), np.uint64)
+            self._no_scales = kernel_input(np.zeros(shape[0]), np.float64)
+        return 0, self._no_keys, self._no_scales
+
+    def _limits(self, batch: DraftBatch) -> dict[str, NDArray[np.int64]]:
+        """Longest draft for each request, 0 where a store is not asked, by store; none where all ask all."""
         wanted = [options.get(STORES_OPTION) for options in batch.options]
         if wanted.count(None) == len(wanted):
-            return [batch.max_draft_tokens] * len(self.stores)
-        return [
-            np.where([names is None or name in names for names in wanted], batch.max_draft_tokens, 0)
+            return {}
+        return {
+            name: np.where([names is None or name in names for names in wanted], batch.max_draft_tokens, 0)
             for name in self.stores
-        ]
+        }
 
     def longest_match(self, context: NDArray[np.int32]) -> tuple[int, int]:
         """Length of the longest suffix of ``context`` that drafts come from, and how often the stores have it."""
@@ -345,22 +399,6 @@ class RestProposer(Proposer):
             size = f"{header.num_tokens:,} tokens of {header.num_documents:,} documents in {store.path}"
             words.append(size if len(self.stores) == 1 else f"{name}: {size}")
         return "; ".join(words)
-
-
-def _furthest(answers: list[Drafts]) -> Drafts:
-    """For each request the draft with the most :func:`~.base.expected_accepted` tokens; the first of equals.
-
-    A longer match and a clearer vote both raise that expectation, whichever store they are found in.
-    """
-    which = np.stack([expected_accepted(each.confidence, each.num_tokens) for each in answers]).argmax(axis=0)
-    requests = np.arange(len(which))
-
-    def chosen(field: str) -> Any:
-        return np.stack([getattr(each, field) for each in answers])[which, requests]
-
-    return Drafts(
-        chosen("token_ids"), chosen("num_tokens"), chosen("confidence"), chosen("match_length"), chosen("votes")
-    )
 
 
 def _at_least_one(name: str, value: object) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from harness import ENGINE_ARGS, Engine
 
-from vllm_specplug.config import check_request_options, parse_settings, settings_of
+from vllm_specplug.config import RequestChoices, parse_request_options, parse_settings, settings_of
 from vllm_specplug.errors import ConfigurationError, UnsupportedVersionError
 from vllm_specplug.hooks.seams import check_version
 
@@ -70,11 +70,71 @@ def test_mistakes_are_named(given: dict[str, Any], parts: list[str]) -> None:
 
 
 def test_request_options() -> None:
-    check_request_options(None)
-    check_request_options({"specplug_speculate": False, "somebody_elses": 3})
-    check_request_options({"specplug_speculate": 0})  # what vLLM's HTTP types make of a JSON false
-    with pytest.raises(ConfigurationError, match="unknown request option 'specplug_off'"):
-        check_request_options({"specplug_off": True})
+    assert parse_request_options(None) == {}
+    given = {
+        "specplug_speculate": 0,  # what vLLM's HTTP types make of a JSON false
+        "specplug_proposers": "rest, suffix",
+        "specplug_datastore": ["code"],
+        "specplug_max_draft_tokens": 0,
+        "specplug_tenant": "acme",
+        "somebody_elses": 3,
+    }
+    choices = RequestChoices(proposers=("suffix", "rest"), stores=("code", "tickets"), max_draft_tokens=8)
+    assert parse_request_options(given, choices) == {
+        "specplug_speculate": False,
+        "specplug_proposers": ("rest", "suffix"),
+        "specplug_datastore": ("code",),
+        "specplug_max_draft_tokens": 0,
+        "specplug_tenant": "acme",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "parts"),
+    [
+        ("specplug_off", True, ["unknown request option 'specplug_off'"]),
+        ("specplug_speculat", True, ["Did you mean 'specplug_speculate'"]),
+        ("specplug_speculate", "no", ["true or false", "'no'"]),
+        ("specplug_speculate", 2, ["true or false", "2"]),
+        ("specplug_proposers", [], ["names of configured proposers", "[]"]),
+        ("specplug_proposers", 3, ["names of configured proposers", "3"]),
+        ("specplug_proposers", "sufix", ["'sufix'", "Did you mean 'suffix'", "Configured: suffix, rest"]),
+        ("specplug_proposers", ["rest", ""], ["there is no ''"]),
+        ("specplug_datastore", "tikets", ["Did you mean 'tickets'", "Configured: code, tickets"]),
+        ("specplug_max_draft_tokens", 9, ["at most 8", "9"]),
+        ("specplug_max_draft_tokens", -1, ["whole number", "-1"]),
+        ("specplug_max_draft_tokens", True, ["whole number", "True"]),
+        ("specplug_max_draft_tokens", 2.0, ["whole number", "2.0"]),
+        ("specplug_tenant", "", ["1 to 256 characters"]),
+        ("specplug_tenant", "x" * 300, ["1 to 256 characters"]),
+        ("specplug_tenant", 7, ["1 to 256 characters"]),
+    ],
+)
+def test_wrong_request_options_say_what_is_possible(name: str, value: Any, parts: list[str]) -> None:
+    choices = RequestChoices(proposers=("suffix", "rest"), stores=("code", "tickets"), max_draft_tokens=8)
+    with pytest.raises(ConfigurationError) as caught:
+        parse_request_options({name: value}, choices)
+    for part in (name, *parts):
+        assert part in str(caught.value)
+
+
+def test_no_option_can_be_heeded_where_vllms_own_drafter_is_alone() -> None:
+    choices = RequestChoices(own_drafter="eagle")
+    assert parse_request_options({"somebody_elses": 1}, choices) == {}
+    with pytest.raises(ConfigurationError, match=r"requests can choose with method 'specplug', or with"):
+        parse_request_options({"specplug_speculate": False}, choices)
+
+
+def test_an_ensemble_of_nobody_named_is_one_of_the_default_proposers() -> None:
+    settings = parse_settings({"proposers": [{"name": "ensemble", "gate": False}], "datastore": "a/code.specstore"})
+    assert [entry.name for entry in settings.host_proposers] == ["suffix", "rest"]
+    assert settings.ensemble_options == {"gate": False}
+    assert parse_settings(settings.to_dict()) == settings
+    assert parse_settings({"proposers": ["ensemble", "ngram"]}).host_proposers[0].name == "ngram"
+    for wrong, told in (({"gate": 1}, "gate must be true or false"), ({"gat": True}, "no option 'gat'"),
+                        ({"learning_rate": 3}, "learning_rate must lie in")):  # fmt: skip
+        with pytest.raises(ConfigurationError, match=told):
+            parse_settings({"proposers": [{"name": "ensemble", **wrong}]})
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0.post1"])

@@ -1,11 +1,13 @@
-"""The rest proposer against a slow vote over every occurrence."""
+"""The rest proposer against a slow vote, or a slow race, over every occurrence."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext, rest
+from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext, TargetNoise, rest
+from vllm_specplug.proposers.base import STORES_OPTION, expected_accepted
 from vllm_specplug.proposers.datastore import DatastoreError, DatastoreWriter
 from vllm_specplug.proposers.rest import RestProposer
+from vllm_specplug.samplers.gumbel import gumbel_noise, murmur_gumbel_noise
+from vllm_specplug.samplers.noise import MURMUR, SPLITMIX, murmur_keys, splitmix_keys
 
 VOCAB_SIZE = 4
 fresh_names = itertools.count()
@@ -34,6 +39,18 @@ def proposer_for(path: str, num_speculative_tokens: int = 8, vocab_size: int = V
     return RestProposer(
         ProposerContext(vocab_size, num_speculative_tokens, datastores={"store": path}, options=options)
     )
+
+
+def with_stores(paths: Mapping[str, str], num_speculative_tokens: int = 8, **options) -> RestProposer:
+    return RestProposer(ProposerContext(VOCAB_SIZE, num_speculative_tokens, datastores=paths, options=options))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Fresh inputs at every run; the seed is shown where a test fails."""
+    seed = np.random.SeedSequence().entropy
+    print(f"np.random.default_rng({seed})")
+    return np.random.default_rng(seed)
 
 
 def naive_confidence(length: int, num_agreeing: int, num_votes: int) -> float:
@@ -125,6 +142,226 @@ def test_drafts_follow_the_vote(
         )  # fmt: skip
 
 
+NoiseAt = Callable[[int, int, int], float]
+"""Noise by request, depth and token."""
+
+
+def draw_noise(
+    kind: int, num_requests: int, width: int, temperature: Sequence[float], rng: np.random.Generator
+) -> tuple[TargetNoise, NoiseAt]:
+    """The noise as a proposer is given it, and the same one from the reference in samplers/gumbel.py."""
+    if kind == SPLITMIX:
+        seeds = rng.integers(0, 2**31, (num_requests, width))
+        keys = splitmix_keys(seeds)
+
+        def noise_at(request: int, depth: int, token: int) -> float:
+            return float(gumbel_noise(seeds[request, depth], np.array([token]))[0])
+    else:
+        seeds, start = rng.integers(0, 2**62, num_requests), rng.integers(0, 2**20, num_requests)
+        keys = murmur_keys(seeds[:, None], start[:, None] + np.arange(width))
+
+        def noise_at(request: int, depth: int, token: int) -> float:
+            return float(murmur_gumbel_noise(seeds[request], start[request] + depth, np.array([token]))[0])
+
+    return TargetNoise(kind, keys, np.array(temperature, dtype=np.float32)), noise_at
+
+
+def naive_race(
+    length: int,
+    continuations: list[list[int]],
+    max_draft: int,
+    min_confidence: float,
+    scale: float,
+    noise_at: Callable[[int, int], float],
+) -> tuple[list[int], list[int], list[float]]:
+    """Tokens, votes and confidences of the draft that the noisy race gives."""
+    tokens: list[int] = []
+    counts: list[int] = []
+    confidences: list[float] = []
+    for depth in range(max_draft):
+        votes = Counter(each[depth] for each in continuations if depth < len(each))
+        if not votes:
+            break
+        scores = {token: scale * math.log(count) + noise_at(depth, token) for token, count in votes.items()}
+        token = max(scores, key=scores.__getitem__)
+        confidences.append(naive_confidence(length + depth, votes[token], len(continuations)))
+        if math.prod(confidences) < min_confidence:
+            return tokens, counts, confidences[:-1]
+        tokens.append(token)
+        counts.append(votes[token])
+        continuations = [each for each in continuations if depth < len(each) and each[depth] == token]
+    return tokens, counts, confidences
+
+
+@pytest.mark.parametrize("parallel_batch", [1, 1000])
+@pytest.mark.parametrize("kind", [SPLITMIX, MURMUR])
+def test_sampling_requests_run_the_targets_race(tmp_path, rng, monkeypatch, kind, parallel_batch):
+    monkeypatch.setattr(rest, "PARALLEL_BATCH", parallel_batch)
+    num_noisy, num_light = 0, 0
+    for _ in range(15):
+        documents = [rng.integers(0, VOCAB_SIZE, rng.integers(1, 40)).tolist() for _ in range(rng.integers(1, 8))]
+        contexts = [rng.integers(0, VOCAB_SIZE, rng.integers(0, 6)).tolist() for _ in range(9)]
+        max_draft, min_confidence = int(rng.integers(1, 7)), float(rng.choice([0.0, 0.03, 0.3]))
+        sharpness, segment_tokens = float(rng.choice([1.0, 1.6, 3.0])), rng.choice([None, 60])
+        proposer = proposer_for(
+            write_store(tmp_path, documents, segment_tokens), max_draft, max_votes=1000, max_match=3,
+            min_confidence=min_confidence, sharpness=sharpness,
+        )  # fmt: skip
+        temperature = [0.0, 0.5, 1.0] * 3
+        noise, noise_at = draw_noise(kind, len(contexts), max_draft, temperature, rng)
+        silent = DraftBatch.from_contexts(contexts, max_draft)
+        drafts, heaviest = proposer.propose(dataclasses.replace(silent, noise=noise)), proposer.propose(silent)
+        assert drafts.match_length is not None
+        assert drafts.votes is not None
+        assert heaviest.votes is not None
+        for index, context in enumerate(contexts):
+            count = int(drafts.num_tokens[index])
+            length, continuations = naive_continuations(documents, context, 3, 1)
+            assert drafts.match_length[index] == (length if count else 0)
+            found = drafts.token_ids[index, :count].tolist()
+            if temperature[index] == 0:
+                for ours, theirs in (
+                    (drafts.token_ids, heaviest.token_ids),
+                    (drafts.confidence, heaviest.confidence),
+                    (drafts.votes, heaviest.votes),
+                ):
+                    assert ours[index].tobytes() == theirs[index].tobytes()
+                confidence = drafts.confidence[index, :count].tolist()
+                check_draft(found, confidence, length, continuations, max_draft, min_confidence)
+                for depth, votes in enumerate(drafts.votes[index, :count].tolist()):
+                    assert votes == sum(each[: depth + 1] == found[: depth + 1] for each in continuations)
+                continue
+            tokens, votes, confidence = naive_race(
+                length, continuations, max_draft, min_confidence, sharpness / temperature[index],
+                partial(noise_at, index),
+            )  # fmt: skip
+            assert found == tokens
+            assert drafts.votes[index, :count].tolist() == votes
+            assert drafts.confidence[index, :count].tolist() == pytest.approx(confidence, abs=1e-5)
+            num_noisy += count
+            num_light += found != heaviest.token_ids[index, : heaviest.num_tokens[index]].tolist()
+    assert num_noisy > 50  # the drafts that were compared are not all empty,
+    assert num_light > 10  # nor all those without noise
+
+
+def test_sharpness_zero_and_cold_requests_take_the_heaviest(tmp_path, rng):
+    path = write_store(tmp_path, [[0, 1]] * 5 + [[0, 2]] * 4)
+    noise, _ = draw_noise(MURMUR, 400, 2, [1.0] * 400, rng)
+    batch = dataclasses.replace(DraftBatch.from_contexts([[0]] * 400, 2), noise=noise)
+    assert set(proposer_for(path, sharpness=0, min_confidence=0.0).propose(batch).token_ids[:, 0]) == {1}
+    assert set(proposer_for(path, min_confidence=0.0).propose(batch).token_ids[:, 0]) == {1, 2}
+    cold = dataclasses.replace(noise, temperature=np.full(400, 0.001, dtype=np.float32))
+    drafts = proposer_for(path, min_confidence=0.0).propose(dataclasses.replace(batch, noise=cold))
+    assert set(drafts.token_ids[:, 0]) == {1}
+
+
+def test_the_end_of_a_document_does_not_race(tmp_path, rng):
+    # Half of the occurrences of "0 1" end there: no token of theirs could be right.
+    path = write_store(tmp_path, [[0, 1]] * 5 + [[0, 1, 2]] * 3 + [[0, 1, 3]] * 2)
+    noise, _ = draw_noise(SPLITMIX, 200, 3, [1.0] * 200, rng)
+    batch = dataclasses.replace(DraftBatch.from_contexts([[0]] * 200, 3), noise=noise)
+    drafts = proposer_for(path, min_confidence=0.0).propose(batch)
+    assert set(drafts.num_tokens) == {2}  # "1", and then 2 or 3 which end all documents
+    assert set(drafts.token_ids[:, 1]) == {2, 3}
+    assert drafts.votes is not None
+    assert set(drafts.votes[:, 1]) == {3, 2}
+    batch = dataclasses.replace(batch, noise=None)
+    assert set(proposer_for(path, min_confidence=0.0).propose(batch).num_tokens) == {1}
+
+
+def test_the_targets_noise_makes_drafts_right_more_often(tmp_path, rng):
+    """Votes drawn from the target's distribution; the target's own token is argmax(log probability + noise).
+
+    The heaviest vote is right about as often as the likeliest token is drawn, here 0.45. Two races with common noise
+    agree with probability (1 - d) / (1 + d) or more, for distributions at total variation distance d: 64 votes for
+    three tokens leave d near 0.06, and the share near 0.9.
+    """
+    probabilities = np.array([0.45, 0.35, 0.2])
+    votes = 1 + rng.choice(3, 64, p=probabilities)
+    path = write_store(tmp_path, [[0, int(token)] for token in votes])
+    num_requests = 4000
+    noise, _ = draw_noise(SPLITMIX, num_requests, 1, [1.0] * num_requests, rng)
+    seeds = rng.integers(0, 2**31, num_requests)
+    noise = dataclasses.replace(noise, keys=splitmix_keys(seeds)[:, None])
+    scores = np.stack(
+        [np.log(probabilities[token - 1]) + gumbel_noise(seeds, np.array([token])) for token in (1, 2, 3)]
+    )
+    target = 1 + scores.reshape(3, num_requests).argmax(axis=0)
+    silent = DraftBatch.from_contexts([[0]] * num_requests, 1)
+    for sharpness in (1.0, rest.DEFAULT_OPTIONS["sharpness"]):
+        proposer = proposer_for(path, min_confidence=0.0, sharpness=sharpness)
+        share = {
+            name: float((proposer.propose(batch).token_ids[:, 0] == target).mean())
+            for name, batch in (("with", dataclasses.replace(silent, noise=noise)), ("without", silent))
+        }
+        # The standard deviation of either share is below 0.008.
+        assert share["with"] > share["without"] + 0.15
+
+
+def pick(drafts: Drafts, index: int) -> tuple[object, ...]:
+    assert drafts.match_length is not None
+    assert drafts.votes is not None
+    count = int(drafts.num_tokens[index])
+    rows = (drafts.token_ids, drafts.confidence, drafts.votes)
+    return count, int(drafts.match_length[index]), *(row[index, :count].tolist() for row in rows)
+
+
+@pytest.mark.parametrize("parallel_batch", [1, 1000])
+def test_the_most_promising_of_the_stores_asked(tmp_path, rng, monkeypatch, parallel_batch):
+    monkeypatch.setattr(rest, "PARALLEL_BATCH", parallel_batch)
+    chosen: Counter[str] = Counter()
+    for _ in range(10):
+        paths = {}
+        for name in ("code", "tickets", "notes"):
+            documents = [rng.integers(0, VOCAB_SIZE, rng.integers(1, 40)).tolist() for _ in range(rng.integers(1, 5))]
+            paths[name] = write_store(tmp_path, documents)
+        contexts = [rng.integers(0, VOCAB_SIZE, rng.integers(0, 12)).tolist() for _ in range(8)]
+        asked = [None, ("code",), ("tickets", "notes"), ("notes", "code"), (), ("elsewhere",), ("elsewhere", "tickets")]
+        options = [{} if names is None else {STORES_OPTION: names} for names in [*asked, None]]
+        noise, _ = draw_noise(MURMUR, 8, 4, rng.choice([0.0, 1.0], 8).tolist(), rng)
+        plain = dataclasses.replace(DraftBatch.from_contexts(contexts, 4), noise=noise)
+        alone = {name: with_stores({name: path}, 4, min_confidence=0.01).propose(plain) for name, path in paths.items()}
+        expected = {name: expected_accepted(each.confidence, each.num_tokens) for name, each in alone.items()}
+        together = with_stores(paths, 4, min_confidence=0.01).propose(dataclasses.replace(plain, options=options))
+        for index, names in enumerate([*asked, None]):
+            candidates = [name for name in paths if names is None or name in names]
+            if not candidates:
+                assert together.num_tokens[index] == 0
+                continue
+            best = max(candidates, key=lambda name: expected[name][index])  # the first of equals
+            assert pick(together, index) == pick(alone[best], index)
+            chosen[best] += 1
+    assert set(chosen) == {"code", "tickets", "notes"}
+
+
+def test_one_store_can_be_passed_over(tmp_path):
+    proposer = with_stores({"code": write_store(tmp_path, [[0, 1, 2]])}, min_confidence=0.0)
+    batch = DraftBatch.from_contexts([[0]] * 3, 2)
+    batch = dataclasses.replace(batch, options=[{STORES_OPTION: ("tickets",)}, {STORES_OPTION: ("code",)}, {}])
+    assert proposer.propose(batch).num_tokens.tolist() == [0, 2, 2]
+
+
+def test_a_store_without_a_match_changes_nothing(tmp_path, rng):
+    documents = [rng.integers(0, 3, 40).tolist() for _ in range(4)]
+    one, other = write_store(tmp_path, documents), write_store(tmp_path, [[3, 3, 3]])
+    batch = DraftBatch.from_contexts([rng.integers(0, 3, 6).tolist() for _ in range(20)], 5)
+    alone = with_stores({"one": one}).propose(batch)
+    for paths in ({"one": one, "other": other}, {"other": other, "one": one}):
+        both = with_stores(paths).propose(batch)
+        for field in dataclasses.fields(Drafts):
+            assert getattr(both, field.name).tobytes() == getattr(alone, field.name).tobytes()
+
+
+def test_matches_of_several_stores_add_up(tmp_path):
+    paths = {"code": write_store(tmp_path, [[0, 1, 2]]), "tickets": write_store(tmp_path, [[0, 1, 3], [1, 1, 2]])}
+    proposer = with_stores(paths)
+    assert proposer.longest_match(np.array([0, 1], dtype=np.int32)) == (2, 2)
+    assert proposer.longest_match(np.array([1, 1], dtype=np.int32)) == (2, 1)
+    words = proposer.describe()
+    assert words.startswith("code: 3 tokens of 1 documents in ")
+    assert "; tickets: 6 tokens of 2 documents in " in words
+
+
 def propose(proposer: RestProposer, *contexts: Sequence[int], max_draft: int = 8) -> list[list[int]]:
     drafts = proposer.propose(DraftBatch.from_contexts(contexts, max_draft))
     return [row[:count].tolist() for row, count in zip(drafts.token_ids, drafts.num_tokens, strict=True)]
@@ -185,7 +422,20 @@ def test_other_kinds_of_arrays_need_no_compilation(tmp_path):
     batch.token_ids.flags.writeable = False
     batch = dataclasses.replace(batch, rows=batch.rows.astype(np.int32), num_tokens=np.array([2, 9])[::2])
     assert proposer.propose(batch).token_ids.tolist() == [[2, 3]]
+    noise = TargetNoise(SPLITMIX, np.zeros((4, 2), dtype=np.uint64)[::4], np.ones(1, dtype=np.float32))
+    assert proposer.propose(dataclasses.replace(batch, noise=noise)).token_ids.tolist() == [[2, 3]]
     assert len(rest.draft_batch.signatures) == compiled
+
+
+def test_warm_up_compiles_for_every_store(tmp_path):
+    proposer = with_stores({"code": write_store(tmp_path, [[0, 1]]), "tickets": write_store(tmp_path, [[0, 2]])})
+    proposer.warm_up()
+    kernels = (rest.draft_batch, rest.draft_batch_parallel, rest._take_if_further)
+    compiled = [len(kernel.signatures) for kernel in kernels]
+    assert all(compiled)
+    for size in (1, rest.PARALLEL_BATCH):
+        proposer.propose(DraftBatch.from_contexts([[0]] * size, 3))
+    assert [len(kernel.signatures) for kernel in kernels] == compiled
 
 
 def test_empty_batch(tmp_path):
@@ -223,6 +473,11 @@ def test_confidence_grows_with_evidence():
         ({"min_match": 9, "max_match": 8}, "min_match 9 is above max_match 8"),
         ({"min_confidence": 1.5}, r"min_confidence must lie in \[0, 1\], not 1.5"),
         ({"min_confidence": "x"}, "min_confidence"),
+        ({"sharpness": -1}, "sharpness must be a number of at least 0, not -1"),
+        ({"sharpness": math.inf}, "sharpness must be a number of at least 0, not inf"),
+        ({"sharpness": math.nan}, "sharpness must be"),
+        ({"sharpness": True}, "sharpness must be a number of at least 0, not True"),
+        ({"sharpness": "1"}, "sharpness must be"),
     ],
 )
 def test_bad_options(tmp_path, options, message):
@@ -238,3 +493,5 @@ def test_bad_stores(tmp_path):
         proposer_for(str(tmp_path / "missing"))
     with pytest.raises(DatastoreError, match="has 4 token ids"):
         proposer_for(write_store(tmp_path, [[0, 1]]), vocab_size=3)
+    with pytest.raises(DatastoreError, match="No such file"):
+        with_stores({"code": write_store(tmp_path, [[0, 1]]), "tickets": str(tmp_path / "missing")})

@@ -262,11 +262,18 @@ def test_confidence_table_holds_what_the_host_computes():
         ({"max_mach": 3}, "no option 'max_mach'; it knows .*max_match"),
         ({"max_votes": 129}, "on a device: max_votes may be up to 128, not 129"),
         ({"max_match": 1000}, "on a device: max_match may be up to 256, not 1000"),
+        ({"sharpness": 1.0}, "on a device drafts the token with the most votes.*leave sharpness out, or on_device"),
     ],
 )
 def test_bad_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         DeviceRest(context_for(write_store(tmp_path, [[0, 1]]), **options), DEVICE)
+
+
+def test_one_store_only(tmp_path):
+    paths = {name: write_store(tmp_path, [[0, 1]]) for name in ("code", "tickets")}
+    with pytest.raises(ValueError, match="on a device drafts from one store, and there are 2: code, tickets; give one"):
+        DeviceRest(ProposerContext(2**20, 8, datastores=paths), DEVICE)
 
 
 def test_bad_strides(tmp_path):

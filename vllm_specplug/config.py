@@ -13,7 +13,6 @@ from pydantic_core import PydanticSerializationError
 from vllm_specplug import registry
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.proposers.base import STORES_OPTION, TENANT_OPTION
-from vllm_specplug.proposers.ensemble import check_options
 
 METHOD = "specplug"
 """Our value of vLLM's ``"method"`` key."""
@@ -159,7 +158,10 @@ class Settings(BaseModel):
         for name in names:
             if name != ENSEMBLE:
                 registry.proposer_class(name)
-        check_options(self.ensemble_options)
+        if self.ensemble_options:
+            from vllm_specplug.proposers.ensemble import check_options  # numba takes its time to import
+
+            check_options(self.ensemble_options)
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"proposers: named twice: {', '.join(sorted(repeated))}")
         for entry in self.proposers:

@@ -115,6 +115,7 @@ class Drafting:
             self._proposers[entry.name] = self._build(entry.name, entry.options)
             self.stats.proposers[entry.name] = ProposerStats()
         self.native = native
+        self.can_shorten = can_shorten
         if native is not None:
             self.stats.proposers[native] = ProposerStats()
         self._names = tuple(self.stats.proposers)

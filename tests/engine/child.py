@@ -80,7 +80,8 @@ class Child:
         from vllm_specplug.drafting import Drafting
 
         drafter = self.drafter
-        drafter.drafting = Drafting(parse_settings(settings), drafter.drafting.context)
+        before = drafter.drafting
+        drafter.drafting = Drafting(parse_settings(settings), before.context, before.native, before.can_shorten)
         drafter.drafting.warm_up()
 
     @property
