@@ -216,7 +216,7 @@ def draft_one(  # type: ignore[no-untyped-def]
                     kept += 1
             num_candidates = kept
         depth += 1
-    return depth, length
+    return depth, length if depth > 0 else 0
 
 
 @njit(cache=True, nogil=True)
