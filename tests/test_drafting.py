@@ -10,6 +10,7 @@ import pytest
 from vllm_specplug import registry
 from vllm_specplug.config import parse_settings
 from vllm_specplug.drafting import Drafting
+from vllm_specplug.history import TrackedRequest
 from vllm_specplug.proposers import DraftBatch, Drafts, Proposer, ProposerContext, Verified
 
 CONTEXT = ProposerContext(vocab_size=100, num_speculative_tokens=4)
@@ -19,8 +20,10 @@ class Answers(Proposer):
     """Gives the test's answer."""
 
     answer: Any = None
+    asked: DraftBatch | None = None
 
     def propose(self, batch: DraftBatch) -> Any:
+        Answers.asked = batch
         return self.answer
 
 
@@ -32,7 +35,13 @@ def drafting(monkeypatch: pytest.MonkeyPatch) -> Drafting:
 
 def propose(drafting: Drafting, answer: Any) -> list[list[int]]:
     Answers.answer = answer
-    return drafting.propose(DraftBatch.from_contexts([[1, 2], [3]], max_draft_tokens=4))
+    return ask(drafting, [TrackedRequest("0", 2, 50), TrackedRequest("1", 1, 50)])
+
+
+def ask(drafting: Drafting, requests: list[TrackedRequest], limit: int = 4) -> list[list[int]]:
+    table = np.arange(len(requests) * 50, dtype=np.int32).reshape(-1, 50) % 100
+    rows = np.arange(len(requests))
+    return drafting.propose(requests, table, rows, np.array([r.num_prompt_tokens for r in requests]), limit)
 
 
 @pytest.mark.parametrize(
@@ -74,5 +83,47 @@ def test_counters_follow_the_draft_to_its_proposer(drafting: Drafting) -> None:
     assert counters["proposers"]["answers"]["drafted"] == 3
     assert counters["proposers"]["answers"]["accepted"] == 2
     assert (counters["emitted"], counters["request_steps"], counters["live_requests"]) == (4, 2, 2)
+    assert counters["proposers"]["answers"]["chosen"] == 1
     drafting.finish(["0", "1"])
     assert drafting.snapshot()["live_requests"] == 0
+
+
+def test_requests_decide(drafting: Drafting) -> None:
+    Answers.answer = [[1, 2, 3, 4]] * 4
+    requests = [
+        TrackedRequest("plain", 10, 50),
+        TrackedRequest("off", 10, 50, speculate=False),
+        TrackedRequest("short", 10, 50, max_draft_tokens=2),
+        TrackedRequest("none", 10, 50, max_draft_tokens=0),
+        TrackedRequest("ends", 10, 12),
+        TrackedRequest("elsewhere", 10, 50, proposers=frozenset({"rest"})),
+        TrackedRequest("here", 10, 50, proposers=frozenset({"answers"})),
+    ]
+    drafts = ask(drafting, requests)
+    assert [len(draft) for draft in drafts] == [4, 0, 2, 0, 1, 0, 4]
+    assert Answers.asked is not None
+    assert list(Answers.asked.request_ids) == ["plain", "short", "ends", "here"]
+    assert Answers.asked.context(3).tolist() == list(range(10))  # row 6 holds 300 to 349, modulo 100
+    assert not Answers.asked.token_ids.flags.writeable
+
+
+def test_the_engines_own_drafter_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "proposer_class", lambda name: Answers)
+    drafting = Drafting(parse_settings({"proposers": ["answers"]}), CONTEXT, native="eagle")
+    low, high = Drafts.from_lists([[1, 2], [3], []], 0.05), Drafts.from_lists([[1, 2], [3], [4]], 0.95)
+    requests = [
+        TrackedRequest("0", 5, 50),
+        TrackedRequest("1", 5, 50, proposers=frozenset({"answers"})),
+        TrackedRequest("2", 5, 50),
+    ]
+    native = np.array([[7, 8, 9, -1], [7, 8, 9, 6], [-1, 1, 1, 1]], dtype=np.int32)
+    table = np.zeros((3, 50), dtype=np.int32)
+    arguments = (requests, table, np.arange(3), np.full(3, 5), 4, None, native)
+    Answers.answer = low
+    assert drafting.propose(*arguments) == [[7, 8, 9], [3], []]
+    Answers.answer = high
+    assert drafting.propose(*arguments) == [[1, 2], [3], [4]]
+    Answers.answer = None  # broken: vLLM's own goes on
+    assert drafting.propose(*arguments) == [[7, 8, 9], [], []]
+    assert not drafting.stats.proposers["answers"].active
+    assert drafting.has_proposers

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.engine
 
 NUM_DRAFT = 6
 SPECPLUG = {"method": "specplug", "num_speculative_tokens": NUM_DRAFT, "proposers": []}
+OURS = ["rest", "ngram", "suffix", "jacobi", "lookahead", "recycling"]
 # Small enough for preemption, prompts prefilled in pieces, cached prefixes of earlier requests in the way.
 TIGHT = {"num_gpu_blocks_override": 9, "max_num_batched_tokens": 128, "enable_chunked_prefill": True}
 
@@ -78,11 +79,14 @@ def drafting(name: str, store: Path, oracle_file: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {"num_speculative_tokens": NUM_DRAFT}
     if name == "none":
         return {**settings, "proposers": []}
-    if name == "rest and ngram":
-        return {**settings, "proposers": ["rest", "ngram"], "datastore": str(store)}
+    if name == "ensemble":  # all that there are, short of what does not pay
+        return {**settings, "proposers": [*OURS, "ensemble"], "datastore": str(store)}
+    everything = {"name": "ensemble", "gate": False}  # drafts are verified whether they pay or not
     if name == "random":
-        return {**settings, "proposers": ["in_child.RandomTokens"]}
-    return {**settings, "proposers": [{"name": "in_child.Oracle", "sequences": str(oracle_file)}]}
+        return {**settings, "proposers": ["in_child.RandomTokens", everything]}
+    if name == "oracle":
+        return {**settings, "proposers": [{"name": "in_child.Oracle", "sequences": str(oracle_file)}, everything]}
+    return {**settings, "proposers": [*name.split(" and "), everything], "datastore": str(store)}
 
 
 def test_enough_requests() -> None:
@@ -90,7 +94,7 @@ def test_enough_requests() -> None:
 
 
 @pytest.mark.parametrize("cache", ["roomy", "tight"])
-@pytest.mark.parametrize("proposer", ["none", "rest and ngram", "random", "oracle"])
+@pytest.mark.parametrize("proposer", ["none", "rest and ngram", *OURS[2:], "ensemble", "random", "oracle"])
 def test_same_tokens_as_stock(
     cache: str,
     proposer: str,
