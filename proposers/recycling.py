@@ -1,0 +1,247 @@
+"""Token recycling, after Luo et al., "Turning Trash into Treasure: Accelerating Inference of Large Language Models with
+Token Recycling" (2024).
+
+One table holds, for every token, the few tokens that the target was seen to choose after it, with weights that fade as
+others are seen. It learns from every verified position, those behind a rejected draft token included: what would
+otherwise be thrown away says what follows that token. A draft is a walk through the table from the last token on.
+
+Against the paper: what a verifier reports is the target's choice, not its most likely tokens, so weights are counts of
+choices; and a chain is drafted instead of a tree. Where a request samples and the verifier's noise is known, successors
+race with it (:mod:`vllm_specplug.samplers.noise`).
+
+All requests share the table: what one request said can be drafted for another (never emitted unless the target agrees).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from vllm_specplug.samplers.noise import noisy_score
+
+from .base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, check_option_names, kernel_input
+from .jacobi import Observed
+
+DEFAULT_OPTIONS: Mapping[str, int | float | bool] = {"successors": 8, "learn_prompt": True, "sharpness": 1.6}
+"""What ``options`` may set.
+
+successors: most tokens kept for each token; the table takes 8 bytes times this times the vocabulary.
+learn_prompt: also learn from the text of prompts.
+sharpness: factor of the logarithm of weights at temperature 1, where drafts are drawn with the target's noise.
+"""
+
+FADE = 0.9
+"""Factor of a token's weights whenever one of its successors is seen."""
+REJECTED_WEIGHT = 0.5
+"""Weight of a token that the target chose behind a rejected draft token; that of all others is 1."""
+LEARNED_PER_STEP = 4096
+"""Most prompt tokens learned in one step, and of one prompt (its end counts)."""
+
+
+@njit(cache=True, nogil=True)
+def successor_confidence(share, total, is_sampling):  # type: ignore[no-untyped-def]
+    """Estimated chance that the target emits a successor with this ``share`` of the ``total`` weight."""
+    return share * total / (total + 1.0)
+
+
+@njit(cache=True, nogil=True)
+def learn_pair(token, successor, weight, successors, weights, fade):  # type: ignore[no-untyped-def]
+    """``successor`` was seen after ``token``; where there is no room it takes the place of the lightest."""
+    if not (0 <= token < len(successors) and 0 <= successor < len(successors)):
+        return
+    row = successors[token]
+    row_weights = weights[token]
+    place = 0
+    for index in range(len(row)):
+        row_weights[index] *= fade
+        if row_weights[index] < row_weights[place]:
+            place = index
+    for index in range(len(row)):
+        if row_weights[index] > 0.0 and row[index] == successor:
+            row_weights[index] += weight
+            return
+    row[place] = successor
+    row_weights[place] = weight
+
+
+@njit(cache=True, nogil=True)
+def _learn_verified(last_tokens, drafts, draft_ends, targets, target_ends, num_emitted, successors, weights, settings):  # type: ignore[no-untyped-def]
+    """Every verified row's (input token, target's token), and ``last_tokens`` of the requests moved on (-1: unknown)."""
+    fade, rejected_weight = settings
+    for i in range(len(last_tokens)):
+        draft = drafts[draft_ends[i - 1] if i else 0 : draft_ends[i]]
+        target = targets[target_ends[i - 1] if i else 0 : target_ends[i]]
+        for row in range(min(len(target), len(draft) + 1)):
+            token = draft[row - 1] if row else last_tokens[i]
+            learn_pair(
+                token, target[row], 1.0 if row < num_emitted[i] else rejected_weight, successors, weights, fade
+            )  # fmt: skip
+        if 0 < num_emitted[i] <= len(target):
+            last_tokens[i] = target[num_emitted[i] - 1]
+
+
+@njit(cache=True, nogil=True)
+def _learn_texts(table, rows, begins, ends, successors, weights, settings):  # type: ignore[no-untyped-def]
+    for i in range(len(rows)):
+        context = table[rows[i]]
+        for index in range(begins[i] + 1, ends[i]):
+            learn_pair(context[index - 1], context[index], 1.0, successors, weights, settings[0])
+
+
+@njit(cache=True, nogil=True)
+def _draft_batch(  # type: ignore[no-untyped-def]
+    table, rows, num_tokens, max_drafts, successors, weights, kind, keys, scales,
+    out_tokens, out_num_tokens, out_confidence,
+):  # fmt: skip
+    for i in range(len(rows)):
+        if num_tokens[i] < 1:
+            continue
+        token = np.int64(table[rows[i], num_tokens[i] - 1])
+        depth = 0
+        while depth < min(max_drafts[i], out_tokens.shape[1]) and 0 <= token < len(successors):
+            best = -1
+            best_score = -math.inf
+            total = 0.0
+            for index in range(successors.shape[1]):
+                weight = np.float64(weights[token, index])
+                if weight <= 0.0:
+                    continue
+                total += weight
+                score = noisy_score(math.log(weight), scales[i], kind, keys[i, depth], successors[token, index])
+                if score > best_score:
+                    best = index
+                    best_score = score
+            if best < 0:
+                break
+            out_confidence[i, depth] = successor_confidence(weights[token, best] / total, total, scales[i] > 0.0)
+            token = np.int64(successors[token, best])
+            out_tokens[i, depth] = token
+            depth += 1
+        out_num_tokens[i] = depth
+
+
+class PromptQueue:
+    """Hands out the text of each request once, so much a step at most; the others come later.
+
+    Args:
+        limit: tokens a step, and of one request: of a longer text the end.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._done: set[str] = set()
+
+    def take(self, batch: DraftBatch) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None:
+        """(row in the table, begin, end) of each text that is due, as arrays for a kernel; None where none is."""
+        new = [index for index, request_id in enumerate(batch.request_ids) if request_id not in self._done]
+        if not new:
+            return None
+        left = self._limit
+        taken = []
+        for index in new:
+            size = min(int(batch.num_tokens[index]), self._limit)
+            if size > left:
+                break
+            left -= size
+            taken.append(index)
+        self._done.update(batch.request_ids[index] for index in taken)
+        ends = batch.num_tokens[taken]
+        rows, begins, ends = batch.rows[taken], np.maximum(ends - self._limit, 0), ends
+        return kernel_input(rows, np.int64), kernel_input(begins, np.int64), kernel_input(ends, np.int64)
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        """These requests are over."""
+        self._done.difference_update(request_ids)
+
+
+class RecyclingProposer(Proposer):
+    """Drafts from one table of successors for all requests; for options see :data:`DEFAULT_OPTIONS`.
+
+    Raises:
+        ValueError: an option is unknown or out of its range.
+    """
+
+    def __init__(self, context: ProposerContext) -> None:
+        super().__init__(context)
+        check_option_names(context.options, DEFAULT_OPTIONS, "recycling")
+        options = {**DEFAULT_OPTIONS, **context.options}
+        num_successors = check_whole("recycling", "successors", options["successors"])
+        self._learn_prompt = check_switch("recycling", "learn_prompt", options["learn_prompt"])
+        self._sharpness = check_sharpness("recycling", options["sharpness"])
+        self._settings: NDArray[np.float64] = kernel_input(np.array([FADE, REJECTED_WEIGHT]), np.float64)
+        self._successors: NDArray[np.int32] = np.zeros((context.vocab_size, num_successors), dtype=np.int32)
+        self._weights: NDArray[np.float32] = np.zeros((context.vocab_size, num_successors), dtype=np.float32)
+        self._last_tokens: dict[str, int] = {}  # of the requests under way
+        self._prompts = PromptQueue(LEARNED_PER_STEP)
+
+    def propose(self, batch: DraftBatch) -> Drafts:
+        drafts = Drafts.empty(len(batch), int(batch.max_draft_tokens.max(initial=0)))
+        self.follow(batch)
+        _draft_batch(
+            kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
+            kernel_input(batch.num_tokens, np.int64), kernel_input(batch.max_draft_tokens, np.int64),
+            self._successors, self._weights, *batch.noise_inputs(self._sharpness),
+            drafts.token_ids, drafts.num_tokens, drafts.confidence,
+        )  # fmt: skip
+        return drafts
+
+    def follow(self, batch: DraftBatch) -> None:
+        if len(batch) == 0:
+            return
+        last = batch.token_ids[batch.rows, np.maximum(batch.num_tokens - 1, 0)]
+        self._last_tokens.update(zip(batch.request_ids, np.where(batch.num_tokens > 0, last, -1).tolist(), strict=True))
+        if self._learn_prompt and (texts := self._prompts.take(batch)) is not None:
+            _learn_texts(
+                kernel_input(batch.token_ids, np.int32), *texts, self._successors, self._weights, self._settings
+            )
+
+    def observe(self, verified: Verified) -> None:
+        get = self._last_tokens.get
+        last = np.array([get(request_id, -1) for request_id in verified.request_ids], dtype=np.int64)
+        _learn_verified(last, *Observed(verified), self._successors, self._weights, self._settings)
+        for request_id, token in zip(verified.request_ids, last.tolist(), strict=True):
+            if request_id in self._last_tokens:
+                self._last_tokens[request_id] = token
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._last_tokens.pop(request_id, None)
+        self._prompts.finish(request_ids)
+
+    def warm_up(self) -> None:
+        names = ["specplug-warm-up"]
+        # Learns nothing: a row without a known input token and a text of one token have no pairs.
+        self.observe(Verified(names, [[]], [[0]], [1]))
+        self.propose(DraftBatch.from_contexts([[0]], max_draft_tokens=1, request_ids=names))
+        self.finish(names)
+
+    def memory_bytes(self) -> int:
+        return self._successors.nbytes + self._weights.nbytes
+
+    def describe(self) -> str:
+        return f"{self._successors.shape[1]} successors of each token in {self.memory_bytes() / 1e6:.1f} MB"
+
+
+def check_whole(proposer: str, name: str, value: object, least: int = 1) -> int:
+    """``value`` if it is a whole number of at least ``least``, else ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"proposer {proposer!r}: {name} must be a whole number of at least {least}, not {value!r}")
+    return value
+
+
+def check_switch(proposer: str, name: str, value: object) -> bool:
+    """``value`` if it is a bool, else ValueError."""
+    if not isinstance(value, bool):
+        raise ValueError(f"proposer {proposer!r}: {name} must be true or false, not {value!r}")
+    return value
+
+
+def check_sharpness(proposer: str, value: object) -> float:
+    """``value`` if it is a number of at least 0, else ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"proposer {proposer!r}: sharpness must be a number of at least 0, not {value!r}")
+    return float(value)
