@@ -48,6 +48,9 @@ def engine_arguments(model: str, dtype: str, max_batch: int, **more: Any) -> dic
 @contextlib.contextmanager
 def engines(arguments: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Engine]]:
     """One running engine for each configuration; only the one that is given work computes."""
+    here = str(Path(__file__).parent)
+    if here not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     # Left behind on purpose: the log is what explains an engine that did not start.
     logs = Path(tempfile.mkdtemp(prefix="specplug-benchmark-"))
     with contextlib.ExitStack() as stack:
@@ -60,6 +63,10 @@ def engines(arguments: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, En
                 raise EngineError(f"{name}: {error}") from error
             progress.print(f"{name}: started in {start_s:.1f} s")
         yield running
+
+
+EXTENSION = "inside_engine.Inside"
+"""Worker extension of engines that are measured from inside; ``engines`` lets their workers import it."""
 
 
 def work_of(

@@ -53,6 +53,6 @@ def test_a_request_ends_at_its_own_limit_or_the_models() -> None:
     params = SimpleNamespace(extra_args={"specplug_speculate": False, "other": 1}, max_tokens=5, temperature=0.5)
     tracked = TrackedRequest.of("a", params, num_prompt_tokens=3, max_model_len=100)
     assert (tracked.max_total_tokens, tracked.speculate, tracked.options["other"]) == (8, False, 1)
-    unbounded = TrackedRequest.of("a", SimpleNamespace(extra_args=None, max_tokens=None), 3, 100)
+    unbounded = TrackedRequest.of("a", SimpleNamespace(extra_args=None, max_tokens=None, temperature=None), 3, 100)
     assert (unbounded.max_total_tokens, unbounded.speculate) == (100, True)
-    assert TrackedRequest.of("a", SimpleNamespace(extra_args=None, max_tokens=500), 3, 100).max_total_tokens == 100
+    assert TrackedRequest.of("a", SimpleNamespace(extra_args=None, max_tokens=500, temperature=1.0), 3, 100).max_total_tokens == 100

@@ -44,6 +44,7 @@ class Work:
         seed: request ``i`` has the seed ``seed + i``.
         concurrency: requests in flight; when one ends the next one starts.
         extra_args: options of every request.
+        before, after: methods of the engine's worker extension to call around the run, with their arguments.
     """
 
     prompts: Sequence[str]
@@ -52,6 +53,8 @@ class Work:
     seed: int = 0
     concurrency: int = 1
     extra_args: Mapping[str, Any] = field(default_factory=dict)
+    before: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    after: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Completed:
         num_request_steps: engine steps counted once for every request that emitted in them.
         num_draft_tokens: by vLLM's own counter.
         num_accepted_tokens: by vLLM's own counter.
+        answers: what the first worker returned from the methods of :attr:`Work.after`.
     """
 
     token_ids: list[list[int]]
@@ -71,6 +75,7 @@ class Completed:
     num_request_steps: int
     num_draft_tokens: int
     num_accepted_tokens: int
+    answers: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_output_tokens(self) -> int:
@@ -283,6 +288,8 @@ def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
     prompts = [{"prompt_token_ids": tokenizer.encode(text)[:longest]} for text in work.prompts]
     token_ids: list[list[int]] = [[] for _ in prompts]
     waiting = iter(enumerate(prompts))
+    for method, arguments in work.before.items():
+        llm.collective_rpc(method, args=tuple(arguments))
     run = time.monotonic_ns()
     num_done = num_tokens = num_request_steps = 0
     before = _counters(llm)
@@ -320,12 +327,14 @@ def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
             say("progress", done=num_done, tokens=num_tokens, elapsed_s=now - start)
     elapsed_s = time.perf_counter() - start
     after = _counters(llm)
+    answers = {method: llm.collective_rpc(method, args=tuple(each))[0] for method, each in work.after.items()}
     return {
         "token_ids": token_ids,
         "elapsed_s": elapsed_s,
         "num_request_steps": num_request_steps,
         "num_draft_tokens": after["draft_tokens"] - before["draft_tokens"],
         "num_accepted_tokens": after["accepted_tokens"] - before["accepted_tokens"],
+        "answers": answers,
     }
 
 
