@@ -198,13 +198,13 @@ def naive_race(
 def test_sampling_requests_run_the_targets_race(tmp_path, rng, monkeypatch, kind, parallel_batch):
     monkeypatch.setattr(rest, "PARALLEL_BATCH", parallel_batch)
     num_noisy, num_light = 0, 0
-    for _ in range(15):
-        documents = [rng.integers(0, VOCAB_SIZE, rng.integers(1, 40)).tolist() for _ in range(rng.integers(1, 8))]
+    for _ in range(30):
+        documents = [rng.integers(0, VOCAB_SIZE, rng.integers(1, 60)).tolist() for _ in range(rng.integers(4, 9))]
         contexts = [rng.integers(0, VOCAB_SIZE, rng.integers(0, 6)).tolist() for _ in range(9)]
-        max_draft, min_confidence = int(rng.integers(1, 7)), float(rng.choice([0.0, 0.03, 0.3]))
+        max_draft, min_confidence = int(rng.integers(1, 7)), float(rng.choice([0.0, 0.03, 0.2]))
         sharpness, segment_tokens = float(rng.choice([1.0, 1.6, 3.0])), rng.choice([None, 60])
         proposer = proposer_for(
-            write_store(tmp_path, documents, segment_tokens), max_draft, max_votes=1000, max_match=3,
+            write_store(tmp_path, documents, segment_tokens), max_draft, max_votes=1000, max_match=2,
             min_confidence=min_confidence, sharpness=sharpness,
         )  # fmt: skip
         temperature = [0.0, 0.5, 1.0] * 3
@@ -216,7 +216,7 @@ def test_sampling_requests_run_the_targets_race(tmp_path, rng, monkeypatch, kind
         assert heaviest.votes is not None
         for index, context in enumerate(contexts):
             count = int(drafts.num_tokens[index])
-            length, continuations = naive_continuations(documents, context, 3, 1)
+            length, continuations = naive_continuations(documents, context, 2, 1)
             assert drafts.match_length[index] == (length if count else 0)
             found = drafts.token_ids[index, :count].tolist()
             if temperature[index] == 0:
@@ -240,7 +240,7 @@ def test_sampling_requests_run_the_targets_race(tmp_path, rng, monkeypatch, kind
             assert drafts.confidence[index, :count].tolist() == pytest.approx(confidence, abs=1e-5)
             num_noisy += count
             num_light += found != heaviest.token_ids[index, : heaviest.num_tokens[index]].tolist()
-    assert num_noisy > 50  # the drafts that were compared are not all empty,
+    assert num_noisy > 30  # the drafts that were compared are not all empty,
     assert num_light > 10  # nor all those without noise
 
 
