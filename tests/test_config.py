@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,26 @@ def test_settings_survive_their_journey() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "paths"),
+    [
+        ("stores/code.specstore", {"code": "stores/code.specstore"}),
+        (Path("/a/code.v2.specstore"), {"code.v2": "/a/code.v2.specstore"}),
+        ("a, b", {"a, b": "a, b"}),
+        (["/b/tickets.specstore", Path("code")], {"tickets": "/b/tickets.specstore", "code": "code"}),
+        ({"mine": "/a/code", "theirs": Path("/b/code")}, {"mine": "/a/code", "theirs": "/b/code"}),
+        (None, None),
+    ],
+)
+def test_stores_have_names(given: Any, paths: dict[str, str] | None) -> None:
+    settings = parse_settings({"proposers": ["ngram"], "datastore": given})
+    assert settings.datastore == paths
+    assert list(settings.datastore or ()) == list(paths or ())  # the order given
+    travelled = settings_of({"specplug": json.loads(json.dumps(settings.to_dict()))})
+    assert travelled == settings
+    assert list(travelled.datastore or ()) == list(paths or ())
+
+
+@pytest.mark.parametrize(
     ("given", "parts"),
     [
         ({"num_speculative_token": 4}, ["'num_speculative_token'", "4", "Did you mean 'num_speculative_tokens'"]),
@@ -52,6 +73,19 @@ def test_settings_survive_their_journey() -> None:
         ({"proposers": ["no.such.Module"]}, ["cannot load 'no.such.Module'", "PYTHONPATH"]),
         ({"proposers": ["pathlib.Path"]}, ["not a subclass of vllm_specplug.proposers.Proposer"]),
         ({"datastore": 5}, ["datastore", "valid string", "5"]),
+        ({"datastore": ["a", 5]}, ["datastore", "a path must be a valid string, not 5"]),
+        ({"datastore": {"a": 5}}, ["datastore.a", "valid string", "5"]),
+        ({"datastore": {5: "a"}}, ["datastore.5", "valid string", "5"]),
+        ({"datastore": []}, ["datastore: names no store; leave it out"]),
+        ({"datastore": {}}, ["datastore: names no store; leave it out"]),
+        ({"datastore": ""}, ["datastore", "a name and a path that are not empty"]),
+        ({"datastore": {"a": ""}}, ["datastore", "a name and a path that are not empty"]),
+        ({"datastore": ["/a/code", "/b/code.specstore"]}, ["two stores would be named 'code'", '{"NAME": "PATH"']),
+        ({"datastore": {"a": "x", "b,c": "y"}}, ["datastore", "no comma and no space around it, as 'b,c' has"]),
+        (
+            {"proposers": [{"name": "rest", "on_device": True}], "datastore": ["a", "b"]},
+            ["'rest' with on_device drafts from one store, and datastore names a, b; give one"],
+        ),
         ({"proposers": [{"name": "ngram", "min_match": object()}]}, ["options must be plain JSON values"]),
         ({"proposers": ["."]}, ["cannot load '.'"]),
         ({"proposers": [{"name": "ngram", "on_device": True}]}, ["'ngram' cannot draft on the device; rest can"]),
@@ -210,8 +244,19 @@ def test_vllm_raises_before_the_model_loads(process: Engine, given: dict[str, An
 @pytest.mark.engine
 def test_another_tokenizers_store_is_refused(process: Engine, foreign_store: Path) -> None:
     message = process.send("call", "config_error", {"method": "specplug", "datastore": str(foreign_store)}, MODEL)
-    assert message.startswith("ConfigurationError: speculative_config: datastore")
+    assert message.startswith("ConfigurationError: speculative_config: datastore 'foreign': ")
     assert "tokenizer" in message
+
+
+@pytest.mark.engine
+def test_each_store_is_opened_and_checked(process: Engine, foreign_store: Path, tmp_path: Path) -> None:
+    for stores, blamed in (
+        ({"mine": str(foreign_store), "theirs": str(tmp_path / "missing")}, "mine"),
+        ({"theirs": str(tmp_path / "missing"), "mine": str(foreign_store)}, "theirs"),
+    ):
+        given = {"method": "specplug", "proposers": ["rest"], "datastore": stores}
+        message = process.send("call", "config_error", given, MODEL)
+        assert message.startswith(f"ConfigurationError: speculative_config: datastore {blamed!r}: ")
 
 
 @pytest.mark.engine

@@ -140,6 +140,12 @@ class Settings(BaseModel):
             raise ValueError("names no store; leave it out, or give a path, a list of paths, or names with paths")
         if "" in named or "" in named.values():
             raise ValueError("a store needs a name and a path that are not empty")
+        # Requests name stores separated by commas. Where there is one, there is nothing to choose.
+        if len(named) > 1 and (odd := [name for name in named if name != str(name).strip() or "," in name]):
+            raise ValueError(
+                f"the name of a store may have no comma and no space around it, as {odd[0]!r} has; "
+                'name stores yourself: {"NAME": "PATH", "OTHER NAME": "OTHER PATH"}'
+            )
         return named
 
     @field_validator("sampler")
