@@ -82,8 +82,7 @@ class TinyTarget:
     def logits(self, token_ids: torch.Tensor, starts: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """``[num_requests, num_rows, vocab]`` after tokens (``[num_requests, num_rows]``) from ``starts`` on."""
         weights = self.weights
-        num_requests, num_rows = token_ids.shape
-        positions = starts[:, None] + torch.arange(num_rows)  # [num_requests, num_rows]
+        positions = starts[:, None] + torch.arange(token_ids.shape[1])  # [num_requests, num_rows]
         end = int(positions.max()) + 1
         visible = (torch.arange(end) <= positions[:, :, None])[:, None]  # [num_requests, 1, num_rows, end]
         x = weights["model.embed_tokens.weight"][token_ids]

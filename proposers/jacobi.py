@@ -272,8 +272,8 @@ class JacobiProposer(Proposer):
         _draft_batch(
             kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
             kernel_input(batch.num_tokens, np.int64), kernel_input(batch.max_draft_tokens, np.int64),
-            batch.noise_inputs(1.0)[2], kernel_input(slots, np.int64), windows.tokens, windows.kinds, windows.states, KIND_CONFIDENCE,
-            self._fill == "repeat", drafts.token_ids, drafts.num_tokens, drafts.confidence,
+            batch.noise_inputs(1.0)[2], kernel_input(slots, np.int64), windows.tokens, windows.kinds, windows.states,
+            KIND_CONFIDENCE, self._fill == "repeat", drafts.token_ids, drafts.num_tokens, drafts.confidence,
         )  # fmt: skip
         return drafts
 

@@ -255,7 +255,7 @@ class LookaheadProposer(Proposer):
             np.zeros(shape, dtype=np.float32),
         )
         self._windows = Windows(context.num_speculative_tokens)
-        self._tails: NDArray[np.int64] = np.zeros((0, self._order), dtype=np.int64)
+        self._tails: NDArray[np.int64] = np.full((len(self._windows.states), self._order), -1, dtype=np.int64)
         self._prompts = PromptQueue(LEARNED_PER_STEP)
 
     def _enter(self, batch: DraftBatch, width: int) -> NDArray[np.int64]:
@@ -304,6 +304,8 @@ class LookaheadProposer(Proposer):
         self._prompts.finish(request_ids)
 
     def warm_up(self) -> None:
+        for each in self._pool:
+            each.fill(0)  # the first requests shall not wait for its pages
         names = ["specplug-warm-up"]
         # Learns nothing: a row and a text with no token before it have no n-grams.
         self.observe(Verified(names, [[]], [[0]], [1]))

@@ -70,7 +70,7 @@ def learn_pair(token, successor, weight, successors, weights, fade):  # type: ig
 
 @njit(cache=True, nogil=True)
 def _learn_verified(last_tokens, drafts, draft_ends, targets, target_ends, num_emitted, successors, weights, settings):  # type: ignore[no-untyped-def]
-    """Every verified row's (input token, target's token), and ``last_tokens`` of the requests moved on (-1: unknown)."""
+    """Every verified row's pair; ``last_tokens`` of the requests (-1: unknown) are moved on to what they emitted."""
     fade, rejected_weight = settings
     for i in range(len(last_tokens)):
         draft = drafts[draft_ends[i - 1] if i else 0 : draft_ends[i]]
