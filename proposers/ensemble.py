@@ -270,12 +270,14 @@ class StepCosts:
     """What a step takes, measured in the running engine: without drafts, and for each verified draft row more.
 
     Kept by batch size (powers of two): at each, the median of the latest steps without drafts, and a regression of
-    what steps with drafts took beyond it on their number of draft rows, which forgets slowly. Steps that took over
-    four times the median (a prompt came in, the machine was away) are left out.
+    what steps with drafts took beyond it on their number of draft rows, which forgets slowly. Steps with
+    drafts that took over four times as long as their rows explain (a prompt came in, the machine was away) are left
+    out.
     """
 
     KEPT = 15
     FORGET = 0.98
+    FORGET_AT_PROBE = 0.5
 
     def __init__(self) -> None:
         self._plain: dict[int, list[float]] = {}
@@ -289,8 +291,11 @@ class StepCosts:
         """Batch sizes that count as one: 1, 2, 3-4, 5-8, 9-16, ..."""
         return max(num_running - 1, 0).bit_length()
 
-    def add(self, num_running: int, draft_rows: int, seconds: float) -> None:
-        """One step of ``num_running`` requests, none of them in its prompt, took ``seconds``."""
+    def add(self, num_running: int, draft_rows: int, seconds: float, is_probe: bool = False) -> None:
+        """One step of ``num_running`` requests, none of them in its prompt, took ``seconds``.
+
+        A probe comes so rarely that what was known before it counts for half.
+        """
         bucket = self.bucket(num_running)
         if draft_rows == 0:
             kept = self._plain.setdefault(bucket, [])
@@ -301,11 +306,12 @@ class StepCosts:
             return
         self._since_plain[bucket] = self._since_plain.get(bucket, 0) + 1
         plain_s = self._plain_s.get(bucket)
-        if plain_s is None or seconds > 4 * plain_s + 4 * draft_rows * self.of(num_running)[2]:
+        # A draft row costs at most about what a request's row in a plain step does.
+        if plain_s is None or seconds > 4 * plain_s * (1 + draft_rows / num_running):
             return
         sums = self._sums.setdefault(bucket, np.zeros(5))
         more = seconds - plain_s
-        sums *= self.FORGET
+        sums *= self.FORGET_AT_PROBE if is_probe else self.FORGET
         sums += (1.0, draft_rows, draft_rows * draft_rows, more, draft_rows * more)
 
     def knows_plain(self, num_running: int) -> bool:
@@ -428,6 +434,7 @@ class Ensemble:
         self._resting = 0  # steps to go before the proposers are asked again
         self._interval = self.PROBE_INTERVAL
         self._draft_s = 0.0
+        self._is_probing = False
         self._until_probe = self.PROBE_INTERVAL
         self._make_room(8)
 
@@ -471,7 +478,8 @@ class Ensemble:
     def took(self, num_running: int, draft_rows: int, seconds: float) -> None:
         """The last step verified ``draft_rows`` rows for ``num_running`` requests, no prompts among them."""
         if self.has_gate:
-            self.costs.add(num_running, draft_rows, seconds)
+            self.costs.add(num_running, draft_rows, seconds, self._is_probing)
+        self._is_probing = False
 
     def combine(
         self, batch: DraftBatch, answers: Sequence[Drafts | None], num_running: int, draft_s: float
@@ -554,6 +562,7 @@ class Ensemble:
             # What drafts cost may have changed, and only a step with drafts can tell.
             best.num_tokens[:] = before
             stats.probes += 1
+            self._is_probing = True
             self._until_probe = self._interval = min(2 * self._interval, self.LONGEST_INTERVAL)
             return
         if self._idle_steps >= self.PATIENCE:

@@ -24,7 +24,7 @@ DEFAULT_OPTIONS: Mapping[str, int | float] = {
     "min_match": 1,
     "max_match": 64,
     "max_candidates": 1024,
-    "min_confidence": 0.1,
+    "min_confidence": 0.05,
 }
 """What ``options`` may set.
 

@@ -30,7 +30,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from vllm_specplug.samplers.noise import noisy_score
+from vllm_specplug.samplers.noise import noise_of, noisy_score
 
 from .base import (
     STORES_OPTION,
@@ -48,7 +48,7 @@ DEFAULT_OPTIONS: Mapping[str, int | float] = {
     "max_match": 32,
     "min_match": 1,
     "max_votes": 64,
-    "min_confidence": 0.1,
+    "min_confidence": 0.05,
     "sharpness": 1.6,
 }
 """What ``options`` may set.
@@ -91,6 +91,34 @@ def vote_confidence(length, num_agreeing, num_votes):  # type: ignore[no-untyped
 
 
 @njit(cache=True, nogil=True)
+def noisy_vote_confidence(length, num_agreeing, num_votes, margin, noise):  # type: ignore[no-untyped-def]
+    """:func:`vote_confidence` for a token that won the race with the target's noise.
+
+    A token that few chose is as good a draft as a favourite where the noise is strongly for it: the target runs with the
+    same noise. A logistic regression over 50,000 votes on what the tiny target wrote at temperatures 0.5, 0.8 and 1.0
+    after prompts from the held-out modules, against a store of 10 million tokens of other Python; for the half that it
+    was not fitted to, the log loss is 0.495, where :func:`vote_confidence` has 0.548.
+
+    Args:
+        length, num_agreeing, num_votes: as there.
+        margin: lead of the winner's score over the second's, infinite without one.
+        noise: the winner's.
+    """
+    log_length = math.log(length)
+    log_against = math.log(1.0 + num_votes - num_agreeing)
+    score = (
+        -3.80
+        + 1.23 * log_length
+        + 0.84 * math.log(num_agreeing)
+        - 0.08 * log_against
+        - 0.31 * log_length * log_against
+        + 0.10 * min(margin, 6.0)
+        + 0.30 * min(max(noise, -1.5), 5.0)
+    )
+    return 1.0 / (1.0 + math.exp(-score))
+
+
+@njit(cache=True, nogil=True)
 def _most_voted(tokens, candidates, num_candidates, depth, choices, counts):  # type: ignore[no-untyped-def]
     """Count what candidates have at ``depth``: the different tokens into ``choices``, their votes into ``counts``.
 
@@ -116,16 +144,20 @@ def _most_voted(tokens, candidates, num_candidates, depth, choices, counts):  # 
 
 @njit(cache=True, nogil=True)
 def _race(choices, counts, num_choices, separator, kind, key, scale):  # type: ignore[no-untyped-def]
-    """Place of the token that wins the noisy race; ``separator`` takes no part unless it is alone."""
+    """Place of the token that wins the noisy race, and its lead; ``separator`` takes no part unless it is alone."""
     best = 0
     best_score = -math.inf
+    second_score = -math.inf
     for choice in range(num_choices):
         if choices[choice] != separator:
             score = noisy_score(math.log(counts[choice]), scale, kind, key, choices[choice])
             if score > best_score:
+                second_score = best_score
                 best = choice
                 best_score = score
-    return best
+            elif score > second_score:
+                second_score = score
+    return best, best_score - second_score if best_score > -math.inf else 0.0
 
 
 @njit(cache=True, nogil=True)
@@ -196,12 +228,17 @@ def draft_one(  # type: ignore[no-untyped-def]
     depth = 0
     while depth < max_draft and num_candidates > 0:
         best, num_choices = _most_voted(tokens, candidates, num_candidates, depth, choices, counts)
-        if scale > 0.0 and num_choices > 1:
-            best = _race(choices, counts, num_choices, vocab_size, kind, keys[depth], scale)
+        margin = 0.0
+        if scale > 0.0:
+            best, margin = _race(choices, counts, num_choices, vocab_size, kind, keys[depth], scale)
         token, num_agreeing = choices[best], counts[best]
         if token == vocab_size:
             break
-        confidence = vote_confidence(length + depth, num_agreeing, num_candidates)
+        if scale > 0.0:
+            noise = noise_of(kind, keys[depth], token)
+            confidence = noisy_vote_confidence(length + depth, num_agreeing, num_candidates, margin, noise)
+        else:
+            confidence = vote_confidence(length + depth, num_agreeing, num_candidates)
         chance *= confidence
         if chance < min_confidence:
             break

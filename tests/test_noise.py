@@ -52,7 +52,7 @@ def test_a_batch_hands_out_keys_and_scales() -> None:
         batch.max_draft_tokens, batch.options, noise,
     )  # fmt: skip
     kind, keys, scales = noisy.noise_inputs(1.5)
-    assert (kind, scales.tolist()) == (SPLITMIX, [0.0, 3.0, 1.5])
+    assert (kind, scales.tolist()) == (SPLITMIX, [0.0, 6.0, 1.5])
     part = noisy.subset([2, 0])
     assert list(part.request_ids) == ["2", "0"]
     assert part.noise is not None

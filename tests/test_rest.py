@@ -166,6 +166,13 @@ def draw_noise(
     return TargetNoise(kind, keys, np.array(temperature, dtype=np.float32)), noise_at
 
 
+def naive_noisy_confidence(length: int, agreeing: int, total: int, margin: float, noise: float) -> float:
+    against = math.log(1 + total - agreeing)
+    score = -3.80 + 1.23 * math.log(length) + 0.84 * math.log(agreeing) - 0.08 * against
+    score += -0.31 * math.log(length) * against + 0.10 * min(margin, 6) + 0.30 * min(max(noise, -1.5), 5)
+    return 1 / (1 + math.exp(-score))
+
+
 def naive_race(
     length: int,
     continuations: list[list[int]],
@@ -184,7 +191,11 @@ def naive_race(
             break
         scores = {token: scale * math.log(count) + noise_at(depth, token) for token, count in votes.items()}
         token = max(scores, key=scores.__getitem__)
-        confidences.append(naive_confidence(length + depth, votes[token], len(continuations)))
+        others = [score for rival, score in scores.items() if rival != token]
+        margin = scores[token] - max(others) if others else math.inf
+        confidences.append(
+            naive_noisy_confidence(length + depth, votes[token], len(continuations), margin, noise_at(depth, token))
+        )
         if math.prod(confidences) < min_confidence:
             return tokens, counts, confidences[:-1]
         tokens.append(token)
@@ -232,7 +243,7 @@ def test_sampling_requests_run_the_targets_race(tmp_path, rng, monkeypatch, kind
                     assert votes == sum(each[: depth + 1] == found[: depth + 1] for each in continuations)
                 continue
             tokens, votes, confidence = naive_race(
-                length, continuations, max_draft, min_confidence, sharpness / temperature[index],
+                length, continuations, max_draft, min_confidence, sharpness / temperature[index] ** 2,
                 partial(noise_at, index),
             )  # fmt: skip
             assert found == tokens
