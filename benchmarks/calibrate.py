@@ -30,8 +30,8 @@ from vllm_specplug import corpus
 from vllm_specplug.cli.datastore import load_tokenizer, vocab_size_of
 from vllm_specplug.proposers import ngram, rest
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext
-from vllm_specplug.proposers.combine import choose_best
 from vllm_specplug.proposers.datastore import DatastoreWriter, Piece, add_texts, tokenizer_fingerprint
+from vllm_specplug.proposers.ensemble import Ensemble
 from vllm_specplug.proposers.ngram import NgramProposer, match_confidence
 from vllm_specplug.proposers.rest import RestProposer, find_candidates, vote_confidence
 
@@ -369,8 +369,13 @@ def ngram_proposer(**options: float) -> NgramProposer:
 
 def report_trade_off(path: Path, windows: Sequence[Ids], markdown: bool) -> None:
     def measured(*proposers: Proposer) -> list[str]:
+        # It learns nothing here, so that what proposers say of themselves is what decides.
+        names = [type(each).__name__ for each in proposers]
+        ensemble = Ensemble(names, MAX_DRAFT, {"gate": False, "learning_rate": 0.0})
+
         def propose(batch: DraftBatch) -> Drafts:
-            return choose_best([drafts for each in proposers if isinstance(drafts := each.propose(batch), Drafts)])[0]
+            answers = [drafts for each in proposers if isinstance(drafts := each.propose(batch), Drafts)]
+            return ensemble.combine(batch, answers, len(batch), 0.0)[0]
 
         result = replay(windows, propose)
         emitted, drafted = result.num_emitted / result.num_steps, result.num_drafted / result.num_steps

@@ -55,4 +55,20 @@ def test_a_request_ends_at_its_own_limit_or_the_models() -> None:
     assert (tracked.max_total_tokens, tracked.speculate, tracked.options["other"]) == (8, False, 1)
     unbounded = TrackedRequest.of("a", SimpleNamespace(extra_args=None, max_tokens=None, temperature=None), 3, 100)
     assert (unbounded.max_total_tokens, unbounded.speculate) == (100, True)
-    assert TrackedRequest.of("a", SimpleNamespace(extra_args=None, max_tokens=500, temperature=1.0), 3, 100).max_total_tokens == 100
+    long = SimpleNamespace(extra_args=None, max_tokens=500, temperature=1.0)
+    assert TrackedRequest.of("a", long, 3, 100).max_total_tokens == 100
+
+
+def test_a_request_says_how_far_it_wants_to_be_drafted() -> None:
+    params = SimpleNamespace(
+        extra_args={"specplug_max_draft_tokens": 3, "specplug_proposers": "rest, suffix", "specplug_tenant": "acme"},
+        max_tokens=20,
+        temperature=0.0,
+    )
+    tracked = TrackedRequest.of("a", params, num_prompt_tokens=10, max_model_len=100)
+    assert tracked.proposers == {"rest", "suffix"}
+    assert tracked.options["specplug_proposers"] == ("rest", "suffix")
+    assert tracked.options["specplug_tenant"] == "acme"
+    assert [tracked.longest_draft(total, 8) for total in (11, 26, 27, 28, 29, 30, 31)] == [3, 3, 2, 1, 0, 0, 0]
+    assert TrackedRequest("b", 10, 30).longest_draft(11, 8) == 8
+    assert TrackedRequest("c", 10, 30, speculate=False).longest_draft(11, 8) == 0
