@@ -188,14 +188,13 @@ def print_checks(rows: list[dict[str, Any]]) -> None:
     by_cell = {(row["kind"], row["batch"], row["temperature"], row["name"]): row for row in rows}
     cells = []
     for kind, batch, temperature in dict.fromkeys((row["kind"], row["batch"], row["temperature"]) for row in rows):
-        single = [
-            by_cell[kind, batch, temperature, name] for name in SINGLE if (kind, batch, temperature, name) in by_cell
-        ]
-        if not single or (kind, batch, temperature, UNGATED) not in by_cell:
+        here = {name: row for (*cell, name), row in by_cell.items() if cell == [kind, batch, temperature]}
+        single = [here[name] for name in SINGLE if name in here]
+        if not single or UNGATED not in here or ENSEMBLE not in here:
             continue
         best = max(single, key=lambda row: row["emitted_per_step"])
         fastest = max(single, key=lambda row: row["tokens_per_s"])
-        ungated, gated = (by_cell[kind, batch, temperature, name] for name in (UNGATED, ENSEMBLE))
+        ungated, gated = here[UNGATED], here[ENSEMBLE]
         cells.append(
             [
                 f"{kind}, batch {batch}, T {temperature:g}",

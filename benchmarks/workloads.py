@@ -1,8 +1,8 @@
 """Three kinds of work for drafters, and all of them mixed, as prompts without end: no two runs share a prompt.
 
 *code*: held-out modules of the standard library, and HumanEval's prompts where its file is given. *edit*: the prompt
-holds an earlier version of a piece of a held-out module, then begins the present one. *text*: first turns of Spec-Bench's
-questions, unlike anything in a store of code; needs that file.
+holds an earlier version of a piece of a held-out module, then begins the present one. *text*: first turns of
+Spec-Bench's questions, unlike anything in a store of code; needs that file.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def earlier_version(piece: str, chooser: random.Random) -> str:
     lines = piece.splitlines(keepends=True)
     del lines[chooser.randrange(len(lines))]
     doubled = chooser.randrange(len(lines))
-    return "".join(lines[:doubled] + [lines[doubled]] + lines[doubled:])
+    return "".join([*lines[:doubled], lines[doubled], *lines[doubled:]])
 
 
 def _edit() -> Iterator[str]:

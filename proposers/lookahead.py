@@ -29,7 +29,7 @@ from .jacobi import FILL, KIND_CONFIDENCE, Observed, Windows, advance_windows, a
 from .recycling import LEARNED_PER_STEP, PromptQueue, check_sharpness, check_switch, check_whole
 
 DEFAULT_OPTIONS: Mapping[str, int | float | bool] = {
-    "ngram": 4,
+    "ngram": 6,
     "max_per_key": 8,
     "pool_tokens": 1 << 20,
     "learn_prompt": True,
@@ -53,15 +53,24 @@ ORDER_FACTOR = 8.0
 
 
 @njit(cache=True, nogil=True)
-def candidate_confidence(share, total, order, is_sampling):  # type: ignore[no-untyped-def]
-    """Estimated chance that the target emits a candidate.
+def candidate_confidence(share, total, order, agreement, is_sampling):  # type: ignore[no-untyped-def]
+    """Estimated chance that the target emits a candidate, those before it in the draft accepted.
 
     Args:
-        share: of the weight of all candidates.
-        total: weight after the longest beginning that is known.
-        order: tokens of that beginning.
+        share: of the weight of all candidates, above 0.
+        total: weight after the longest beginning that is known, above 0.
+        order: tokens of that beginning, at least 1.
+        agreement: 1 where the window has the same token, -1 where it has another, 0 where nothing is known.
     """
-    return share * total / (total + 1.0)
+    log_order, log_total = math.log(order), math.log(total)
+    log_share, log_others = math.log(share), math.log(1.02 - share)
+    if is_sampling:
+        score = -2.2 + 1.16 * log_order + 0.64 * log_share - 0.37 * log_others + 0.87 * log_total
+        score += 2.7 if agreement > 0 else 0.33 * agreement
+    else:
+        score = -1.6 + 1.6 * log_order + 2.1 * log_share - 0.54 * log_others + 0.96 * log_total
+        score += 0.77 if agreement > 0 else 0.52 * agreement
+    return 1.0 / (1.0 + math.exp(-score))
 
 
 @njit(cache=True, nogil=True)
@@ -209,19 +218,28 @@ def _draft_batch(  # type: ignore[no-untyped-def]
             continue
         text[:known] = context[len(context) - known :]
         limit = max(min(max_drafts[i], width), 0)
+        is_sampling = scales[i] > 0.0
+        chance_of = kind_confidence[1 if is_sampling else 0]
+        is_window = True
         for depth in range(limit):
             token, share, total, found = elect(
                 text, known + depth, order, settings[2], kind, keys[i, depth], scales[i], tags, tokens, weights,
                 choices, choice_weights,
             )  # fmt: skip
-            if found > 0:
-                confidence = candidate_confidence(share, total, found, scales[i] > 0.0)
-            elif depth < states[slot, 0]:
+            is_known = depth < states[slot, 0]
+            agreement = 0
+            if is_window and is_known:
+                agreement = 1 if token == window_tokens[slot, depth] else -1
+            confidence = candidate_confidence(share, total, found, agreement, is_sampling) if found > 0 else 0.0
+            # The window says more than the pool only as long as the draft is its beginning.
+            window_chance = chance_of[window_kinds[slot, depth]] if is_known else 0.0
+            if (found == 0 and is_known) or (agreement < 0 and window_chance > confidence):
                 token = window_tokens[slot, depth]
-                confidence = kind_confidence[1 if scales[i] > 0.0 else 0, window_kinds[slot, depth]]
-            else:
+                confidence = window_chance
+            elif found == 0:
                 token = fill_token(context, len(context) + depth, False)
-                confidence = kind_confidence[1 if scales[i] > 0.0 else 0, FILL]
+                confidence = chance_of[FILL]
+            is_window = is_window and is_known and token == window_tokens[slot, depth]
             if depth == 0:
                 out_order[i] = found
             text[known + depth] = token

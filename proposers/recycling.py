@@ -45,7 +45,12 @@ LEARNED_PER_STEP = 4096
 @njit(cache=True, nogil=True)
 def successor_confidence(share, total, is_sampling):  # type: ignore[no-untyped-def]
     """Estimated chance that the target emits a successor with this ``share`` of the ``total`` weight."""
-    return share * total / (total + 1.0)
+    log_share, log_others, log_total = math.log(share), math.log(1.02 - share), math.log(total)
+    if is_sampling:
+        score = -2.58 + 0.77 * log_share - 0.44 * log_others + 1.43 * log_total
+    else:
+        score = 0.09 + 2.21 * log_share - 0.51 * log_others + 0.89 * log_total
+    return 1.0 / (1.0 + math.exp(-score))
 
 
 @njit(cache=True, nogil=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ class NaiveTable:
 def is_close_race(row: dict[int, float]) -> bool:
     """Weights that float32 may order in another way."""
     ordered = sorted(row.values())
-    return any(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(ordered, ordered[1:], strict=False))
+    return any(math.isclose(a, b, rel_tol=1e-5) for a, b in pairwise(ordered))
 
 
 def test_table_equals_dictionaries():
