@@ -4,8 +4,9 @@
 Every verified row is a piece of text of the target's own: the draft tokens before it and the target's choice after
 them. Its n-grams go into the pool, those of rejected draft tokens included, and so do those of what was emitted and (if
 wanted) of prompts. The pool answers what was seen after the last ``ngram - 1`` tokens, after fewer of them, and after
-the last alone. A draft chains such answers; where the pool has none it takes the window's token of
-:mod:`.jacobi`, which keeps trajectories coming.
+the last alone. A draft chains such answers; where the pool has none, or the draft is still the
+beginning of the window of :mod:`.jacobi` and that says more, it takes the window's token. Drafts are always full, which
+keeps trajectories coming.
 
 Against the paper: the model runs no branch of its own for the lookahead window, as the verified draft is the window;
 one chain is verified instead of several n-grams; and the pool is shared by all requests: what one request said can be
@@ -55,6 +56,11 @@ ORDER_FACTOR = 8.0
 @njit(cache=True, nogil=True)
 def candidate_confidence(share, total, order, agreement, is_sampling):  # type: ignore[no-untyped-def]
     """Estimated chance that the target emits a candidate, those before it in the draft accepted.
+
+    A logistic regression, one for greedy and one for sampling requests, on 10,000 draft tokens that
+    benchmarks/trajectories.py --tuning verifies for 48 prompts: between 0.1 and 1 the mean of each tenth of the scale
+    is within 0.06 of the share that was right. Pool and window agree by chance far more rarely than because of the
+    noise that both were drawn with.
 
     Args:
         share: of the weight of all candidates, above 0.

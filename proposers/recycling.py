@@ -36,7 +36,7 @@ sharpness: factor of the logarithm of weights at temperature 1, where drafts are
 
 FADE = 0.9
 """Factor of a token's weights whenever one of its successors is seen."""
-REJECTED_WEIGHT = 0.5
+REJECTED_WEIGHT = 0.3
 """Weight of a token that the target chose behind a rejected draft token; that of all others is 1."""
 LEARNED_PER_STEP = 4096
 """Most prompt tokens learned in one step, and of one prompt (its end counts)."""
@@ -44,7 +44,16 @@ LEARNED_PER_STEP = 4096
 
 @njit(cache=True, nogil=True)
 def successor_confidence(share, total, is_sampling):  # type: ignore[no-untyped-def]
-    """Estimated chance that the target emits a successor with this ``share`` of the ``total`` weight."""
+    """Estimated chance that the target emits a successor, those before it in the draft accepted.
+
+    A logistic regression, one for greedy and one for sampling requests, on 11,600 draft tokens that
+    benchmarks/trajectories.py --tuning verifies for 48 prompts: the mean of each tenth of the scale is within 0.05 of
+    the share that was right, except for sampling above 0.6, where it is too low by 0.1 (160 tokens).
+
+    Args:
+        share: of the weight of all successors, above 0.
+        total: that weight.
+    """
     log_share, log_others, log_total = math.log(share), math.log(1.02 - share), math.log(total)
     if is_sampling:
         score = -2.58 + 0.77 * log_share - 0.44 * log_others + 1.43 * log_total

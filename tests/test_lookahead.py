@@ -12,7 +12,13 @@ import pytest
 from vllm_specplug.proposers import DraftBatch, ProposerContext
 from vllm_specplug.proposers.base import TargetNoise, Verified
 from vllm_specplug.proposers.jacobi import FIRST_SLOTS, JacobiProposer
-from vllm_specplug.proposers.lookahead import FADE, ORDER_FACTOR, REJECTED_WEIGHT, LookaheadProposer
+from vllm_specplug.proposers.lookahead import (
+    FADE,
+    ORDER_FACTOR,
+    REJECTED_WEIGHT,
+    LookaheadProposer,
+    candidate_confidence,
+)
 from vllm_specplug.samplers.gumbel import gumbel_noise
 from vllm_specplug.samplers.noise import SPLITMIX, splitmix_keys
 
@@ -91,6 +97,7 @@ def test_drafts_equal_a_pool_of_dictionaries(ngram):
             verified.target_token_ids.append(rows)
             verified.num_emitted.append(emitted)
         proposer.observe(verified)
+        proposer._windows.states[:, 0] = 0  # the pool alone is compared
     assert compared > 300
 
 
@@ -132,9 +139,35 @@ def test_where_the_pool_has_nothing_the_window_drafts():
     assert ours.match_length[0] == 0
 
 
+def test_a_window_that_says_more_goes_before_the_pool():
+    proposer = proposer_with(learn_prompt=False)
+    for _ in range(3):
+        proposer.observe(Verified(["b"], [[8]], [[0, 40]], [1]))
+    draft_of(proposer, [1, 2])
+    # 8 stayed the same, and 6 is the target's choice after it: only the token before them was wrong.
+    proposer.observe(Verified(["a"], [[9, 8, 7]], [[3, 8, 6, 5]], [1]))
+    assert draft_of(proposer, [8], "c", 1) == [40]
+    assert draft_of(proposer, [1, 2, 3], "a", 2) == [8, 6]
+    # Another beginning than the window's: it says nothing of what comes after.
+    proposer.observe(Verified(["a"], [[]], [[50]], [1]))
+    proposer.observe(Verified(["b"], [[50, 8]], [[0, 8, 40]], [1]))
+    assert draft_of(proposer, [1, 2, 3, 50], "a", 2) == [8, 40]
+
+
+def test_confidence_follows_share_total_order_and_agreement():
+    for is_sampling in (False, True):
+        base = candidate_confidence(0.5, 2.0, 2, 0, is_sampling)
+        assert 0.0 < base < 1.0
+        assert candidate_confidence(0.9, 2.0, 2, 0, is_sampling) > base
+        assert candidate_confidence(0.5, 6.0, 2, 0, is_sampling) > base
+        assert candidate_confidence(0.5, 2.0, 3, 0, is_sampling) > base
+        assert candidate_confidence(0.5, 2.0, 2, 1, is_sampling) > base
+        assert candidate_confidence(0.5, 2.0, 2, -1, is_sampling) < base
+
+
 def test_candidates_race_with_the_targets_noise():
     rng = np.random.default_rng(1)
-    sharpness, temperature = 1.3, 0.7
+    sharpness, temperature = 1.3, 1.0
     proposer = proposer_with(sharpness=sharpness, ngram=3)
     naive = NaivePool(2)
     text = rng.integers(0, 4, 300).tolist()
@@ -152,7 +185,7 @@ def test_candidates_race_with_the_targets_noise():
         )
         proposer._prompts._done.update("b")  # the same text once more would be learned again
         drafts = proposer.propose(batch)
-        race = sharpness / temperature * np.log(weights) + gumbel_noise(seeds[0, 0], tokens)
+        race = sharpness * np.log(weights) + gumbel_noise(seeds[0, 0], tokens)
         assert drafts.token_ids[:, 0].tolist() == [tokens[race.argmax()], tokens[weights.argmax()]]
         chosen.add(int(drafts.token_ids[0, 0]))
     assert len(chosen) > 1

@@ -132,7 +132,7 @@ def test_follow_learns_without_drafting():
 
 def test_drafts_race_with_the_targets_noise():
     rng = np.random.default_rng(1)
-    sharpness, temperature = 1.3, 0.7
+    sharpness, temperature = 1.3, 1.0
     proposer = proposer_with(sharpness=sharpness, learn_prompt=False)
     for successor in range(10, 18):
         proposer._successors[5, successor - 10] = successor
@@ -146,7 +146,7 @@ def test_drafts_race_with_the_targets_noise():
             noise=TargetNoise(SPLITMIX, splitmix_keys(seeds), np.array([temperature, 0.0], dtype=np.float32)),
         )
         drafts = proposer.propose(batch)
-        score = sharpness / temperature * np.log(weights) + gumbel_noise(seeds[0, 0], np.arange(10, 18))
+        score = sharpness * np.log(weights) + gumbel_noise(seeds[0, 0], np.arange(10, 18))
         assert drafts.token_ids[:, 0].tolist() == [10 + score.argmax(), 10 + weights.argmax()]
         chosen.add(int(drafts.token_ids[0, 0]))
     assert len(chosen) > 2
