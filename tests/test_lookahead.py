@@ -156,13 +156,14 @@ def test_a_window_that_says_more_goes_before_the_pool():
 
 def test_confidence_follows_share_total_order_and_agreement():
     for is_sampling in (False, True):
-        base = candidate_confidence(0.5, 2.0, 2, 0, is_sampling)
+        base = candidate_confidence(0.5, 2.0, 2, 0, is_sampling, 0.5)
         assert 0.0 < base < 1.0
-        assert candidate_confidence(0.9, 2.0, 2, 0, is_sampling) > base
-        assert candidate_confidence(0.5, 6.0, 2, 0, is_sampling) > base
-        assert candidate_confidence(0.5, 2.0, 3, 0, is_sampling) > base
-        assert candidate_confidence(0.5, 2.0, 2, 1, is_sampling) > base
-        assert candidate_confidence(0.5, 2.0, 2, -1, is_sampling) < base
+        assert candidate_confidence(0.9, 2.0, 2, 0, is_sampling, 0.5) > base
+        assert candidate_confidence(0.5, 6.0, 2, 0, is_sampling, 0.5) > base
+        assert candidate_confidence(0.5, 2.0, 3, 0, is_sampling, 0.5) > base
+        assert candidate_confidence(0.5, 2.0, 2, 1, is_sampling, 0.5) > base
+        assert candidate_confidence(0.5, 2.0, 2, -1, is_sampling, 0.5) < base
+    assert candidate_confidence(0.5, 2.0, 2, 0, True, 3.0) > candidate_confidence(0.5, 2.0, 2, 0, True, 0.5)
 
 
 def test_candidates_race_with_the_targets_noise():
