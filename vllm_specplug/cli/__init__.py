@@ -70,6 +70,23 @@ def datastore(
     datastore_app(args=arguments or [], prog_name="specplug datastore")
 
 
+@app.command(
+    name="replay",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def replay(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="[OPTIONS] FILES...")] = None,
+) -> None:
+    """See how far the drafts of proposers get in text that is already written, without an engine.
+
+    Example: specplug replay --tokenizer MODEL --proposers suffix,rest,ensemble --datastore code.specstore src/
+    """
+    from vllm_specplug.cli.replay import app as replay_app  # imports numba, as datastore does
+
+    replay_app(args=arguments or [], prog_name="specplug replay")
+
+
 def main() -> None:
     """Entry point of the ``specplug`` script: errors made on purpose become one line and exit status 2."""
     try:
