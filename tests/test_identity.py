@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from compare import assert_close_logprobs, assert_same, tokens
 from harness import Engine, EngineError
-from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, requests
+from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, noise_alone, requests
 
 from vllm_specplug import corpus
 from vllm_specplug.tiny_models import target_path
@@ -18,7 +18,12 @@ from vllm_specplug.tiny_models import target_path
 pytestmark = pytest.mark.engine
 
 NUM_DRAFT = 6
-SPECPLUG = {"method": "specplug", "num_speculative_tokens": NUM_DRAFT, "proposers": []}
+# What requests may choose from is what the engine started with; the tests swap what is at work.
+SPECPLUG: dict[str, Any] = {
+    "method": "specplug",
+    "num_speculative_tokens": NUM_DRAFT,
+    "proposers": ["ngram", "suffix", "in_child.NoiseAlone", "in_child.RandomTokens"],
+}
 OURS = ["rest", "ngram", "suffix", "jacobi", "lookahead", "recycling"]
 # Small enough for preemption, prompts prefilled in pieces, cached prefixes of earlier requests in the way.
 TIGHT = {"num_gpu_blocks_override": 9, "max_num_batched_tokens": 128, "enable_chunked_prefill": True}
@@ -64,8 +69,9 @@ def oracle_file(stock: dict[str, list[dict[str, Any]]], tmp_path_factory: pytest
 
 
 @pytest.fixture(scope="module")
-def roomy() -> Iterator[Engine]:
-    with Engine({"speculative_config": SPECPLUG}) as engine:
+def roomy(store: Path) -> Iterator[Engine]:
+    config = {**SPECPLUG, "proposers": [*SPECPLUG["proposers"], "rest"], "datastore": str(store)}
+    with Engine({"speculative_config": config}) as engine:
         yield engine
 
 
@@ -179,7 +185,11 @@ def test_a_request_can_switch_speculation_off(roomy: Engine) -> None:
     ("extra_args", "message"),
     [
         ({"specplug_speculat": True}, "Did you mean 'specplug_speculate'"),
-        ({"specplug_speculate": "no"}, "must be bool, was given 'no'"),
+        ({"specplug_speculate": "no"}, "true or false: whether drafts are made for this request; was given 'no'"),
+        ({"specplug_proposers": "sufix"}, "there is no 'sufix' in this engine. Did you mean 'suffix'"),
+        ({"specplug_max_draft_tokens": 7}, "at most 6, the engine's num_speculative_tokens; was given 7"),
+        ({"specplug_datastore": "tickets"}, "there is no 'tickets' in this engine"),
+        ({"specplug_tenant": ["a"]}, "1 to 256 characters"),
     ],
 )
 def test_bad_request_options_are_refused(roomy: Engine, extra_args: dict[str, Any], message: str) -> None:
@@ -188,12 +198,107 @@ def test_bad_request_options_are_refused(roomy: Engine, extra_args: dict[str, An
     assert roomy.generate([{"prompt": "x", "params": {"max_tokens": 2, "temperature": 0.0}}])
 
 
+def test_proposers_are_given_the_noise_that_the_verifier_uses(roomy: Engine) -> None:
+    """Where noise alone decides, a proposer that knows it is always right: also across steps of different lengths."""
+    everything = {"name": "ensemble", "gate": False}
+    roomy.send(
+        "set_drafting",
+        {
+            "num_speculative_tokens": NUM_DRAFT,
+            "proposers": ["in_child.NoiseAlone", "in_child.RandomTokens", everything],
+        },
+    )
+    # 1 + 3 * (NUM_DRAFT + 1): no draft reaches beyond the end of a request.
+    sent = noise_alone(12, 1 + 3 * (NUM_DRAFT + 1))
+    only = {"specplug_proposers": ["in_child.NoiseAlone"]}
+    alone = [dict(r, params={**r["params"], "extra_args": {**r["params"]["extra_args"], **only}}) for r in sent]
+    outputs = roomy.generate(alone)
+    counters = roomy.send("stats")["proposers"]["in_child.NoiseAlone"]
+    assert counters["drafted"] == 12 * 3 * NUM_DRAFT
+    assert counters["accepted"] == counters["drafted"]
+    assert len({token for output in outputs for token in output["outputs"][0]["token_ids"]}) == 7
+    mixed = roomy.generate(sent)  # random drafts now and then: the noise stays aligned after every rejection
+    assert tokens(mixed) == tokens(outputs)
+
+
+def test_requests_choose_their_proposers_and_lengths(roomy: Engine, store: Path) -> None:
+    everything = {"name": "ensemble", "gate": False}
+    names = ["ngram", "suffix", "rest"]
+    roomy.send(
+        "set_drafting",
+        {"num_speculative_tokens": NUM_DRAFT, "proposers": [*names, everything], "datastore": str(store)},
+    )
+    sent = [dict(r, params=dict(r["params"])) for r in PLAIN[:12]]
+    for options, allowed, longest in (
+        ({"specplug_proposers": "ngram"}, {"ngram"}, NUM_DRAFT),
+        ({"specplug_proposers": ["suffix", "rest"]}, {"suffix", "rest"}, NUM_DRAFT),
+        ({"specplug_max_draft_tokens": 1}, set(names), 1),
+        ({"specplug_max_draft_tokens": 0}, set(), 0),
+        ({"specplug_tenant": "acme", "specplug_datastore": "stdlib"}, set(names), NUM_DRAFT),
+    ):
+        for request in sent:
+            request["params"]["extra_args"] = options
+        before, earlier = roomy.send("stats")["proposers"], roomy.send("metrics")
+        roomy.generate(sent)
+        after, later = roomy.send("stats")["proposers"], roomy.send("metrics")
+        drafting_now = {name for name in names if after[name]["drafted"] > before[name]["drafted"]}
+        assert drafting_now <= allowed
+        assert bool(drafting_now) == bool(allowed)
+        drafts, drafted = (
+            later[f"vllm:spec_decode_num_{what}"] - earlier[f"vllm:spec_decode_num_{what}"]
+            for what in ("drafts", "draft_tokens")
+        )
+        assert drafted <= longest * drafts
+
+
 def test_no_state_stays_behind(roomy: Engine) -> None:
     roomy.send("set_drafting", {"num_speculative_tokens": NUM_DRAFT, "proposers": ["ngram"]})
     roomy.generate(PLAIN[:20])
     # A finished request is forgotten at the start of the step after its last one.
     roomy.generate([{"prompt": "x", "params": {"max_tokens": 1, "temperature": 0.0}}])
     assert roomy.send("stats")["live_requests"] <= 1
+
+
+def test_aborted_requests_leave_no_state(roomy: Engine, store: Path) -> None:
+    settings = {"num_speculative_tokens": NUM_DRAFT, "proposers": [*OURS, "ensemble"], "datastore": str(store)}
+    roomy.send("set_drafting", settings)
+    running = roomy.send("call", "abort_half_way", [r["prompt"] for r in PLAIN[:24]], 200, 12)
+    assert running == 24
+    roomy.generate([{"prompt": "x", "params": {"max_tokens": 1, "temperature": 0.0}}])
+    assert roomy.send("stats")["live_requests"] <= 1
+
+
+def test_ten_thousand_requests_leave_memory_flat(roomy: Engine, store: Path) -> None:
+    """All proposers at work, the history of earlier requests bounded to what the first few thousand fill."""
+    bounded = {"name": "suffix", "max_history_bytes": 4 << 20}
+    proposers = [bounded if name == "suffix" else name for name in OURS]
+    settings = {"num_speculative_tokens": NUM_DRAFT, "proposers": [*proposers, "ensemble"], "datastore": str(store)}
+    roomy.send("set_drafting", settings)
+    prompts = corpus.held_out_prompts(250, 160)
+
+    def serve(first: int, count: int) -> tuple[int, dict[str, int]]:
+        for start in range(first, first + count, 500):
+            roomy.generate(
+                [
+                    {"prompt": f"{number} {prompts[number % 250][:60]}", "params":
+                     {"temperature": number % 2 * 0.8, "seed": number, "max_tokens": 3, "ignore_eos": True}}
+                    for number in range(start, start + 500)
+                ]
+            )  # fmt: skip
+        stats = roomy.send("stats")
+        assert stats["live_requests"] <= 16
+        assert all(each["active"] for each in stats["proposers"].values())
+        held = {name: each["memory_bytes"] for name, each in stats["proposers"].items()}
+        return roomy.send("call", "resident_bytes"), held
+
+    before, held_before = serve(0, 4000)
+    after, held_after = serve(4000, 6000)
+    assert held_after["suffix"] <= 4 << 20
+    assert {n: b for n, b in held_after.items() if n != "suffix"} == {
+        n: b for n, b in held_before.items() if n != "suffix"
+    }
+    # 4 KiB a request would be 24 MiB; the allocator's own noise is below a third of that.
+    assert after - before < 8 << 20, f"{(after - before) / 6000:.0f} bytes a request"
 
 
 def test_unseeded_requests_differ_and_seeded_ones_do_not(roomy: Engine) -> None:

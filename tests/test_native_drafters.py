@@ -105,17 +105,40 @@ def test_same_tokens_as_stock(method: str, stock: dict[str, list[dict[str, Any]]
         assert engine.send("stats")["live_requests"] <= 1
 
 
+def test_joined_by_proposers_of_ours(stock: dict[str, list[dict[str, Any]]]) -> None:
+    config = {
+        "method": "draft_model", "model": str(draft_path()), "draft_sample_method": "probabilistic",
+        "proposers": ["ngram", "recycling", {"name": "ensemble", "gate": False}],
+    }  # fmt: skip
+    with start(config) as engine:
+        assert "verifies the drafts of vLLM's draft_model (probabilistic), joined by ngram" in engine.tail(100_000)
+        assert_same(engine.generate(SENT), stock["mixed"], "joined", SENT)
+        stats = engine.send("stats")
+        assert min(each["drafted"] for each in stats["proposers"].values()) > 20
+        assert sum(each["drafted"] for each in stats["proposers"].values()) == counts(engine)[0]
+        for name in ("draft_model", "ngram"):
+            chosen = [dict(r, params={**r["params"], "extra_args": {"specplug_proposers": name}}) for r in SAMPLED[:8]]
+            before = engine.send("stats")["proposers"]
+            assert_same(engine.generate(chosen), stock["sampled"][:8], name, chosen)
+            after = engine.send("stats")["proposers"]
+            assert {each for each in after if after[each]["drafted"] > before[each]["drafted"]} == {name}
+        with pytest.raises(EngineError, match="Did you mean 'ngram'"):
+            engine.generate(
+                [{"prompt": "x", "params": {"max_tokens": 2, "extra_args": {"specplug_proposers": "ngrm"}}}]
+            )
+        engine.generate([{"prompt": "x", "params": {"max_tokens": 1, "temperature": 0.0}}])
+        assert engine.send("stats")["live_requests"] <= 1
+
+
 def test_a_request_option_that_cannot_be_heeded_is_refused(heads: dict[str, str]) -> None:
     with start({"method": "medusa", "model": heads["medusa"]}) as engine:
         for extra_args, told in (
-            ({"specplug_speculate": False}, "requests can opt out with method 'specplug'"),
+            ({"specplug_speculate": False}, "requests can choose with method 'specplug'"),
             ({"specplug_speculat": False}, "Did you mean 'specplug_speculate'"),
         ):
             with pytest.raises(EngineError, match=told):
                 engine.generate([{"prompt": "x", "params": {"max_tokens": 2, "extra_args": extra_args}}])
-        assert engine.generate(
-            [{"prompt": "x", "params": {"max_tokens": 2, "extra_args": {"specplug_speculate": True}}}]
-        )
+        assert engine.generate([{"prompt": "x", "params": {"max_tokens": 2, "extra_args": {"mine": 1}}}])
 
 
 def test_the_same_model_accepts_all_of_its_own_samples(stock: dict[str, list[dict[str, Any]]]) -> None:

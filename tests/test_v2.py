@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from compare import assert_close_logprobs, assert_same
 from harness import ENGINE_ARGS, Engine, EngineError
-from requests_matrix import V2_FEATURES, requests
+from requests_matrix import V2_FEATURES, noise_alone, requests
 
 from vllm_specplug.tiny_models import draft_path, target_path
 
 pytestmark = pytest.mark.engine
 
 NUM_DRAFT = 3
+UNGATED = {"name": "ensemble", "gate": False}  # drafts are verified whether they pay or not
 SPECPLUG = {"method": "specplug", "num_speculative_tokens": NUM_DRAFT, "proposers": []}
 SIZES = {"max_model_len": 384, "max_num_seqs": 24, "max_num_batched_tokens": 1024}
 # A budget of reasoning tokens needs words that begin and end reasoning; any will do for a model that knows none.
@@ -62,15 +63,14 @@ def files(stock: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory)
 
 def drafting(name: str, files: dict[str, str]) -> dict[str, Any]:
     settings: dict[str, Any] = {"num_speculative_tokens": NUM_DRAFT}
-    if name == "rest":
-        return {**settings, "proposers": ["rest"], "datastore": files["store"]}
+    if name == "none":
+        return {**settings, "proposers": []}
     entries: dict[str, list[Any]] = {
-        "none": [],
-        "ngram": ["ngram"],
         "random": ["in_child.RandomTokens"],
         "oracle": [{"name": "in_child.Oracle", "sequences": files["sequences"]}],
+        "all together": ["rest", "ngram", "suffix", "jacobi", "lookahead", "recycling"],
     }
-    return {**settings, "proposers": entries[name]}
+    return {**settings, "proposers": [*entries.get(name, [name]), UNGATED], "datastore": files["store"]}
 
 
 def start(arguments: dict[str, Any], *, asynchronous: bool) -> Engine:
@@ -121,8 +121,9 @@ def check(
 @pytest.mark.parametrize(
     ("cache", "proposer"),
     [
-        ("roomy", "none"), ("roomy", "rest"), ("roomy", "ngram"), ("roomy", "random"), ("roomy", "oracle"),
-        ("tight", "ngram"), ("tight", "random"), ("tight", "oracle"),
+        ("roomy", "none"), ("roomy", "rest"), ("roomy", "ngram"), ("roomy", "suffix"), ("roomy", "jacobi"),
+        ("roomy", "lookahead"), ("roomy", "recycling"), ("roomy", "random"), ("roomy", "oracle"),
+        ("tight", "all together"), ("tight", "random"), ("tight", "oracle"),
     ],
 )  # fmt: skip
 def test_same_tokens_as_stock_v2(
@@ -218,7 +219,9 @@ def test_drafting_on_the_device(roomy: Engine, stock: list[dict[str, Any]], file
     accepted = {}
     for place in ("host", "device"):
         if place == "host":
-            roomy.send("set_drafting", drafting("rest", files))
+            # On the device drafts are drawn without the target's noise.
+            settings = {**drafting("rest", files), "proposers": [{"name": "rest", "sharpness": 0}, UNGATED]}
+            roomy.send("set_drafting", settings)
         else:
             roomy.send("call", "draft_on_device", files["store"])
         before = roomy.send("metrics")["vllm:spec_decode_num_accepted_tokens"]
@@ -230,14 +233,46 @@ def test_drafting_on_the_device(roomy: Engine, stock: list[dict[str, Any]], file
     assert accepted["device"] >= accepted["host"] > 0
 
 
-@pytest.mark.parametrize("draft", ["itself", "tiny draft", "ngram"])
+def test_proposers_are_given_the_noise_that_the_verifier_uses(roomy: Engine, tight: Engine) -> None:
+    """Where noise alone decides, a proposer that knows it is always right."""
+    sent = noise_alone(4, 1 + 2 * (NUM_DRAFT + 1))
+    for engine in (roomy, tight):
+        engine.send(
+            "set_drafting", {"num_speculative_tokens": NUM_DRAFT, "proposers": ["in_child.NoiseAlone", UNGATED]}
+        )
+        outputs = engine.generate(sent)
+        counters = engine.send("stats")["proposers"]["in_child.NoiseAlone"]
+        # Under async scheduling a request's last step is not counted.
+        assert counters["drafted"] >= 4 * NUM_DRAFT
+        assert counters["accepted"] == counters["drafted"]
+        assert len({token for output in outputs for token in output["outputs"][0]["token_ids"]}) > 3
+
+
+def test_vllms_own_drafter_joined_by_ours(stock: list[dict[str, Any]]) -> None:
+    config: dict[str, Any] = {
+        "num_speculative_tokens": NUM_DRAFT, "sampler": "gumbel", "method": "draft_model", "model": str(draft_path()),
+        "draft_sample_method": "probabilistic", "proposers": ["ngram", UNGATED],
+    }  # fmt: skip
+    for asynchronous in (False, True):
+        with start({**ROOMY, "speculative_config": config}, asynchronous=asynchronous) as engine:
+            assert "proposers: ngram" in engine.tail(100_000)
+            assert "joining vLLM's draft_model" in engine.tail(100_000)
+            check(engine.generate(SENT[:11]), stock[:11], "joined", SENT[:11], at_least=5)
+            stats = engine.send("stats")["proposers"]
+            assert stats["draft_model"]["drafted"] > 10
+            assert stats["ngram"]["drafted"] > 3
+            only = {"specplug_proposers": "draft_model"}
+            engine.generate([dict(r, params={**r["params"], "extra_args": only}) for r in SENT[:3]])
+            assert engine.send("stats")["proposers"]["ngram"]["drafted"] == stats["ngram"]["drafted"]
+
+
+@pytest.mark.parametrize("draft", ["itself", "ngram"])
 def test_vllms_own_drafters(draft: str, stock: list[dict[str, Any]]) -> None:
     config: dict[str, Any] = {"num_speculative_tokens": NUM_DRAFT, "sampler": "gumbel"}
     if draft == "ngram":
         config |= {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     else:
-        model = target_path() if draft == "itself" else draft_path()
-        config |= {"method": "draft_model", "model": str(model), "draft_sample_method": "probabilistic"}
+        config |= {"method": "draft_model", "model": str(target_path()), "draft_sample_method": "probabilistic"}
     with start({**ROOMY, "speculative_config": config}, asynchronous=False) as engine:
         assert f"verifies the drafts of vLLM's {config['method']}" in engine.tail(100_000)
         check(engine.generate(SENT[:11]), stock[:11], draft, SENT[:11], at_least=5)

@@ -19,6 +19,10 @@ def build_params(request: dict[str, Any]) -> Any:
     keywords = dict(request["params"])
     if "json_schema" in keywords:
         keywords["structured_outputs"] = StructuredOutputsParams(json=keywords.pop("json_schema"))
+    if keywords.pop("hot", False):
+        # Refused from users, and as good as any to the samplers. Parameters are checked again whenever they are copied.
+        keywords["temperature"] = 1e6
+        SamplingParams._verify_args = lambda self: None
     return SamplingParams(**keywords)
 
 

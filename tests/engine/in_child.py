@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vllm_specplug.proposers import DraftBatch, Drafts, Proposer, ProposerContext, Verified
+from vllm_specplug.samplers.noise import noise_of
 
 
 class RandomTokens(Proposer):
@@ -47,6 +48,21 @@ class Oracle(Proposer):
             self._matching[request_id] = candidates
             drafts.append(candidates[0][length : length + batch.max_draft_tokens[index]] if candidates else [])
         return drafts
+
+
+class NoiseAlone(Proposer):
+    """Drafts what the target's noise alone would choose of the tokens that the request allows (option ``allowed``)."""
+
+    def propose(self, batch: DraftBatch) -> list[list[int]]:
+        noise = batch.noise
+        assert noise is not None
+        return [
+            [
+                max(batch.options[index]["allowed"], key=lambda token: noise_of(noise.kind, key, token))
+                for key in noise.keys[index, :limit]
+            ]
+            for index, limit in enumerate(batch.max_draft_tokens.tolist())
+        ]
 
 
 class Raises(RandomTokens):
@@ -388,3 +404,30 @@ def draft_on_device(child: Any, store: str | None) -> None:
         context = replace(speculator.drafting.context, datastores={"store": store}, options={})
         speculator._on_device = DeviceDrafting(context, speculator.device, speculator._req_states)
         speculator._on_device.warm_up()
+
+
+def resident_bytes(child: Any) -> int:
+    """Memory of this process that is in RAM."""
+    import gc
+    from pathlib import Path
+
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def abort_half_way(child: Any, prompts: list[str], max_tokens: int, steps: int) -> int:
+    """Start requests, let the engine take ``steps`` steps, abort them all; returns how many were still running."""
+    from vllm import SamplingParams
+
+    engine = child.llm.llm_engine
+    ids = [f"to be aborted {index}" for index in range(len(prompts))]
+    for request_id, prompt in zip(ids, prompts, strict=True):
+        params = SamplingParams(temperature=0.8, seed=1, max_tokens=max_tokens, ignore_eos=True)
+        engine.add_request(request_id, prompt, params)
+    for _ in range(steps):
+        engine.step()
+    running = engine.get_num_unfinished_requests()
+    engine.abort_request(ids)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return int(running)

@@ -78,3 +78,18 @@ def requests(
         prompt = prompts[index % len(prompts)]
         made.append({"prompt": prompt[: chooser.randint(120, len(prompt))], "params": params})
     return made
+
+
+def noise_alone(num_requests: int, max_tokens: int) -> list[dict[str, Any]]:
+    """Requests so hot that the target's noise alone chooses among the tokens that they allow."""
+    allowed = [50, 51, 77, 300, 301, 1000, 4000]
+    return [
+        {
+            "prompt": prompt[:80],
+            "params": {
+                "hot": True, "seed": 3 * index - 4, "max_tokens": max_tokens, "ignore_eos": True,
+                "allowed_token_ids": allowed, "extra_args": {"allowed": allowed},
+            },
+        }
+        for index, prompt in enumerate(corpus.held_out_prompts(num_requests, 900))
+    ]  # fmt: skip
