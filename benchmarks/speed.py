@@ -38,7 +38,7 @@ from vllm_specplug.errors import SpecplugError
 from vllm_specplug.tiny_models import target_path
 
 SUFFIX = "suffix"
-NAMES = {OFF: "off", NGRAM: "vLLM ngram", SUFFIX: "vLLM suffix", SPECPLUG: "specplug (ngram + rest)"}
+NAMES = {OFF: "off", NGRAM: "vLLM ngram", SUFFIX: "vLLM suffix", SPECPLUG: "specplug (suffix, ngram, rest)"}
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ class Settings(BaseModel):
     Attributes:
         num_speculative_tokens: longest draft of a request in a step.
         proposers: who drafts, in order of preference between equals: names, ``{"name": ..., option: ...}`` or
-            ``"module.Class"``. Default: ``ngram``, and ``rest`` where a datastore is given. An empty list drafts
-            nothing (the verifier still runs).
+            ``"module.Class"``; an entry ``ensemble`` sets options of what combines them. Default: ``suffix`` and
+            ``ngram``, and ``rest`` where a datastore is given. An empty list drafts nothing (the verifier still runs).
         datastore: token stores for ``rest``, made by ``specplug datastore build``, as paths by name. May be given as
             one path or a list of paths, whose names then are the files' without folder and suffix.
         sampler: ``gumbel`` (drafter-invariant: seeded output as without speculation) or ``rejection`` (vLLM's own).
@@ -109,7 +109,7 @@ class Settings(BaseModel):
 
     @staticmethod
     def _default_names(data: Mapping[str, Any]) -> list[str]:
-        return ["suffix", "rest"] if data.get("datastore") is not None else ["suffix"]
+        return ["suffix", "ngram", *(["rest"] if data.get("datastore") is not None else [])]
 
     @field_validator("proposers", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -406,13 +407,32 @@ def draft_on_device(child: Any, store: str | None) -> None:
         speculator._on_device.warm_up()
 
 
-def resident_bytes(child: Any) -> int:
-    """Memory of this process that is in RAM."""
-    import gc
-    from pathlib import Path
+def held_bytes(child: Any) -> int:
+    """Bytes of everything that can be reached from what our plugin attached to the runner, without leaving our code.
 
-    gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    The process's own size says little: vLLM's and the allocator's wander by tens of megabytes.
+    """
+    from collections import deque
+    from collections.abc import Mapping
+
+    drafter = child.drafter
+    waiting: list[Any] = [drafter.drafting, drafter._requests, drafter.verifier._noise]
+    seen: set[int] = set()
+    total = 0
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        total += item.nbytes if isinstance(item, np.ndarray) else sys.getsizeof(item)
+        if isinstance(item, Mapping):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple | set | frozenset | deque):
+            waiting += item
+        elif type(item).__module__.startswith(("vllm_specplug", "in_child")):
+            waiting += [getattr(item, name) for name in getattr(type(item), "__slots__", ()) if hasattr(item, name)]
+            waiting += vars(item).values() if hasattr(item, "__dict__") else []
+    return total
 
 
 def abort_half_way(child: Any, prompts: list[str], max_tokens: int, steps: int) -> int:

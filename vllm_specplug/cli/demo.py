@@ -157,7 +157,7 @@ def demo(
     """See what specplug does on this machine: three engines, the same prompts, one table. No network is used.
 
     Builds a token store from this Python's standard library (without the modules that the prompts come from), then
-    starts vLLM three times: speculation off, vLLM's own n-gram drafter, and specplug with ngram + rest. Each completes
+    starts vLLM three times: speculation off, vLLM's own n-gram drafter, and specplug with suffix, ngram and rest. Each completes
     the same prompts with the same seeds at temperatures 0 and 0.8. Takes a few minutes on two cores; --quick about one.
 
     Example: specplug demo --quick --json results.json
@@ -335,7 +335,7 @@ def print_table(console: Console, runs: list[Run], settings: str) -> None:
         )
     console.print(table)
     console.print(
-        "specplug drafts with ngram + rest. emitted/step: tokens that a request gains in one engine step; acceptance: "
+        "specplug drafts with suffix, ngram and rest. emitted/step: tokens that a request gains in one engine step; acceptance: "
         "share of draft tokens that were kept; identical: share of sequences that are token for token those of off.",
         highlight=False,
     )

@@ -107,7 +107,7 @@ def speculative_config(name: str, num_speculative_tokens: int, datastore: Path |
     Args:
         name: :data:`OFF`, :data:`NGRAM` or :data:`SPECPLUG`.
         num_speculative_tokens: longest draft.
-        datastore: token store of ``rest``; without one specplug drafts with ``ngram`` alone.
+        datastore: token store of ``rest``; without one specplug drafts without ``rest``.
     """
     if name == OFF:
         return None
@@ -120,7 +120,7 @@ def speculative_config(name: str, num_speculative_tokens: int, datastore: Path |
             "prompt_lookup_max": 5,
         }
     config: dict[str, Any] = {"method": "specplug", "num_speculative_tokens": num_speculative_tokens}
-    return config if datastore is None else {**config, "proposers": ["ngram", "rest"], "datastore": str(datastore)}
+    return config if datastore is None else {**config, "datastore": str(datastore)}
 
 
 def environment() -> dict[str, str]:
