@@ -157,8 +157,9 @@ def demo(
     """See what specplug does on this machine: three engines, the same prompts, one table. No network is used.
 
     Builds a token store from this Python's standard library (without the modules that the prompts come from), then
-    starts vLLM three times: speculation off, vLLM's own n-gram drafter, and specplug with suffix, ngram and rest. Each completes
-    the same prompts with the same seeds at temperatures 0 and 0.8. Takes a few minutes on two cores; --quick about one.
+    starts vLLM three times: speculation off, vLLM's own n-gram drafter, and specplug with suffix, ngram and rest. Each
+    completes the same prompts with the same seeds at temperatures 0 and 0.8. Takes a few minutes on two cores; --quick
+    about one.
 
     Example: specplug demo --quick --json results.json
     """
@@ -335,8 +336,8 @@ def print_table(console: Console, runs: list[Run], settings: str) -> None:
         )
     console.print(table)
     console.print(
-        "specplug drafts with suffix, ngram and rest. emitted/step: tokens that a request gains in one engine step; acceptance: "
-        "share of draft tokens that were kept; identical: share of sequences that are token for token those of off.",
+        "specplug drafts with suffix, ngram and rest. emitted/step: tokens that a request gains in one engine step; "
+        "acceptance: share of draft tokens that were kept; identical: share of sequences that are token for token those of off.",
         highlight=False,
     )
     if any(run.name == NGRAM and run.temperature > 0 and run.identical_to_off < 1 for run in runs):
