@@ -1,0 +1,874 @@
+"""Suffix decoding: drafts from what this request and earlier ones said, after Oliaro et al., "SuffixDecoding" (2024).
+
+Prompt and output of every request go, token by token, into one suffix automaton (:mod:`.automaton`). Each request
+stands in it at the state of its own text; the links from there are its suffixes, longest first, with everything that
+ever followed them, in this request or another. A draft token is what followed the longest suffix most often or last,
+or what followed one of the next shorter ones, whichever is likelier to be right (:func:`continuation_score`):
+long matches are specific, short ones have seen more, the idea of prediction by partial matching (Cleary and Witten,
+1984).
+
+Where the request samples and the verifier's noise is known, the continuations race with it instead:
+``scale * log(occurrences) + noise`` (:mod:`vllm_specplug.samplers.noise`).
+
+The history is bounded. A tenant has two automata: one being built, and before it an older one that is only read. When
+the first is full it takes the place of the second, which is forgotten.
+
+Against the paper and its implementation: an automaton is linear in its text where a tree of bounded depth holds each
+token many times over; prompts are shared, too; the match is kept from step to step instead of searched for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import tempfile
+import threading
+import zipfile
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from vllm_specplug.samplers.noise import noisy_score
+
+from .automaton import (
+    COUNT,
+    LENGTH,
+    LINK,
+    MORE,
+    OWNER,
+    ROOT,
+    SLOT_WORDS,
+    TARGET,
+    TOKEN,
+    Automaton,
+    extend,
+    extend_text,
+    rehash,
+    step,
+)
+from .base import (
+    TENANT_OPTION,
+    DraftBatch,
+    Drafts,
+    Proposer,
+    ProposerContext,
+    check_option_names,
+    is_probability,
+    kernel_input,
+)
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_OPTIONS: Mapping[str, int | float | str | None] = {
+    "min_match": 1,
+    "max_history_bytes": 256 << 20,
+    "share": "all",
+    "sharpness": 1.6,
+    "min_confidence": 0.1,
+    "history_file": None,
+    "save_interval_s": 60.0,
+}
+"""What ``options`` may set.
+
+min_match: no draft from a shorter match, in tokens.
+max_history_bytes: most bytes that the history takes, over all tenants; a token takes about 55.
+share: "all": requests of a tenant (all without one are one) draft from each other's text; "none": only from their own.
+sharpness: factor of the logarithm of occurrences at temperature 1, where drafts are drawn with the target's noise; 0
+    always takes the likeliest.
+min_confidence: a draft ends before the token whose chance of counting (itself and all before it accepted) is below.
+history_file: where finished requests are kept from one start to the next, as token ids; None: nowhere.
+save_interval_s: seconds between two saves; nothing is written while nothing new was said.
+"""
+
+SMALLEST_HISTORY_BYTES = 1 << 20
+FILE_FORMAT = "specplug-history-1"
+FILE_SHARE = 16
+"""Token ids that wait to be saved take at most this part of the history, as one in 16: what the rest has room for."""
+
+MAX_CANDIDATES = 32
+"""Most continuations of a state that race: the one seen most often, and those seen last."""
+SHORTER_SUFFIXES = 2
+"""How many shorter suffixes are asked beside the longest."""
+MAX_FOUND = 4 * (SHORTER_SUFFIXES + 1)
+SUPPORT = 0.6
+"""What the same token after another match adds to a candidate's score, as a part of its chance there."""
+LOOK_BACK = 128
+"""A request that is new has its match in the older automaton searched in its last tokens only."""
+CHECKED_TOKENS = 8
+
+_INSERTED, _LAST, _NEW_ID, _OLD_STATE, _OLD_LENGTH, _OLD_ID, _OWNER, _CHECK = range(8)
+"""What is known of a request: tokens inserted, its state in the automaton being built and which that is, its match in
+the older one and which that is, its serial number, a hash of its last tokens."""
+
+(
+    _CANDIDATE_TOKEN, _CANDIDATE_STATE, _CANDIDATE_LENGTH, _CANDIDATE_AGREEING, _CANDIDATE_AGAINST, _CANDIDATE_WHICH,
+) = range(6)  # fmt: skip
+"""A candidate: its token, the match it continues and that one's length, occurrences that agree and that do not, and the
+automaton, 0 the one being built or 1 the older."""
+
+
+@njit(cache=True, nogil=True)
+def _chance(score):  # type: ignore[no-untyped-def]
+    return 1.0 / (1.0 + math.exp(-score))
+
+
+@njit(cache=True, nogil=True)
+def continuation_score(length, num_agreeing, num_against, is_own):  # type: ignore[no-untyped-def]
+    """Log odds that the target emits a token that ``num_agreeing`` occurrences of a match continue with, by itself.
+
+    A logistic regression over 3 million candidates (benchmarks/suffix_replay.py --fit): 33 modules of Python's standard
+    library in tokens of a vocabulary of 4096, after histories of 0, 0.3 and 2 million tokens of other Python. What the
+    request itself said last is worth most: it was right twice as often as the rest.
+
+    Args:
+        length: matched tokens, at least 1, draft tokens before this one included.
+        num_agreeing: occurrences of the match that continue so, at least 1.
+        num_against: those that continue otherwise.
+        is_own: 1.0 where the request itself was the last to continue so, else 0.0.
+    """
+    log_length = math.log(min(length, 32))
+    log_ratio = math.log(num_agreeing / (num_against + 1.0))
+    rarity = 1.0 / (num_agreeing + num_against)
+    score = -1.45 + 0.64 * log_length + 0.44 * log_ratio - 0.38 * rarity
+    score += 0.15 * log_length * log_ratio + 0.48 * log_length * rarity + 2.2 * log_ratio * rarity
+    return score + is_own * (1.7 - 0.24 * log_length - 0.13 * log_ratio - 0.54 * rarity)
+
+
+@njit(cache=True, nogil=True)
+def draft_confidence(score, support, rival):  # type: ignore[no-untyped-def]
+    """Estimated chance that the target emits the token that was chosen among all candidates.
+
+    From the same data. For 33 modules that it was not fitted to, the mean of each tenth of the scale is within 0.03 of
+    the share that was right, and the log loss is 0.497, where the score alone has 0.52. Other text, tokenizers and
+    models may differ by more; what is drafted depends on it, never what is emitted.
+
+    Args:
+        score: the candidate's best :func:`continuation_score`.
+        support: sum of the chances by score of the same token after other matches.
+        rival: chance by score of the best other token.
+    """
+    return _chance(-0.13 + 0.92 * score + 1.09 * support - 2.34 * rival)
+
+
+@njit(cache=True, nogil=True)
+def _check_of(context, end):  # type: ignore[no-untyped-def]
+    """Hash of the last tokens before ``end``, not negative."""
+    key = np.uint64(end)
+    for index in range(max(end - CHECKED_TOKENS, 0), end):
+        key = (key ^ np.uint64(context[index])) * np.uint64(0x9E3779B97F4A7C15)
+    return np.int64(key >> np.uint64(1))
+
+
+@njit(cache=True, nogil=True)
+def _follow(  # type: ignore[no-untyped-def]
+    states, edges, table, sizes, old_states, old_edges, old_table, ids, context, vocab_size, request,
+):  # fmt: skip
+    """Bring one request up to its last token; False where the automaton is full (what was done stays done)."""
+    if request[_NEW_ID] != ids[0]:
+        if request[_NEW_ID] == ids[1]:
+            request[_OLD_STATE] = request[_LAST]
+            request[_OLD_LENGTH] = old_states[request[_LAST], LENGTH]
+            request[_OLD_ID] = ids[1]
+        request[_LAST] = ROOT
+        request[_NEW_ID] = ids[0]
+    if request[_OLD_ID] != ids[1]:
+        request[_OLD_STATE] = ROOT
+        request[_OLD_LENGTH] = 0
+        request[_OLD_ID] = ids[1]
+    num_tokens = len(context)
+    inserted = request[_INSERTED]
+    if inserted > num_tokens or (inserted > 0 and _check_of(context, inserted) != request[_CHECK]):
+        inserted = 0  # not the tokens that were inserted: begin again
+        request[_LAST] = ROOT
+        request[_OLD_STATE] = ROOT
+        request[_OLD_LENGTH] = 0
+    if inserted == num_tokens:
+        request[_INSERTED] = inserted
+        return True
+    last = request[_LAST]
+    old_state = request[_OLD_STATE]
+    old_length = request[_OLD_LENGTH]
+    has_old = len(old_table) > 0
+    is_done = True
+    for index in range(inserted, num_tokens):
+        token = context[index]
+        if token < 0 or token >= vocab_size:  # no token of the model's, such as an image's place: nothing spans it
+            last = np.int64(ROOT)
+            old_state = np.int64(ROOT)
+            old_length = np.int64(0)
+        else:
+            after = extend(states, edges, table, sizes, last, token, request[_OWNER])
+            if after < 0:
+                num_tokens = index
+                is_done = False
+                break
+            last = after
+            if has_old and index >= len(context) - LOOK_BACK:
+                old_state, old_length = step(old_states, old_edges, old_table, old_state, old_length, token)
+    request[_INSERTED] = num_tokens
+    request[_LAST] = last
+    request[_OLD_STATE] = old_state
+    request[_OLD_LENGTH] = old_length
+    request[_CHECK] = _check_of(context, num_tokens)
+    return is_done
+
+
+@njit(cache=True, nogil=True)
+def _candidates(  # type: ignore[no-untyped-def]
+    states, edges, state, length, min_match, owner, num_ends, which, found, scores, num_found,
+):  # fmt: skip
+    """Append the best continuations of a match and its suffixes: the new ``num_found``.
+
+    Of each suffix these are the continuation seen most often and the one seen last. ``num_ends``: occurrences that
+    nothing follows yet because the request itself ends there.
+    """
+    num_asked = 0
+    while state != ROOT and length >= min_match and num_asked <= SHORTER_SUFFIXES:
+        if states[state, TOKEN] >= 0:
+            total = np.int64(states[state, COUNT]) - num_ends
+            token = np.int64(states[state, TOKEN])
+            target = np.int64(states[state, TARGET])
+            for nth in range(2):
+                if nth == 1:
+                    edge = abs(states[state, MORE])
+                    if edge == 0:
+                        break
+                    token = np.int64(edges[edge, 0])
+                    target = np.int64(edges[edge, 1])
+                num_agreeing = max(np.int64(states[target, COUNT]), 1)
+                num_against = max(total - num_agreeing, 0)
+                is_own = np.int64(states[target, OWNER] == owner)
+                scores[num_found] = continuation_score(length, num_agreeing, num_against, is_own)
+                candidate = found[num_found]
+                candidate[_CANDIDATE_TOKEN] = token
+                candidate[_CANDIDATE_STATE] = state
+                candidate[_CANDIDATE_LENGTH] = length
+                candidate[_CANDIDATE_AGREEING] = num_agreeing
+                candidate[_CANDIDATE_AGAINST] = num_against
+                candidate[_CANDIDATE_WHICH] = which
+                num_found += 1
+            num_asked += 1
+        state = np.int64(states[state, LINK])
+        length = np.int64(states[state, LENGTH])
+    return num_found
+
+
+@njit(cache=True, nogil=True)
+def _choose(found, scores, num_found):  # type: ignore[no-untyped-def]
+    """(place of the best candidate, its confidence): of each token the best score counts, and what others add to it."""
+    best = 0
+    best_sum = -math.inf
+    best_support = 0.0
+    rival = -math.inf
+    for index in range(num_found):
+        token = found[index, _CANDIDATE_TOKEN]
+        support = 0.0
+        is_first = True
+        for other in range(num_found):
+            if other != index and found[other, _CANDIDATE_TOKEN] == token:
+                if scores[other] > scores[index] or (scores[other] == scores[index] and other < index):
+                    is_first = False
+                    break
+                support += _chance(scores[other])
+        if not is_first:
+            continue
+        if scores[index] + SUPPORT * support > best_sum:
+            if best_sum > -math.inf:
+                rival = max(rival, scores[best])
+            best = index
+            best_sum = scores[index] + SUPPORT * support
+            best_support = support
+        else:
+            rival = max(rival, scores[index])
+    return best, draft_confidence(scores[best], best_support, _chance(rival) if rival > -math.inf else 0.0)
+
+
+@njit(cache=True, nogil=True)
+def _race(states, edges, state, kind, key, scale):  # type: ignore[no-untyped-def]
+    """(token, occurrences, target) of the continuation that wins the noisy race."""
+    token = np.int64(states[state, TOKEN])
+    target = np.int64(states[state, TARGET])
+    best_token = token
+    best_target = target
+    best_score = noisy_score(math.log(max(states[target, COUNT], 1)), scale, kind, key, token)
+    edge = abs(states[state, MORE])
+    num_candidates = 1
+    while edge != 0 and num_candidates < MAX_CANDIDATES:
+        token = np.int64(edges[edge, 0])
+        target = np.int64(edges[edge, 1])
+        score = noisy_score(math.log(max(states[target, COUNT], 1)), scale, kind, key, token)
+        if score > best_score:
+            best_score = score
+            best_token = token
+            best_target = target
+        num_candidates += 1
+        edge = abs(edges[edge, 2])
+    return best_token, max(np.int64(states[best_target, COUNT]), 1), best_target
+
+
+@njit(cache=True, nogil=True)
+def _draft_one(  # type: ignore[no-untyped-def]
+    states, edges, table, old_states, old_edges, old_table, request, max_draft, min_match, min_confidence,
+    kind, keys, scale, found, scores, out_tokens, out_confidence, out_votes,
+):  # fmt: skip
+    """Draft for one request: (length of the draft, length of its match)."""
+    state = request[_LAST]
+    length = np.int64(states[state, LENGTH])
+    old_state = request[_OLD_STATE]
+    old_length = request[_OLD_LENGTH]
+    owner = request[_OWNER]
+    has_old = len(old_table) > 0
+    match_length = np.int64(0)
+    chance = 1.0
+    depth = 0
+    while depth < max_draft:
+        num_found = _candidates(
+            states, edges, state, length, min_match, owner, 1 if depth == 0 else 0, 0, found, scores, 0
+        )
+        if has_old:
+            num_found = _candidates(
+                old_states, old_edges, old_state, old_length, min_match, owner, 0, 1, found, scores, num_found
+            )
+        if num_found == 0:
+            break
+        best, confidence = _choose(found, scores, num_found)
+        token = found[best, _CANDIDATE_TOKEN]
+        num_agreeing = found[best, _CANDIDATE_AGREEING]
+        num_against = found[best, _CANDIDATE_AGAINST]
+        if scale > 0.0 and num_against > 0:
+            source = found[best, _CANDIDATE_STATE]
+            if found[best, _CANDIDATE_WHICH] == 1:
+                winner, num_wins, target = _race(old_states, old_edges, source, kind, keys[depth], scale)
+                is_own = np.int64(old_states[target, OWNER] == owner)
+            else:
+                winner, num_wins, target = _race(states, edges, source, kind, keys[depth], scale)
+                is_own = np.int64(states[target, OWNER] == owner)
+            if winner != token:
+                num_against = max(num_agreeing + num_against - num_wins, 0)
+                num_agreeing = num_wins
+                score = continuation_score(found[best, _CANDIDATE_LENGTH], num_agreeing, num_against, is_own)
+                confidence = draft_confidence(score, 0.0, _chance(scores[best]))
+                token = winner
+        chance *= confidence
+        if chance < min_confidence:
+            break
+        if depth == 0:
+            match_length = found[best, _CANDIDATE_LENGTH]
+        out_tokens[depth] = token
+        out_confidence[depth] = confidence
+        out_votes[depth] = num_agreeing
+        depth += 1
+        if depth < max_draft:
+            state, length = step(states, edges, table, state, length, token)
+            if has_old:
+                old_state, old_length = step(old_states, old_edges, old_table, old_state, old_length, token)
+    return depth, match_length
+
+
+@njit(cache=True, nogil=True)
+def _draft_batch(  # type: ignore[no-untyped-def]
+    states, edges, table, sizes, old_states, old_edges, old_table, ids, contexts, rows, num_tokens, max_drafts,
+    members, slots, requests, first, min_match, vocab_size, min_confidence, kind, keys, scales,
+    out_tokens, out_num_tokens, out_confidence, out_match_length, out_votes,
+):  # fmt: skip
+    """Follow and draft for the ``members`` of a batch from the ``first`` on.
+
+    Returns:
+        How many members are done: all, unless the automaton is full.
+    """
+    for nth in range(first, len(members)):
+        i = members[nth]
+        request = requests[slots[i]]
+        if not _follow(
+            states, edges, table, sizes, old_states, old_edges, old_table, ids, contexts[rows[i], : num_tokens[i]],
+            vocab_size, request,
+        ):  # fmt: skip
+            return nth
+    if out_tokens.shape[1] > 0:
+        found = np.empty((MAX_FOUND, 6), dtype=np.int64)
+        scores = np.empty(MAX_FOUND)
+        for nth in range(len(members)):
+            i = members[nth]
+            out_num_tokens[i], out_match_length[i] = _draft_one(
+                states, edges, table, old_states, old_edges, old_table, requests[slots[i]],
+                min(max_drafts[i], out_tokens.shape[1]), min_match, min_confidence, kind, keys[i], scales[i],
+                found, scores, out_tokens[i], out_confidence[i], out_votes[i],
+            )  # fmt: skip
+    return len(members)
+
+
+@dataclass(slots=True, eq=False)
+class _Tenant:
+    """What the requests of one tenant have said: the automaton being built, and the one before it."""
+
+    key: tuple[str, str]
+    new: Automaton
+    old: Automaton | None
+    ids: NDArray[np.int64]
+    """``[2]``: numbers of the automata, so that a request sees when one was exchanged; never used twice."""
+    last_used: int = 0
+    num_requests: int = 0
+
+    def automata(self) -> list[Automaton]:
+        return [self.new] if self.old is None else [self.new, self.old]
+
+
+class SuffixProposer(Proposer):
+    """Drafts from the text of all requests; for options see :data:`DEFAULT_OPTIONS`.
+
+    Requests whose option :data:`~.base.TENANT_OPTION` differs never see each other's text. Where the memory is used up
+    the tenant that was used least recently forgets first, its older automaton before its newer one.
+
+    Raises:
+        ValueError: an option is unknown or out of its range, or the history file is none of ours, or of another
+            vocabulary, or its folder cannot be written to.
+    """
+
+    def __init__(self, context: ProposerContext) -> None:
+        super().__init__(context)
+        check_option_names(context.options, DEFAULT_OPTIONS, "suffix")
+        options = {**DEFAULT_OPTIONS, **context.options}
+        self._min_match = _whole_number("min_match", options["min_match"], 1)
+        smallest = max(SMALLEST_HISTORY_BYTES, 4096 * context.max_num_requests)
+        max_bytes = _whole_number("max_history_bytes", options["max_history_bytes"], smallest)
+        if options["share"] not in ("all", "none"):
+            raise ValueError(f"proposer 'suffix': share must be 'all' or 'none', not {options['share']!r}")
+        self._is_private = options["share"] == "none"
+        self._sharpness = _number("sharpness", options["sharpness"])
+        if isinstance(options["min_confidence"], str) or not is_probability(
+            _number("min_confidence", options["min_confidence"])
+        ):
+            raise ValueError(f"proposer 'suffix': min_confidence must lie in [0, 1], not {options['min_confidence']!r}")
+        self._min_confidence = float(options["min_confidence"])
+        save_interval_s = _number("save_interval_s", options["save_interval_s"])
+        if save_interval_s == 0:
+            raise ValueError("proposer 'suffix': save_interval_s must be above 0")
+        history_file = options["history_file"]
+        if history_file is not None and (not isinstance(history_file, (str, os.PathLike)) or not str(history_file)):
+            raise ValueError(f"proposer 'suffix': history_file must be a path, not {history_file!r}")
+        if history_file is not None and self._is_private:
+            raise ValueError(
+                "proposer 'suffix': with share 'none' nobody would read the history_file: give one of the two only"
+            )
+        self._max_automata_bytes = max_bytes - (max_bytes // FILE_SHARE if history_file is not None else 0)
+        self._tenants: dict[tuple[str, str], _Tenant] = {}
+        self._num_automata = 0
+        self._clock = 0
+        self._num_owners = 0
+        self._slot_of: dict[str, int] = {}
+        self._free: list[int] = []
+        self._tenant_of: list[_Tenant | None] = []
+        self._requests: NDArray[np.int64] = np.zeros((0, 8), dtype=np.int64)
+        self._nothing = Automaton.nothing()
+        self._members: NDArray[np.int64] = np.arange(0)
+        self._no_keys = kernel_input(np.zeros((0, 0)), np.uint64)
+        self._no_scales = kernel_input(np.zeros(0), np.float64)
+        self._file: _HistoryFile | None = None
+        self._num_loaded = 0
+        if history_file is not None:
+            self._file = _HistoryFile(Path(history_file), context.vocab_size, max_bytes // FILE_SHARE, save_interval_s)
+            for name, tokens in self._file.load():
+                self._insert_text(self._tenant((name, "")), tokens)
+                self._num_loaded += len(tokens)
+            self._file.start()
+
+    # -- Tenants and memory ------------------------------------------------------------------------------------------
+
+    def _new_id(self) -> int:
+        self._num_automata += 1
+        return self._num_automata
+
+    def _tenant(self, key: tuple[str, str]) -> _Tenant:
+        tenant = self._tenants.get(key)
+        if tenant is None:
+            tenant = _Tenant(key, Automaton(), None, np.array([self._new_id(), 0], dtype=np.int64))
+            tenant.last_used = self._clock
+            self._tenants[key] = tenant
+            while self._reserved_bytes() > self._max_automata_bytes and self._forget(tenant):
+                pass
+        return tenant
+
+    def _reserved_bytes(self) -> int:
+        return sum(each.reserved_bytes() for tenant in self._tenants.values() for each in tenant.automata())
+
+    def _forget(self, but: _Tenant) -> bool:
+        """Drop the older or the only automaton of the tenant used least recently; False where all is dropped."""
+        smallest = Automaton.smallest_bytes()
+        others = [
+            tenant
+            for tenant in self._tenants.values()
+            if tenant is not but
+            and (tenant.old is not None or tenant.num_requests == 0 or tenant.new.reserved_bytes() > smallest)
+        ]
+        if not others:
+            return False
+        tenant = min(others, key=lambda each: (each.last_used, -sum(x.reserved_bytes() for x in each.automata())))
+        if tenant.old is not None:
+            tenant.old = None
+            tenant.ids[1] = 0
+        elif tenant.num_requests == 0:
+            del self._tenants[tenant.key]
+        else:
+            tenant.new = Automaton()
+            tenant.ids[0] = self._new_id()
+        return True
+
+    def _make_room(self, tenant: _Tenant) -> None:
+        """Room in the automaton of ``tenant`` that is full: it grows, others forget, or it becomes the older one."""
+        share = self._max_automata_bytes // 2
+        while True:
+            left = self._max_automata_bytes - self._reserved_bytes() + tenant.new.reserved_bytes()
+            if tenant.new.grow(min(share, left)):
+                return
+            if left >= share or not self._forget(tenant):
+                break
+        tenant.old = tenant.new
+        tenant.new = Automaton()
+        tenant.ids[:] = self._new_id(), tenant.ids[0]
+
+    def _insert_text(self, tenant: _Tenant, tokens: NDArray[np.int32]) -> None:
+        """A whole text at once."""
+        self._num_owners += 1
+        last, done = ROOT, 0
+        tokens = kernel_input(tokens, np.int32)
+        while True:
+            new = tenant.new
+            last, count = extend_text(
+                new.states, new.edges, new.table, new.sizes, last, tokens[done:], self._num_owners & 0x7FFFFFFF
+            )
+            done += count
+            if done == len(tokens):
+                return
+            self._make_room(tenant)
+            if tenant.new is not new:
+                last = ROOT
+
+    # -- Requests ----------------------------------------------------------------------------------------------------
+
+    def _slots(self, batch: DraftBatch) -> NDArray[np.int64]:
+        slot_of = self._slot_of
+        slots = [slot_of.get(request_id, -1) for request_id in batch.request_ids]
+        if -1 in slots:
+            for index, slot in enumerate(slots):
+                if slot < 0:
+                    slots[index] = self._start(batch.request_ids[index], batch.options[index] if batch.options else {})
+        return np.array(slots, dtype=np.int64)
+
+    def _start(self, request_id: str, options: Mapping[str, Any]) -> int:
+        if not self._free:
+            num_slots = len(self._requests)
+            more = max(num_slots, 8)
+            self._requests = np.concatenate([self._requests, np.zeros((more, 8), dtype=np.int64)])
+            self._tenant_of += [None] * more
+            self._free = list(reversed(range(num_slots, num_slots + more)))
+        slot = self._free.pop()
+        self._num_owners += 1
+        self._requests[slot] = 0
+        self._requests[slot, _OWNER] = self._num_owners & 0x7FFFFFFF
+        tenant = self._tenant((str(options.get(TENANT_OPTION, "")), request_id if self._is_private else ""))
+        tenant.num_requests += 1
+        self._tenant_of[slot] = tenant
+        self._slot_of[request_id] = slot
+        return slot
+
+    def _groups(self, slots: NDArray[np.int64]) -> list[tuple[_Tenant, NDArray[np.int64]]]:
+        """The tenants of a batch and the places in it of their requests."""
+        if len(self._members) < len(slots):
+            self._members = np.arange(2 * len(slots), dtype=np.int64)
+        if len(self._tenants) == 1:
+            (tenant,) = self._tenants.values()
+            return [(tenant, self._members[: len(slots)])]
+        members: dict[tuple[str, str], list[int]] = {}
+        for index, slot in enumerate(slots.tolist()):
+            each = self._tenant_of[slot]
+            assert each is not None
+            members.setdefault(each.key, []).append(index)
+        return [(self._tenants[key], np.array(indices, dtype=np.int64)) for key, indices in members.items()]
+
+    # -- The protocol ------------------------------------------------------------------------------------------------
+
+    def propose(self, batch: DraftBatch) -> Drafts:
+        return self._run(batch, max(batch.max_draft_tokens.tolist(), default=0))
+
+    def follow(self, batch: DraftBatch) -> None:
+        self._run(batch, 0)
+
+    def _run(self, batch: DraftBatch, width: int) -> Drafts:
+        """Insert what is new, and draft up to ``width`` tokens."""
+        num_requests = len(batch)
+        drafts = Drafts.empty(num_requests, width)
+        drafts.match_length = np.zeros(num_requests, dtype=np.int32)
+        drafts.votes = np.zeros((num_requests, width), dtype=np.int32)
+        if num_requests == 0:
+            return drafts
+        slots = self._slots(batch)
+        if self._file is not None:
+            self._record(batch, slots, self._file)
+        if batch.noise is None or width == 0:
+            noise = self._no_noise(num_requests, width)
+        else:
+            noise = batch.noise_inputs(self._sharpness)
+        texts = (
+            kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
+            kernel_input(batch.num_tokens, np.int64), kernel_input(batch.max_draft_tokens, np.int64),
+        )  # fmt: skip
+        outputs = (
+            drafts.token_ids, drafts.num_tokens, drafts.confidence, drafts.match_length, drafts.votes,
+        )  # fmt: skip
+        self._clock += 1
+        groups = self._groups(slots)
+        for tenant, _ in groups:
+            tenant.last_used = self._clock
+        for tenant, members in groups:
+            done = 0
+            while True:
+                new, old = tenant.new, tenant.old or self._nothing
+                done = _draft_batch(
+                    new.states, new.edges, new.table, new.sizes, old.states, old.edges, old.table, tenant.ids, *texts,
+                    members, slots, self._requests, done, self._min_match, self.context.vocab_size,
+                    self._min_confidence, *noise, *outputs,
+                )  # fmt: skip
+                if done == len(members):
+                    break
+                self._make_room(tenant)
+        return drafts
+
+    def _no_noise(self, num_requests: int, width: int) -> tuple[int, NDArray[np.uint64], NDArray[np.float64]]:
+        """What ``DraftBatch.noise_inputs`` answers where there is no noise, or more of it, kept for the next batch."""
+        if len(self._no_scales) < num_requests or self._no_keys.shape[1] < width:
+            shape = max(num_requests, len(self._no_scales)), max(width, self._no_keys.shape[1])
+            self._no_keys = kernel_input(np.zeros(shape), np.uint64)
+            self._no_scales = kernel_input(np.zeros(shape[0]), np.float64)
+        return 0, self._no_keys, self._no_scales
+
+    def _record(self, batch: DraftBatch, slots: NDArray[np.int64], file: _HistoryFile) -> None:
+        """Copies of the tokens that are about to be inserted, for the history file."""
+        for index, request_id in enumerate(batch.request_ids):
+            tenant = self._tenant_of[slots[index]]
+            assert tenant is not None
+            file.record(request_id, tenant.key[0], batch.context(index), int(self._requests[slots[index], _INSERTED]))
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            slot = self._slot_of.pop(request_id, None)
+            if slot is None:
+                continue
+            tenant = self._tenant_of[slot]
+            assert tenant is not None
+            tenant.num_requests -= 1
+            if self._is_private:
+                del self._tenants[tenant.key]
+            self._tenant_of[slot] = None
+            self._free.append(slot)
+            if self._file is not None:
+                self._file.finish(request_id)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def warm_up(self) -> None:
+        # A proposer of its own, so that nothing of this stays in the history: texts that need every kind of growth.
+        context = self.context
+        other = SuffixProposer(
+            ProposerContext(max(context.vocab_size, 64), 2, max_num_requests=1, options={"share": "none"})
+        )
+        rng = np.random.default_rng(0)
+        text = rng.integers(0, 32, size=64, dtype=np.int32)
+        other._insert_text(other._tenant(("", "warm-up")), text)
+        other.propose(DraftBatch.from_contexts([text], 2, ["warm-up"]))
+        rehash(np.zeros((2, SLOT_WORDS), dtype=np.int32), np.zeros((4, SLOT_WORDS), dtype=np.int32))
+
+    def memory_bytes(self) -> int:
+        """Bytes of the history and of what is known of requests, finished texts that wait to be saved included."""
+        automata = sum(each.num_bytes() for tenant in self._tenants.values() for each in tenant.automata())
+        return automata + self._requests.nbytes + (self._file.num_bytes() if self._file is not None else 0)
+
+    def describe(self) -> str:
+        who = "its own text" if self._is_private else "the text of all requests"
+        words = f"continuations in {who}, {self._max_automata_bytes >> 20} MiB of it"
+        if self._file is not None:
+            words += f"; {self._num_loaded:,} tokens from {self._file.path}"
+        return words
+
+
+def _whole_number(name: str, value: object, smallest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+        raise ValueError(f"proposer 'suffix': {name} must be a whole number of at least {smallest}, not {value!r}")
+    return value
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"proposer 'suffix': {name} must be a number of at least 0, not {value!r}")
+    return float(value)
+
+
+class _HistoryFile:
+    """Texts of finished requests on disk; the newest stay. Written by a thread of its own, whole, then renamed.
+
+    An ``.npz`` archive of: ``header``, JSON as bytes (format, vocab_size, tenants); ``tokens`` int32, all texts one
+    after the other, the oldest first; ``lengths`` int64 and ``tenants`` int32, one a text.
+    """
+
+    def __init__(self, path: Path, vocab_size: int, max_bytes: int, interval_s: float) -> None:
+        self.path = path
+        self._vocab_size = vocab_size
+        self._max_bytes = max_bytes
+        self._interval_s = interval_s
+        self._texts: deque[tuple[str, NDArray[np.int32]]] = deque()
+        self._growing: dict[str, tuple[str, list[NDArray[np.int32]]]] = {}
+        self._num_bytes = 0
+        self._is_dirty = False
+        self._lock = threading.Lock()
+        self._saving = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        try:
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"proposer 'suffix': history_file {str(path)!r}: its folder cannot be written to ({error.strerror}); "
+                "make it, or name a file somewhere else"
+            ) from error
+
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+    # -- Collecting --------------------------------------------------------------------------------------------------
+
+    def record(self, request_id: str, tenant: str, context: NDArray[np.int32], num_known: int) -> None:
+        """``context`` is the request's text now, of which ``num_known`` tokens were inserted before."""
+        _, pieces = self._growing.setdefault(request_id, (tenant, []))
+        num_kept = sum(map(len, pieces))
+        if num_kept != num_known or num_known > len(context):
+            num_kept = 0  # a context that was replaced
+            self._num_bytes -= sum(piece.nbytes for piece in pieces)
+            pieces.clear()
+        if num_kept < len(context):
+            pieces.append(context[num_kept:].copy())
+            if len(pieces) > 64:
+                pieces[:] = [np.concatenate(pieces)]
+            self._num_bytes += 4 * (len(context) - num_kept)
+            self._trim()
+
+    def finish(self, request_id: str) -> None:
+        """The text of a request is complete."""
+        tenant, pieces = self._growing.pop(request_id, ("", []))
+        if pieces:
+            with self._lock:
+                self._texts.append((tenant, np.concatenate(pieces)))
+                self._is_dirty = True
+
+    def _trim(self) -> None:
+        """Forget the oldest texts until what is left is small enough, at last texts that still grow."""
+        while self._num_bytes > self._max_bytes and self._texts:
+            with self._lock:
+                self._num_bytes -= self._texts.popleft()[1].nbytes
+        if self._num_bytes > self._max_bytes:
+            for _, pieces in self._growing.values():
+                self._num_bytes -= sum(piece.nbytes for piece in pieces)
+                pieces.clear()
+                if self._num_bytes <= self._max_bytes:
+                    break
+
+    # -- Disk --------------------------------------------------------------------------------------------------------
+
+    def load(self) -> list[tuple[str, NDArray[np.int32]]]:
+        """The texts in the file, the oldest first; none where there is no file yet."""
+        if not self.path.exists():
+            return []
+        try:
+            texts = self._read()
+        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"proposer 'suffix': history_file {str(self.path)!r} cannot be used: {error}. It is left as it is: "
+                "move it away to begin a new history, or name another file"
+            ) from error
+        self._texts.extend(texts)
+        self._num_bytes = sum(tokens.nbytes for _, tokens in texts)
+        self._trim()
+        return list(self._texts)
+
+    def _read(self) -> list[tuple[str, NDArray[np.int32]]]:
+        with self.path.open("rb") as file:
+            if file.read(2) != b"PK":
+                raise ValueError("it is no history of this proposer's")
+        with np.load(self.path, allow_pickle=False) as archive:
+            header = json.loads(archive["header"].tobytes())
+            tokens, lengths, tenants = archive["tokens"], archive["lengths"], archive["tenants"]
+        if header.get("format") != FILE_FORMAT:
+            raise ValueError(f"its format is {header.get('format')!r}, this version reads {FILE_FORMAT!r}")
+        if header["vocab_size"] != self._vocab_size:
+            raise ValueError(
+                f"it was written for a vocabulary of {header['vocab_size']} tokens, the model has {self._vocab_size}"
+            )
+        if tokens.dtype != np.int32 or len(lengths) != len(tenants) or lengths.sum() != len(tokens):
+            raise ValueError("its parts do not fit together")
+        if len(lengths) and (lengths.min() < 1 or tenants.min() < 0 or tenants.max() >= len(header["tenants"])):
+            raise ValueError("its parts do not fit together")
+        pieces = np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
+        # Copies: a view would keep all the others in memory.
+        return [(str(header["tenants"][tenant]), piece.copy()) for tenant, piece in zip(tenants, pieces, strict=True)]
+
+    def save(self) -> None:
+        """Write all finished texts if there are new ones."""
+        with self._saving:
+            with self._lock:
+                if not self._is_dirty:
+                    return
+                texts = list(self._texts)
+                self._is_dirty = False
+            names = sorted({tenant for tenant, _ in texts})
+            number = {name: index for index, name in enumerate(names)}
+            header = {"format": FILE_FORMAT, "vocab_size": self._vocab_size, "tenants": names}
+            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+            try:
+                with temporary.open("wb") as file:
+                    np.savez(
+                        file,
+                        header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
+                        tokens=np.concatenate([np.zeros(0, dtype=np.int32), *(tokens for _, tokens in texts)]),
+                        lengths=np.array([len(tokens) for _, tokens in texts], dtype=np.int64),
+                        tenants=np.array([number[tenant] for tenant, _ in texts], dtype=np.int32),
+                    )
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.path)
+            except OSError:
+                self._is_dirty = True
+                temporary.unlink(missing_ok=True)
+                raise
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._save_now_and_then, name="specplug-history", daemon=True)
+        self._thread.start()
+
+    def _save_now_and_then(self) -> None:
+        has_warned = False
+        while not self._stop.wait(self._interval_s):
+            try:
+                self.save()
+                has_warned = False
+            except OSError as error:
+                if not has_warned:
+                    logger.warning("proposer 'suffix': cannot save %s: %s; will try again", self.path, error)
+                has_warned = True
+
+    def close(self) -> None:
+        """Stop the thread and save, texts that still grow included."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        for request_id in list(self._growing):
+            self.finish(request_id)
+        self.save()
