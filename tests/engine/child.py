@@ -91,7 +91,8 @@ class Child:
     @property
     def drafter(self) -> Any:
         """What our plugin attached to the runner, V1 or V2."""
-        return getattr(self.runner, "_specplug", None) or self.runner.speculator
+        attached = getattr(self.runner, "_specplug", None) or self.runner.speculator
+        return getattr(attached, "_specplug", attached)  # V2: ours beside one of vLLM's own
 
     def stats(self) -> Any:
         return self.drafter.snapshot()
