@@ -4,10 +4,10 @@
     vllm serve TARGET --speculative-config \\
         '{"method": "draft_model", "model": "distilled", "sampler": "gumbel", "num_speculative_tokens": 4}'
 
-The draft learns the target's whole distribution (Hinton et al., 2015; for drafting: Zhou et al., "DistillSpec", 2024) on
-real text and on text that the target writes itself. What counts is measured before and after, on held-out real text and
-on the target's own continuations of held-out prompts: how often the favourites agree (greedy requests), how often both
-draw the same token with the same noise (sampled ones, under the Gumbel coupling), and 1 - TV, the most that any
+The draft learns the target's whole distribution (Hinton et al., 2015; for drafting: Zhou et al., "DistillSpec", 2024)
+on real text and on text that the target writes itself. What counts is measured before and after, on held-out real text
+and on the target's own continuations of held-out prompts: how often the favourites agree (greedy requests), how often
+both draw the same token with the same noise (sampled ones, under the Gumbel coupling), and 1 - TV, the most that any
 verifier can accept.
 """
 
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from tokenizers import Tokenizer
-from train_consistency import CONTEXT, Decoder, optimizers_of, random_pieces, training_tokens
+from train_consistency import CONTEXT, Clock, Decoder, Workers, optimizers_of, random_pieces, training_tokens
 from train_tiny_models import encode, held_out_loss, save
 from transformers import LlamaForCausalLM
 
@@ -243,11 +243,13 @@ def train(
     target: LlamaForCausalLM,
     draft: LlamaForCausalLM,
     tokens: NDArray[np.uint16],
+    clock: Clock,
     seconds: float,
     recipe: Recipe,
+    workers: Workers,
     seed: int,
 ) -> dict[str, float]:
-    """Train ``draft`` in place for ``seconds``, writing included; returns what was counted.
+    """Train ``draft`` in place until ``clock`` shows ``seconds``, writing included; returns what was counted.
 
     The learning rate rises for 2% of the time and falls linearly to a twentieth, by the clock.
     """
@@ -259,27 +261,38 @@ def train(
         logits: torch.Tensor = target(token_ids).logits
         return logits
 
-    loss_of = distillation_loss
+    distillation = distillation_loss
     if recipe.compiled and shutil.which("g++"):  # what torch.compile needs on a CPU
-        loss_of = torch.compile(loss_of, dynamic=False)
+        distillation = torch.compile(distillation, dynamic=False)
         target_logits_of = torch.compile(target_logits_of, dynamic=False)
+
+    def loss_of(token_ids: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
+        loss, distance = distillation(
+            draft, token_ids, target_logits_of(token_ids), recipe.temperature, recipe.tv_weight
+        )
+        return loss, [loss.item(), distance.item()]
+
+    def write_after(prompts: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return sampled_texts(target, prompts, CONTEXT - PROMPT_TOKENS, len(prompts) // 6)
+
     own = torch.zeros((0, CONTEXT), dtype=torch.int64)
     num_own_rows = round(recipe.own_share * recipe.rows)
     step = written = 0
     writing_s = 0.0
     smoothed: NDArray[np.float64] | None = None
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[info]}"))
-    start, cpu_start = time.monotonic(), time.process_time()
+    start, wall_start, cpu_start = clock.seconds(), time.monotonic(), time.process_time()
+    seconds -= start
     with Progress(*columns) as progress:
         bar = progress.add_task("distilling", total=seconds, info="")
-        while (elapsed := time.monotonic() - start) < seconds:
+        while (elapsed := clock.seconds() - start) < seconds:
             if num_own_rows and (writing_s <= recipe.writing_share * elapsed):
                 prompts = random_pieces(tokens, recipe.written_rows, PROMPT_TOKENS, generator)
-                with torch.autocast("cpu", dtype=torch.bfloat16):
-                    texts = sampled_texts(target, prompts, CONTEXT - PROMPT_TOKENS, recipe.written_rows // 6)
+                texts = torch.cat(workers.map(write_after, prompts.chunk(workers.count)))
                 own = torch.cat((own, texts))[-recipe.kept_rows :]
                 written += recipe.written_rows * (CONTEXT - PROMPT_TOKENS)
-                now = time.monotonic() - start
+                now = clock.seconds() - start
                 writing_s += now - elapsed
                 elapsed = now
             done = min(elapsed / seconds, 1.0)
@@ -287,9 +300,7 @@ def train(
             batch = random_pieces(tokens, recipe.rows - num_own_rows, CONTEXT, generator)
             if num_own_rows:
                 batch = torch.cat((batch, own[generator.integers(0, len(own), size=num_own_rows)]))
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss, distance = loss_of(draft, batch, target_logits_of(batch), recipe.temperature, recipe.tv_weight)
-            loss.backward()
+            figures = workers.backward(draft, loss_of, batch.chunk(workers.count))
             torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -297,15 +308,14 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
-            figures = np.array([loss.item(), distance.item()])
             smoothed = figures if smoothed is None else 0.95 * smoothed + 0.05 * figures
             info = f"step {step}  loss {smoothed[0]:.3f}  1 - TV {1 - smoothed[1]:.3f}"
-            progress.update(bar, completed=time.monotonic() - start, info=info)
+            progress.update(bar, completed=clock.seconds() - start, info=info)
             if step % 50 == 0:
                 print(f"{elapsed / 60:.1f} min: {info}", flush=True)
     return {
         "steps": step,
-        "minutes": round((time.monotonic() - start) / 60, 2),
+        "minutes": round((time.monotonic() - wall_start) / 60, 2),
         "cpu_minutes": round((time.process_time() - cpu_start) / 60, 2),
         "writing_minutes": round(writing_s / 60, 2),
         "tokens_written": written,
@@ -347,12 +357,16 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128, help="output tokens of each (default: 128)")
     parser.add_argument("--held-out-tokens", type=int, help="take the held-out loss of the first so many only")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-clock", action="store_true", help="count CPU time over --threads, for a shared machine")
+    parser.add_argument("--threads", type=int, default=2, help="cores to use; must divide rows (default: 2)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.minutes <= 0 or arguments.temperature <= 0 or not 0 <= arguments.own_share <= 1:
         parser.error("--minutes and --temperature must be positive, --own-share between 0 and 1")
-    torch.set_num_threads(arguments.threads)
+    workers = Workers(arguments.threads)
+    clock = Clock(arguments.threads if arguments.cpu_clock else None)
+    if arguments.threads < 1 or arguments.rows % arguments.threads:
+        parser.error("--threads must be positive and divide --rows")
     torch.manual_seed(arguments.seed)
     console = Console()
     recipe = Recipe(
@@ -370,12 +384,12 @@ def main() -> None:
     console.print(f"{len(tokens):,} training tokens, {len(held_out):,} held out, {len(prompts)} held-out prompts")
 
     exam = Exam.make(target, held_out, prompts, arguments.max_tokens, arguments.seed)
-    examining = time.monotonic()
+    examining = clock.seconds()
     before = exam.mark(target, draft)
-    examining = time.monotonic() - examining
+    examining = clock.seconds() - examining
     # What the second exam and saving will take is set aside.
-    seconds = arguments.minutes * 60 - (time.monotonic() - began) - 1.2 * examining
-    figures = train(target, draft, tokens, seconds, recipe, arguments.seed)
+    seconds = arguments.minutes * 60 - 1.2 * examining
+    figures = train(target, draft, tokens, clock, seconds, recipe, workers, arguments.seed)
     console.print(str(figures))
 
     # What is saved is bfloat16: that is what gets examined.
@@ -388,10 +402,15 @@ def main() -> None:
     command = "python examples/distil_draft.py " + " ".join(sys.argv[1:])
     total = (time.monotonic() - began) / 60
     record: dict[str, Any] = {
-        "command": command, "total_minutes": round(total, 1), "training": figures, "before": before, "after": after,
-    }  # fmt: skip
+        "command": command,
+        "total_minutes": round(total, 1),
+        "total_cpu_minutes": round(time.process_time() / 60, 1),
+        "training": figures,
+        "before": before,
+        "after": after,
+    }
     (arguments.out / "distillation.json").write_text(json.dumps(record, indent=1) + "\n")
-    console.print(f"saved to {arguments.out} after {total:.1f} minutes")
+    console.print(f"saved to {arguments.out} after {total:.1f} minutes, {time.process_time() / 60:.1f} of CPU time")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -359,6 +361,67 @@ def real_text_loss(model: LlamaForCausalLM, token_ids: torch.Tensor) -> torch.Te
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), token_ids[:, 1:].flatten())
 
 
+class Clock:
+    """Seconds since it was made: of the wall, or what the process computed for over the number of cores it may use.
+
+    The second says what a run would take on a machine of its own, when it shares one.
+    """
+
+    def __init__(self, cores: int | None = None) -> None:
+        self._cores = cores
+        self._start = self._now()
+
+    def _now(self) -> float:
+        return time.process_time() / self._cores if self._cores else time.monotonic()
+
+    def seconds(self) -> float:
+        """Since it was made."""
+        return self._now() - self._start
+
+
+class Workers:
+    """Threads that share the work of a step by the rows of its batch, each with one core.
+
+    They meet once a step. Threads inside of every operation, torch's way, meet thousands of times, and on a machine
+    that others use as well each time waits for the slowest.
+    """
+
+    def __init__(self, count: int) -> None:
+        torch.set_num_threads(1)
+        self.count = count
+        self._pool = ThreadPoolExecutor(count)
+        self._is_warm = False
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Have one of them do it."""
+        return self._pool.submit(function, *arguments)
+
+    def map(self, function: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
+        """``function`` of each part, in order."""
+        return list(self._pool.map(function, parts))
+
+    def backward(
+        self, model: LlamaForCausalLM, loss_of: Callable[[Any], tuple[torch.Tensor, list[float]]], parts: Sequence[Any]
+    ) -> NDArray[np.float64]:
+        """Leave the gradients of the mean loss of all parts with the parameters; returns the mean of the figures.
+
+        ``loss_of`` runs under autocast to bfloat16. The first time parts go one after the other: they get compiled.
+        """
+        parameters = list(model.parameters())
+
+        def run(part: Any) -> tuple[Sequence[torch.Tensor], list[float]]:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss, figures = loss_of(part)
+            return torch.autograd.grad(loss, parameters), figures
+
+        results = self.map(run, parts) if self._is_warm else [run(part) for part in parts]
+        self._is_warm = True
+        gradients = zip(*(found for found, _ in results), strict=True)
+        for parameter, of_parts in zip(parameters, gradients, strict=True):
+            parameter.grad = torch.stack(of_parts).mean(0)
+        return np.mean([figures for _, figures in results], axis=0)
+
+
 def distinct_share(outputs: list[list[int]], n: int = 4) -> float:
     """Share of n-grams of an output that occur in it for the first time, mean over outputs; low where it repeats."""
     shares = []
@@ -379,14 +442,19 @@ class Evaluation:
 
 
 def evaluate(
-    model: LlamaForCausalLM, prompts: list[list[int]], held_out: NDArray[np.uint16], num_tokens: int
+    model: LlamaForCausalLM,
+    prompts: list[list[int]],
+    held_out: NDArray[np.uint16],
+    num_tokens: int,
+    workers: Workers,
 ) -> Evaluation:
     """Decode held-out prompts greedily with each of :data:`EVALUATED_WINDOWS`, and take the held-out loss."""
-    runs = {window: jacobi_decode(model, prompts, num_tokens, window) for window in EVALUATED_WINDOWS}
-    outputs = runs[EVALUATED_WINDOWS[0]].outputs(num_tokens)
+    loss_to_come = workers.submit(held_out_loss, model, held_out, CONTEXT)
+    runs = workers.map(lambda window: jacobi_decode(model, prompts, num_tokens, window), EVALUATED_WINDOWS)
+    outputs = runs[0].outputs(num_tokens)
     return Evaluation(
-        {window: run.emitted_per_forward for window, run in runs.items()},
-        held_out_loss(model, held_out, CONTEXT),
+        {window: run.emitted_per_forward for window, run in zip(EVALUATED_WINDOWS, runs, strict=True)},
+        loss_to_come.result(),
         outputs,
         distinct_share(outputs),
     )
@@ -397,7 +465,7 @@ class Recipe:
     """How to train; rates are AdamW's, Muon's is scaled to match it."""
 
     window: int = 8
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     consistency_weight: float = 1.0
     sharpness: float = 2.0
     decay: float = 0.9
@@ -419,41 +487,57 @@ def optimizers_of(model: LlamaForCausalLM, learning_rate: float) -> list[torch.o
 
 
 def train(
-    model: LlamaForCausalLM, tokens: NDArray[np.uint16], seconds: float, recipe: Recipe, seed: int
+    model: LlamaForCausalLM,
+    tokens: NDArray[np.uint16],
+    clock: Clock,
+    seconds: float,
+    recipe: Recipe,
+    workers: Workers,
+    seed: int,
 ) -> dict[str, float]:
-    """Train ``model`` in place for ``seconds``, collecting included; returns what was counted.
+    """Train ``model`` in place until ``clock`` shows ``seconds``, collecting included; returns what was counted.
 
     The learning rate rises for 2% of the time and falls linearly to a twentieth, by the clock.
     """
     generator = np.random.default_rng(seed)
     optimizers = optimizers_of(model, recipe.learning_rate)
 
-    def losses_of(packed: Packed) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        arguments = packed.token_ids, packed.positions, packed.mask, packed.depths
-        return consistency(model, *arguments, recipe.sharpness, recipe.decay)
-
     consistency, real = consistency_loss, real_text_loss
     if recipe.compiled and shutil.which("g++"):  # what torch.compile needs on a CPU
         consistency, real = torch.compile(consistency, dynamic=False), torch.compile(real, dynamic=False)
+
+    def loss_of(part: tuple[Packed, torch.Tensor]) -> tuple[torch.Tensor, list[float]]:
+        packed, text = part
+        arguments = packed.token_ids, packed.positions, packed.mask, packed.depths
+        own, right, prompts = consistency(model, *arguments, recipe.sharpness, recipe.decay)
+        language = real(model, text)
+        loss = recipe.consistency_weight * own + 0.5 * prompts + language
+        return loss, [own.item(), right.item(), language.item()]
+
+    def collect(prompts: list[list[int]]) -> Trajectories:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return jacobi_decode(model, prompts, OUTPUT_TOKENS, recipe.window)
+
     pool: list[list[States]] = []
     step = decoded = 0
     collecting_s, collected_at, per_forward = 0.0, -np.inf, float("nan")
     smoothed: NDArray[np.float64] | None = None
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[info]}"))
-    start, cpu_start = time.monotonic(), time.process_time()
+    start, wall_start, cpu_start = clock.seconds(), time.monotonic(), time.process_time()
+    seconds -= start
     with Progress(*columns) as progress:
         bar = progress.add_task("consistency", total=seconds, info="")
-        while (elapsed := time.monotonic() - start) < seconds:
+        while (elapsed := clock.seconds() - start) < seconds:
             if elapsed - collected_at > recipe.refresh_s or not pool:
-                for _ in range(1 if pool else 2):
+                for _ in range(1 if pool else KEPT_BATCHES):
                     prompts = random_pieces(tokens, COLLECT_ROWS, PROMPT_TOKENS, generator).tolist()
-                    with torch.autocast("cpu", dtype=torch.bfloat16):
-                        run = jacobi_decode(model, prompts, OUTPUT_TOKENS, recipe.window)
-                    pool.append(states_of(run, PROMPT_TOKENS + OUTPUT_TOKENS))
-                    per_forward = run.emitted_per_forward
+                    share = -(-COLLECT_ROWS // workers.count)
+                    runs = workers.map(collect, [prompts[i : i + share] for i in range(0, COLLECT_ROWS, share)])
+                    pool.append([states for run in runs for states in states_of(run, PROMPT_TOKENS + OUTPUT_TOKENS)])
+                    per_forward = float(np.mean([run.emitted_per_forward for run in runs]))
                     decoded += COLLECT_ROWS * OUTPUT_TOKENS
                 del pool[:-KEPT_BATCHES]
-                now = time.monotonic() - start
+                now = clock.seconds() - start
                 collecting_s += now - elapsed
                 print(f"{now / 60:.1f} min: {per_forward:.3f} tokens per forward pass on training prompts", flush=True)
                 elapsed = collected_at = now
@@ -461,12 +545,15 @@ def train(
             rate = recipe.learning_rate * min(done / 0.02 + 1e-3, 1.0) * (1 - 0.95 * done)
             texts = [states for batch in pool for states in batch]
             chosen = [texts[i] for i in generator.choice(len(texts), recipe.rows, replace=False)]
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                own, right, prompt_loss = losses_of(pack(chosen, recipe.room, generator))
-            (recipe.consistency_weight * own + 0.5 * prompt_loss).backward()
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                language = real(model, random_pieces(tokens, recipe.real_rows, CONTEXT, generator))
-            language.backward()
+            own_rows, real_rows = recipe.rows // workers.count, recipe.real_rows // workers.count
+            parts = [
+                (
+                    pack(chosen[nth * own_rows : (nth + 1) * own_rows], recipe.room, generator),
+                    random_pieces(tokens, real_rows, CONTEXT, generator),
+                )
+                for nth in range(workers.count)
+            ]
+            figures = workers.backward(model, loss_of, parts)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -474,16 +561,14 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             step += 1
-            figures = np.array([own.item(), right.item(), language.item()])
             smoothed = figures if smoothed is None else 0.95 * smoothed + 0.05 * figures
             info = f"step {step}  consistency {smoothed[0]:.3f}  right {smoothed[1]:.1%}  language {smoothed[2]:.3f}"
-            progress.update(bar, completed=time.monotonic() - start, info=info)
-            if step % 50 == 0:
+            progress.update(bar, completed=clock.seconds() - start, info=info)
+            if step % 25 == 0:
                 print(f"{elapsed / 60:.1f} min: {info}", flush=True)
-    total = time.monotonic() - start
     return {
         "steps": step,
-        "minutes": round(total / 60, 2),
+        "minutes": round((time.monotonic() - wall_start) / 60, 2),
         "cpu_minutes": round((time.process_time() - cpu_start) / 60, 2),
         "collecting_minutes": round(collecting_s / 60, 2),
         "own_tokens_decoded": decoded,
@@ -550,12 +635,16 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128, help="output tokens of each (default: 128)")
     parser.add_argument("--held-out-tokens", type=int, help="evaluate the loss on the first so many only")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-clock", action="store_true", help="count CPU time over --threads, for a shared machine")
+    parser.add_argument("--threads", type=int, default=2, help="cores to use; must divide rows (default: 2)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.minutes <= 0 or arguments.window < 1:
         parser.error("--minutes must be positive and --window at least 1")
-    torch.set_num_threads(arguments.threads)
+    if arguments.threads < 1 or arguments.rows % arguments.threads or arguments.real_rows % arguments.threads:
+        parser.error("--threads must be positive and divide --rows and --real-rows")
+    workers = Workers(arguments.threads)
+    clock = Clock(arguments.threads if arguments.cpu_clock else None)
     torch.manual_seed(arguments.seed)
     console = Console()
     recipe = Recipe(
@@ -571,19 +660,19 @@ def main() -> None:
     prompts = [tokenizer.encode(prompt).ids for prompt in corpus.held_out_prompts(arguments.prompts)]
     console.print(f"{len(tokens):,} training tokens, {len(held_out):,} held out, {len(prompts)} held-out prompts")
 
-    evaluating = time.monotonic()
-    before = evaluate(model, prompts, held_out, arguments.max_tokens)
-    evaluating = time.monotonic() - evaluating
+    evaluating = clock.seconds()
+    before = evaluate(model, prompts, held_out, arguments.max_tokens, workers)
+    evaluating = clock.seconds() - evaluating
     console.print(f"before: {before.per_forward} tokens per forward pass, held-out loss {before.held_out_loss:.4f}")
     # What the second evaluation and saving will take is set aside.
-    seconds = arguments.minutes * 60 - (time.monotonic() - began) - 1.2 * evaluating
-    figures = train(model, tokens, seconds, recipe, arguments.seed)
+    seconds = arguments.minutes * 60 - 1.2 * evaluating
+    figures = train(model, tokens, clock, seconds, recipe, workers, arguments.seed)
     console.print(str(figures))
 
     # What is saved is bfloat16: that is what gets evaluated.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).float()
-    after = evaluate(model.eval(), prompts, held_out, arguments.max_tokens)
+    after = evaluate(model.eval(), prompts, held_out, arguments.max_tokens, workers)
     report = compare(before, after)
     show(report, console)
     for index in range(min(3, len(prompts))):
@@ -594,9 +683,15 @@ def main() -> None:
     save(model, tokenizer, arguments.out, CONTEXT)
     command = "python examples/train_consistency.py " + " ".join(sys.argv[1:])
     total = (time.monotonic() - began) / 60
-    record = {"command": command, "total_minutes": round(total, 1), "training": figures, **report}
+    record = {
+        "command": command,
+        "total_minutes": round(total, 1),
+        "total_cpu_minutes": round(time.process_time() / 60, 1),
+        "training": figures,
+        **report,
+    }
     (arguments.out / "consistency.json").write_text(json.dumps(record, indent=1) + "\n")
-    console.print(f"saved to {arguments.out} after {total:.1f} minutes")
+    console.print(f"saved to {arguments.out} after {total:.1f} minutes, {time.process_time() / 60:.1f} of CPU time")
 
 
 if __name__ == "__main__":
