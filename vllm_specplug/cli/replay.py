@@ -8,6 +8,7 @@ proposers alone, whatever the machine (but for times).
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -218,17 +219,14 @@ def tokenized(sources: Sources, tokenizer: Any) -> list[Ids]:
     return [np.concatenate(parts) for parts in documents if parts]
 
 
-def requests_of(documents: Sequence[Ids], prompt_tokens: int, max_tokens: int) -> list[Ids]:
+def requests_of(document: Ids, prompt_tokens: int, max_tokens: int) -> list[Ids]:
     """Requests of at most ``max_tokens``, the first ``prompt_tokens`` being the prompt.
 
-    Together their outputs are each document from its token number ``prompt_tokens`` on, every token once: 10 tokens
-    with prompts of 2 and at most 6 give [0:6] and [4:10].
+    Together their outputs are the document from its token number ``prompt_tokens`` on, every token once: 10 tokens
+    with prompts of 2 and at most 6 give [0:6] and [4:10]. The prompt of each is the end of the output before.
     """
-    return [
-        ids[start : start + max_tokens]
-        for ids in documents
-        for start in range(0, len(ids) - prompt_tokens, max_tokens - prompt_tokens)
-    ]
+    starts = range(0, len(document) - prompt_tokens, max_tokens - prompt_tokens)
+    return [document[start : start + max_tokens] for start in starts]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,7 +412,7 @@ class Replay:
     Args:
         proposers: by name, in order of preference; fresh ones.
         k: longest draft.
-        batch: requests at a time; when one ends the next one starts.
+        batch: requests at a time, each of another document.
     """
 
     def __init__(self, proposers: Mapping[str, Proposer], chooser: Chooser, k: int, batch: int) -> None:
@@ -441,22 +439,40 @@ class Replay:
             self.counts.keep(self._kept_bytes())
             on_progress(sum(map(len, part)))
 
-    def decode(self, requests: Sequence[Ids], prompt_tokens: int, on_progress: Callable[[int], None]) -> Counts:
-        """All requests to their ends. ``on_progress`` is called with the number of tokens emitted in a step."""
+    def decode(
+        self, documents: Sequence[Sequence[Ids]], prompt_tokens: int, on_progress: Callable[[int], None]
+    ) -> Counts:
+        """All requests to their ends.
+
+        Those of a document run one after the other, never side by side: the prompt of one is output of the one before,
+        and proposers that share what requests say would know that output before it is decoded.
+
+        Args:
+            documents: the requests of each, at least one.
+            on_progress: called with the number of tokens emitted in a step.
+        """
         counts, k = self.counts, self.k
-        num_rows = min(self.batch, len(requests))
-        longest = max(map(len, requests))
+        num_rows = min(self.batch, len(documents))
+        longest = max(len(request) for requests in documents for request in requests)
         truth: Ids = np.full((num_rows, longest + k + 1), -1, dtype=np.int32)
         table: Ids = np.zeros((num_rows, longest + k + 1), dtype=np.int32)  # holds what was emitted, nothing more
         num_tokens: Lengths = np.zeros(num_rows, dtype=np.int64)
         ends: Lengths = np.zeros(num_rows, dtype=np.int64)
         names = [""] * num_rows
-        waiting = iter(enumerate(requests))
+        waiting = iter(documents)
+        current: list[Iterator[Ids]] = [iter(())] * num_rows  # what is left of the document that a row is at
+        count = itertools.count()
         depths = np.arange(k + 1)
 
         def fill(rows: Sequence[int]) -> None:
-            for row, (nth, tokens) in zip(rows, waiting, strict=False):
-                names[row] = str(nth)
+            for row in rows:
+                tokens = next(current[row], None)
+                if tokens is None:
+                    current[row] = iter(next(waiting, ()))
+                    tokens = next(current[row], None)
+                if tokens is None:
+                    continue
+                names[row] = str(next(count))
                 truth[row] = -1
                 truth[row, : len(tokens)] = tokens
                 table[row] = 0
@@ -602,7 +618,9 @@ def replay(
     k: Annotated[
         int, typer.Option("-k", "--k", min=1, max=MAX_SPECULATIVE_TOKENS, help="Longest draft.")
     ] = DEFAULT_SPECULATIVE_TOKENS,
-    batch: Annotated[int, typer.Option(min=1, help="Requests at a time, in the order of the files.")] = DEFAULT_BATCH,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Requests at a time, each of another document, in the order of the files.")
+    ] = DEFAULT_BATCH,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = DEFAULT_PROMPT_TOKENS,
     max_tokens: Annotated[
         int, typer.Option(min=2, help="Most tokens of a request, prompt included; longer documents become several.")
@@ -645,7 +663,7 @@ def replay(
             warm_documents = tokenized(warm_sources, loaded)
     except (DatastoreError, OSError) as error:
         raise SpecplugError(str(error)) from error
-    requests = requests_of(documents, prompt_tokens, max_tokens)
+    requests = [each for ids in documents if (each := requests_of(ids, prompt_tokens, max_tokens))]
     if not requests:
         raise SpecplugError(
             f"nothing to decode: none of {len(documents)} documents has more than {prompt_tokens} tokens "
@@ -658,10 +676,10 @@ def replay(
     if skipped := sources.num_skipped + warm_sources.num_skipped:
         console.print(f"left out {skipped:,} files that are not UTF-8 text", highlight=False)
     # Not as overlapping requests: no token shall be in the history twice.
-    history = requests_of(warm_documents, 0, max_tokens)
+    history = [each for ids in warm_documents for each in requests_of(ids, 0, max_tokens)]
     counts = _run_all(console, makers, stores, requests, history, prompt_tokens)
-    num_outputs = sum(map(len, requests)) - prompt_tokens * len(requests)
-    _print_table(counts, f"{len(requests):,} requests, {num_outputs:,} tokens of output, drafts of up to {k}")
+    num_requests, num_outputs = sum(map(len, requests)), counts[ORACLE].emitted
+    _print_table(counts, f"{num_requests:,} requests, {num_outputs:,} tokens of output, drafts of up to {k}")
     if json_path is not None:
         result = {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -682,7 +700,7 @@ def replay(
                 "documents": len(documents),
                 "short_documents": sum(len(each) <= prompt_tokens for each in documents),
                 "tokens": sum(map(len, documents)),
-                "requests": len(requests),
+                "requests": num_requests,
                 "output_tokens": num_outputs,
             },
             "warm": {
@@ -705,7 +723,7 @@ def _run_all(
     console: Console,
     makers: Makers,
     stores: Mapping[str, Datastore],
-    requests: Sequence[Ids],
+    requests: Sequence[Sequence[Ids]],
     history: Sequence[Ids],
     prompt_tokens: int,
 ) -> dict[str, Counts]:
@@ -727,7 +745,8 @@ def _run_all(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        total = sum(map(len, history)) + sum(map(len, requests)) - prompt_tokens * len(requests)
+        outputs = sum(len(request) - prompt_tokens for each in requests for request in each)
+        total = sum(map(len, history)) + outputs
         for name, members, chooser in contenders():
             task = progress.add_task(name, total=total)
 
@@ -770,4 +789,4 @@ def _print_table(counts: Mapping[str, Counts], caption: str) -> None:
     said = {"ensemble_over_oracle": "of the oracle's", "ensemble_over_longest_match": "of the longest match's"}
     ratios = [f"{value:.3f} {said[name]}" for name, value in _ratios(counts).items()]
     if ratios:
-        console.print(f"ensemble: emitted tokens per step {', '.join(ratios)}", highlight=False)
+        console.print(f"ensemble: emitted tokens per step {', '.join(ratios)}", highlight=False, soft_wrap=True)
