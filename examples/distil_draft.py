@@ -249,7 +249,8 @@ def train(
     workers: Workers,
     seed: int,
 ) -> dict[str, float]:
-    """Train ``draft`` in place until ``clock`` shows ``seconds``, writing included; returns what was counted.
+    """Train ``draft`` in place until ``clock`` shows ``seconds``, writing included, one step at least; returns what was
+    counted.
 
     The learning rate rises for 2% of the time and falls linearly to a twentieth, by the clock.
     """
@@ -286,7 +287,7 @@ def train(
     seconds -= start
     with Progress(*columns) as progress:
         bar = progress.add_task("distilling", total=seconds, info="")
-        while (elapsed := clock.seconds() - start) < seconds:
+        while (elapsed := clock.seconds() - start) < seconds or not step:
             if num_own_rows and (writing_s <= recipe.writing_share * elapsed):
                 prompts = random_pieces(tokens, recipe.written_rows, PROMPT_TOKENS, generator)
                 texts = torch.cat(workers.map(write_after, prompts.chunk(workers.count)))
@@ -295,7 +296,7 @@ def train(
                 now = clock.seconds() - start
                 writing_s += now - elapsed
                 elapsed = now
-            done = min(elapsed / seconds, 1.0)
+            done = min(elapsed / max(seconds, 1e-9), 1.0)
             rate = recipe.learning_rate * min(done / 0.02 + 1e-3, 1.0) * (1 - 0.95 * done)
             batch = random_pieces(tokens, recipe.rows - num_own_rows, CONTEXT, generator)
             if num_own_rows:

@@ -260,7 +260,7 @@ def states_of(trajectories: Trajectories, length: int) -> list[States]:
             strict=True,
         ):
             anchor = certain - 1 + accepted
-            rest = draft[accepted : accepted + length - 1 - anchor]
+            rest = draft[accepted : accepted + max(length - 1 - anchor, 0)]
             if certain > 0 and len(rest):
                 states.anchors.append(anchor)
                 states.windows.append(rest)
@@ -495,7 +495,9 @@ def train(
     workers: Workers,
     seed: int,
 ) -> dict[str, float]:
-    """Train ``model`` in place until ``clock`` shows ``seconds``, collecting included; returns what was counted.
+    """Train ``model`` in place until ``clock`` shows ``seconds``, collecting included and one step at least.
+
+    Returns what was counted.
 
     The learning rate rises for 2% of the time and falls linearly to a twentieth, by the clock.
     """
@@ -527,7 +529,7 @@ def train(
     seconds -= start
     with Progress(*columns) as progress:
         bar = progress.add_task("consistency", total=seconds, info="")
-        while (elapsed := clock.seconds() - start) < seconds:
+        while (elapsed := clock.seconds() - start) < seconds or not step:
             if elapsed - collected_at > recipe.refresh_s or not pool:
                 for _ in range(1 if pool else KEPT_BATCHES):
                     prompts = random_pieces(tokens, COLLECT_ROWS, PROMPT_TOKENS, generator).tolist()
@@ -541,7 +543,7 @@ def train(
                 collecting_s += now - elapsed
                 print(f"{now / 60:.1f} min: {per_forward:.3f} tokens per forward pass on training prompts", flush=True)
                 elapsed = collected_at = now
-            done = min(elapsed / seconds, 1.0)
+            done = min(elapsed / max(seconds, 1e-9), 1.0)
             rate = recipe.learning_rate * min(done / 0.02 + 1e-3, 1.0) * (1 - 0.95 * done)
             texts = [states for batch in pool for states in batch]
             chosen = [texts[i] for i in generator.choice(len(texts), recipe.rows, replace=False)]
