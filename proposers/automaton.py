@@ -28,13 +28,13 @@ EDGE_WORDS = 3
 """Token, target, next edge of the same state (0: none). Edge 0 is not used."""
 SLOT_WORDS = 3
 """State + 1 (0: free), token, edge."""
-NUM_STATES, NUM_EDGES, NUM_SLOTS, NUM_TOKENS, NUM_OPERATIONS, NUM_WANTED = range(6)
-"""What :attr:`Automaton.sizes` counts. Operations: states looked at, for tests of the running time. Wanted: edges that
-the token which found no room needs."""
+NUM_STATES, NUM_EDGES, NUM_SLOTS, NUM_TOKENS, NUM_OPERATIONS, WANTED_EDGES, WANTED_SLOTS = range(7)
+"""What :attr:`Automaton.sizes` counts. Operations: states looked at, for tests of the running time. Wanted: what the
+token that found no room needs."""
 
 ROOT = 0
 NO_EDGE, INLINE = -2, -1
-MAX_LIST = 8
+MAX_LIST = 16
 """Most further edges of a state that are found by going through them."""
 MAX_CHAIN = 32
 FIRST_ROWS = 16
@@ -48,10 +48,11 @@ def _slot_of(table, state, token):  # type: ignore[no-untyped-def]
     key *= np.uint64(0x9E3779B97F4A7C15)
     key ^= key >> np.uint64(29)
     key *= np.uint64(0xBF58476D1CE4E5B9)
-    mask = np.uint64(len(table) - 1)
-    slot = np.int64((key >> np.uint64(32)) & mask)
+    slot = np.int64((key >> np.uint64(32)) * np.uint64(len(table)) >> np.uint64(32))
     while table[slot, 0] != 0 and (table[slot, 0] != state + 1 or table[slot, 1] != token):
-        slot = (slot + 1) & np.int64(mask)
+        slot += 1
+        if slot == len(table):
+            slot = 0
     return slot
 
 
@@ -144,12 +145,12 @@ def _num_further(states, edges, state):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _has_room(states, edges, table, sizes, num_edges):  # type: ignore[no-untyped-def]
-    """Room for two states and ``num_edges`` edges, each of which may bring a list into the table."""
+def _has_room(states, edges, table, sizes, num_edges, num_slots):  # type: ignore[no-untyped-def]
+    """Room for two states, ``num_edges`` edges and ``num_slots`` keys, with a quarter of the table free."""
     return (
         sizes[NUM_STATES] + 2 <= len(states)
         and sizes[NUM_EDGES] + num_edges <= len(edges)
-        and 4 * (sizes[NUM_SLOTS] + num_edges * (MAX_LIST + 1)) <= 3 * len(table)
+        and 4 * (sizes[NUM_SLOTS] + num_slots) <= 3 * len(table)
     )
 
 
@@ -268,9 +269,12 @@ def extend(states, edges, table, sizes, last, token, owner):  # type: ignore[no-
     if state >= 0:
         target = target_of(states, edges, state, edge)
         must_split = states[target, LENGTH] != states[state, LENGTH] + 1
-    num_edges = num_new + (_num_further(states, edges, target) if must_split else 0)
-    if not _has_room(states, edges, table, sizes, num_edges):
-        sizes[NUM_WANTED] = num_edges
+    num_copied = _num_further(states, edges, target) if must_split else 0
+    # An edge more may bring the list that it makes too long into the table. An exchange brings one key a state.
+    num_slots = num_new * (MAX_LIST + 1) + num_copied + 2 * MAX_CHAIN
+    if not _has_room(states, edges, table, sizes, num_new + num_copied, num_slots):
+        sizes[WANTED_EDGES] = num_new + num_copied
+        sizes[WANTED_SLOTS] = num_slots
         return np.int64(_NO_ROOM)
     sizes[NUM_TOKENS] += 1
     if num_new == 0:
@@ -330,14 +334,14 @@ class Automaton:
 
     Attributes:
         states: ``[rows, 7]`` int32, edges: ``[rows, 3]`` int32, table: ``[slots, 3]`` int32; see the columns above.
-        sizes: ``[6]`` int64, what is in use.
+        sizes: ``[7]`` int64, what is in use.
     """
 
     def __init__(self) -> None:
         self.states: NDArray[np.int32] = np.empty((FIRST_ROWS, STATE_WORDS), dtype=np.int32)
         self.edges: NDArray[np.int32] = np.empty((FIRST_ROWS, EDGE_WORDS), dtype=np.int32)
         self.table: NDArray[np.int32] = np.zeros((FIRST_ROWS, SLOT_WORDS), dtype=np.int32)
-        self.sizes: NDArray[np.int64] = np.array([1, 1, 0, 0, 0, 0], dtype=np.int64)
+        self.sizes: NDArray[np.int64] = np.array([1, 1, 0, 0, 0, 0, 0], dtype=np.int64)
         self.states[ROOT] = 0, -1, -1, 0, 0, 0, 0
 
     @classmethod
@@ -368,25 +372,26 @@ class Automaton:
     def grow(self, limit_bytes: int) -> bool:
         """Make the room that :func:`extend` did not find; False where that would take more than ``limit_bytes``.
 
-        An array grows by half (the table to double its size), or to the limit if that gives a sixteenth at least.
+        An array grows by half, or to the limit if that gives a sixteenth at least.
         """
-        wanted = int(self.sizes[NUM_WANTED])
-        needed_states, needed_edges = int(self.sizes[NUM_STATES]) + 2, int(self.sizes[NUM_EDGES]) + wanted
-        num_slots = len(self.table)
-        while 4 * (int(self.sizes[NUM_SLOTS]) + wanted * (MAX_LIST + 1)) > 3 * num_slots:
-            num_slots *= 2
-        free = limit_bytes - self.reserved_bytes() - (num_slots - len(self.table)) * SLOT_WORDS * 4
-        if free < 0:
-            return False
-        num_states = _larger(len(self.states), needed_states, free // (STATE_WORDS * 4))
-        free -= (num_states - len(self.states)) * STATE_WORDS * 4
-        num_edges = _larger(len(self.edges), needed_edges, free // (EDGE_WORDS * 4))
-        if num_states < needed_states or num_edges < needed_edges:
-            return False
-        self.states = _moved(self.states, num_states, int(self.sizes[NUM_STATES]))
-        self.edges = _moved(self.edges, num_edges, int(self.sizes[NUM_EDGES]))
-        if num_slots > len(self.table):
-            table = np.zeros((num_slots, SLOT_WORDS), dtype=np.int32)
+        sizes = self.sizes
+        needed = {
+            "states": int(sizes[NUM_STATES]) + 2,
+            "edges": int(sizes[NUM_EDGES] + sizes[WANTED_EDGES]),
+            "table": -(-4 * int(sizes[NUM_SLOTS] + sizes[WANTED_SLOTS]) // 3),
+        }
+        free = limit_bytes - self.reserved_bytes()
+        larger: dict[str, int] = {}
+        for name, num_needed in needed.items():
+            rows: NDArray[np.int32] = getattr(self, name)
+            larger[name] = _larger(len(rows), num_needed, free // rows.strides[0])
+            free -= (larger[name] - len(rows)) * rows.strides[0]
+            if larger[name] < num_needed:
+                return False
+        self.states = _moved(self.states, larger["states"], int(sizes[NUM_STATES]))
+        self.edges = _moved(self.edges, larger["edges"], int(sizes[NUM_EDGES]))
+        if larger["table"] > len(self.table):
+            table = np.zeros((larger["table"], SLOT_WORDS), dtype=np.int32)
             rehash(self.table, table)
             self.table = table
         return True

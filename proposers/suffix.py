@@ -72,7 +72,7 @@ DEFAULT_OPTIONS: Mapping[str, int | float | str | None] = {
     "max_history_bytes": 256 << 20,
     "share": "all",
     "sharpness": 1.6,
-    "min_confidence": 0.1,
+    "min_confidence": 0.05,
     "history_file": None,
     "save_interval_s": 60.0,
 }
@@ -107,6 +107,7 @@ CHECKED_TOKENS = 8
 _INSERTED, _LAST, _NEW_ID, _OLD_STATE, _OLD_LENGTH, _OLD_ID, _OWNER, _CHECK = range(8)
 """What is known of a request: tokens inserted, its state in the automaton being built and which that is, its match in
 the older one and which that is, its serial number, a hash of its last tokens."""
+_ROWS, _NUM_TOKENS, _LIMITS, _SLOTS, _MEMBERS = range(5)
 
 (
     _CANDIDATE_TOKEN, _CANDIDATE_STATE, _CANDIDATE_LENGTH, _CANDIDATE_AGREEING, _CANDIDATE_AGAINST, _CANDIDATE_WHICH,
@@ -118,6 +119,15 @@ automaton, 0 the one being built or 1 the older."""
 @njit(cache=True, nogil=True)
 def _chance(score):  # type: ignore[no-untyped-def]
     return 1.0 / (1.0 + math.exp(-score))
+
+
+_LOGS = np.concatenate([[0.0], np.log(np.arange(1, 256))])
+
+
+@njit(cache=True, nogil=True)
+def _log(count):  # type: ignore[no-untyped-def]
+    """Logarithm of a count of at least 1; most are small."""
+    return _LOGS[count] if count < len(_LOGS) else math.log(count)
 
 
 @njit(cache=True, nogil=True)
@@ -134,8 +144,8 @@ def continuation_score(length, num_agreeing, num_against, is_own):  # type: igno
         num_against: those that continue otherwise.
         is_own: 1.0 where the request itself was the last to continue so, else 0.0.
     """
-    log_length = math.log(min(length, 32))
-    log_ratio = math.log(num_agreeing / (num_against + 1.0))
+    log_length = _log(min(length, 32))
+    log_ratio = _log(num_agreeing) - _log(num_against + 1)
     rarity = 1.0 / (num_agreeing + num_against)
     score = -1.45 + 0.64 * log_length + 0.44 * log_ratio - 0.38 * rarity
     score += 0.15 * log_length * log_ratio + 0.48 * log_length * rarity + 2.2 * log_ratio * rarity
@@ -169,20 +179,20 @@ def _check_of(context, end):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _follow(  # type: ignore[no-untyped-def]
-    states, edges, table, sizes, old_states, old_edges, old_table, ids, context, vocab_size, request,
+    states, edges, table, sizes, old_states, old_edges, old_table, new_id, old_id, context, vocab_size, request,
 ):  # fmt: skip
     """Bring one request up to its last token; False where the automaton is full (what was done stays done)."""
-    if request[_NEW_ID] != ids[0]:
-        if request[_NEW_ID] == ids[1]:
+    if request[_NEW_ID] != new_id:
+        if request[_NEW_ID] == old_id:
             request[_OLD_STATE] = request[_LAST]
             request[_OLD_LENGTH] = old_states[request[_LAST], LENGTH]
-            request[_OLD_ID] = ids[1]
+            request[_OLD_ID] = old_id
         request[_LAST] = ROOT
-        request[_NEW_ID] = ids[0]
-    if request[_OLD_ID] != ids[1]:
+        request[_NEW_ID] = new_id
+    if request[_OLD_ID] != old_id:
         request[_OLD_STATE] = ROOT
         request[_OLD_LENGTH] = 0
-        request[_OLD_ID] = ids[1]
+        request[_OLD_ID] = old_id
     num_tokens = len(context)
     inserted = request[_INSERTED]
     if inserted > num_tokens or (inserted > 0 and _check_of(context, inserted) != request[_CHECK]):
@@ -262,12 +272,14 @@ def _candidates(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _choose(found, scores, num_found):  # type: ignore[no-untyped-def]
+def _choose(found, scores, chances, num_found):  # type: ignore[no-untyped-def]
     """(place of the best candidate, its confidence): of each token the best score counts, and what others add to it."""
+    for index in range(num_found):
+        chances[index] = _chance(scores[index])
     best = 0
     best_sum = -math.inf
     best_support = 0.0
-    rival = -math.inf
+    rival = 0.0
     for index in range(num_found):
         token = found[index, _CANDIDATE_TOKEN]
         support = 0.0
@@ -277,18 +289,18 @@ def _choose(found, scores, num_found):  # type: ignore[no-untyped-def]
                 if scores[other] > scores[index] or (scores[other] == scores[index] and other < index):
                     is_first = False
                     break
-                support += _chance(scores[other])
+                support += chances[other]
         if not is_first:
             continue
         if scores[index] + SUPPORT * support > best_sum:
             if best_sum > -math.inf:
-                rival = max(rival, scores[best])
+                rival = max(rival, chances[best])
             best = index
             best_sum = scores[index] + SUPPORT * support
             best_support = support
         else:
-            rival = max(rival, scores[index])
-    return best, draft_confidence(scores[best], best_support, _chance(rival) if rival > -math.inf else 0.0)
+            rival = max(rival, chances[index])
+    return best, draft_confidence(scores[best], best_support, rival)
 
 
 @njit(cache=True, nogil=True)
@@ -317,7 +329,7 @@ def _race(states, edges, state, kind, key, scale):  # type: ignore[no-untyped-de
 @njit(cache=True, nogil=True)
 def _draft_one(  # type: ignore[no-untyped-def]
     states, edges, table, old_states, old_edges, old_table, request, max_draft, min_match, min_confidence,
-    kind, keys, scale, found, scores, out_tokens, out_confidence, out_votes,
+    kind, keys, scale, found, scores, chances, out_tokens, out_confidence, out_votes,
 ):  # fmt: skip
     """Draft for one request: (length of the draft, length of its match)."""
     state = request[_LAST]
@@ -339,7 +351,7 @@ def _draft_one(  # type: ignore[no-untyped-def]
             )
         if num_found == 0:
             break
-        best, confidence = _choose(found, scores, num_found)
+        best, confidence = _choose(found, scores, chances, num_found)
         token = found[best, _CANDIDATE_TOKEN]
         num_agreeing = found[best, _CANDIDATE_AGREEING]
         num_against = found[best, _CANDIDATE_AGAINST]
@@ -355,7 +367,7 @@ def _draft_one(  # type: ignore[no-untyped-def]
                 num_against = max(num_agreeing + num_against - num_wins, 0)
                 num_agreeing = num_wins
                 score = continuation_score(found[best, _CANDIDATE_LENGTH], num_agreeing, num_against, is_own)
-                confidence = draft_confidence(score, 0.0, _chance(scores[best]))
+                confidence = draft_confidence(score, 0.0, chances[best])
                 token = winner
         chance *= confidence
         if chance < min_confidence:
@@ -375,34 +387,40 @@ def _draft_one(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _draft_batch(  # type: ignore[no-untyped-def]
-    states, edges, table, sizes, old_states, old_edges, old_table, ids, contexts, rows, num_tokens, max_drafts,
-    members, slots, requests, first, min_match, vocab_size, min_confidence, kind, keys, scales,
-    out_tokens, out_num_tokens, out_confidence, out_match_length, out_votes,
+    states, edges, table, sizes, old_states, old_edges, old_table, contexts, requests, work, num_members, first,
+    new_id, old_id, min_match, vocab_size, min_confidence, kind, keys, scales,
+    out_tokens_votes, out_confidence, out_num_tokens, out_match_length,
 ):  # fmt: skip
-    """Follow and draft for the ``members`` of a batch from the ``first`` on.
+    """Follow and draft for the members of a batch from the ``first`` on.
+
+    Args:
+        work: ``[5, capacity]`` int64; row, number of tokens, longest draft and slot of each request of the batch, and
+            the places of the ``num_members`` that are meant.
+        out_tokens_votes: ``[2, num_requests, max_tokens]`` int32.
 
     Returns:
         How many members are done: all, unless the automaton is full.
     """
-    for nth in range(first, len(members)):
-        i = members[nth]
-        request = requests[slots[i]]
+    for nth in range(first, num_members):
+        i = work[_MEMBERS, nth]
         if not _follow(
-            states, edges, table, sizes, old_states, old_edges, old_table, ids, contexts[rows[i], : num_tokens[i]],
-            vocab_size, request,
+            states, edges, table, sizes, old_states, old_edges, old_table, new_id, old_id,
+            contexts[work[_ROWS, i], : work[_NUM_TOKENS, i]], vocab_size, requests[work[_SLOTS, i]],
         ):  # fmt: skip
             return nth
-    if out_tokens.shape[1] > 0:
+    width = out_confidence.shape[1]
+    if width > 0:
         found = np.empty((MAX_FOUND, 6), dtype=np.int64)
         scores = np.empty(MAX_FOUND)
-        for nth in range(len(members)):
-            i = members[nth]
+        chances = np.empty(MAX_FOUND)
+        for nth in range(num_members):
+            i = work[_MEMBERS, nth]
             out_num_tokens[i], out_match_length[i] = _draft_one(
-                states, edges, table, old_states, old_edges, old_table, requests[slots[i]],
-                min(max_drafts[i], out_tokens.shape[1]), min_match, min_confidence, kind, keys[i], scales[i],
-                found, scores, out_tokens[i], out_confidence[i], out_votes[i],
+                states, edges, table, old_states, old_edges, old_table, requests[work[_SLOTS, i]],
+                min(work[_LIMITS, i], width), min_match, min_confidence, kind, keys[i], scales[i],
+                found, scores, chances, out_tokens_votes[0, i], out_confidence[i], out_tokens_votes[1, i],
             )  # fmt: skip
-    return len(members)
+    return num_members
 
 
 @dataclass(slots=True, eq=False)
@@ -412,8 +430,9 @@ class _Tenant:
     key: tuple[str, str]
     new: Automaton
     old: Automaton | None
-    ids: NDArray[np.int64]
-    """``[2]``: numbers of the automata, so that a request sees when one was exchanged; never used twice."""
+    new_id: int
+    """Number of the automaton, so that a request sees when it was exchanged; never used twice."""
+    old_id: int = 0
     last_used: int = 0
     num_requests: int = 0
 
@@ -468,7 +487,10 @@ class SuffixProposer(Proposer):
         self._tenant_of: list[_Tenant | None] = []
         self._requests: NDArray[np.int64] = np.zeros((0, 8), dtype=np.int64)
         self._nothing = Automaton.nothing()
-        self._members: NDArray[np.int64] = np.arange(0)
+        self._work: NDArray[np.int64] = np.zeros((5, 8), dtype=np.int64)
+        self._has_all_members = False
+        self._token_ids: NDArray[np.int32] | None = None
+        self._contexts: NDArray[np.int32] = kernel_input(np.zeros((0, 0)), np.int32)
         self._no_keys = kernel_input(np.zeros((0, 0)), np.uint64)
         self._no_scales = kernel_input(np.zeros(0), np.float64)
         self._file: _HistoryFile | None = None
@@ -489,7 +511,7 @@ class SuffixProposer(Proposer):
     def _tenant(self, key: tuple[str, str]) -> _Tenant:
         tenant = self._tenants.get(key)
         if tenant is None:
-            tenant = _Tenant(key, Automaton(), None, np.array([self._new_id(), 0], dtype=np.int64))
+            tenant = _Tenant(key, Automaton(), None, self._new_id())
             tenant.last_used = self._clock
             self._tenants[key] = tenant
             while self._reserved_bytes() > self._max_automata_bytes and self._forget(tenant):
@@ -513,12 +535,12 @@ class SuffixProposer(Proposer):
         tenant = min(others, key=lambda each: (each.last_used, -sum(x.reserved_bytes() for x in each.automata())))
         if tenant.old is not None:
             tenant.old = None
-            tenant.ids[1] = 0
+            tenant.old_id = 0
         elif tenant.num_requests == 0:
             del self._tenants[tenant.key]
         else:
             tenant.new = Automaton()
-            tenant.ids[0] = self._new_id()
+            tenant.new_id = self._new_id()
         return True
 
     def _make_room(self, tenant: _Tenant) -> None:
@@ -532,7 +554,7 @@ class SuffixProposer(Proposer):
                 break
         tenant.old = tenant.new
         tenant.new = Automaton()
-        tenant.ids[:] = self._new_id(), tenant.ids[0]
+        tenant.new_id, tenant.old_id = self._new_id(), tenant.new_id
 
     def _insert_text(self, tenant: _Tenant, tokens: NDArray[np.int32]) -> None:
         """A whole text at once."""
@@ -553,14 +575,14 @@ class SuffixProposer(Proposer):
 
     # -- Requests ----------------------------------------------------------------------------------------------------
 
-    def _slots(self, batch: DraftBatch) -> NDArray[np.int64]:
+    def _slots(self, batch: DraftBatch) -> list[int]:
         slot_of = self._slot_of
         slots = [slot_of.get(request_id, -1) for request_id in batch.request_ids]
         if -1 in slots:
             for index, slot in enumerate(slots):
                 if slot < 0:
                     slots[index] = self._start(batch.request_ids[index], batch.options[index] if batch.options else {})
-        return np.array(slots, dtype=np.int64)
+        return slots
 
     def _start(self, request_id: str, options: Mapping[str, Any]) -> int:
         if not self._free:
@@ -579,19 +601,14 @@ class SuffixProposer(Proposer):
         self._slot_of[request_id] = slot
         return slot
 
-    def _groups(self, slots: NDArray[np.int64]) -> list[tuple[_Tenant, NDArray[np.int64]]]:
+    def _groups(self, slots: list[int]) -> list[tuple[_Tenant, list[int]]]:
         """The tenants of a batch and the places in it of their requests."""
-        if len(self._members) < len(slots):
-            self._members = np.arange(2 * len(slots), dtype=np.int64)
-        if len(self._tenants) == 1:
-            (tenant,) = self._tenants.values()
-            return [(tenant, self._members[: len(slots)])]
         members: dict[tuple[str, str], list[int]] = {}
-        for index, slot in enumerate(slots.tolist()):
-            each = self._tenant_of[slot]
-            assert each is not None
-            members.setdefault(each.key, []).append(index)
-        return [(self._tenants[key], np.array(indices, dtype=np.int64)) for key, indices in members.items()]
+        for index, slot in enumerate(slots):
+            tenant = self._tenant_of[slot]
+            assert tenant is not None
+            members.setdefault(tenant.key, []).append(index)
+        return [(self._tenants[key], indices) for key, indices in members.items()]
 
     # -- The protocol ------------------------------------------------------------------------------------------------
 
@@ -603,10 +620,16 @@ class SuffixProposer(Proposer):
 
     def _run(self, batch: DraftBatch, width: int) -> Drafts:
         """Insert what is new, and draft up to ``width`` tokens."""
-        num_requests = len(batch)
-        drafts = Drafts.empty(num_requests, width)
-        drafts.match_length = np.zeros(num_requests, dtype=np.int32)
-        drafts.votes = np.zeros((num_requests, width), dtype=np.int32)
+        # Every microsecond here is one of each step: numpy is asked for as little as possible.
+        num_requests = len(batch.request_ids)
+        tokens_votes: NDArray[np.int32] = np.zeros((2, num_requests, width), dtype=np.int32)
+        drafts = Drafts(
+            token_ids=tokens_votes[0],
+            num_tokens=np.zeros(num_requests, dtype=np.int64),
+            confidence=np.zeros((num_requests, width), dtype=np.float32),
+            match_length=np.zeros(num_requests, dtype=np.int32),
+            votes=tokens_votes[1],
+        )
         if num_requests == 0:
             return drafts
         slots = self._slots(batch)
@@ -616,30 +639,56 @@ class SuffixProposer(Proposer):
             noise = self._no_noise(num_requests, width)
         else:
             noise = batch.noise_inputs(self._sharpness)
-        texts = (
-            kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
-            kernel_input(batch.num_tokens, np.int64), kernel_input(batch.max_draft_tokens, np.int64),
-        )  # fmt: skip
-        outputs = (
-            drafts.token_ids, drafts.num_tokens, drafts.confidence, drafts.match_length, drafts.votes,
-        )  # fmt: skip
+        if batch.token_ids is not self._token_ids:
+            self._contexts = kernel_input(batch.token_ids, np.int32)
+            # Kept only if it is a view: a copy would not see the next tokens.
+            self._token_ids = batch.token_ids if np.may_share_memory(self._contexts, batch.token_ids) else None
+        if self._work.shape[1] < num_requests:
+            self._work = np.zeros((5, 2 * num_requests), dtype=np.int64)
+            self._has_all_members = False
+        work = self._work
+        work[_ROWS, :num_requests] = batch.rows
+        work[_NUM_TOKENS, :num_requests] = batch.num_tokens
+        work[_LIMITS, :num_requests] = batch.max_draft_tokens
+        work[_SLOTS, :num_requests] = slots
         self._clock += 1
+        if len(self._tenants) == 1:
+            if not self._has_all_members:
+                work[_MEMBERS] = np.arange(work.shape[1])
+                self._has_all_members = True
+            (tenant,) = self._tenants.values()
+            tenant.last_used = self._clock
+            self._run_tenant(tenant, num_requests, noise, tokens_votes, drafts)
+            return drafts
         groups = self._groups(slots)
+        self._has_all_members = False
         for tenant, _ in groups:
             tenant.last_used = self._clock
         for tenant, members in groups:
-            done = 0
-            while True:
-                new, old = tenant.new, tenant.old or self._nothing
-                done = _draft_batch(
-                    new.states, new.edges, new.table, new.sizes, old.states, old.edges, old.table, tenant.ids, *texts,
-                    members, slots, self._requests, done, self._min_match, self.context.vocab_size,
-                    self._min_confidence, *noise, *outputs,
-                )  # fmt: skip
-                if done == len(members):
-                    break
-                self._make_room(tenant)
+            work[_MEMBERS, : len(members)] = members
+            self._run_tenant(tenant, len(members), noise, tokens_votes, drafts)
         return drafts
+
+    def _run_tenant(
+        self,
+        tenant: _Tenant,
+        num_members: int,
+        noise: tuple[int, NDArray[np.uint64], NDArray[np.float64]],
+        tokens_votes: NDArray[np.int32],
+        drafts: Drafts,
+    ) -> None:
+        done = 0
+        while True:
+            new, old = tenant.new, tenant.old or self._nothing
+            done = _draft_batch(
+                new.states, new.edges, new.table, new.sizes, old.states, old.edges, old.table, self._contexts,
+                self._requests, self._work, num_members, done, tenant.new_id, tenant.old_id, self._min_match,
+                self.context.vocab_size, self._min_confidence, *noise, tokens_votes, drafts.confidence,
+                drafts.num_tokens, drafts.match_length,
+            )  # fmt: skip
+            if done == num_members:
+                return
+            self._make_room(tenant)
 
     def _no_noise(self, num_requests: int, width: int) -> tuple[int, NDArray[np.uint64], NDArray[np.float64]]:
         """What ``DraftBatch.noise_inputs`` answers where there is no noise, or more of it, kept for the next batch."""
@@ -649,7 +698,7 @@ class SuffixProposer(Proposer):
             self._no_scales = kernel_input(np.zeros(shape[0]), np.float64)
         return 0, self._no_keys, self._no_scales
 
-    def _record(self, batch: DraftBatch, slots: NDArray[np.int64], file: _HistoryFile) -> None:
+    def _record(self, batch: DraftBatch, slots: list[int], file: _HistoryFile) -> None:
         """Copies of the tokens that are about to be inserted, for the history file."""
         for index, request_id in enumerate(batch.request_ids):
             tenant = self._tenant_of[slots[index]]
@@ -803,9 +852,10 @@ class _HistoryFile:
         with self.path.open("rb") as file:
             if file.read(2) != b"PK":
                 raise ValueError("it is no history of this proposer's")
-        with np.load(self.path, allow_pickle=False) as archive:
-            header = json.loads(archive["header"].tobytes())
-            tokens, lengths, tenants = archive["tokens"], archive["lengths"], archive["tenants"]
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                header = json.loads(archive["header"].tobytes())
+                tokens, lengths, tenants = archive["tokens"], archive["lengths"], archive["tenants"]
         if header.get("format") != FILE_FORMAT:
             raise ValueError(f"its format is {header.get('format')!r}, this version reads {FILE_FORMAT!r}")
         if header["vocab_size"] != self._vocab_size:
@@ -816,6 +866,8 @@ class _HistoryFile:
             raise ValueError("its parts do not fit together")
         if len(lengths) and (lengths.min() < 1 or tenants.min() < 0 or tenants.max() >= len(header["tenants"])):
             raise ValueError("its parts do not fit together")
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
+            raise ValueError("it has tokens outside the vocabulary")
         pieces = np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
         # Copies: a view would keep all the others in memory.
         return [(str(header["tenants"][tenant]), piece.copy()) for tenant, piece in zip(tenants, pieces, strict=True)]
