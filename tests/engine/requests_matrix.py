@@ -87,7 +87,7 @@ def noise_alone(num_requests: int, max_tokens: int) -> list[dict[str, Any]]:
         {
             "prompt": prompt[:80],
             "params": {
-                "hot": True, "seed": 3 * index - 4, "max_tokens": max_tokens, "ignore_eos": True,
+                "hot": True, "seed": 3 * index - 5, "max_tokens": max_tokens, "ignore_eos": True,
                 "allowed_token_ids": allowed, "extra_args": {"allowed": allowed},
             },
         }
