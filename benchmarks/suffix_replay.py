@@ -14,8 +14,10 @@ request in one step, the calls from Python included. Memory is resident memory, 
 the tokens of the history; for ours also what it says itself. arctic-inference keeps outputs, not prompts, beyond a
 request's life; its settings are vLLM's defaults.
 
-``--fit`` fits the coefficients of ``continuation_confidence`` instead, on modules that neither the history nor the
-held-out modules have, and prints how well they and those in the code say what is right.
+``--fit`` fits the coefficients of ``continuation_score`` and ``draft_confidence`` instead, to one half of the
+calibration modules (calibrate.py), and prints how well the formulas say what is right in the other half. Each token of
+these modules is one position, the candidates of its match are what is judged; the history has none of them, nor a
+held-out module.
 """
 
 from __future__ import annotations
@@ -32,11 +34,13 @@ from typing import Any, Protocol
 
 import numpy as np
 from build_store import TINY_TOKENIZER, MemoryPeak, machine_line, parse_count, print_table
-from calibrate import calibration_sources, store_texts
+from calibrate import calibration_sources, fit_logistic, log_loss, logistic, store_texts
+from numba import njit
 from numpy.typing import NDArray
 
 from vllm_specplug import corpus
 from vllm_specplug.cli.datastore import load_tokenizer, vocab_size_of
+from vllm_specplug.proposers import automaton, suffix
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
 from vllm_specplug.proposers.suffix import SuffixProposer
 
@@ -299,6 +303,118 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Fit
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@njit
+def _collect(states, edges, table, sizes, last, text, owner, start, begin, out, count):  # type: ignore[no-untyped-def]
+    """Insert a text from ``start`` on; of each position from ``begin`` on take the candidates for the next token.
+
+    Returns:
+        (state, position that found no room or the last one, candidates in ``out`` so far).
+    """
+    found = np.empty((suffix.MAX_FOUND, 7), dtype=np.int64)
+    scores = np.empty(suffix.MAX_FOUND)
+    for index in range(start, len(text) - 1):
+        after = automaton.extend(states, edges, table, sizes, last, text[index], owner)
+        if after < 0:
+            return last, index, count
+        last = after
+        if index + 1 < begin:
+            continue
+        length = np.int64(states[last, automaton.LENGTH])
+        for nth in range(suffix._candidates(states, edges, last, length, 1, owner, 1, 0, found, scores, 0)):
+            out[count, :7] = found[nth]
+            out[count, 7] = found[nth, 0] == text[index + 1]
+            out[count, 8] = index
+            count += 1
+    return last, len(text) - 1, count
+
+
+def collect(history: Sequence[Work], works: Sequence[Work]) -> NDArray[np.int64]:
+    """Candidates at all positions of all outputs: columns as in ``_candidates``, was it right, number of position."""
+    each = automaton.Automaton()
+    longest = max(len(tokens) for tokens, _ in [*history, *works])
+    out: NDArray[np.int64] = np.zeros((suffix.MAX_FOUND * longest, 9), dtype=np.int64)
+    found = []
+    num_positions = 0
+    for owner, (tokens, num_prompt) in enumerate([*history, *works]):
+        begin = num_prompt if owner >= len(history) else len(tokens)
+        last, done, count = np.int64(automaton.ROOT), 0, 0
+        while True:
+            last, done, count = _collect(
+                each.states, each.edges, each.table, each.sizes, last, tokens, owner, done, begin, out, count
+            )
+            if done == len(tokens) - 1:
+                break
+            each.grow(1 << 40)
+        found.append(out[:count].copy())
+        found[-1][:, 8] += num_positions
+        num_positions += len(tokens)
+    return np.concatenate(found)
+
+
+def score_inputs(found: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The terms of ``continuation_score``, in its order."""
+    _, _, length, agreeing, against, _, is_own, _, _ = found.T.astype(np.float64)
+    log_length, log_ratio = np.log(np.minimum(length, 32)), np.log(agreeing / (against + 1))
+    rarity = 1 / (agreeing + against)
+    return np.stack(
+        [
+            np.ones(len(found)), log_length, log_ratio, rarity, log_length * log_ratio, log_length * rarity,
+            log_ratio * rarity, is_own, is_own * log_length, is_own * log_ratio, is_own * rarity,
+        ],
+        axis=1,
+    )  # fmt: skip
+
+
+def chosen(found: NDArray[np.int64], score: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """As ``_choose`` does: the terms of ``draft_confidence`` of each position's choice, and was it right."""
+    key = found[:, 8] * 2**32 + found[:, 0]
+    order = np.argsort(key, kind="stable")
+    begin = np.flatnonzero(np.diff(key[order], prepend=-1))
+    best = np.maximum.reduceat(score[order], begin)
+    support = np.add.reduceat(logistic(score[order]), begin) - logistic(best)
+    tokens = found[order[begin]]
+    order = np.lexsort((-(best + suffix.SUPPORT * support), tokens[:, 8]))
+    first = np.diff(tokens[order, 8], prepend=-1) != 0
+    chance = np.where(first, 0.0, logistic(best[order]))
+    rival = np.maximum.reduceat(chance, np.flatnonzero(first))
+    at = order[first]
+    return np.stack([np.ones(len(at)), best[at], support[at], rival], axis=1), tokens[at, 7] == 1
+
+
+def fit(arguments: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    sources = calibration_sources()
+    halves = [pieces_of(tokenizer, sources[half::2]) for half in (0, 1)]
+    history = history_of(tokenizer, arguments.history)
+    sizes = (0, len(history) // 8, len(history))
+    fitted, others = ([collect(history[:size], half) for size in sizes] for half in halves)
+    together = np.concatenate(fitted)
+    coefficients = fit_logistic(score_inputs(together), together[:, 7] == 1)
+    print(f"{len(together):,} candidates; continuation_score: {np.round(coefficients, 2).tolist()}")
+    choices = [chosen(found, score_inputs(found) @ coefficients) for found in fitted]
+    inputs, is_right = np.concatenate([each for each, _ in choices]), np.concatenate([each for _, each in choices])
+    weights = fit_logistic(inputs, is_right)
+    print(f"{len(inputs):,} choices; draft_confidence: {np.round(weights, 2).tolist()}")
+    rows = []
+    for size, found in zip(sizes, others, strict=True):
+        new = logistic(chosen(found, score_inputs(found) @ coefficients)[0] @ weights)
+        in_code = np.array([suffix.continuation_score(*row) for row in found[:, [2, 3, 4, 6]]])
+        terms, is_right = chosen(found, in_code)
+        chance = np.array([suffix.draft_confidence(*row) for row in terms[:, 1:]])
+        new_right = chosen(found, score_inputs(found) @ coefficients)[1]
+        losses = [f"{log_loss(*pair):.4f}" for pair in ((new, new_right), (chance, is_right))]
+        tenth = np.minimum((chance * 10).astype(int), 9)
+        off = [abs(chance[at].mean() - is_right[at].mean()) for each in range(10) if (at := tenth == each).sum() >= 100]
+        rows.append([f"{size}", f"{len(is_right):,}", f"{is_right.mean():.4f}", *losses, f"{max(off):.3f}"])
+    columns = ["files of history", "positions", "share right", "log loss: fitted", "log loss: in the code"]
+    print_table([*columns, "largest difference in a tenth: in the code"], rows, arguments.markdown)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--history", type=parse_count, default=2 * 10**6, help="tokens")
@@ -307,7 +423,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", default=TINY_TOKENIZER, help="folder or Hugging Face name")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--only", choices=["ours", "arctic"], help="measure one in this process, print JSON")
+    parser.add_argument("--fit", action="store_true", help="fit the confidence formulas instead")
     arguments = parser.parse_args()
+    if arguments.fit:
+        fit(arguments)
+        return
     if arguments.only:
         print(json.dumps(measure(arguments.only, arguments)))
         return

@@ -50,9 +50,7 @@ def _slot_of(table, state, token):  # type: ignore[no-untyped-def]
     key *= np.uint64(0xBF58476D1CE4E5B9)
     slot = np.int64((key >> np.uint64(32)) * np.uint64(len(table)) >> np.uint64(32))
     while table[slot, 0] != 0 and (table[slot, 0] != state + 1 or table[slot, 1] != token):
-        slot += 1
-        if slot == len(table):
-            slot = 0
+        slot = np.int64(slot + 1 if slot + 1 < len(table) else 0)
     return slot
 
 

@@ -100,6 +100,8 @@ SHORTER_SUFFIXES = 2
 MAX_FOUND = 4 * (SHORTER_SUFFIXES + 1)
 SUPPORT = 0.6
 """What the same token after another match adds to a candidate's score, as a part of its chance there."""
+LONG_MATCH = 16
+"""A match of so many tokens that was only ever continued in one way is asked alone: shorter ones would say the same."""
 LOOK_BACK = 128
 """A request that is new has its match in the older automaton searched in its last tokens only."""
 CHECKED_TOKENS = 8
@@ -111,9 +113,10 @@ _ROWS, _NUM_TOKENS, _LIMITS, _SLOTS, _MEMBERS = range(5)
 
 (
     _CANDIDATE_TOKEN, _CANDIDATE_STATE, _CANDIDATE_LENGTH, _CANDIDATE_AGREEING, _CANDIDATE_AGAINST, _CANDIDATE_WHICH,
-) = range(6)  # fmt: skip
+    _CANDIDATE_IS_OWN,
+) = range(7)  # fmt: skip
 """A candidate: its token, the match it continues and that one's length, occurrences that agree and that do not, and the
-automaton, 0 the one being built or 1 the older."""
+automaton, 0 the one being built or 1 the older; 1 where the request itself was the last to continue so."""
 
 
 @njit(cache=True, nogil=True)
@@ -264,8 +267,11 @@ def _candidates(  # type: ignore[no-untyped-def]
                 candidate[_CANDIDATE_AGREEING] = num_agreeing
                 candidate[_CANDIDATE_AGAINST] = num_against
                 candidate[_CANDIDATE_WHICH] = which
+                candidate[_CANDIDATE_IS_OWN] = is_own
                 num_found += 1
             num_asked += 1
+            if length >= LONG_MATCH and states[state, MORE] == 0:
+                break
         state = np.int64(states[state, LINK])
         length = np.int64(states[state, LENGTH])
     return num_found
@@ -410,7 +416,7 @@ def _draft_batch(  # type: ignore[no-untyped-def]
             return nth
     width = out_confidence.shape[1]
     if width > 0:
-        found = np.empty((MAX_FOUND, 6), dtype=np.int64)
+        found = np.empty((MAX_FOUND, 7), dtype=np.int64)
         scores = np.empty(MAX_FOUND)
         chances = np.empty(MAX_FOUND)
         for nth in range(num_members):
@@ -689,6 +695,8 @@ class SuffixProposer(Proposer):
             if done == num_members:
                 return
             self._make_room(tenant)
+            if tenant.new is not new:
+                done = 0  # those that were done stand in what is the older automaton by now
 
     def _no_noise(self, num_requests: int, width: int) -> tuple[int, NDArray[np.uint64], NDArray[np.float64]]:
         """What ``DraftBatch.noise_inputs`` answers where there is no noise, or more of it, kept for the next batch."""

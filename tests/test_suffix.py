@@ -21,6 +21,7 @@ from vllm_specplug.proposers import DraftBatch, ProposerContext
 from vllm_specplug.proposers.automaton import COUNT, MORE, TARGET, TOKEN, find
 from vllm_specplug.proposers.base import TENANT_OPTION, TargetNoise
 from vllm_specplug.proposers.suffix import (
+    LONG_MATCH,
     MAX_CANDIDATES,
     SHORTER_SUFFIXES,
     SUPPORT,
@@ -146,6 +147,8 @@ class Reference:
                     own = self.is_own(name, [*match, token])
                     score = continuation_score(len(match), agreeing, against, own)
                     candidates.append((token, score, match, agreeing, against))
+                if len(match) >= LONG_MATCH and len(order) == 1:
+                    break
             if not candidates:
                 break
             best: dict[int, tuple] = {}
