@@ -16,6 +16,9 @@ runs are then counted too rarely. Matches themselves are exact.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -38,6 +41,7 @@ MAX_LIST = 16
 """Most further edges of a state that are found by going through them."""
 MAX_CHAIN = 32
 FIRST_ROWS = 16
+LARGE_BYTES = 1 << 20
 _NO_ROOM = -1
 
 
@@ -389,7 +393,7 @@ class Automaton:
         self.states = _moved(self.states, larger["states"], int(sizes[NUM_STATES]))
         self.edges = _moved(self.edges, larger["edges"], int(sizes[NUM_EDGES]))
         if larger["table"] > len(self.table):
-            table = np.zeros((larger["table"], SLOT_WORDS), dtype=np.int32)
+            table = _empty(larger["table"], SLOT_WORDS)
             rehash(self.table, table)
             self.table = table
         return True
@@ -403,9 +407,21 @@ def _larger(num_rows: int, needed: int, spare: int) -> int:
     return wished if wished >= num_rows + num_rows // 16 else num_rows
 
 
+def _empty(num_rows: int, num_words: int) -> NDArray[np.int32]:
+    """Rows of zeros. Large ones lie in pages of their own, which go back to the system at once when they are dropped."""
+    num_bytes = 4 * num_rows * num_words
+    if num_bytes < LARGE_BYTES:
+        return np.zeros((num_rows, num_words), dtype=np.int32)
+    pages = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without: only slower
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, dtype=np.int32).reshape(num_rows, num_words)
+
+
 def _moved(rows: NDArray[np.int32], num_rows: int, num_used: int) -> NDArray[np.int32]:
     if num_rows == len(rows):
         return rows
-    larger: NDArray[np.int32] = np.empty((num_rows, rows.shape[1]), dtype=np.int32)
+    larger = _empty(num_rows, rows.shape[1])
     larger[:num_used] = rows[:num_used]
     return larger
