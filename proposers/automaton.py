@@ -408,7 +408,7 @@ def _larger(num_rows: int, needed: int, spare: int) -> int:
 
 
 def _empty(num_rows: int, num_words: int) -> NDArray[np.int32]:
-    """Rows of zeros. Large ones lie in pages of their own, which go back to the system at once when they are dropped."""
+    """Rows of zeros. Large ones have pages of their own, which go back to the system when they are dropped."""
     num_bytes = 4 * num_rows * num_words
     if num_bytes < LARGE_BYTES:
         return np.zeros((num_rows, num_words), dtype=np.int32)

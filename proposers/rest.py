@@ -95,7 +95,7 @@ def noisy_vote_confidence(length, num_agreeing, num_votes, margin, noise):  # ty
     """:func:`vote_confidence` for a token that won the race with the target's noise.
 
     A token that few chose is as good a draft as a favourite where the noise is strongly for it: the target runs with
-    the same noise. A logistic regression over 50,000 votes on what the tiny target wrote at temperatures 0.5, 0.8 and 1.0
+    the same noise. A logistic regression over 50,000 votes on what the tiny target wrote at temperatures 0.5, 0.8 and 1
     after prompts from the held-out modules, against a store of 10 million tokens of other Python; for the half that it
     was not fitted to, the log loss is 0.495, where :func:`vote_confidence` has 0.548.
 

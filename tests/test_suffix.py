@@ -23,13 +23,14 @@ from vllm_specplug.proposers.base import TENANT_OPTION, TargetNoise
 from vllm_specplug.proposers.suffix import (
     LONG_MATCH,
     MAX_CANDIDATES,
+    OWN_WEIGHT,
     SHORTER_SUFFIXES,
     SUPPORT,
     SuffixProposer,
     continuation_score,
     draft_confidence,
 )
-from vllm_specplug.samplers.noise import SPLITMIX, noisy_score, splitmix_keys
+from vllm_specplug.samplers.noise import SPLITMIX, noise_of, noisy_score, splitmix_keys
 
 VOCAB_SIZE = 250_000
 
@@ -171,7 +172,13 @@ class Reference:
                 racing = self.order(match)[:MAX_CANDIDATES]
                 counts = [len(self.ends([*match, each])) for each in racing]
                 scores = [
-                    noisy_score(math.log(count), scale, SPLITMIX, keys[depth], each)
+                    noisy_score(
+                        math.log(count * (OWN_WEIGHT if self.is_own(name, [*match, each]) else 1.0)),
+                        scale,
+                        SPLITMIX,
+                        keys[depth],
+                        each,
+                    )
                     for count, each in zip(counts, racing, strict=True)
                 ]
                 winner = racing[int(np.argmax(scores))]
@@ -182,6 +189,10 @@ class Reference:
                     won = continuation_score(len(match), agreeing, max(total - agreeing, 0), own)
                     chance = draft_confidence(won, 0.0, 1 / (1 + math.exp(-score)))
                     token = winner
+            if scale > 0:
+                odds = min(max(chance, 0.002), 0.998)
+                noise = min(max(noise_of(SPLITMIX, keys[depth], token), -1.5), 5.0)
+                chance = 1 / (1 + math.exp(-(1.09 * math.log(odds / (1 - odds)) + 0.44 * noise)))
             match_length = match_length or len(match)
             tokens.append(token)
             confidence.append(chance)
