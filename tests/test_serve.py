@@ -240,6 +240,40 @@ def test_misspelt_request_option_is_refused(server: Server) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("specplug_proposers", "sufix", "Did you mean 'suffix'"),
+        ("specplug_proposers", ["suffix", 3], "names of configured proposers"),
+        ("specplug_max_draft_tokens", 7, "at most 6"),
+        ("specplug_max_draft_tokens", "all", "whole number"),
+        ("specplug_datastore", "tickets", "Configured: "),
+        ("specplug_tenant", 5, "1 to 256 characters"),
+        ("specplug_speculate", 0.5, "true or false"),
+    ],
+)
+def test_wrong_request_options_are_bad_requests(server: Server, option: str, value: Any, told: str) -> None:
+    import openai
+
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(server, extra_body={"vllm_xargs": {option: value}})
+    assert caught.value.status_code == 400
+    assert told in str(caught.value) or "vllm_xargs" in str(caught.value)  # vLLM's own types refuse some of them
+
+
+@pytest.mark.engine
+def test_requests_choose_over_http(server: Server) -> None:
+    plain = complete(server, temperature=0, extra_body={"vllm_xargs": {"specplug_speculate": False}})
+    before = server.stats()["proposers"]
+    options = {"specplug_proposers": "ngram, suffix", "specplug_max_draft_tokens": 2, "specplug_tenant": "acme"}
+    chosen = complete(server, temperature=0, extra_body={"vllm_xargs": options})
+    after = server.stats()["proposers"]
+    assert chosen.choices[0].text == plain.choices[0].text
+    assert after["rest"]["drafted"] == before["rest"]["drafted"]
+    assert sum(each["drafted"] for each in after.values()) > sum(each["drafted"] for each in before.values())
+
+
+@pytest.mark.engine
 def test_logprobs(server: Server) -> None:
     fast = complete(server, logprobs=3).choices[0]
     plain = complete(server, logprobs=3, extra_body={"vllm_xargs": {"specplug_speculate": False}}).choices[0]
@@ -279,7 +313,7 @@ def test_metrics_and_counters_agree(server: Server) -> None:
     stats = server.stats()
     drafted = sum(proposer["drafted"] for proposer in stats["proposers"].values())
     accepted = sum(proposer["accepted"] for proposer in stats["proposers"].values())
-    assert set(stats["proposers"]) == {"ngram", "rest"}
+    assert set(stats["proposers"]) == {"suffix", "ngram", "rest"}
     assert drafted == server.metric("vllm:spec_decode_num_draft_tokens_total")
     assert accepted == server.metric("vllm:spec_decode_num_accepted_tokens_total")
     assert 0 < accepted <= drafted
