@@ -249,5 +249,9 @@ class NgramProposer(Proposer):
         self.propose(DraftBatch.from_contexts([[1, 2, 1]], max_draft_tokens=1, request_ids=[name]))
         self.finish([name])
 
+    def memory_bytes(self) -> int:
+        """Bytes of the live requests' indices that were ever written: two chains and two tables a token."""
+        return 16 * int(self._states[list(self._slot_of.values()), _INDEXED].sum())
+
     def describe(self) -> str:
         return f"matches of {self._settings[0]} tokens and more in each request's own context"
