@@ -1,6 +1,6 @@
 """The suffix proposer against arctic-inference, which vLLM's own ``method: suffix`` runs on: drafts, time and memory.
 
-    python benchmarks/suffix_replay.py [--history 2M] [--requests 200] [--concurrency 1 8] [--fit] [--markdown]
+    python benchmarks/suffix_replay.py [--history 2M] [--requests 200] [--concurrency 1 8 32] [--fit] [--markdown]
 
 Both decode the same text without an engine: "the target" writes what the authors of a file wrote. Two kinds of work:
 
@@ -10,9 +10,10 @@ Both decode the same text without an engine: "the target" writes what the author
   before, the output is the next.
 
 Each proposer runs in a process of its own. Time is that of telling it the new tokens and getting the draft, for one
-request in one step, the calls from Python included. Memory is resident memory, after the history less before it, over
-the tokens of the history; for ours also what it says itself. arctic-inference keeps outputs, not prompts, beyond a
-request's life; its settings are vLLM's defaults.
+request in one step, the calls from Python included, as processor time of the thread: other programs do not count.
+Memory is resident memory, after the history less before it, over the tokens of the history that are kept (outputs, by
+arctic-inference; ours keeps prompts, too); for ours also what it says itself. arctic-inference's settings are vLLM's
+defaults.
 
 ``--fit`` fits the coefficients of ``continuation_score`` and ``draft_confidence`` instead, to one half of the
 calibration modules (calibrate.py), and prints how well the formulas say what is right in the other half. Each token of
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import subprocess
 import sys
@@ -51,6 +53,7 @@ ARCTIC = {"max_tree_depth": 24, "max_cached_requests": 10_000}
 ARCTIC_DRAFT = {"max_spec_factor": 1.0, "min_token_prob": 0.1}
 """Defaults of vLLM 0.32."""
 EDITED_FILES = 12
+BYTES = "resident_bytes_per_token", "own_bytes_per_token"
 
 Ids = NDArray[np.int32]
 Work = tuple[Ids, int]
@@ -275,6 +278,7 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(arguments.tokenizer)
     history = history_of(tokenizer, arguments.history)
     num_tokens = sum(len(tokens) for tokens, _ in history)
+    num_kept = num_tokens if name == "ours" else sum(len(tokens) - num_prompt for tokens, num_prompt in history)
     kinds = {
         "held-out code": spread(pieces_of(tokenizer, corpus.held_out_sources()), arguments.requests),
         "edits": edits_of(tokenizer, arguments.requests),
@@ -293,8 +297,9 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "kind": kind,
                 "concurrency": concurrency,
                 "proposer": name,
-                "resident_bytes_per_token": (memory._read("VmRSS") - memory._before) / num_tokens,
-                "own_bytes_per_token": (own := proposer.memory_bytes()) and own / num_tokens,
+                # Later ones are given memory that the first one gave back.
+                "resident_bytes_per_token": None if rows else (memory._read("VmRSS") - memory._before) / num_kept,
+                "own_bytes_per_token": (own := proposer.memory_bytes()) and own / num_kept,
                 "remember_us_per_token": remember_s / num_tokens * 1e6,
             }
             row.update(replay(proposer, works, concurrency, "work"))
@@ -419,7 +424,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--history", type=parse_count, default=2 * 10**6, help="tokens")
     parser.add_argument("--requests", type=int, default=200, help="of each kind")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokenizer", default=TINY_TOKENIZER, help="folder or Hugging Face name")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--only", choices=["ours", "arctic"], help="measure one in this process, print JSON")
@@ -432,7 +437,12 @@ def main() -> None:
         print(json.dumps(measure(arguments.only, arguments)))
         return
     rows: list[dict[str, Any]] = []
-    for name in ("ours", "arctic"):
+    names = ["ours"]
+    if importlib.util.find_spec("arctic_inference") is None:
+        print("arctic-inference is not installed (pip install --no-deps arctic-inference): only ours is measured")
+    else:
+        names.append("arctic")
+    for name in names:
         command = [sys.executable, __file__, "--only", name, "--history", str(arguments.history)]
         command += ["--requests", str(arguments.requests), "--tokenizer", arguments.tokenizer]
         command += ["--concurrency", *map(str, arguments.concurrency)]
@@ -450,8 +460,7 @@ def main() -> None:
             f"{row['drafted_per_step']:.2f}",
             f"{row['acceptance']:.3f}",
             f"{row['us_per_step']:.1f}",
-            f"{row['resident_bytes_per_token']:.0f}",
-            f"{row['own_bytes_per_token']:.0f}" if row["own_bytes_per_token"] else "",
+            *("" if (each := row[name]) is None else f"{each:.0f}" for name in BYTES),
             f"{row['remember_us_per_token']:.2f}",
         ]
         for row in rows
