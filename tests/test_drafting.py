@@ -76,6 +76,43 @@ def test_confidence_that_is_no_number_counts_as_none(drafting: Drafting) -> None
     assert propose(drafting, answer) == [[1], [2]]
 
 
+@pytest.mark.parametrize(
+    ("match_length", "votes"),
+    [
+        (np.ones(3, dtype=np.int32), None),
+        (np.ones((2, 2), dtype=np.int32), None),
+        (np.array([0.5, np.nan]), None),
+        ([[1], [2, 3]], None),
+        (None, np.ones((2, 3), dtype=np.int32)),
+        (None, np.ones(2, dtype=np.int32)),
+        (None, "many"),
+    ],
+)
+def test_evidence_that_fits_no_draft_is_left_out(drafting: Drafting, match_length: Any, votes: Any) -> None:
+    answer = Drafts.from_lists([[1, 3], [2]])
+    answer.match_length, answer.votes = match_length, votes
+    assert propose(drafting, answer) == [[], []]
+    assert not drafting.stats.proposers["answers"].active
+
+
+def test_counts_below_nothing_do_not_spoil_what_is_learned(drafting: Drafting) -> None:
+    answer = Drafts.from_lists([[1], [2]])
+    answer.match_length, answer.votes = np.array([-1, 3], dtype=np.int8), np.array([[-1], [2**40]])
+    assert propose(drafting, answer) == [[1], [2]]
+    drafting.observe(Verified(["0", "1"], [[1], [2]], [[1, 5], [7]], [2, 1]))
+    assert np.isfinite(drafting.ensemble.weights).all()
+    assert (drafting.stats.proposers["answers"].drafted, drafting.stats.proposers["answers"].accepted) == (2, 1)
+
+
+def test_a_step_that_serves_nobody_is_no_measurement(drafting: Drafting) -> None:
+    propose(drafting, [[1], [2]])
+    drafting.observe(Verified(["0", "1"], [[1], [2]], [[9], [7]], [1, 1]))
+    ask(drafting, [])
+    drafting.observe(Verified([], [], [], []))
+    ask(drafting, [])
+    assert drafting.ensemble.snapshot().costs == {}
+
+
 def test_counters_follow_the_draft_to_its_proposer(drafting: Drafting) -> None:
     propose(drafting, [[1, 2, 3], []])
     drafting.observe(Verified(["0", "1"], [[1, 2, 3], []], [[1, 2, 9], [4]], [3, 1]))

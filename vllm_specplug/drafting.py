@@ -184,7 +184,7 @@ class Drafting:
             native: ``[num_running, k]`` drafts of the engine's own drafter.
         """
         now = time.perf_counter()
-        if self._verified_rows >= 0 and self._step_began:
+        if self._verified_rows >= 0 and self._step_began and requests:
             self.ensemble.took(len(requests), self._verified_rows, now - self._step_began)
         self._num_steps += 1
         self._verified_rows = -1
@@ -261,12 +261,12 @@ class Drafting:
         start = time.perf_counter()
         try:
             answer = self._well_formed(proposer.propose(part), part, stats)
+            return answer if part is batch else _spread(answer, mine, len(batch))
         except Exception:
             self._leave_out(name, "raised")
             return None
         finally:
             stats.propose_s += time.perf_counter() - start
-        return answer if part is batch else _spread(answer, mine, len(batch))
 
     def _native_answer(
         self, token_ids: NDArray[np.int32], batch: DraftBatch, allowed: Sequence[frozenset[str] | None]
@@ -400,7 +400,13 @@ class Drafting:
                 )
             stats.invalid_tokens += int((num_tokens - cut).sum())
             num_tokens = cut
-        return Drafts(token_ids, num_tokens, confidence, drafts.match_length, drafts.votes)
+        return Drafts(
+            token_ids,
+            num_tokens,
+            confidence,
+            _evidence("match_length", drafts.match_length, (num_requests,)),
+            _evidence("votes", drafts.votes, token_ids.shape),
+        )
 
 
 def _spread(drafts: Drafts, indices: Sequence[int], num_requests: int) -> Drafts:
@@ -416,6 +422,18 @@ def _spread(drafts: Drafts, indices: Sequence[int], num_requests: int) -> Drafts
         out.votes = np.zeros(out.token_ids.shape, dtype=np.int32)
         out.votes[indices] = drafts.votes
     return out
+
+
+def _evidence(name: str, values: Any, shape: tuple[int, ...]) -> NDArray[np.int32] | None:
+    """What was counted for a draft, ``shape`` int32, at least 0: the ensemble takes logarithms of it."""
+    if values is None:
+        return None
+    counts = np.asarray(values)
+    if counts.shape != shape or counts.dtype.kind not in "iu":
+        raise ValueError(f"answered {name} of {counts.dtype}, {counts.shape}; integers of shape {shape} are expected")
+    if counts.dtype != np.int32:  # some types are too narrow for the bounds
+        counts = counts.astype(np.int64)
+    return np.clip(counts, 0, np.iinfo(np.int32).max).astype(np.int32, copy=False)
 
 
 def _from_lists(answer: Sequence[Sequence[int]]) -> Drafts:
