@@ -396,6 +396,8 @@ class Ensemble:
     PROBE_INTERVAL = 64
     """Steps without drafts after which one is tried; doubled while it does not pay, up to :data:`LONGEST_INTERVAL`."""
     LONGEST_INTERVAL = 1024
+    LONGEST_MEASURING_INTERVAL = 16
+    """A step without drafts that takes in a prompt measures nothing: the next is made later, up to so many steps."""
     PLAIN_INTERVAL = 400
     """Steps with drafts after which one without is made, to know what it costs by now."""
     PATIENCE = 16
@@ -436,6 +438,7 @@ class Ensemble:
         self._draft_s = 0.0
         self._is_probing = False
         self._until_probe = self.PROBE_INTERVAL
+        self._measuring_interval = self._until_measuring = 1
         self._make_room(8)
 
     def _make_room(self, num_slots: int) -> None:
@@ -477,8 +480,12 @@ class Ensemble:
 
     def took(self, num_running: int, draft_rows: int, seconds: float) -> None:
         """The last step verified ``draft_rows`` rows for ``num_running`` requests, no prompts among them."""
-        if self.has_gate:
+        if self.has_gate and num_running > 0:
             self.costs.add(num_running, draft_rows, seconds, self._is_probing)
+        self._is_probing = False
+
+    def missed(self) -> None:
+        """The last step was not measured: a prompt was among its requests."""
         self._is_probing = False
 
     def combine(
@@ -541,11 +548,19 @@ class Ensemble:
         stats, before = self.stats, best.num_tokens.copy()
         plain_s, first_s, row_s = self.costs.of(num_running)
         if not self.costs.knows_plain(num_running) or self.costs.steps_since_plain(num_running) > self.PLAIN_INTERVAL:
-            # Every other step while the first few are wanted: a start-up without drafts would be as wrong.
-            if self.costs.steps_since_plain(num_running) > 0:
+            # Every other step while the first few are wanted: a start-up without drafts would be as wrong. Under a load
+            # that brings prompts in every step nothing can be measured, and drafts must go on.
+            if self.costs.steps_since_plain(num_running) == 0:
+                self._measuring_interval = self._until_measuring = 1
+                return
+            self._until_measuring -= 1
+            if self._until_measuring <= 0:
                 best.num_tokens[:] = 0
                 stats.measuring_steps += 1
+                self._measuring_interval = min(2 * self._measuring_interval, self.LONGEST_MEASURING_INTERVAL)
+                self._until_measuring = self._measuring_interval
             return
+        self._measuring_interval = self._until_measuring = 1
         if plain_s <= 0.0:
             return
         cut_to_what_pays(chances, best.num_tokens, num_running, plain_s, first_s, row_s, 0.0)

@@ -190,7 +190,7 @@ def _follow(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Bring one request up to its last token; False where the automaton is full (what was done stays done)."""
     if request[_NEW_ID] != new_id:
-        if request[_NEW_ID] == old_id:
+        if old_id != 0 and request[_NEW_ID] == old_id:  # 0: there is no older one, nor has a new request stood in any
             request[_OLD_STATE] = request[_LAST]
             request[_OLD_LENGTH] = old_states[request[_LAST], LENGTH]
             request[_OLD_ID] = old_id

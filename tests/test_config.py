@@ -23,8 +23,8 @@ def test_defaults() -> None:
     settings = parse_settings({})
     assert settings.num_speculative_tokens == 8
     assert settings.sampler == "gumbel"
-    assert [entry.name for entry in settings.proposers] == ["ngram"]
-    assert [entry.name for entry in parse_settings({"datastore": "x"}).proposers] == ["ngram", "rest"]
+    assert [entry.name for entry in settings.proposers] == ["suffix", "ngram"]
+    assert [entry.name for entry in parse_settings({"datastore": "x"}).proposers] == ["suffix", "ngram", "rest"]
     assert parse_settings({"proposers": []}).proposers == ()
 
 
@@ -66,7 +66,7 @@ def test_stores_have_names(given: Any, paths: dict[str, str] | None) -> None:
         ({"num_speculative_tokens": "8"}, ["num_speculative_tokens", "valid integer", "'8'"]),
         ({"num_speculative_tokens": 2.5}, ["num_speculative_tokens", "2.5"]),
         ({"sampler": "gumble"}, ["sampler", "'gumble'", "Did you mean 'gumbel'", "gumbel, rejection"]),
-        ({"proposers": ["ngrma"]}, ["no proposer 'ngrma'", "Did you mean 'ngram'", "ngram, rest"]),
+        ({"proposers": ["ngrma"]}, ["no proposer 'ngrma'", "Did you mean 'ngram'", "ngram, recycling, rest"]),
         ({"proposers": "ngram"}, ["proposers", "must be a list of names", "'ngram'"]),
         ({"proposers": [{"min_match": 3}]}, ["proposers.0.name", "Field required"]),
         ({"proposers": ["ngram", "ngram"]}, ["named twice: ngram"]),
@@ -161,7 +161,7 @@ def test_no_option_can_be_heeded_where_vllms_own_drafter_is_alone() -> None:
 
 def test_an_ensemble_of_nobody_named_is_one_of_the_default_proposers() -> None:
     settings = parse_settings({"proposers": [{"name": "ensemble", "gate": False}], "datastore": "a/code.specstore"})
-    assert [entry.name for entry in settings.host_proposers] == ["suffix", "rest"]
+    assert [entry.name for entry in settings.host_proposers] == ["suffix", "ngram", "rest"]
     assert settings.ensemble_options == {"gate": False}
     assert parse_settings(settings.to_dict()) == settings
     assert parse_settings({"proposers": ["ensemble", "ngram"]}).host_proposers[0].name == "ngram"
@@ -216,7 +216,7 @@ def foreign_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"method": "specplug", "propsers": []}, ["Did you mean 'proposers'"]),
         ({"method": "specplug", "proposers": ["rest"]}, ["'rest' needs the key 'datastore'", "datastore build"]),
         ({"method": "specplug", "datastore": "/no/such/store"}, ["datastore", "/no/such/store"]),
-        ({"method": "ngram", "num_speculative_tokens": 3, "proposers": []}, ["proposers", '"method": "specplug"']),
+        ({"method": "ngram", "num_speculative_tokens": 3, "proposers": ["ngram"]}, ["one of ours of that name"]),
         ({"method": "ngram", "num_speculative_tokens": 3, "sampler": "gumbl"}, ["no sampler 'gumbl'", "gumbel"]),
         ({"method": "ngram", "num_speculative_tokens": 3, "samplr": "gumbel"}, ["'samplr'", "mean 'sampler'"]),
         ({"method": "ngramm", "num_speculative_tokens": 3, "sampler": "gumbel"}, ["'ngramm'", "ngram, ngram_gpu"]),
@@ -303,7 +303,7 @@ def test_a_sampler_beside_vllms_own_drafter(process: Engine) -> None:
     assert process.send("call", "accepted_config", elsewhere)[0] == settings
     elsewhere["additional_config"] = {"specplug": {"sampler": "gumbel", "proposers": ["ngram"]}}
     message = process.send("call", "config_error", elsewhere.pop("speculative_config"), elsewhere)
-    assert message.startswith("ConfigurationError: additional_config['specplug']: proposers given with method 'ngram'")
+    assert message.startswith("ConfigurationError: speculative_config: method 'ngram' is vLLM's own drafter")
 
 
 @pytest.mark.engine

@@ -259,3 +259,16 @@ def test_wrong_options_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=told_so):
             Ensemble(["a"], K, options)
+
+
+def test_drafts_go_on_where_no_step_can_be_measured() -> None:
+    ensemble = Ensemble(("a",), 4)
+    batch = DraftBatch.from_contexts([[1, 2]], 4, ["0"])
+    answers = [Drafts.from_lists([[3, 4]], confidence=0.9)]
+    assert ensemble.combine(batch, answers, 1, 0.0)[0].num_tokens.any()
+    ensemble.took(1, 2, 0.01)
+    # From now on every step takes in a prompt: took() is not called.
+    drafted = [bool(ensemble.combine(batch, answers, 1, 0.0)[0].num_tokens.any()) for _ in range(200)]
+    assert not drafted[0], "a plain step is tried at once"
+    assert sum(drafted) > 170
+    assert sum(drafted) < 200, "and again later"

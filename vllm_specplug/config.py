@@ -295,7 +295,7 @@ def parse_request_options(
         return {}
     options: dict[str, Any] = {}
     for name, value in extra_args.items():
-        if not name.startswith(REQUEST_OPTION_PREFIX):
+        if not isinstance(name, str) or not name.startswith(REQUEST_OPTION_PREFIX):
             continue
         if name not in REQUEST_OPTIONS:
             known = list(REQUEST_OPTIONS)

@@ -186,6 +186,8 @@ class Drafting:
         now = time.perf_counter()
         if self._verified_rows >= 0 and self._step_began and requests:
             self.ensemble.took(len(requests), self._verified_rows, now - self._step_began)
+        else:
+            self.ensemble.missed()
         self._num_steps += 1
         self._verified_rows = -1
         try:
@@ -216,6 +218,9 @@ class Drafting:
                 limits.append(longest)
         if not wanting:
             return drafts
+        is_resting = not self.ensemble.wants_drafts(len(requests))
+        if is_resting and self._num_steps % self.FOLLOW_INTERVAL:
+            return drafts
         everyone = len(wanting) == len(requests)
         batch = DraftBatch(
             request_ids=tuple(requests[index].request_id for index in wanting),
@@ -227,11 +232,10 @@ class Drafting:
             ),
             max_draft_tokens=read_only(np.array(limits, dtype=np.int64)),
             options=tuple(requests[index].options for index in wanting),
-            noise=None if noise is None else noise(wanting, max(limits)),
+            noise=None if is_resting or noise is None else noise(wanting, max(limits)),
         )
-        if not self.ensemble.wants_drafts(len(requests)):
-            if self._num_steps % self.FOLLOW_INTERVAL == 0:
-                self._follow(batch)
+        if is_resting:
+            self._follow(batch)
             return drafts
         start = time.perf_counter()
         allowed = [requests[index].proposers for index in wanting]

@@ -126,6 +126,11 @@ def _create_speculative_config(
     self.speculative_config = {key: value for key, value in given.items() if key.replace("-", "_") not in OWN_KEYS}
     config = original(self, target_model_config, target_parallel_config)
     _check_native(config.method, settings_beside)  # vLLM may have found the method by the model
+    if config.method in [entry.name for entry in settings_beside.proposers]:
+        raise ConfigurationError(
+            f"speculative_config: method {config.method!r} is vLLM's own drafter, and proposers has one of ours "
+            f"of that name: nobody could tell them apart. Leave one of them out, or give method {METHOD!r}."
+        )
     settings_beside = settings_beside.model_copy(update={"num_speculative_tokens": config.num_speculative_tokens})
     _send_along(self, settings_beside)
     setattr(config, _SAMPLER_MARK, settings_beside.sampler)
@@ -409,7 +414,8 @@ def check_proposers(settings: Settings, model_config: Any) -> None:
         max_model_len=int(model_config.max_model_len),
     )
     try:
-        Drafting(settings.model_copy(update={"proposers": own}), context)
+        # Closed again: what they opened here (a history's file and thread) is the workers' to use.
+        Drafting(settings.model_copy(update={"proposers": own}), context).close()
     except ConfigurationError as error:
         raise ConfigurationError(f"speculative_config: {error}") from error
 

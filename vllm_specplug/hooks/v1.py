@@ -164,7 +164,8 @@ class Proposer(Attachment):
         settings = settings_of(vllm_config.additional_config)
         assert settings is not None  # taken in when the configuration was made, in either spelling
         context = _context(vllm_config, settings)
-        super().__init__(settings, Drafting(settings, context), context.num_speculative_tokens, context.max_model_len)
+        drafting = Drafting(settings, context, can_shorten=_can_shorten(vllm_config))
+        super().__init__(settings, drafting, context.num_speculative_tokens, context.max_model_len)
 
     def load_model(self, *_: Any, **__: Any) -> None:
         """vLLM's CPU runner asks every drafter to load its model; there is none."""
@@ -217,6 +218,18 @@ def _context(vllm_config: Any, settings: Settings) -> ProposerContext:
         max_num_requests=vllm_config.scheduler_config.max_num_seqs,
         max_model_len=int(vllm_config.model_config.max_model_len),
         datastores=settings.datastore or {},
+    )
+
+
+def _can_shorten(vllm_config: Any) -> bool:
+    """False under torchrun with several ranks a model: each schedules its own drafts, and all must be equally long.
+
+    What pays is decided by measured times, which differ from rank to rank.
+    """
+    parallel_config = vllm_config.parallel_config
+    return (
+        parallel_config.distributed_executor_backend != "external_launcher"
+        or parallel_config.tensor_parallel_size * parallel_config.pipeline_parallel_size == 1
     )
 
 
@@ -653,7 +666,12 @@ def _initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **
     ):
         config = self.vllm_config.speculative_config
         context = _context(self.vllm_config, settings)
-        drafting = Drafting(settings, context, native=config.method if settings.host_proposers else None)
+        drafting = Drafting(
+            settings,
+            context,
+            native=config.method if settings.host_proposers else None,
+            can_shorten=_can_shorten(self.vllm_config),
+        )
         attachment = Attachment(settings, drafting, context.num_speculative_tokens, context.max_model_len)
         attachment.attach(self)
         logger.info(
