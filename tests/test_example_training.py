@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext, Verified
 from vllm_specplug.proposers.jacobi import JacobiProposer, fill_token
@@ -45,7 +44,9 @@ def distillation() -> ModuleType:
     return importlib.import_module("distil_draft")
 
 
-def random_model(seed: int, scale: float = 0.2) -> LlamaForCausalLM:
+def random_model(seed: int, scale: float = 0.2) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM  # brings Triton, which other tests import in their own way
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -61,7 +62,7 @@ def random_prompts(count: int, seed: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def plainly_decoded(model: LlamaForCausalLM, prompt: list[int], count: int, seeds: Any = None) -> list[int]:
+def plainly_decoded(model: Any, prompt: list[int], count: int, seeds: Any = None) -> list[int]:
     """Token by token, a whole pass each."""
     tokens = list(prompt)
     for nth in range(count):
