@@ -398,7 +398,7 @@ class Ensemble:
     LONGEST_INTERVAL = 1024
     LONGEST_MEASURING_INTERVAL = 16
     """A step without drafts that takes in a prompt measures nothing: the next is made later, up to so many steps."""
-    PLAIN_INTERVAL = 400
+    PLAIN_INTERVAL = 64
     """Steps with drafts after which one without is made, to know what it costs by now."""
     PATIENCE = 16
     """Steps in a row in which nothing paid before the proposers rest."""
