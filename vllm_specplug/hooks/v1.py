@@ -227,10 +227,8 @@ def _can_shorten(vllm_config: Any) -> bool:
     What pays is decided by measured times, which differ from rank to rank.
     """
     parallel_config = vllm_config.parallel_config
-    return (
-        parallel_config.distributed_executor_backend != "external_launcher"
-        or parallel_config.tensor_parallel_size * parallel_config.pipeline_parallel_size == 1
-    )
+    ranks = int(parallel_config.tensor_parallel_size) * int(parallel_config.pipeline_parallel_size)
+    return ranks == 1 or str(parallel_config.distributed_executor_backend) != "external_launcher"
 
 
 class _KeyedSampler(TopKTopPSampler):  # type: ignore[misc]
