@@ -4,7 +4,8 @@
 
 Each configuration has an engine of its own; they take turns, so that whatever else the machine does touches all of them
 alike. Ratios are medians over pairs of neighbouring runs. ``suffix`` (vLLM's suffix decoding) joins where
-arctic-inference is installed.
+arctic-inference is installed; it remembers earlier requests, and repeats bring the same ones again: see drafters.py for a
+comparison in which no prompt comes twice.
 """
 
 from __future__ import annotations
@@ -95,7 +96,12 @@ HEADINGS = (
 
 def measure(arguments: argparse.Namespace, store: Path) -> list[Row]:
     """Every batch size and temperature with every configuration."""
-    configs = {name: speculative_config(name, arguments.k, store) for name in (OFF, NGRAM, SPECPLUG)}
+    configs = {name: speculative_config(name, arguments.k, store) for name in (OFF, NGRAM)}
+    # Repeats bring the same prompts again, and a history that requests share would know the answers.
+    configs[SPECPLUG] = {
+        **(speculative_config(SPECPLUG, arguments.k, store) or {}),
+        "proposers": [{"name": "suffix", "share": "none"}, "ngram", "rest"],
+    }
     if importlib.util.find_spec("arctic_inference") is not None:
         configs[SUFFIX] = {"method": SUFFIX, "num_speculative_tokens": arguments.k}
     rows = []

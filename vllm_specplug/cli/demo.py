@@ -21,6 +21,7 @@ from rich.table import Table
 from vllm_specplug.cli.engines import NGRAM, OFF, SPECPLUG, Completed, Engine, Work, speculative_config
 from vllm_specplug.config import DEFAULT_SPECULATIVE_TOKENS
 from vllm_specplug.errors import ConfigurationError, SpecplugError
+from vllm_specplug.proposers.base import TENANT_OPTION
 
 TEMPERATURES = (0.0, 0.8)
 SEED = 1234
@@ -298,7 +299,9 @@ def run_all(
                     )
             for temperature in TEMPERATURES:
                 with display.phase(f"{label}: generating, temperature {temperature:g}") as phase:
-                    work = Work(texts[:num_prompts], max_tokens, temperature, seed=SEED, concurrency=concurrency)
+                    # A tenant a temperature: the same prompts come twice, and history would know the answers.
+                    tenant = {TENANT_OPTION: f"temperature {temperature}"} if name == SPECPLUG else {}
+                    work = Work(texts[:num_prompts], max_tokens, temperature, SEED, concurrency, tenant)
 
                     def show(done: int, tokens: int, elapsed_s: float, phase: Phase = phase) -> None:
                         status = f"{done}/{num_prompts} prompts  {tokens / elapsed_s:.0f} tokens/s"
