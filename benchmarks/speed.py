@@ -4,8 +4,8 @@
 
 Each configuration has an engine of its own; they take turns, so that whatever else the machine does touches all of them
 alike. Ratios are medians over pairs of neighbouring runs. ``suffix`` (vLLM's suffix decoding) joins where
-arctic-inference is installed; it remembers earlier requests, and repeats bring the same ones again: see drafters.py for a
-comparison in which no prompt comes twice.
+arctic-inference is installed; it remembers earlier requests, and repeats bring the same ones again: see drafters.py
+for a comparison in which no prompt comes twice.
 """
 
 from __future__ import annotations
