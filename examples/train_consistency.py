@@ -4,21 +4,23 @@
     vllm serve consistent --speculative-config \\
         '{"method": "specplug", "proposers": ["jacobi"], "num_speculative_tokens": 8}'
 
-The recipe of consistency LLMs (Kou et al., "CLLMs: Consistency Large Language Models", 2024). The model decodes pieces
-of its training text greedily by Jacobi iteration, as the ``jacobi`` proposer does it in an engine: a window of guesses
-drawn from the context, of which the beginning that is right is emitted while the rest moves on. At every intermediate
-state of these windows it then learns to give what it would give behind the right tokens (global consistency loss), and
-on real text it goes on learning as before, which holds the language loss. Every minute or so the trajectories are
-collected anew from what it has become.
+The recipe of consistency LLMs (Kou et al., "CLLMs: Consistency Large Language Models", 2024). The model that is there
+at the beginning continues pieces of its training text greedily. These texts are the fixed points: Jacobi iteration, as
+the ``jacobi`` proposer does it in an engine, arrives at them from a window of guesses drawn from the context, of which
+the beginning that is right is emitted while the rest moves on. At every intermediate state of these windows the model
+in training learns to say what the first model says behind the right tokens (global consistency loss); behind the right
+tokens themselves, and on real text, it learns to go on saying the same. The states are collected anew every minute or
+so, from what it has become. The texts are not: a model that learns from its own latest texts soon writes one word over
+and over, which is quickly decoded.
 
 One pass serves a text and many states of its windows: the guesses stand behind the text, each window sees the text up
-to its own beginning and itself, and positions are those that the tokens have in decoding. The text's own rows are the
-teacher of the windows' rows.
+to its own beginning and itself, and positions are those that the tokens have in decoding.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import json
 import shutil
@@ -49,7 +51,7 @@ CONTEXT = 512  # tokens of a row of real text, and of a window of the held-out l
 PROMPT_TOKENS = 256  # real text before what the model decodes for training
 OUTPUT_TOKENS = 128
 COLLECT_ROWS = 64  # texts decoded at a time
-KEPT_BATCHES = 2  # of these
+KEPT_BATCHES = 3  # of these
 EVALUATED_WINDOWS = (8, 16)
 
 
@@ -203,13 +205,30 @@ class Trajectories:
         return [self.token_ids[row, start : start + count].tolist() for row, start in enumerate(starts)]
 
 
-def jacobi_decode(model: LlamaForCausalLM, prompts: list[list[int]], num_tokens: int, window: int) -> Trajectories:
-    """Greedy Jacobi decoding of all prompts at once, ``num_tokens`` tokens each, ``window`` guesses a step."""
+def jacobi_decode(
+    model: LlamaForCausalLM,
+    prompts: list[list[int]],
+    num_tokens: int,
+    window: int,
+    texts: torch.Tensor | None = None,
+) -> Trajectories:
+    """Greedy Jacobi decoding of all prompts at once.
+
+    Args:
+        model: makes the guesses, and decides what is right.
+        prompts: token ids, one list a row.
+        num_tokens: to decode after each.
+        window: guesses a step.
+        texts: ``[rows, at least the longest prompt + num_tokens]``; these decide what is right, instead.
+    """
     decoder = Decoder(model, prompts, max(map(len, prompts)) + num_tokens + 2 * window + 2)
     prompt_lengths = decoder.lengths.clone()
     ends = prompt_lengths + num_tokens
     # The prompt's own pass gives the first token and has no guesses, as in an engine.
-    decoder.append(decoder.logits(decoder.last(), decoder.lengths - 1).argmax(-1), torch.ones_like(prompt_lengths))
+    first = decoder.logits(decoder.last(), decoder.lengths - 1).argmax(-1)
+    decoder.append(
+        first if texts is None else texts.gather(1, prompt_lengths[:, None]), torch.ones_like(prompt_lengths)
+    )
     guesses = torch.zeros((len(prompts), window), dtype=torch.int64)
     known = torch.zeros_like(prompt_lengths)  # guesses that the model made; the rest is filled up
     depth = torch.arange(window)
@@ -219,12 +238,17 @@ def jacobi_decode(model: LlamaForCausalLM, prompts: list[list[int]], num_tokens:
         draft = torch.where(depth < known[:, None], guesses, fills(decoder.token_ids, decoder.lengths, window))
         block = torch.cat((decoder.last(), draft), dim=1)
         target = decoder.logits(block, decoder.lengths - 1).argmax(-1)  # [rows, window + 1]
-        accepted = (draft == target[:, :-1]).long().cumprod(1).sum(1)
+        right = target
+        if texts is not None:
+            # Beyond the end of a text anything will do.
+            columns = decoder.lengths[:, None] + torch.arange(window + 1)
+            right = texts.gather(1, columns.clamp(max=texts.shape[1] - 1))
+        accepted = (draft == right[:, :-1]).long().cumprod(1).sum(1)
         steps.append((torch.where(active, decoder.lengths, -1), draft, accepted))
         emitted = torch.where(active, accepted + 1, 0)
         num_steps += int(active.sum())
         num_emitted += int(torch.minimum(emitted, (ends - decoder.lengths).clamp(min=0)).sum())
-        decoder.append(target, emitted)
+        decoder.append(right, emitted)
         guesses = target.gather(1, (accepted[:, None] + 1 + depth).clamp(max=window))
         known = window - accepted
     lengths, drafts, all_accepted = (torch.stack(parts) for parts in zip(*steps, strict=True))
@@ -235,7 +259,7 @@ def jacobi_decode(model: LlamaForCausalLM, prompts: list[list[int]], num_tokens:
 
 @dataclass
 class States:
-    """A text of the model's own and the windows that stood behind a wrong guess while it was decoded.
+    """A text and the windows that stood behind a wrong guess while it was decoded.
 
     Attributes:
         token_ids: ``[length]``, prompt and output.
@@ -317,48 +341,62 @@ def pack(batch: list[States], room: int, generator: np.random.Generator) -> Pack
     )
 
 
+@torch.no_grad()
+def logits_of(model: LlamaForCausalLM, token_ids: torch.Tensor) -> torch.Tensor:
+    """``[rows, length, vocab]``, nothing to be learned from it."""
+    logits: torch.Tensor = model(token_ids).logits
+    return logits
+
+
 def consistency_loss(
     model: LlamaForCausalLM,
     token_ids: torch.Tensor,
     positions: torch.Tensor,
     mask: torch.Tensor,
     depths: torch.Tensor,
+    teacher: torch.Tensor,
     sharpness: float,
     decay: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Global consistency loss of packed windows, and the loss of the real text that they stand behind.
+    """Global consistency loss of packed windows, and how far the model went from its teacher on the texts themselves.
 
     Args:
         model: being trained.
         token_ids, positions, mask, depths: see :class:`Packed`.
-        sharpness: the teacher's logits are multiplied by it: at 1 its distribution is the goal, above that more and
-            more its favourite, which is what greedy decoding waits for.
+        teacher: ``[rows, length, vocab]``, logits of the first model behind the right tokens.
+        sharpness: the teacher's logits are multiplied by it for the windows: at 1 its distribution is the goal, above
+            that more and more its favourite, which is what greedy decoding waits for.
         decay: weight of a guess's row over that of the row before it.
 
     Returns:
-        Cross-entropy to the teacher (nats a row), share of rows with the teacher's favourite, cross-entropy of the
-        prompts (nats a token).
+        Cross-entropy of the windows' rows to the teacher (nats a row), share of these with the teacher's favourite,
+        Kullback-Leibler divergence of the texts' rows from the teacher's (nats a row).
     """
     room = depths.shape[1]
     x = hidden_states(model, token_ids, positions, mask)
-    text, guesses = x[:, :-room], x[:, -room:]
-    logits = model.lm_head(text)
-    prompt_loss = functional.cross_entropy(
-        logits[:, : PROMPT_TOKENS - 1].flatten(0, 1).float(), token_ids[:, 1:PROMPT_TOKENS].flatten()
-    )
-    where = positions[:, -room:, None].expand(-1, -1, logits.shape[-1])
-    teacher = logits.detach().gather(1, where).float()
-    student = model.lm_head(guesses).float()
-    losses = -(torch.softmax(sharpness * teacher, -1) * torch.log_softmax(student, -1)).sum(-1)  # [rows, room]
+    divergence = divergence_from(teacher, model.lm_head(x[:, :-room]))
+    where = positions[:, -room:, None].expand(-1, -1, teacher.shape[-1])
+    goal = teacher.gather(1, where).float()
+    student = model.lm_head(x[:, -room:]).float()
+    losses = -(torch.softmax(sharpness * goal, -1) * torch.log_softmax(student, -1)).sum(-1)  # [rows, room]
     weights = torch.where(depths >= 0, decay ** depths.clamp(min=0).float(), 0.0)
-    right = (student.argmax(-1) == teacher.argmax(-1)) & (depths >= 0)
-    return (losses * weights).sum() / weights.sum(), right.sum() / (depths >= 0).sum(), prompt_loss
+    right = (student.argmax(-1) == goal.argmax(-1)) & (depths >= 0)
+    return (losses * weights).sum() / weights.sum(), right.sum() / (depths >= 0).sum(), divergence
 
 
-def real_text_loss(model: LlamaForCausalLM, token_ids: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the next token in nats, mean over ``token_ids`` (``[rows, length]``)."""
-    logits = model(token_ids).logits
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), token_ids[:, 1:].flatten())
+def divergence_from(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence in nats between distributions given as logits (``[..., vocab]``), the mean."""
+    log_teacher, log_student = torch.log_softmax(teacher.float(), -1), torch.log_softmax(student.float(), -1)
+    return (log_teacher.exp() * (log_teacher - log_student)).sum(-1).mean()
+
+
+def real_text_loss(
+    model: LlamaForCausalLM, token_ids: torch.Tensor, teacher: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """On ``token_ids`` (``[rows, length]``): cross-entropy of the next token, and divergence from the teacher; nats."""
+    logits = model(token_ids).logits.float()
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten())
+    return loss, divergence_from(teacher, logits)
 
 
 class Clock:
@@ -465,8 +503,10 @@ class Recipe:
     """How to train; rates are AdamW's, Muon's is scaled to match it."""
 
     window: int = 8
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1e-3
     consistency_weight: float = 1.0
+    anchor_weight: float = 1.0  # of staying with the first model
+    language_weight: float = 0.5  # of the next token of real text
     sharpness: float = 2.0
     decay: float = 0.9
     rows: int = 4  # texts of the model's own a step
@@ -504,21 +544,27 @@ def train(
     generator = np.random.default_rng(seed)
     optimizers = optimizers_of(model, recipe.learning_rate)
 
-    consistency, real = consistency_loss, real_text_loss
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    consistency, real, teach = consistency_loss, real_text_loss, logits_of
     if recipe.compiled and shutil.which("g++"):  # what torch.compile needs on a CPU
-        consistency, real = torch.compile(consistency, dynamic=False), torch.compile(real, dynamic=False)
+        consistency, real, teach = (torch.compile(f, dynamic=False) for f in (consistency, real, teach))
 
     def loss_of(part: tuple[Packed, torch.Tensor]) -> tuple[torch.Tensor, list[float]]:
         packed, text = part
+        length = packed.token_ids.shape[1] - recipe.room
         arguments = packed.token_ids, packed.positions, packed.mask, packed.depths
-        own, right, prompts = consistency(model, *arguments, recipe.sharpness, recipe.decay)
-        language = real(model, text)
-        loss = recipe.consistency_weight * own + 0.5 * prompts + language
-        return loss, [own.item(), right.item(), language.item()]
+        own, right, own_anchor = consistency(
+            model, *arguments, teach(teacher, packed.token_ids[:, :length]), recipe.sharpness, recipe.decay
+        )
+        language, real_anchor = real(model, text, teach(teacher, text))
+        anchor = own_anchor + real_anchor
+        loss = recipe.consistency_weight * own + recipe.anchor_weight * anchor + recipe.language_weight * language
+        return loss, [own.item(), right.item(), language.item(), own_anchor.item(), real_anchor.item()]
 
     def collect(prompts: list[list[int]]) -> Trajectories:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return jacobi_decode(model, prompts, OUTPUT_TOKENS, recipe.window)
+            texts = jacobi_decode(teacher, prompts, OUTPUT_TOKENS, 1).token_ids
+            return jacobi_decode(model, prompts, OUTPUT_TOKENS, recipe.window, texts)
 
     pool: list[list[States]] = []
     step = decoded = 0
@@ -564,7 +610,9 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
             step += 1
             smoothed = figures if smoothed is None else 0.95 * smoothed + 0.05 * figures
-            info = f"step {step}  consistency {smoothed[0]:.3f}  right {smoothed[1]:.1%}  language {smoothed[2]:.3f}"
+            info = "step {}  consistency {:.3f}  right {:.1%}  language {:.3f}  apart {:.3f} {:.3f}".format(
+                step, *smoothed
+            )
             progress.update(bar, completed=clock.seconds() - start, info=info)
             if step % 25 == 0:
                 print(f"{elapsed / 60:.1f} min: {info}", flush=True)
@@ -624,6 +672,12 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--consistency-weight", type=float, default=Recipe.consistency_weight)
     parser.add_argument(
+        "--anchor-weight", type=float, default=Recipe.anchor_weight, help="of staying with the first model"
+    )
+    parser.add_argument(
+        "--language-weight", type=float, default=Recipe.language_weight, help="of real text's next token"
+    )
+    parser.add_argument(
         "--sharpness", type=float, default=Recipe.sharpness, help="of the teacher (default: %(default)s)"
     )
     parser.add_argument("--decay", type=float, default=Recipe.decay, help="weight by depth (default: %(default)s)")
@@ -650,8 +704,9 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     console = Console()
     recipe = Recipe(
-        arguments.window, arguments.learning_rate, arguments.consistency_weight, arguments.sharpness, arguments.decay,
-        arguments.rows, arguments.room, arguments.real_rows, arguments.refresh_s, compiled=not arguments.no_compile,
+        arguments.window, arguments.learning_rate, arguments.consistency_weight, arguments.anchor_weight,
+        arguments.language_weight, arguments.sharpness, arguments.decay, arguments.rows, arguments.room,
+        arguments.real_rows, arguments.refresh_s, compiled=not arguments.no_compile,
     )  # fmt: skip
 
     tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))

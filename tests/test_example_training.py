@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional
 
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext, Verified
 from vllm_specplug.proposers.jacobi import JacobiProposer, fill_token
@@ -82,6 +83,62 @@ def test_jacobi_decoding_gives_the_greedy_tokens(consistency: ModuleType, window
     # The first token comes from the prompt's own pass and belongs to no step.
     steps = (run.lengths >= 0).sum().item()
     assert run.emitted_per_forward == pytest.approx(19 * len(prompts) / steps)
+
+
+def test_given_texts_decide_what_is_right(consistency: ModuleType) -> None:
+    """Guesses come from one model and the text from another; with a text of its own nothing changes."""
+    model, prompts = random_model(16), random_prompts(6, 17)
+    own = consistency.jacobi_decode(model, prompts, 20, 4)
+    again = consistency.jacobi_decode(model, prompts, 20, 4, own.token_ids)
+    assert again.outputs(20) == own.outputs(20)
+    assert torch.equal(again.drafts, own.drafts)
+    assert torch.equal(again.lengths, own.lengths)
+    texts = consistency.jacobi_decode(random_model(18), prompts, 20, 1)
+    forced = consistency.jacobi_decode(model, prompts, 20, 4, texts.token_ids)
+    assert forced.outputs(20) == texts.outputs(20) != own.outputs(20)
+    for row in range(len(prompts)):
+        for certain, draft, accepted in zip(
+            forced.lengths[:, row].tolist(),
+            forced.drafts[:, row].tolist(),
+            forced.accepted[:, row].tolist(),
+            strict=True,
+        ):
+            if certain < 0 or certain + accepted >= len(prompts[row]) + 20:
+                continue
+            expected = texts.token_ids[row, certain : certain + 4].tolist()
+            assert draft[:accepted] == expected[:accepted]
+            assert accepted == 4 or draft[accepted] != expected[accepted]
+
+
+def test_consistency_loss_row_by_row(consistency: ModuleType) -> None:
+    model, first, prompts = random_model(19), random_model(20), [[prompt[0]] * 4 for prompt in random_prompts(3, 21)]
+    packed = consistency.pack(
+        consistency.states_of(consistency.jacobi_decode(first, prompts, 16, 5), 20), 40, np.random.default_rng(22)
+    )
+    with torch.no_grad():
+        teacher = first(packed.token_ids[:, :20]).logits
+        student = model.lm_head(consistency.hidden_states(model, packed.token_ids, packed.positions, packed.mask))
+        loss, right, divergence = consistency.consistency_loss(
+            model, packed.token_ids, packed.positions, packed.mask, packed.depths, teacher, 2.0, 0.7
+        )
+    total = weight = same = count = 0.0
+    for row in range(3):
+        for column in range(40):
+            depth = int(packed.depths[row, column])
+            if depth < 0:
+                continue
+            goal = teacher[row, int(packed.positions[row, 20 + column])]
+            logits = student[row, 20 + column]
+            total += 0.7**depth * float(functional.cross_entropy(logits, torch.softmax(2 * goal, -1)))
+            weight += 0.7**depth
+            same += float(goal.argmax() == logits.argmax())
+            count += 1
+    assert float(loss) == pytest.approx(total / weight, rel=1e-4)
+    assert float(right) == pytest.approx(same / count)
+    expected = functional.kl_div(
+        torch.log_softmax(student[:, :20], -1), torch.log_softmax(teacher, -1), reduction="none", log_target=True
+    )
+    assert float(divergence) == pytest.approx(float(expected.sum(-1).mean()), rel=1e-4)
 
 
 def test_windows_are_those_of_the_proposer(consistency: ModuleType) -> None:
@@ -153,14 +210,14 @@ def test_shared_gradients_are_those_of_the_whole(consistency: ModuleType) -> Non
     text = torch.randint(0, VOCAB, (4, 12))
 
     def loss_of(part: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
-        loss = consistency.real_text_loss(model, part)
+        loss, _ = consistency.real_text_loss(model, part, torch.zeros(*part.shape, VOCAB))
         return loss, [loss.item()]
 
     workers = consistency.Workers(2)
     for _ in range(2):  # one after the other, then at once
         figures = workers.backward(model, loss_of, text.chunk(2))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            whole = consistency.real_text_loss(model, text)
+            whole, _ = consistency.real_text_loss(model, text, torch.zeros(4, 12, VOCAB))
         expected = torch.autograd.grad(whole, list(model.parameters()))
         assert figures[0] == pytest.approx(whole.item(), abs=1e-2)
         for parameter, gradient in zip(model.parameters(), expected, strict=True):
