@@ -421,7 +421,7 @@ def held_bytes(child: Any) -> int:
     total = 0
     while waiting:
         item = waiting.pop()
-        if id(item) in seen:
+        if id(item) in seen or type(item).__name__ == "Automaton":  # the history, whose bound is checked by itself
             continue
         seen.add(id(item))
         total += item.nbytes if isinstance(item, np.ndarray) else sys.getsizeof(item)
