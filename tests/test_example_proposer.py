@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vllm_specplug.config import parse_settings
 from vllm_specplug.drafting import Drafting
-from vllm_specplug.proposers import DraftBatch, ProposerContext
+from vllm_specplug.history import TrackedRequest
+from vllm_specplug.proposers import ProposerContext
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -17,8 +19,13 @@ def test_my_proposer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     settings = parse_settings({"proposers": ["my_proposer.LastSuccessor"], "num_speculative_tokens": 4})
     drafting = Drafting(settings, ProposerContext(vocab_size=100, num_speculative_tokens=4))
-    batch = DraftBatch.from_contexts([[1, 2, 3, 1], [4, 5], [7, 7]], max_draft_tokens=4)
-    assert drafting.propose(batch) == [[2, 3, 1, 2], [], [7, 7, 7, 7]]
+    contexts = [[1, 2, 3, 1], [4, 5], [7, 7]]
+    table = np.zeros((3, 50), dtype=np.int32)
+    for row, tokens in zip(table, contexts, strict=True):
+        row[: len(tokens)] = tokens
+    lengths = np.array([len(tokens) for tokens in contexts])
+    requests = [TrackedRequest(str(i), len(tokens), 50) for i, tokens in enumerate(contexts)]
+    assert drafting.propose(requests, table, np.arange(3), lengths, limit=4) == [[2, 3, 1, 2], [], [7, 7, 7, 7]]
 
 
 def test_readme_shows_the_example_as_it_is() -> None:

@@ -172,7 +172,7 @@ def test_acceptance_of_another_model_is_within_the_bounds(
     config = {"method": "draft_model", "model": str(draft_path()), "draft_sample_method": "probabilistic"}
     with start(config) as engine:
         assert_same(engine.generate(SENT), stock["mixed"], "tiny draft", SENT)
-        engine.send("set_drafting", {"proposers": ["in_child.Recorder"]})  # only to write down what was verified
+        engine.send("call", "record_verified")
         outputs = engine.generate(SAMPLED)
         assert_same(outputs, stock["sampled"], "tiny draft", SAMPLED)
         steps = engine.send("call", "recorded")["steps"]

@@ -366,9 +366,22 @@ class Recorder(RandomTokens):
             self.behind_a_rejected_draft += len(targets) - emitted
 
 
+def record_verified(child: Any) -> None:
+    """Write down what is verified from now on, without drafting anything: for vLLM's own drafters."""
+    drafting = child.drafter.drafting
+    observe = drafting.observe
+    child.recorder = Recorder(drafting.context)
+
+    def observe_and_record(verified: Verified) -> None:
+        child.recorder.observe(verified)
+        observe(verified)
+
+    drafting.observe = observe_and_record
+
+
 def recorded(child: Any) -> dict[str, Any]:
     """What the running engine's :class:`Recorder` wrote down."""
-    recorder = child.drafter.drafting._proposers["in_child.Recorder"]
+    recorder = getattr(child, "recorder", None) or child.drafter.drafting._proposers["in_child.Recorder"]
     return {
         "emitted": recorder.emitted,
         "steps": recorder.steps,
