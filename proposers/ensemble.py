@@ -27,7 +27,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .base import DraftBatch, Drafts, check_option_names, kernel_input
+from .base import DraftBatch, Drafts, check_option_names, check_probability, check_switch, kernel_input
 
 DEFAULT_OPTIONS: Mapping[str, int | float | bool] = {
     "gate": True,
@@ -646,9 +646,5 @@ class Ensemble:
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option of the ensemble that is unknown or out of its range."""
     check_option_names(options, DEFAULT_OPTIONS, "ensemble")
-    gate = options.get("gate", True)
-    if not isinstance(gate, bool):
-        raise ValueError(f"proposer 'ensemble': gate must be true or false, not {gate!r}")
-    rate = options.get("learning_rate", 0.08)
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 <= rate <= 1.0:
-        raise ValueError(f"proposer 'ensemble': learning_rate must lie in [0, 1], not {rate!r}")
+    check_switch("ensemble", "gate", options.get("gate", True))
+    check_probability("ensemble", "learning_rate", options.get("learning_rate", 0.08))

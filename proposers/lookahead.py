@@ -25,9 +25,20 @@ from numpy.typing import NDArray
 
 from vllm_specplug.samplers.noise import noise_of, noisy_score
 
-from .base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, check_option_names, kernel_input
+from .base import (
+    DraftBatch,
+    Drafts,
+    Proposer,
+    ProposerContext,
+    Verified,
+    check_number,
+    check_option_names,
+    check_switch,
+    check_whole,
+    kernel_input,
+)
 from .jacobi import FILL, KIND_CONFIDENCE, Observed, Windows, advance_windows, align_window, fill_token
-from .recycling import LEARNED_PER_STEP, PromptQueue, check_sharpness, check_switch, check_whole
+from .recycling import LEARNED_PER_STEP, PromptQueue
 
 DEFAULT_OPTIONS: Mapping[str, int | float | bool] = {
     "ngram": 6,
@@ -274,7 +285,7 @@ class LookaheadProposer(Proposer):
         num_ways = check_whole("lookahead", "max_per_key", options["max_per_key"])
         pool_tokens = check_whole("lookahead", "pool_tokens", options["pool_tokens"], num_ways)
         self._learn_prompt = check_switch("lookahead", "learn_prompt", options["learn_prompt"])
-        self._sharpness = check_sharpness("lookahead", options["sharpness"])
+        self._sharpness = check_number("lookahead", "sharpness", options["sharpness"])
         self._settings: NDArray[np.float64] = kernel_input(np.array([FADE, REJECTED_WEIGHT, ORDER_FACTOR]), np.float64)
         # Several beginnings can fall into one set of places; a tag tells them apart.
         shape = (1 << ((pool_tokens // num_ways).bit_length() - 1), num_ways)

@@ -18,7 +18,16 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .base import DraftBatch, Drafts, Proposer, ProposerContext, check_option_names, is_probability, kernel_input
+from .base import (
+    DraftBatch,
+    Drafts,
+    Proposer,
+    ProposerContext,
+    check_option_names,
+    check_probability,
+    check_whole,
+    kernel_input,
+)
 
 DEFAULT_OPTIONS: Mapping[str, int | float] = {
     "min_match": 1,
@@ -186,20 +195,15 @@ class NgramProposer(Proposer):
         super().__init__(context)
         check_option_names(context.options, DEFAULT_OPTIONS, "ngram")
         options = {**DEFAULT_OPTIONS, **context.options}
-        for name in ("min_match", "max_match", "max_candidates"):
-            value = options[name]
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"proposer 'ngram': {name} must be a whole number of at least 1, not {value!r}")
+        self._settings: NDArray[np.int64] = np.array(
+            [check_whole("ngram", name, options[name]) for name in ("min_match", "max_match", "max_candidates")],
+            dtype=np.int64,
+        )
         if options["min_match"] > options["max_match"]:
             raise ValueError(
                 f"proposer 'ngram': min_match {options['min_match']} is above max_match {options['max_match']}"
             )
-        if not isinstance(options["min_confidence"], (int, float)) or not is_probability(options["min_confidence"]):
-            raise ValueError(f"proposer 'ngram': min_confidence must lie in [0, 1], not {options['min_confidence']!r}")
-        self._min_confidence = float(options["min_confidence"])
-        self._settings: NDArray[np.int64] = np.array(
-            [options[name] for name in ("min_match", "max_match", "max_candidates")], dtype=np.int64
-        )
+        self._min_confidence = check_probability("ngram", "min_confidence", options["min_confidence"])
         self._slot_of: dict[str, int] = {}
         self._free: list[int] = []
         self._make_room(FIRST_SLOTS, min(context.max_model_len, FIRST_CAPACITY))

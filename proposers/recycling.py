@@ -23,7 +23,18 @@ from numpy.typing import NDArray
 
 from vllm_specplug.samplers.noise import noise_of, noisy_score
 
-from .base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, check_option_names, kernel_input
+from .base import (
+    DraftBatch,
+    Drafts,
+    Proposer,
+    ProposerContext,
+    Verified,
+    check_number,
+    check_option_names,
+    check_switch,
+    check_whole,
+    kernel_input,
+)
 from .jacobi import Observed
 
 DEFAULT_OPTIONS: Mapping[str, int | float | bool] = {"successors": 8, "learn_prompt": True, "sharpness": 1.6}
@@ -189,7 +200,7 @@ class RecyclingProposer(Proposer):
         options = {**DEFAULT_OPTIONS, **context.options}
         num_successors = check_whole("recycling", "successors", options["successors"])
         self._learn_prompt = check_switch("recycling", "learn_prompt", options["learn_prompt"])
-        self._sharpness = check_sharpness("recycling", options["sharpness"])
+        self._sharpness = check_number("recycling", "sharpness", options["sharpness"])
         self._settings: NDArray[np.float64] = kernel_input(np.array([FADE, REJECTED_WEIGHT]), np.float64)
         self._successors: NDArray[np.int32] = np.zeros((context.vocab_size, num_successors), dtype=np.int32)
         self._weights: NDArray[np.float32] = np.zeros((context.vocab_size, num_successors), dtype=np.float32)
@@ -242,24 +253,3 @@ class RecyclingProposer(Proposer):
 
     def describe(self) -> str:
         return f"{self._successors.shape[1]} successors of each token in {self.memory_bytes() / 1e6:.1f} MB"
-
-
-def check_whole(proposer: str, name: str, value: object, least: int = 1) -> int:
-    """``value`` if it is a whole number of at least ``least``, else ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"proposer {proposer!r}: {name} must be a whole number of at least {least}, not {value!r}")
-    return value
-
-
-def check_switch(proposer: str, name: str, value: object) -> bool:
-    """``value`` if it is a bool, else ValueError."""
-    if not isinstance(value, bool):
-        raise ValueError(f"proposer {proposer!r}: {name} must be true or false, not {value!r}")
-    return value
-
-
-def check_sharpness(proposer: str, value: object) -> float:
-    """``value`` if it is a number of at least 0, else ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"proposer {proposer!r}: sharpness must be a number of at least 0, not {value!r}")
-    return float(value)

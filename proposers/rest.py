@@ -38,8 +38,10 @@ from .base import (
     Drafts,
     Proposer,
     ProposerContext,
+    check_number,
     check_option_names,
-    is_probability,
+    check_probability,
+    check_whole,
     kernel_input,
 )
 from .datastore import Datastore, longest_match, usable_length
@@ -333,19 +335,15 @@ class RestProposer(Proposer):
         check_option_names(context.options, DEFAULT_OPTIONS, "rest")
         options = {**DEFAULT_OPTIONS, **context.options}
         self._settings: NDArray[np.int64] = np.array(
-            [_at_least_one(name, options[name]) for name in ("max_match", "min_match", "max_votes")], dtype=np.int64
+            [check_whole("rest", name, options[name]) for name in ("max_match", "min_match", "max_votes")],
+            dtype=np.int64,
         )
         if options["min_match"] > options["max_match"]:
             raise ValueError(
                 f"proposer 'rest': min_match {options['min_match']} is above max_match {options['max_match']}"
             )
-        if not isinstance(options["min_confidence"], (int, float)) or not is_probability(options["min_confidence"]):
-            raise ValueError(f"proposer 'rest': min_confidence must lie in [0, 1], not {options['min_confidence']!r}")
-        self._min_confidence = float(options["min_confidence"])
-        sharpness = options["sharpness"]
-        if isinstance(sharpness, bool) or not isinstance(sharpness, (int, float)) or not 0 <= sharpness < math.inf:
-            raise ValueError(f"proposer 'rest': sharpness must be a number of at least 0, not {sharpness!r}")
-        self._sharpness = float(sharpness)
+        self._min_confidence = check_probability("rest", "min_confidence", options["min_confidence"])
+        self._sharpness = check_number("rest", "sharpness", options["sharpness"])
         if not context.datastores:
             raise ValueError(
                 "proposer 'rest' drafts from a token store, and none is configured: set \"datastore\" to a file that "
@@ -436,9 +434,3 @@ class RestProposer(Proposer):
             size = f"{header.num_tokens:,} tokens of {header.num_documents:,} documents in {store.path}"
             words.append(size if len(self.stores) == 1 else f"{name}: {size}")
         return "; ".join(words)
-
-
-def _at_least_one(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"proposer 'rest': {name} must be a whole number of at least 1, not {value!r}")
-    return value

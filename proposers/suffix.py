@@ -60,8 +60,10 @@ from .base import (
     Drafts,
     Proposer,
     ProposerContext,
+    check_number,
     check_option_names,
-    is_probability,
+    check_probability,
+    check_whole,
     kernel_input,
 )
 
@@ -493,19 +495,15 @@ class SuffixProposer(Proposer):
         super().__init__(context)
         check_option_names(context.options, DEFAULT_OPTIONS, "suffix")
         options = {**DEFAULT_OPTIONS, **context.options}
-        self._min_match = _whole_number("min_match", options["min_match"], 1)
+        self._min_match = check_whole("suffix", "min_match", options["min_match"], 1)
         smallest = max(SMALLEST_HISTORY_BYTES, 4096 * context.max_num_requests)
-        max_bytes = _whole_number("max_history_bytes", options["max_history_bytes"], smallest)
+        max_bytes = check_whole("suffix", "max_history_bytes", options["max_history_bytes"], smallest)
         if options["share"] not in ("all", "none"):
             raise ValueError(f"proposer 'suffix': share must be 'all' or 'none', not {options['share']!r}")
         self._is_private = options["share"] == "none"
-        self._sharpness = _number("sharpness", options["sharpness"])
-        if isinstance(options["min_confidence"], str) or not is_probability(
-            _number("min_confidence", options["min_confidence"])
-        ):
-            raise ValueError(f"proposer 'suffix': min_confidence must lie in [0, 1], not {options['min_confidence']!r}")
-        self._min_confidence = float(options["min_confidence"])
-        save_interval_s = _number("save_interval_s", options["save_interval_s"])
+        self._sharpness = check_number("suffix", "sharpness", options["sharpness"])
+        self._min_confidence = check_probability("suffix", "min_confidence", options["min_confidence"])
+        save_interval_s = check_number("suffix", "save_interval_s", options["save_interval_s"])
         if save_interval_s == 0:
             raise ValueError("proposer 'suffix': save_interval_s must be above 0")
         history_file = options["history_file"]
@@ -787,18 +785,6 @@ class SuffixProposer(Proposer):
         if self._file is not None:
             words += f"; {self._num_loaded:,} tokens from {self._file.path}"
         return words
-
-
-def _whole_number(name: str, value: object, smallest: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-        raise ValueError(f"proposer 'suffix': {name} must be a whole number of at least {smallest}, not {value!r}")
-    return value
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"proposer 'suffix': {name} must be a number of at least 0, not {value!r}")
-    return float(value)
 
 
 class _HistoryFile:

@@ -10,6 +10,7 @@ import pytest
 from vllm_specplug import registry
 from vllm_specplug.config import parse_settings
 from vllm_specplug.drafting import Drafting
+from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.history import TrackedRequest
 from vllm_specplug.proposers import DraftBatch, Drafts, Proposer, ProposerContext, Verified
 
@@ -68,6 +69,28 @@ def test_nonsense_is_left_out(drafting: Drafting, answer: Any) -> None:
     stats = drafting.stats.proposers["answers"]
     assert (stats.errors, stats.active) == (1, False)
     assert propose(drafting, [[1], [1]]) == [[], []], "left out for good"
+
+
+def test_words_and_counters_of_a_proposer_may_fail(drafting: Drafting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Proposer) -> None:
+        raise RuntimeError("no words")
+
+    monkeypatch.setattr(Answers, "describe", fail)
+    monkeypatch.setattr(Answers, "memory_bytes", fail)
+    assert drafting.describe() == "answers"
+    assert propose(drafting, [[1], [2]]) == [[1], [2]]
+    counters = drafting.snapshot()["proposers"]["answers"]
+    assert (counters["errors"], counters["active"]) == (1, False)
+
+
+def test_too_little_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Huge(Answers):
+        def __init__(self, context: ProposerContext) -> None:
+            raise MemoryError
+
+    monkeypatch.setattr(registry, "proposer_class", lambda name: Huge)
+    with pytest.raises(ConfigurationError, match="proposer 'answers': there is not enough memory"):
+        Drafting(parse_settings({"proposers": ["answers"]}), CONTEXT)
 
 
 def test_confidence_that_is_no_number_counts_as_none(drafting: Drafting) -> None:

@@ -133,8 +133,8 @@ class Drafting:
             return registry.proposer_class(name)(context)
         except ConfigurationError:
             raise
-        except (ValueError, TypeError, OSError, ArithmeticError) as error:
-            told = str(error)
+        except (ValueError, TypeError, OSError, ArithmeticError, MemoryError) as error:
+            told = str(error) or "there is not enough memory for what its options ask for"
             prefix = "" if told.startswith(f"proposer {name!r}") else f"proposer {name!r}: "
             raise ConfigurationError(f"{prefix}{told}") from error
 
@@ -151,10 +151,14 @@ class Drafting:
         """The proposers with their own words, for the start-up line."""
         if not self._proposers:
             return "none"
-        return ", ".join(
-            f"{name} ({words})" if (words := proposer.describe()) else name
-            for name, proposer in self._proposers.items()
-        )
+        return ", ".join(f"{name} ({words})" if (words := self._words_of(name)) else name for name in self._proposers)
+
+    def _words_of(self, name: str) -> str:
+        try:
+            return str(self._proposers[name].describe())
+        except Exception:  # its words are no reason to do without its drafts
+            logger.exception("proposer %r raised while describing itself", name)
+            return ""
 
     @property
     def has_proposers(self) -> bool:
@@ -360,8 +364,11 @@ class Drafting:
         """The counters now, as plain types."""
         self.stats.live_requests = max(len(self._seen), self.ensemble.num_live)
         self.stats.ensemble = self.ensemble.snapshot()
-        for name, proposer in self._proposers.items():
-            self.stats.proposers[name].memory_bytes = proposer.memory_bytes()
+        for name, proposer in list(self._proposers.items()):
+            try:
+                self.stats.proposers[name].memory_bytes = int(proposer.memory_bytes())
+            except Exception:
+                self._leave_out(name, "raised while counting its memory")
         return self.stats.to_dict()
 
     def _leave_out(self, name: str, what: str) -> None:
