@@ -646,5 +646,6 @@ class Ensemble:
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise ValueError for an option of the ensemble that is unknown or out of its range."""
     check_option_names(options, DEFAULT_OPTIONS, "ensemble")
-    check_switch("ensemble", "gate", options.get("gate", True))
-    check_probability("ensemble", "learning_rate", options.get("learning_rate", 0.08))
+    given = {**DEFAULT_OPTIONS, **options}
+    check_switch("ensemble", "gate", given["gate"])
+    check_probability("ensemble", "learning_rate", given["learning_rate"])

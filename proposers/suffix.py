@@ -495,7 +495,7 @@ class SuffixProposer(Proposer):
         super().__init__(context)
         check_option_names(context.options, DEFAULT_OPTIONS, "suffix")
         options = {**DEFAULT_OPTIONS, **context.options}
-        self._min_match = check_whole("suffix", "min_match", options["min_match"], 1)
+        self._min_match = check_whole("suffix", "min_match", options["min_match"])
         smallest = max(SMALLEST_HISTORY_BYTES, 4096 * context.max_num_requests)
         max_bytes = check_whole("suffix", "max_history_bytes", options["max_history_bytes"], smallest)
         if options["share"] not in ("all", "none"):

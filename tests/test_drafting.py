@@ -71,25 +71,37 @@ def test_nonsense_is_left_out(drafting: Drafting, answer: Any) -> None:
     assert propose(drafting, [[1], [1]]) == [[], []], "left out for good"
 
 
-def test_words_and_counters_of_a_proposer_may_fail(drafting: Drafting, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("function", ["describe", "memory_bytes"])
+def test_one_that_fails_at_the_counters_is_left_out(
+    drafting: Drafting, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
     def fail(self: Proposer) -> None:
         raise RuntimeError("no words")
 
-    monkeypatch.setattr(Answers, "describe", fail)
-    monkeypatch.setattr(Answers, "memory_bytes", fail)
     assert drafting.describe() == "answers"
-    assert propose(drafting, [[1], [2]]) == [[1], [2]]
+    monkeypatch.setattr(Answers, function, fail)
+    told = drafting.describe()
     counters = drafting.snapshot()["proposers"]["answers"]
     assert (counters["errors"], counters["active"]) == (1, False)
+    assert told == ("none" if function == "describe" else "answers")
+    assert propose(drafting, [[1], [2]]) == [[], []]
 
 
-def test_too_little_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Huge(Answers):
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), "proposer 'answers': there is not enough memory"),
+        (MemoryError("9 TiB"), "not enough memory .*9 TiB"),
+        (ValueError(), "^proposer 'answers': $"),
+    ],
+)
+def test_errors_at_the_start_say_who(monkeypatch: pytest.MonkeyPatch, error: Exception, told: str) -> None:
+    class Refuses(Answers):
         def __init__(self, context: ProposerContext) -> None:
-            raise MemoryError
+            raise error
 
-    monkeypatch.setattr(registry, "proposer_class", lambda name: Huge)
-    with pytest.raises(ConfigurationError, match="proposer 'answers': there is not enough memory"):
+    monkeypatch.setattr(registry, "proposer_class", lambda name: Refuses)
+    with pytest.raises(ConfigurationError, match=told):
         Drafting(parse_settings({"proposers": ["answers"]}), CONTEXT)
 
 

@@ -133,8 +133,13 @@ class Drafting:
             return registry.proposer_class(name)(context)
         except ConfigurationError:
             raise
-        except (ValueError, TypeError, OSError, ArithmeticError, MemoryError) as error:
-            told = str(error) or "there is not enough memory for what its options ask for"
+        except MemoryError as error:
+            size = f" ({error})" if str(error) else ""
+            raise ConfigurationError(
+                f"proposer {name!r}: there is not enough memory for what its options ask for{size}"
+            ) from error
+        except (ValueError, TypeError, OSError, ArithmeticError) as error:
+            told = str(error)
             prefix = "" if told.startswith(f"proposer {name!r}") else f"proposer {name!r}: "
             raise ConfigurationError(f"{prefix}{told}") from error
 
@@ -149,16 +154,14 @@ class Drafting:
 
     def describe(self) -> str:
         """The proposers with their own words, for the start-up line."""
-        if not self._proposers:
-            return "none"
-        return ", ".join(f"{name} ({words})" if (words := self._words_of(name)) else name for name in self._proposers)
-
-    def _words_of(self, name: str) -> str:
-        try:
-            return str(self._proposers[name].describe())
-        except Exception:  # its words are no reason to do without its drafts
-            logger.exception("proposer %r raised while describing itself", name)
-            return ""
+        told = []
+        for name, proposer in list(self._proposers.items()):
+            try:
+                words = proposer.describe()
+                told.append(f"{name} ({words})" if words else name)
+            except Exception:
+                self._leave_out(name, "raised while describing itself")
+        return ", ".join(told) or "none"
 
     @property
     def has_proposers(self) -> bool:
