@@ -375,7 +375,7 @@ def report_trade_off(path: Path, windows: Sequence[Ids], markdown: bool) -> None
 
         def propose(batch: DraftBatch) -> Drafts:
             answers = [drafts for each in proposers if isinstance(drafts := each.propose(batch), Drafts)]
-            return ensemble.combine(batch, answers, len(batch), 0.0)[0]
+            return ensemble.combine(batch, answers, len(batch))[0]
 
         result = replay(windows, propose)
         emitted, drafted = result.num_emitted / result.num_steps, result.num_drafted / result.num_steps

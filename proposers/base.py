@@ -203,6 +203,16 @@ class Drafts:
         drafts.confidence[:] = confidence
         return drafts
 
+    def kernel_inputs(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """The five arrays as :func:`kernel_input` makes them; evidence that is missing has length 0."""
+        return (
+            kernel_input(self.token_ids, np.int32),
+            kernel_input(self.num_tokens, np.int64),
+            kernel_input(self.confidence, np.float32),
+            _NO_MATCH if self.match_length is None else kernel_input(self.match_length, np.int32),
+            _NO_VOTES if self.votes is None else kernel_input(self.votes, np.int32),
+        )
+
 
 @dataclass(slots=True)
 class Verified:
@@ -328,3 +338,7 @@ def kernel_input(array: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:
     view = np.ascontiguousarray(array, dtype=dtype).view()
     view.flags.writeable = False
     return view
+
+
+_NO_MATCH = kernel_input(np.zeros(0), np.int32)
+_NO_VOTES = kernel_input(np.zeros((0, 0)), np.int32)

@@ -6,12 +6,12 @@ others say there (agreement and disagreement), and on how it did lately in the s
 every step, whether its draft was chosen or not: under a coupled verifier the tokens a request emits do not depend on
 who proposed, so what was emitted says of every draft how far it would have come.
 
-*How far.* Draft tokens are worth their chance of being accepted and cost what a verified row costs. Sorted by chance,
-they are taken as long as expected tokens per second rise; the cost of a step with and without them is measured in the
-running engine, by batch size (:class:`StepCosts`).
+*How far.* Draft tokens are worth their chance of being accepted and cost what a verified row costs. They are taken
+while they bring more tokens than the engine would emit in the time that they take; the cost of a step with and without
+them is measured in the running engine, by batch size (:class:`StepCosts`).
 
-*Whether.* Where no draft pays nothing is proposed, and the proposers rest too if they cost anything worth saving; both
-decisions are tried again now and then, rarely.
+*Whether.* What steps with drafts emitted is held against what the same time, drafting included, would have brought
+without. Where that is less the proposers rest; they are tried again now and then, rarely.
 
 None of this can change a token that is emitted.
 """
@@ -19,6 +19,7 @@ None of this can change a token that is emitted.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,6 +145,26 @@ def _compose(tokens, lengths, chances, limit, alive, remaining, out_tokens, out_
 
 
 @njit(cache=True, nogil=True)
+def _take_in(  # type: ignore[no-untyped-def]
+    place, answer_tokens, answer_lengths, answer_confidence, answer_match, answer_votes,
+    tokens, lengths, confidence, match_length, votes,
+):  # fmt: skip
+    """Copy one proposer's answer, cut to the width of ``tokens``; evidence it lacks is of length 0."""
+    columns = min(answer_tokens.shape[1], tokens.shape[2])
+    for i in range(len(answer_lengths)):
+        length = min(answer_lengths[i], columns)
+        lengths[place, i] = length
+        for depth in range(length):
+            tokens[place, i, depth] = answer_tokens[i, depth]
+            confidence[place, i, depth] = answer_confidence[i, depth]
+        if len(answer_match):
+            match_length[place, i] = answer_match[i]
+        if len(answer_votes):
+            for depth in range(length):
+                votes[place, i, depth] = answer_votes[i, depth]
+
+
+@njit(cache=True, nogil=True)
 def _combine(  # type: ignore[no-untyped-def]
     tokens, lengths, confidence, match_length, votes, sampled, limits, slots, recent, weights,
     kept_tokens, kept_lengths, kept_features, out_tokens, out_lengths, out_chances, out_source,
@@ -210,22 +231,21 @@ def _learn(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def cut_to_what_pays(chances, lengths, num_running, plain_s, first_s, row_s, draft_s):  # type: ignore[no-untyped-def]
-    """Shorten drafts to the lengths that bring most expected tokens per second.
+def cut_to_what_pays(chances, lengths, rate, first_s, row_s):  # type: ignore[no-untyped-def]
+    """Shorten drafts to the lengths that are worth their time.
 
-    A step without drafts emits one token a running request in ``plain_s``. With ``n`` draft rows it takes ``plain_s +
-    first_s + n * row_s`` (and ``draft_s`` to draft), and emits in addition the sum of their chances of being accepted,
-    each with all before it. Those chances fall along a draft, so that the ``n`` most likely rows are always beginnings
-    of drafts.
+    ``n`` draft rows make a step ``first_s + n * row_s`` longer, in which the engine would have emitted ``rate`` tokens
+    a second anyway, and emit in addition the sum of their chances of being accepted, each with all before it. Those
+    chances fall along a draft, so that the ``n`` most likely rows are always beginnings of drafts.
 
     Args:
         chances: ``[num_requests, k]`` chance of each token, those before it accepted.
         lengths: ``[num_requests]``, shortened in place.
-        num_running: requests of the batch, with or without a draft.
-        plain_s, first_s, row_s, draft_s: seconds.
+        rate: tokens per second.
+        first_s, row_s: seconds.
 
     Returns:
-        (expected tokens, expected seconds) of the step that was chosen, and of a step without drafts.
+        Rows that are left, and their expected accepted tokens.
     """
     num_requests = len(lengths)
     total = 0
@@ -241,19 +261,18 @@ def cut_to_what_pays(chances, lengths, num_running, plain_s, first_s, row_s, dra
             at += 1
     ordered = np.sort(values)
     best_rows = 0
-    best_rate = num_running / (plain_s + draft_s)
-    tokens = float(num_running)
-    chosen_tokens = tokens
-    chosen_s = plain_s + draft_s
+    most = 0.0
+    accepted = 0.0
+    expected = 0.0
     for rows in range(1, total + 1):
-        tokens += ordered[total - rows]
-        seconds = plain_s + draft_s + first_s + rows * row_s
-        if tokens > best_rate * seconds:
-            best_rate = tokens / seconds
+        accepted += ordered[total - rows]
+        gain = accepted - rate * (first_s + rows * row_s)
+        if gain > most:
+            most = gain
             best_rows = rows
-            chosen_tokens = tokens
-            chosen_s = seconds
+            expected = accepted
     threshold = ordered[total - best_rows] if best_rows else 2.0
+    left = 0
     for i in range(num_requests):
         alive = 1.0
         kept = 0
@@ -263,13 +282,14 @@ def cut_to_what_pays(chances, lengths, num_running, plain_s, first_s, row_s, dra
                 break
             kept = depth + 1
         lengths[i] = kept
-    return chosen_tokens, chosen_s
+        left += kept
+    return left, expected
 
 
 class StepCosts:
     """What a step takes, measured in the running engine: without drafts, and for each verified draft row more.
 
-    Kept by batch size (powers of two): at each, the median of the latest steps without drafts, and a regression of
+    Kept by batch size, in half octaves: at each, the median of the latest steps without drafts, and a regression of
     what steps with drafts took beyond it on their number of draft rows, which forgets slowly. Steps with
     drafts that took over four times as long as their rows explain (a prompt came in, the machine was away) are left
     out.
@@ -278,6 +298,7 @@ class StepCosts:
     KEPT = 15
     FORGET = 0.98
     FORGET_AT_PROBE = 0.5
+    FORGET_AT_GOOD_NEWS = 0.1
 
     def __init__(self) -> None:
         self._plain: dict[int, list[float]] = {}
@@ -288,13 +309,20 @@ class StepCosts:
 
     @staticmethod
     def bucket(num_running: int) -> int:
-        """Batch sizes that count as one: 1, 2, 3-4, 5-8, 9-16, ..."""
-        return max(num_running - 1, 0).bit_length()
+        """Batch sizes that count as one: 1, 2, 3, 4, 5-6, 7-8, 9-12, 13-16, 17-24, ..."""
+        octave = max(num_running - 1, 0).bit_length()
+        return 2 * octave - int(octave > 1 and num_running <= 3 << (octave - 2))
+
+    @staticmethod
+    def largest(bucket: int) -> int:
+        """Largest batch size of a bucket."""
+        return 3 << ((bucket + 1) // 2 - 2) if bucket % 2 else 1 << (bucket // 2)
 
     def add(self, num_running: int, draft_rows: int, seconds: float, is_probe: bool = False) -> None:
         """One step of ``num_running`` requests, none of them in its prompt, took ``seconds``.
 
-        A probe comes so rarely that what was known before it counts for half.
+        A probe comes so rarely that what was known before it counts for half, and for little where rows turn out to
+        cost less: if they do not, the next steps will tell.
         """
         bucket = self.bucket(num_running)
         if draft_rows == 0:
@@ -311,7 +339,12 @@ class StepCosts:
             return
         sums = self._sums.setdefault(bucket, np.zeros(5))
         more = seconds - plain_s
-        sums *= self.FORGET_AT_PROBE if is_probe else self.FORGET
+        if is_probe:
+            _, first_s, row_s = self.of(num_running)
+            is_good = more < 0.5 * (first_s + draft_rows * row_s)
+            sums *= self.FORGET_AT_GOOD_NEWS if is_good else self.FORGET_AT_PROBE
+        else:
+            sums *= self.FORGET
         sums += (1.0, draft_rows, draft_rows * draft_rows, more, draft_rows * more)
 
     def knows_plain(self, num_running: int) -> bool:
@@ -346,8 +379,8 @@ class StepCosts:
     def to_dict(self) -> dict[str, dict[str, float]]:
         """By largest batch size of a bucket: seconds of a plain step, of having drafts, of a draft row."""
         return {
-            str(1 << bucket): dict(zip(("plain_s", "first_s", "row_s"), self.of(1 << bucket), strict=True))
-            for bucket in sorted(self._plain_s)
+            str(size): dict(zip(("plain_s", "first_s", "row_s"), self.of(size), strict=True))
+            for size in map(self.largest, sorted(self._plain_s))
         }
 
 
@@ -362,7 +395,9 @@ class EnsembleStats:
         measuring_steps: steps without drafts only to learn what a plain step costs.
         probes: steps with drafts only to learn whether they pay by now.
         resting_steps: steps in which the proposers were not even asked.
+        looks: times that they were asked again after a rest.
         paused: True while nothing is proposed because it does not pay.
+        gain: tokens of late in steps with drafting, over what the same time would have brought without it.
         expected_accepted: accepted draft tokens that the estimates promised, in all.
         costs: see :meth:`StepCosts.to_dict`.
         weights: regression weights by proposer.
@@ -374,7 +409,9 @@ class EnsembleStats:
     measuring_steps: int = 0
     probes: int = 0
     resting_steps: int = 0
+    looks: int = 0
     paused: bool = False
+    gain: float = 1.0
     expected_accepted: float = 0.0
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     weights: dict[str, list[float]] = field(default_factory=dict)
@@ -394,16 +431,25 @@ class Ensemble:
     """
 
     PROBE_INTERVAL = 64
-    """Steps without drafts after which one is tried; doubled while it does not pay, up to :data:`LONGEST_INTERVAL`."""
+    """Steps in which no draft row was worth its time after which some are verified, since only that tells what rows
+    cost by now; doubled each time, up to :data:`LONGEST_INTERVAL`."""
     LONGEST_INTERVAL = 1024
     LONGEST_MEASURING_INTERVAL = 16
     """A step without drafts that takes in a prompt measures nothing: the next is made later, up to so many steps."""
     PLAIN_INTERVAL = 64
     """Steps with drafts after which one without is made, to know what it costs by now."""
-    PATIENCE = 16
-    """Steps in a row in which nothing paid before the proposers rest."""
-    WORTH_RESTING = 0.01
-    """Drafting rests where it takes more than this share of a plain step."""
+    LOOK = 8
+    """Steps of drafting before it is judged."""
+    FORGET = 1.0 - 1.0 / 32
+    """What a step's gain counts for one step later."""
+    LEAST_GAIN = 0.99
+    """The proposers rest where drafting loses more than one token in a hundred: what costs less is not worth
+    forgoing what they may find."""
+    REST = 32
+    """Steps of a rest; doubled each time that drafting still does not pay, up to :data:`LONGEST_REST`."""
+    LONGEST_REST = 1024
+    EARLY = 1.0 / 8
+    """A new request ends a rest early, as far as looking takes no more than this share of all steps."""
 
     def __init__(
         self,
@@ -432,12 +478,17 @@ class Ensemble:
         self._source: NDArray[np.int64] = np.zeros((0, self._width), dtype=np.int64)
         self.costs = StepCosts()
         self.stats = EnsembleStats()
-        self._idle_steps = 0  # in a row in which nothing paid
         self._resting = 0  # steps to go before the proposers are asked again
-        self._interval = self.PROBE_INTERVAL
-        self._draft_s = 0.0
+        self._rest = self.REST
+        self._early = 0.0  # steps that new requests may make us look
+        self._is_early = False
+        self._looked = 0  # steps of drafting since the last rest
+        self._brought = self._instead = 0.0  # tokens of late, and those of the same time without drafting
+        self._promised = self._kept = 0.0  # draft tokens of late that should have been accepted, and that were
+        self._interval = self._until_probe = self.PROBE_INTERVAL
+        self._latest_draft_s: deque[float] = deque(maxlen=15)
+        self._draft_s = 0.0  # their median
         self._is_probing = False
-        self._until_probe = self.PROBE_INTERVAL
         self._measuring_interval = self._until_measuring = 1
         self._make_room(8)
 
@@ -468,14 +519,22 @@ class Ensemble:
         """Requests that hold state here."""
         return len(self._slot_of)
 
-    def wants_drafts(self, num_running: int) -> bool:
+    def wants_drafts(self, has_new_request: bool = False) -> bool:
         """False in a step in which the proposers need not even be asked. To be called once a step."""
-        if not self.has_gate:
+        if not self.has_gate or not self._resting:
             return True
-        if self._resting > 0:
-            self._resting -= 1
+        self._resting -= 1
+        self._until_probe -= 1
+        self._early = min(self._early + self.EARLY, 2.0 * self.LOOK)
+        self._is_early = bool(self._resting) and has_new_request and self._early >= self.LOOK
+        if self._resting and not self._is_early:
             self.stats.resting_steps += 1
-            return self._resting == 0
+            return False
+        if self._is_early:
+            self._early -= self.LOOK
+        self.stats.looks += 1
+        self._resting = self._looked = 0
+        self._brought = self._instead = 0.0
         return True
 
     def took(self, num_running: int, draft_rows: int, seconds: float) -> None:
@@ -489,7 +548,7 @@ class Ensemble:
         self._is_probing = False
 
     def combine(
-        self, batch: DraftBatch, answers: Sequence[Drafts | None], num_running: int, draft_s: float
+        self, batch: DraftBatch, answers: Sequence[Drafts | None], num_running: int
     ) -> tuple[Drafts, NDArray[np.int64]]:
         """One draft a request.
 
@@ -497,7 +556,6 @@ class Ensemble:
             batch: the requests.
             answers: one a proposer, for all requests of the batch; None where it answered nothing.
             num_running: requests that the next step serves, those of the batch among them.
-            draft_s: seconds that making the answers took.
 
         Returns:
             The drafts, ``confidence`` being the estimated chances, and ``source``, ``[num_requests, k]`` int64: the
@@ -513,14 +571,7 @@ class Ensemble:
         for place, each in enumerate(answers):
             if each is None:
                 continue
-            columns = min(each.token_ids.shape[1], width)
-            tokens[place, :, :columns] = each.token_ids[:, :columns]
-            confidence[place, :, :columns] = each.confidence[:, :columns]
-            lengths[place] = np.minimum(each.num_tokens, columns)
-            if each.match_length is not None:
-                match_length[place] = each.match_length
-            if each.votes is not None:
-                votes[place, :, :columns] = each.votes[:, :columns]
+            _take_in(place, *each.kernel_inputs(), tokens, lengths, confidence, match_length, votes)
         sampled = np.zeros(num_requests) if batch.noise is None else (batch.noise.temperature > 0).astype(np.float64)
         best = Drafts.empty(num_requests, width)
         source = np.zeros((num_requests, width), dtype=np.int64)
@@ -533,20 +584,27 @@ class Ensemble:
             best.token_ids, best.num_tokens, chances, source,
         )  # fmt: skip
         best.confidence[:] = chances
-        self._draft_s += 0.1 * (draft_s - self._draft_s)
         if best.num_tokens.any():
             self.stats.decisions += 1
             if self.has_gate:
                 self._withhold(best, chances, num_running)
             alive = np.arange(width)[None, :] < best.num_tokens[:, None]
             self._source[slots] = np.where(alive, source, -1)
-            self.stats.expected_accepted += float(np.where(alive, np.cumprod(chances, axis=1), 0.0).sum())
+            expected = float(np.where(alive, np.cumprod(chances, axis=1), 0.0).sum())
+            self.stats.expected_accepted += expected
+            self._promised += expected
+        elif self.has_gate:
+            self._judge(num_running, 0, 0.0)
         return best, source
+
+    def drafting_took(self, seconds: float) -> None:
+        """A step's drafting, all that went before the verifier's work, took so long."""
+        self._latest_draft_s.append(seconds)
+        self._draft_s = sorted(self._latest_draft_s)[len(self._latest_draft_s) // 2]
 
     def _withhold(self, best: Drafts, chances: NDArray[np.float64], num_running: int) -> None:
         """Shorten drafts to what pays, and keep the measurements fresh."""
         stats, before = self.stats, best.num_tokens.copy()
-        plain_s, first_s, row_s = self.costs.of(num_running)
         if not self.costs.knows_plain(num_running) or self.costs.steps_since_plain(num_running) > self.PLAIN_INTERVAL:
             # Every other step while the first few are wanted: a start-up without drafts would be as wrong. Under a load
             # that brings prompts in every step nothing can be measured, and drafts must go on.
@@ -561,30 +619,47 @@ class Ensemble:
                 self._until_measuring = self._measuring_interval
             return
         self._measuring_interval = self._until_measuring = 1
+        plain_s, first_s, row_s = self.costs.of(num_running)
         if plain_s <= 0.0:
             return
-        cut_to_what_pays(chances, best.num_tokens, num_running, plain_s, first_s, row_s, 0.0)
+        rate = max(stats.gain, 1.0) * num_running / plain_s
+        rows, accepted = cut_to_what_pays(chances, best.num_tokens, rate, first_s, row_s)
         stats.withheld_tokens += int((before - best.num_tokens).sum())
-        if best.num_tokens.any():
-            self._idle_steps = 0
+        self._judge(num_running, rows, accepted)
+        if rows:
             self._interval = self._until_probe = self.PROBE_INTERVAL
-            stats.paused = False
             return
         stats.withheld_steps += 1
-        self._idle_steps += 1
         self._until_probe -= 1
         if self._until_probe <= 0:
-            # What drafts cost may have changed, and only a step with drafts can tell.
             best.num_tokens[:] = before
+            self._looked = min(self._looked, 0)  # what it tells is to be of use in the same look
             stats.probes += 1
             self._is_probing = True
             self._until_probe = self._interval = min(2 * self._interval, self.LONGEST_INTERVAL)
+
+    def _judge(self, num_running: int, rows: int, accepted: float) -> None:
+        """Does drafting pay, this step with ``rows`` draft rows and ``accepted`` expected tokens of them included?"""
+        plain_s, first_s, row_s = self.costs.of(num_running)
+        if plain_s <= 0.0:
             return
-        if self._idle_steps >= self.PATIENCE:
-            stats.paused = True
-            if self._draft_s > self.WORTH_RESTING * plain_s:
-                self._resting = self.PATIENCE
-                self._until_probe -= self._resting
+        stats = self.stats
+        seconds = plain_s + self._draft_s + (first_s + rows * row_s if rows else 0.0)
+        # Estimates promise a little too much where the best of several is taken; how much is known.
+        tokens = num_running + accepted * min((self._kept + 1.0) / (self._promised + 1.0), 1.5)
+        self._brought = self.FORGET * self._brought + tokens
+        self._instead = self.FORGET * self._instead + seconds * num_running / plain_s
+        stats.gain = self._brought / self._instead
+        self._looked += 1
+        if self._looked < self.LOOK:
+            return
+        stats.paused = stats.gain < self.LEAST_GAIN
+        if stats.paused:
+            self._resting = self._rest
+            if not self._is_early:
+                self._rest = min(2 * self._rest, self.LONGEST_REST)
+        elif self._looked >= 4 * self.LOOK:
+            self._rest = self.REST
 
     def observe(
         self,
@@ -611,6 +686,8 @@ class Ensemble:
             slots, emitted, num_emitted, num_verified, self._tokens, self._lengths, self._features, self._source,
             self._recent, self.weights, self._squares, self._rate, drafted, accepted,
         )  # fmt: skip
+        self._promised *= 0.99
+        self._kept = 0.99 * self._kept + float(accepted.sum())
         return drafted.tolist(), accepted.tolist()
 
     def finish(self, request_ids: Sequence[str]) -> None:
@@ -627,14 +704,14 @@ class Ensemble:
         """Compile."""
         batch = DraftBatch.from_contexts([[1, 2]], max_draft_tokens=1, request_ids=["specplug-warm-up"])
         weights, squares = self.weights.copy(), self._squares.copy()
-        self.combine(batch, [Drafts.from_lists([[1]])] * len(self.names), 1, 0.0)
-        cut_to_what_pays(np.zeros((1, 1)), np.ones(1, dtype=np.int64), 1, 1.0, 0.0, 0.0, 0.0)
+        self.combine(batch, [Drafts.from_lists([[1]])] * len(self.names), 1)
+        cut_to_what_pays(np.zeros((1, 1)), np.ones(1, dtype=np.int64), 1.0, 0.0, 0.0)
         one = np.ones(1, dtype=np.int64)
         self.observe(batch.request_ids, np.ones((1, 1), dtype=np.int32), one, one)
         self.finish(batch.request_ids)
         self.weights[:], self._squares[:] = weights, squares
         self.stats = EnsembleStats()
-        self._draft_s = 0.0
+        self._promised = self._kept = 0.0
 
     def snapshot(self) -> EnsembleStats:
         """What was decided, with costs and weights as they are now."""

@@ -169,7 +169,7 @@ def slow_replay(
                     ranks = [length if each else -1 for length, each in zip(matched, drafts, strict=True)]
                     draft = drafts[ranks.index(max(ranks))]
                 elif rule == "ensemble":
-                    best, _ = ensemble.combine(batch, answers, 1, 0.0)
+                    best, _ = ensemble.combine(batch, answers, 1)
                     draft = best.token_ids[0, : best.num_tokens[0]].tolist()
                 else:
                     draft = drafts[int(rule)]

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from vllm_specplug import registry
@@ -26,6 +27,7 @@ from vllm_specplug.proposers.base import (
     ProposerContext,
     TargetNoise,
     Verified,
+    kernel_input,
     read_only,
 )
 from vllm_specplug.proposers.ensemble import Ensemble, EnsembleStats
@@ -125,6 +127,7 @@ class Drafting:
         self._step_began = 0.0  # when the drafts of the step under way were handed over
         self._verified_rows = -1  # draft rows of the step under way; -1 when its time says nothing
         self._num_steps = 0
+        self._has_drafted = False
         self._settled: list[str] = []
 
     def _build(self, name: str, options: dict[str, Any]) -> Proposer:
@@ -146,6 +149,7 @@ class Drafting:
     def warm_up(self) -> None:
         """Let every proposer compile and map what it needs, before the first request."""
         self.ensemble.warm_up()
+        _is_well_formed(Drafts.from_lists([[0]]), DraftBatch.from_contexts([[0]], 1), 1)
         for name in list(self._proposers):
             try:
                 self._proposers[name].warm_up()
@@ -201,6 +205,8 @@ class Drafting:
             return self._propose(requests, token_ids, rows, num_tokens, limit, noise, native)
         finally:
             self._step_began = time.perf_counter()
+            if self._has_drafted:
+                self.ensemble.drafting_took(self._step_began - now)
 
     def _propose(
         self,
@@ -213,9 +219,14 @@ class Drafting:
         native: NDArray[np.int32] | None,
     ) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in requests]
+        self._has_drafted = False
         if not self.has_proposers:
             return drafts
-        self._seen.update(request.request_id for request in requests)
+        num_seen = len(self._seen)
+        self._seen.update([request.request_id for request in requests])
+        is_resting = not self.ensemble.wants_drafts(len(self._seen) > num_seen)
+        if is_resting and self._num_steps % self.FOLLOW_INTERVAL:
+            return drafts
         wanting: list[int] = []
         limits: list[int] = []
         for index, (request, total) in enumerate(zip(requests, num_tokens.tolist(), strict=True)):
@@ -224,9 +235,6 @@ class Drafting:
                 wanting.append(index)
                 limits.append(longest)
         if not wanting:
-            return drafts
-        is_resting = not self.ensemble.wants_drafts(len(requests))
-        if is_resting and self._num_steps % self.FOLLOW_INTERVAL:
             return drafts
         everyone = len(wanting) == len(requests)
         batch = DraftBatch(
@@ -244,14 +252,14 @@ class Drafting:
         if is_resting:
             self._follow(batch)
             return drafts
-        start = time.perf_counter()
+        self._has_drafted = True
         allowed = [requests[index].proposers for index in wanting]
         answers = [self._ask(name, batch, allowed) for name in self._names if name != self.native]
         if self.native is not None:
             answers.append(None if native is None else self._native_answer(native[wanting], batch, allowed))
         if all(answer is None for answer in answers):
             return drafts
-        best, source = self.ensemble.combine(batch, answers, len(requests), time.perf_counter() - start)
+        best, source = self.ensemble.combine(batch, answers, len(requests))
         lengths = best.num_tokens.tolist()
         for index, row, length in zip(wanting, best.token_ids.tolist(), lengths, strict=True):
             drafts[index] = row[:length]
@@ -386,6 +394,8 @@ class Drafting:
         """Check shapes, cut drafts to what is allowed, and cut them before ids outside the vocabulary."""
         drafts = answer if isinstance(answer, Drafts) else _from_lists(answer)
         num_requests = len(batch)
+        if _is_well_formed(drafts, batch, self.context.vocab_size):
+            return drafts  # ours always are, and this is asked for every proposer in every step
         token_ids = np.asarray(drafts.token_ids)
         if token_ids.ndim != 2 or len(token_ids) != num_requests or len(drafts.num_tokens) != num_requests:
             raise ValueError(
@@ -421,6 +431,45 @@ class Drafting:
             _evidence("match_length", drafts.match_length, (num_requests,)),
             _evidence("votes", drafts.votes, token_ids.shape),
         )
+
+
+def _is_well_formed(drafts: Drafts, batch: DraftBatch, vocab_size: int) -> bool:
+    """True where nothing need be checked, cut or converted, as with our own proposers in every step; quick to say."""
+    num_requests = len(batch)
+    shape = getattr(drafts.token_ids, "shape", ())
+    if len(shape) != 2:
+        return False
+    for array, expected, dtype in (
+        (drafts.token_ids, (num_requests, shape[1]), np.int32),
+        (drafts.num_tokens, (num_requests,), np.int64),
+        (drafts.confidence, shape, np.float32),
+        (drafts.match_length, (num_requests,), np.int32),
+        (drafts.votes, shape, np.int32),
+    ):
+        if array is not None and (type(array) is not np.ndarray or array.shape != expected or array.dtype != dtype):
+            return False
+    limits = kernel_input(batch.max_draft_tokens, np.int64)
+    return bool(_is_in_bounds(*drafts.kernel_inputs(), limits, vocab_size))
+
+
+@njit(cache=True, nogil=True)
+def _is_in_bounds(  # type: ignore[no-untyped-def]
+    token_ids, num_tokens, confidence, match_length, votes, limits, vocab_size
+):
+    for i in range(len(num_tokens)):
+        length = num_tokens[i]
+        if length < 0 or length > limits[i] or length > token_ids.shape[1]:
+            return False
+        if len(match_length) and match_length[i] < 0:
+            return False
+        for depth in range(length):
+            if token_ids[i, depth] < 0 or token_ids[i, depth] >= vocab_size:
+                return False
+            if not 0.0 <= confidence[i, depth] <= 1.0:
+                return False
+            if len(votes) and votes[i, depth] < 0:
+                return False
+    return True
 
 
 def _spread(drafts: Drafts, indices: Sequence[int], num_requests: int) -> Drafts:

@@ -282,7 +282,7 @@ class Learned(Chooser):
         self.ensemble = Ensemble(names, k, {**options, "gate": False})
 
     def choose(self, batch: DraftBatch, answers: Sequence[Drafts], truth: Ids) -> tuple[Ids, Lengths]:
-        best, _ = self.ensemble.combine(batch, answers, len(batch), 0.0)
+        best, _ = self.ensemble.combine(batch, answers, len(batch))
         return best.token_ids, best.num_tokens
 
     def learn(self, verified: Verified, emitted: Ids) -> None:

@@ -379,7 +379,7 @@ class CoupledVerifier:
         else:
             verify = self._at_once
         token_ids, targets, emitted, logprobs = verify(metadata, logits, sampling_metadata, states)
-        drafts = _real_drafts(metadata)
+        drafts = _real_drafts(metadata) if metadata.max_spec_len else [[]] * len(counts)
         settled = [index for index, skip in enumerate(prefilling) if not skip]
         for index in settled:
             if states[index] is not None:
