@@ -436,11 +436,11 @@ class Drafting:
 def _is_well_formed(drafts: Drafts, batch: DraftBatch, vocab_size: int) -> bool:
     """True where nothing need be checked, cut or converted, as with our own proposers in every step; quick to say."""
     num_requests = len(batch)
-    shape = getattr(drafts.token_ids, "shape", ())
+    shape = tuple(getattr(drafts.token_ids, "shape", ()))
     if len(shape) != 2:
         return False
     for array, expected, dtype in (
-        (drafts.token_ids, (num_requests, shape[1]), np.int32),
+        (drafts.token_ids, (num_requests, *shape[1:]), np.int32),
         (drafts.num_tokens, (num_requests,), np.int64),
         (drafts.confidence, shape, np.float32),
         (drafts.match_length, (num_requests,), np.int32),
