@@ -275,3 +275,34 @@ def test_drafts_go_on_where_no_step_can_be_measured() -> None:
     assert not drafted[0], "a plain step is tried at once"
     assert sum(drafted) > 170
     assert sum(drafted) < 200, "and again later"
+
+
+def test_the_time_of_drafting_alone_makes_it_rest(random: np.random.Generator) -> None:
+    for share, rests in ((0.10, True), (0.002, False)):
+        one = ensemble(1, gate=True)
+        for _ in range(4):
+            one.took(4, 0, 0.010)
+        for _ in range(100):
+            if one.wants_drafts():
+                one.combine(batch_of(4), [Drafts.from_lists([[]] * 4)], 4)
+                one.drafting_took(share * 0.010)
+        assert one.snapshot().paused is rests
+        assert (one.snapshot().resting_steps > 50) is rests
+        assert one.snapshot().gain == pytest.approx(1 / (1 + share), abs=0.02)
+
+
+def test_a_new_request_ends_a_rest_early_but_not_every_one_does() -> None:
+    looks = {}
+    for has_new in (False, True):
+        one = ensemble(1, gate=True)
+        for _ in range(4):
+            one.took(4, 0, 0.010)
+        asked = 0
+        for _ in range(4000):
+            if one.wants_drafts(has_new):
+                asked += 1
+                one.combine(batch_of(4), [Drafts.from_lists([[]] * 4)], 4)
+                one.drafting_took(0.001)
+        looks[has_new] = one.snapshot().looks
+        assert asked < 4000 / 7
+    assert looks[True] > 4 * looks[False]
