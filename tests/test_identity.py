@@ -285,8 +285,11 @@ def test_ten_thousand_requests_leave_memory_flat(roomy: Engine, store: Path) -> 
                     for number in range(start, start + 500)
                 ]
             )  # fmt: skip
+        # The runner hears of the last ones' ends when a step follows; no proposer indexes this one.
+        params = {"temperature": 0.0, "max_tokens": 3, "extra_args": {"specplug_speculate": False}}
+        roomy.generate([{"prompt": "last", "params": params}])
         stats = roomy.send("stats")
-        assert stats["live_requests"] <= 16
+        assert stats["live_requests"] <= 1
         assert all(each["active"] for each in stats["proposers"].values())
         held = {name: each["memory_bytes"] for name, each in stats["proposers"].items()}
         return roomy.send("call", "held_bytes"), held
@@ -294,12 +297,7 @@ def test_ten_thousand_requests_leave_memory_flat(roomy: Engine, store: Path) -> 
     before, held_before = serve(0, 4000)
     after, held_after = serve(4000, 6000)
     assert held_after["suffix"] <= 4 << 20
-    # ngram's is the index of the few requests that are not forgotten yet, 16 bytes a token.
-    assert held_after["ngram"] < 16_384
-    bounded_so_far = ("suffix", "ngram")
-    assert {n: b for n, b in held_after.items() if n not in bounded_so_far} == {
-        n: b for n, b in held_before.items() if n not in bounded_so_far
-    }
+    assert {**held_after, "suffix": 0} == {**held_before, "suffix": 0}
     # A single number kept for each request would be 48,000 bytes; containers keep some room when they shrink.
     assert after - before < 16_000, f"{(after - before) / 6000:.1f} bytes a request"
 
