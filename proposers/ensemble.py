@@ -484,6 +484,7 @@ class Ensemble:
         self._is_early = False
         self._looked = 0  # steps of drafting since the last rest
         self._brought = self._instead = 0.0  # tokens of late, and those of the same time without drafting
+        self.awaits = False  # True from :meth:`combine` until :meth:`observe` tells what became of it
         self._promised = self._kept = 0.0  # draft tokens of late that should have been accepted, and that were
         self._interval = self._until_probe = self.PROBE_INTERVAL
         self._latest_draft_s: deque[float] = deque(maxlen=15)
@@ -577,6 +578,7 @@ class Ensemble:
         source = np.zeros((num_requests, width), dtype=np.int64)
         chances = np.zeros((num_requests, width))
         slots = self._slots(batch.request_ids)
+        self.awaits = True
         _combine(
             tokens, lengths, confidence, match_length, votes, sampled,
             kernel_input(batch.max_draft_tokens, np.int64), slots,
@@ -686,6 +688,7 @@ class Ensemble:
             slots, emitted, num_emitted, num_verified, self._tokens, self._lengths, self._features, self._source,
             self._recent, self.weights, self._squares, self._rate, drafted, accepted,
         )  # fmt: skip
+        self.awaits = False
         self._promised *= 0.99
         self._kept = 0.99 * self._kept + float(accepted.sum())
         return drafted.tolist(), accepted.tolist()

@@ -116,6 +116,7 @@ class Drafting:
         for entry in settings.host_proposers:
             self._proposers[entry.name] = self._build(entry.name, entry.options)
             self.stats.proposers[entry.name] = ProposerStats()
+        self._observers = [n for n, each in self._proposers.items() if type(each).observe is not Proposer.observe]
         self.native = native
         self.can_shorten = can_shorten
         if native is not None:
@@ -128,6 +129,7 @@ class Drafting:
         self._verified_rows = -1  # draft rows of the step under way; -1 when its time says nothing
         self._num_steps = 0
         self._has_drafted = False
+        self._is_resting = False
         self._settled: list[str] = []
 
     def _build(self, name: str, options: dict[str, Any]) -> Proposer:
@@ -195,7 +197,9 @@ class Drafting:
             native: ``[num_running, k]`` drafts of the engine's own drafter.
         """
         now = time.perf_counter()
-        if self._verified_rows >= 0 and self._step_began and requests:
+        if self._is_resting and self._num_steps % self.FOLLOW_INTERVAL:
+            pass  # steps like this one are known well enough
+        elif self._verified_rows >= 0 and self._step_began and requests:
             self.ensemble.took(len(requests), self._verified_rows, now - self._step_began)
         else:
             self.ensemble.missed()
@@ -224,7 +228,7 @@ class Drafting:
             return drafts
         num_seen = len(self._seen)
         self._seen.update([request.request_id for request in requests])
-        is_resting = not self.ensemble.wants_drafts(len(self._seen) > num_seen)
+        self._is_resting = is_resting = not self.ensemble.wants_drafts(len(self._seen) > num_seen)
         if is_resting and self._num_steps % self.FOLLOW_INTERVAL:
             return drafts
         wanting: list[int] = []
@@ -325,7 +329,7 @@ class Drafting:
         # A step that took in a prompt takes longer than its rows say.
         is_decode = not verified.num_unsettled and all(request_id in self._seen for request_id in verified.request_ids)
         self._verified_rows = sum(map(len, verified.draft_token_ids)) if is_decode else -1
-        if not self.has_proposers or not verified.request_ids:
+        if not verified.request_ids or not (self._observers or self.ensemble.awaits):
             return
         num_emitted = np.array(verified.num_emitted, dtype=np.int64)
         is_place = np.arange(max(int(num_emitted.max()), 1))[None, :] < num_emitted[:, None]
@@ -340,11 +344,9 @@ class Drafting:
         for name, each, kept in zip(self._names, drafted, accepted, strict=True):
             stats.proposers[name].drafted += each
             stats.proposers[name].accepted += kept
-        for name, proposer in list(self._proposers.items()):
-            if type(proposer).observe is Proposer.observe:
-                continue
+        for name in self._observers:
             try:
-                proposer.observe(verified)
+                self._proposers[name].observe(verified)
             except Exception:
                 self._leave_out(name, "raised while observing")
 
@@ -388,6 +390,7 @@ class Drafting:
         stats.errors += 1
         stats.active = False
         del self._proposers[name]
+        self._observers = [each for each in self._observers if each != name]
         logger.exception("proposer %r %s and is left out from now on; requests go on without its drafts", name, what)
 
     def _well_formed(self, answer: Drafts | Sequence[Sequence[int]], batch: DraftBatch, stats: ProposerStats) -> Drafts:

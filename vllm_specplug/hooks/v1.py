@@ -26,6 +26,7 @@ from vllm.v1.sample.logits_processor.builtin import (
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
 from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_specplug.config import Settings, settings_of
 from vllm_specplug.drafting import Drafting
@@ -57,6 +58,7 @@ class Attachment:
         self.num_speculative_tokens = num_speculative_tokens
         self.max_model_len = max_model_len
         self.verifier: CoupledVerifier | ObservedRejection | None = None
+        self.plain_layout: SpecDecodeMetadata | None = None  # of the latest step without drafts
         self._runner: Any = None
         self._requests: dict[str, TrackedRequest] = {}
 
@@ -236,8 +238,12 @@ class _KeyedSampler(TopKTopPSampler):  # type: ignore[misc]
 
     def __init__(self, logprobs_mode: str, use_fp64_gumbel: bool) -> None:
         super().__init__(logprobs_mode, use_fp64_gumbel)
-        self.draw: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._noise: list[Callable[[torch.Tensor], torch.Tensor]] = []
         self.forward = self._forward_keyed
+
+    def draw_with(self, noise: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Make the next call draw ``[num_rows]`` tokens from ``[num_rows, vocab]`` logits in this way."""
+        self._noise[:] = [noise]  # to set an attribute of a torch module takes ten times as long
 
     def _forward_keyed(
         self,
@@ -246,14 +252,13 @@ class _KeyedSampler(TopKTopPSampler):  # type: ignore[misc]
         k: torch.Tensor | None,
         p: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert self.draw is not None
         logits = apply_top_k_top_p(logits, k, p)
         returned = None
         if self.logprobs_mode == "processed_logits":
             returned = logits
         elif self.logprobs_mode == "processed_logprobs":
             returned = logits.log_softmax(dim=-1, dtype=torch.float32)
-        return self.draw(logits), returned
+        return self._noise[0](logits), returned
 
 
 class _SeededNoise:
@@ -279,6 +284,15 @@ class _SeededNoise:
         seeds: list[int] = []
         for request_id, state, count in draws:
             seeds += [0] * count if state is None else self.stream(request_id, state).peek(offset + count)[offset:]
+        keyed = torch.tensor(seeds, dtype=torch.int64)
+        return lambda logits: torch.ops._C.fused_gumbel_argmax(logits.to(torch.float32), keyed)
+
+    def next_row(self, request_ids: Sequence[str], states: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """:meth:`rows` for one row of each request, its next output token."""
+        seeds = [
+            0 if state is None else self.stream(request_id, state).peek(1)[0]
+            for request_id, state in zip(request_ids, states, strict=True)
+        ]
         keyed = torch.tensor(seeds, dtype=torch.int64)
         return lambda logits: torch.ops._C.fused_gumbel_argmax(logits.to(torch.float32), keyed)
 
@@ -367,49 +381,55 @@ class CoupledVerifier:
             return self._stock(metadata, draft_probs, logits, sampling_metadata)
         request_ids = runner.input_batch.req_ids[: len(counts)]
         prefilling = runner.discard_request_mask.np[: len(counts)].tolist()
-        states = [
-            # Greedy requests draw nothing, nor do requests whose prompt is not complete yet.
-            None if skip or request_id in runner.input_batch.greedy_reqs else runner.requests[request_id]
-            for request_id, skip in zip(request_ids, prefilling, strict=True)
-        ]
-        if metadata.max_spec_len == 0:
-            verify = self._no_drafts
-        elif any(_is_active(p) for p in sampling_metadata.logitsprocs.all) or _budgets(sampling_metadata):
-            verify = self._step_by_step
+        if sampling_metadata.all_greedy:
+            states = [None] * len(counts)
         else:
-            verify = self._at_once
-        token_ids, targets, emitted, logprobs = verify(metadata, logits, sampling_metadata, states)
-        drafts = _real_drafts(metadata) if metadata.max_spec_len else [[]] * len(counts)
-        settled = [index for index, skip in enumerate(prefilling) if not skip]
-        for index in settled:
-            if states[index] is not None:
-                self._noise.consume(request_ids[index], emitted[index])
-        self._attachment.drafting.observe(
-            Verified(
+            greedy, requests = runner.input_batch.greedy_reqs, runner.requests
+            states = [
+                # Greedy requests draw nothing, nor do requests whose prompt is not complete yet.
+                None if skip or request_id in greedy else requests[request_id]
+                for request_id, skip in zip(request_ids, prefilling, strict=True)
+            ]
+        drafts: list[list[int]]
+        if metadata.max_spec_len == 0:
+            output = self._no_drafts(logits, sampling_metadata, request_ids, states)
+            token_ids, logprobs = output.sampled_token_ids, output.logprobs_tensors
+            drafts, targets, emitted = [[]] * len(counts), token_ids.tolist(), [1] * len(counts)
+        else:
+            step_by_step = any(_is_active(p) for p in sampling_metadata.logitsprocs.all) or _budgets(sampling_metadata)
+            verify = self._step_by_step if step_by_step else self._at_once
+            token_ids, targets, emitted, logprobs = verify(metadata, logits, sampling_metadata, states)
+            drafts = _real_drafts(metadata)
+        for request_id, state, count in zip(request_ids, states, emitted, strict=True):
+            if state is not None:
+                self._noise.consume(request_id, count)
+        verified = Verified(request_ids, drafts, targets, emitted)
+        if any(prefilling):
+            settled = [index for index, skip in enumerate(prefilling) if not skip]
+            verified = Verified(
                 [request_ids[index] for index in settled],
                 [drafts[index] for index in settled],
                 [targets[index] for index in settled],
                 [emitted[index] for index in settled],
                 num_unsettled=len(prefilling) - len(settled),
             )
-        )
+        self._attachment.drafting.observe(verified)
         return SamplerOutput(sampled_token_ids=token_ids.to(torch.int32), logprobs_tensors=logprobs)
 
     def _draw(self, states: list[Any], num_rows: Sequence[int], depth: int = 0) -> None:
         """Key the sampler's next call: ``num_rows[i]`` rows for request ``i``, from its output token ``depth`` on."""
         request_ids = self._runner.input_batch.req_ids
-        self._keyed.draw = self._noise.rows(
-            [(request_ids[i], state, num_rows[i]) for i, state in enumerate(states)], depth
+        self._keyed.draw_with(
+            self._noise.rows([(request_ids[i], state, num_rows[i]) for i, state in enumerate(states)], depth)
         )
 
     def _no_drafts(
-        self, metadata: Any, logits: torch.Tensor, sampling_metadata: SamplingMetadata, states: list[Any]
-    ) -> tuple[torch.Tensor, list[list[int]], list[int], LogprobsTensors | None]:
-        """An ordinary sampling step. Like its siblings it returns padded tokens, the target's, counts and logprobs."""
-        self._draw(states, [1] * len(states))
-        output = self._sampler(logits=logits, sampling_metadata=sampling_metadata)
-        tokens = output.sampled_token_ids
-        return tokens, tokens.tolist(), [1] * len(states), output.logprobs_tensors
+        self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, request_ids: list[str], states: list[Any]
+    ) -> SamplerOutput:
+        """An ordinary sampling step; quick, since a step without drafts must cost no more than it does elsewhere."""
+        if not sampling_metadata.all_greedy:
+            self._keyed.draw_with(self._noise.next_row(request_ids, states))
+        return self._sampler(logits=logits, sampling_metadata=sampling_metadata)
 
     def _at_once(
         self, metadata: Any, logits: torch.Tensor, sampling_metadata: SamplingMetadata, states: list[Any]
@@ -642,6 +662,7 @@ def install() -> None:
             "GPUModelRunner._bookkeeping_sync": _bookkeeping_sync,
             "GPUModelRunner._on_request_state_removed": _on_request_state_removed,
             "GPUModelRunner.take_draft_token_ids": _take_draft_token_ids,
+            "GPUModelRunner._calc_spec_decode_metadata": _calc_spec_decode_metadata,
             "build_logitsprocs": _build_logitsprocs,
             "expand_batch_to_tokens": _expand_batch_to_tokens,
         },
@@ -708,6 +729,31 @@ def _take_draft_token_ids(original: Callable[..., Any], self: Any) -> Any:
     if attachment is None or isinstance(attachment, Proposer):
         return proposed
     return attachment.join(proposed)
+
+
+def _calc_spec_decode_metadata(
+    original: Callable[..., Any],
+    self: Any,
+    num_draft_tokens: np.ndarray[Any, Any],  # [num_requests]
+    cu_num_scheduled_tokens: np.ndarray[Any, Any],  # [num_requests]
+) -> Any:
+    attachment = _attachment_of(self)
+    if attachment is None or self.device.type != "cpu" or num_draft_tokens.any():
+        return original(self, num_draft_tokens, cu_num_scheduled_tokens)
+    num_requests = len(num_draft_tokens)
+    plain = attachment.plain_layout
+    if plain is None or len(plain.num_draft_tokens) != num_requests:
+        request = torch.arange(num_requests, dtype=torch.int32)
+        plain = attachment.plain_layout = SpecDecodeMetadata(
+            draft_token_ids=request[:0],
+            num_draft_tokens=[0] * num_requests,
+            cu_num_draft_tokens=torch.zeros_like(request),
+            cu_num_sampled_tokens=request + 1,
+            target_logits_indices=request[:0],
+            bonus_logits_indices=request,
+            logits_indices=request,
+        )
+    return replace(plain, logits_indices=torch.from_numpy(cu_num_scheduled_tokens - 1))
 
 
 def _build_logitsprocs(original: Callable[..., Any], vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
