@@ -382,7 +382,7 @@ class CoupledVerifier:
         request_ids = runner.input_batch.req_ids[: len(counts)]
         prefilling = runner.discard_request_mask.np[: len(counts)].tolist()
         if sampling_metadata.all_greedy:
-            states = [None] * len(counts)
+            states: list[Any] = [None] * len(counts)
         else:
             greedy, requests = runner.input_batch.greedy_reqs, runner.requests
             states = [
