@@ -6,7 +6,7 @@
 In the first form all engines live in this process and take turns step by step on the same requests, and the ratio of
 each step to the neighbouring stock step is taken: whatever else the machine does touches both. vLLM switches
 asynchronous scheduling off under speculation by custom drafters, so stock runs without it there. One row is vLLM's own
-speculation path around a drafter that never drafts, without this plugin's verifier: the part of the cost that is vLLM's.
+speculation path around a drafter that never drafts, without our verifier: the part of the cost that is vLLM's.
 
 The second form is what the ensemble is for where nothing can be drafted: sampled answers to Spec-Bench's questions at
 temperature 1, the default proposers, the gate left to itself. Engines take different numbers of steps there, and the
