@@ -102,7 +102,7 @@ class Drafting:
         ConfigurationError: a proposer refuses its options, or the datastore cannot be used.
     """
 
-    FOLLOW_INTERVAL = 4
+    FOLLOW_INTERVAL = 8
     """While proposers rest, they see the tokens every so many steps."""
 
     def __init__(

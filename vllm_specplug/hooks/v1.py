@@ -753,6 +753,8 @@ def _calc_spec_decode_metadata(
             bonus_logits_indices=request,
             logits_indices=request,
         )
+    if cu_num_scheduled_tokens[-1] == num_requests:
+        return plain  # a token each
     return replace(plain, logits_indices=torch.from_numpy(cu_num_scheduled_tokens - 1))
 
 
