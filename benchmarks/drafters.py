@@ -224,7 +224,9 @@ def main() -> None:
     parser.add_argument("--humaneval", type=Path, help="HumanEval.jsonl.gz: half of the code prompts")
     parser.add_argument("--model", type=Path, help="model folder (default: the tiny target)")
     parser.add_argument("--draft-model", type=Path, help="draft model's folder (default: the tiny draft)")
-    parser.add_argument("--members", nargs="+", default=["suffix", "ngram", "rest"], help="proposers of the ensemble")
+    parser.add_argument(
+        "--members", nargs="+", default=["suffix", "ngram", "lookahead", "rest"], help="proposers of the ensemble"
+    )
     parser.add_argument("--only", nargs="+", help="names of drafters, as in the table; off always takes part")
     parser.add_argument("--kinds", nargs="+", help=f"kinds of work; default all, {MIXED} among them")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="requests in flight")

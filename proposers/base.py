@@ -253,7 +253,7 @@ class Proposer(abc.ABC):
         """Up to ``batch.max_draft_tokens[i]`` token ids for each request, as :class:`Drafts` or plain lists."""
 
     def observe(self, verified: Verified) -> None:  # noqa: B027 - an optional hook, empty on purpose
-        """Learn from what the verifier saw. Called once a step, before :meth:`propose`."""
+        """Learn from what the verifier saw. Called once a step, before :meth:`propose`; not while proposers rest."""
 
     def follow(self, batch: DraftBatch) -> None:  # noqa: B027 - an optional hook, empty on purpose
         """Called instead of :meth:`propose` now and then while nothing is drafted: keep up with the tokens."""

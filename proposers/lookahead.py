@@ -9,15 +9,16 @@ beginning of the window of :mod:`.jacobi` and that says more, it takes the windo
 keeps trajectories coming.
 
 Against the paper: the model runs no branch of its own for the lookahead window, as the verified draft is the window;
-one chain is verified instead of several n-grams; and the pool is shared by all requests: what one request said can be
-drafted for another (never emitted unless the target agrees). Where a request samples and the verifier's noise is known,
-candidates race with it (:mod:`vllm_specplug.samplers.noise`).
+one chain is verified instead of several n-grams; and the pool is shared by all requests of a tenant: what one request
+said can be drafted for another (never emitted unless the target agrees). Where a request samples and the verifier's
+noise is known, candidates race with it (:mod:`vllm_specplug.samplers.noise`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 
 import numpy as np
 from numba import njit
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from vllm_specplug.samplers.noise import noise_of, noisy_score
 
 from .base import (
+    TENANT_OPTION,
     DraftBatch,
     Drafts,
     Proposer,
@@ -107,9 +109,12 @@ def _place(key, num_sets):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def learn_ngrams(text, end, begin, token, weight, order, fade, tags, tokens, weights):  # type: ignore[no-untyped-def]
-    """``token`` was seen after ``text[begin:end]``: after its last token, its last two, and so on to ``order``."""
-    key = np.uint64(0)
+def learn_ngrams(text, end, begin, token, weight, root, order, fade, tags, tokens, weights):  # type: ignore[no-untyped-def]
+    """``token`` was seen after ``text[begin:end]``: after its last token, its last two, and so on to ``order``.
+
+    ``root`` is the key of the empty beginning, one a tenant.
+    """
+    key = root
     num_sets, num_ways = tags.shape
     for length in range(1, min(order, end - begin) + 1):
         key = _extended(key, text[end - length])
@@ -133,7 +138,7 @@ def learn_ngrams(text, end, begin, token, weight, order, fade, tags, tokens, wei
 
 
 @njit(cache=True, nogil=True)
-def elect(text, end, order, factor, kind, key, scale, tags, tokens, weights, choices, choice_weights):  # type: ignore[no-untyped-def]
+def elect(text, end, root, order, factor, kind, key, scale, tags, tokens, weights, choices, choice_weights):  # type: ignore[no-untyped-def]
     """What is to follow ``text[:end]``: (token, share, total, order), order 0 where the pool knows nothing.
 
     Candidates are what was seen after the last token, the last two and so on, each weighed ``factor`` times heavier
@@ -141,7 +146,7 @@ def elect(text, end, order, factor, kind, key, scale, tags, tokens, weights, cho
     """
     num_sets, num_ways = tags.shape
     num_choices = 0
-    beginning = np.uint64(0)
+    beginning = root
     level = 1.0
     longest = 0
     total = 0.0
@@ -185,42 +190,46 @@ def elect(text, end, order, factor, kind, key, scale, tags, tokens, weights, cho
 
 @njit(cache=True, nogil=True)
 def _learn_verified(  # type: ignore[no-untyped-def]
-    slots, drafts, draft_ends, targets, target_ends, num_emitted, states, tails, order, settings,
+    slots, drafts, draft_ends, targets, target_ends, num_emitted, roots, tails, order, settings,
     tags, tokens, weights,
 ):  # fmt: skip
     """The n-grams of every verified row, and ``tails`` (``[num_slots, order]``, -1: no token) moved on."""
     fade, rejected_weight, _ = settings
     for i in range(len(slots)):
+        slot = slots[i]
+        if slot < 0:
+            continue  # nobody knows whose it is
         draft = drafts[draft_ends[i - 1] if i else 0 : draft_ends[i]]
         target = targets[target_ends[i - 1] if i else 0 : target_ends[i]]
         text = np.empty(order + max(len(draft), len(target)), dtype=np.int64)
         begin = order
-        if slots[i] >= 0:
-            text[:order] = tails[slots[i]]
-            while begin > 0 and text[begin - 1] >= 0:
-                begin -= 1
+        text[:order] = tails[slot]
+        while begin > 0 and text[begin - 1] >= 0:
+            begin -= 1
         text[order : order + len(draft)] = draft
         for row in range(min(len(target), len(draft) + 1)):
             weight = 1.0 if row < num_emitted[i] else rejected_weight
-            learn_ngrams(text, order + row, begin, target[row], weight, order, fade, tags, tokens, weights)
+            learn_ngrams(text, order + row, begin, target[row], weight, roots[slot], order, fade, tags, tokens, weights)
         emitted = num_emitted[i]
-        if slots[i] >= 0 and 0 < emitted <= len(target):
+        if 0 < emitted <= len(target):
             text[order : order + emitted] = target[:emitted]
-            tails[slots[i]] = text[emitted : order + emitted]
+            tails[slot] = text[emitted : order + emitted]
 
 
 @njit(cache=True, nogil=True)
-def _learn_texts(table, rows, begins, ends, order, settings, tags, tokens, weights):  # type: ignore[no-untyped-def]
+def _learn_texts(table, rows, begins, ends, roots, order, settings, tags, tokens, weights):  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
         context = table[rows[i]]
         for end in range(begins[i] + 1, ends[i]):
-            learn_ngrams(context, end, begins[i], context[end], 1.0, order, settings[0], tags, tokens, weights)
+            learn_ngrams(
+                context, end, begins[i], context[end], 1.0, roots[i], order, settings[0], tags, tokens, weights
+            )
 
 
 @njit(cache=True, nogil=True)
 def _draft_batch(  # type: ignore[no-untyped-def]
-    table, rows, num_tokens, max_drafts, kind, keys, scales, slots, window_tokens, window_kinds, states, tails, order,
-    settings, tags, tokens, weights, kind_confidence, out_tokens, out_num_tokens, out_confidence, out_order,
+    table, rows, num_tokens, max_drafts, kind, keys, scales, slots, window_tokens, window_kinds, states, roots, tails,
+    order, settings, tags, tokens, weights, kind_confidence, out_tokens, out_num_tokens, out_confidence, out_order,
 ):  # fmt: skip
     width = out_tokens.shape[1]
     choices = np.empty(order * tags.shape[1], dtype=np.int64)
@@ -242,8 +251,8 @@ def _draft_batch(  # type: ignore[no-untyped-def]
         is_window = True
         for depth in range(limit):
             token, share, total, found = elect(
-                text, known + depth, order, settings[2], kind, keys[i, depth], scales[i], tags, tokens, weights,
-                choices, choice_weights,
+                text, known + depth, roots[slot], order, settings[2], kind, keys[i, depth], scales[i],
+                tags, tokens, weights, choices, choice_weights,
             )  # fmt: skip
             is_known = depth < states[slot, 0]
             agreement = 0
@@ -270,8 +279,20 @@ def _draft_batch(  # type: ignore[no-untyped-def]
         out_num_tokens[i] = limit
 
 
+def _root(tenant: str) -> int:
+    """Key of a tenant's n-grams; two of 64 bits meet by chance in no installation."""
+    return int.from_bytes(blake2b(tenant.encode(), digest_size=8).digest(), "little") if tenant else 0
+
+
+def _roots(batch: DraftBatch) -> NDArray[np.uint64]:
+    """``[num_requests]`` keys of their tenants."""
+    return np.array([_root(str(each.get(TENANT_OPTION, ""))) for each in batch.options], dtype=np.uint64)
+
+
 class LookaheadProposer(Proposer):
     """Drafts from a pool of n-grams of all requests' trajectories; for options see :data:`DEFAULT_OPTIONS`.
+
+    Requests whose option :data:`~.base.TENANT_OPTION` differs share the room of the pool, but no n-gram.
 
     Raises:
         ValueError: an option is unknown or out of its range.
@@ -295,7 +316,9 @@ class LookaheadProposer(Proposer):
             np.zeros(shape, dtype=np.float32),
         )
         self._windows = Windows(context.num_speculative_tokens)
+        # By slot of the windows: the latest tokens, and the key of the tenant.
         self._tails: NDArray[np.int64] = np.full((len(self._windows.states), self._order), -1, dtype=np.int64)
+        self._roots: NDArray[np.uint64] = np.zeros(len(self._tails), dtype=np.uint64)
         self._prompts = PromptQueue(LEARNED_PER_STEP)
 
     def _enter(self, batch: DraftBatch, width: int) -> NDArray[np.int64]:
@@ -305,7 +328,10 @@ class LookaheadProposer(Proposer):
         if len(self._tails) < num_slots:
             tails = np.full((num_slots, self._order), -1, dtype=np.int64)
             tails[: len(self._tails)] = self._tails
-            self._tails = tails
+            roots = np.zeros(num_slots, dtype=np.uint64)
+            roots[: len(self._roots)] = self._roots
+            self._tails, self._roots = tails, roots
+        self._roots[slots] = _roots(batch)
         return kernel_input(slots, np.int64)
 
     def propose(self, batch: DraftBatch) -> Drafts:
@@ -318,8 +344,8 @@ class LookaheadProposer(Proposer):
         _draft_batch(
             kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
             kernel_input(batch.num_tokens, np.int64), kernel_input(batch.max_draft_tokens, np.int64),
-            *batch.noise_inputs(self._sharpness), slots, windows.tokens, windows.kinds, windows.states, self._tails,
-            self._order, self._settings, *self._pool, KIND_CONFIDENCE,
+            *batch.noise_inputs(self._sharpness), slots, windows.tokens, windows.kinds, windows.states, self._roots,
+            self._tails, self._order, self._settings, *self._pool, KIND_CONFIDENCE,
             drafts.token_ids, drafts.num_tokens, drafts.confidence, drafts.match_length,
         )  # fmt: skip
         return drafts
@@ -329,13 +355,17 @@ class LookaheadProposer(Proposer):
 
     def _learn_prompts(self, batch: DraftBatch) -> None:
         if self._learn_prompt and (texts := self._prompts.take(batch)) is not None:
-            _learn_texts(kernel_input(batch.token_ids, np.int32), *texts, self._order, self._settings, *self._pool)
+            chosen, begins, ends = texts
+            _learn_texts(
+                kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows[chosen], np.int64), begins, ends,
+                _roots(batch)[chosen], self._order, self._settings, *self._pool,
+            )  # fmt: skip
 
     def observe(self, verified: Verified) -> None:
         windows = self._windows
         slots = kernel_input(windows.known(verified.request_ids), np.int64)
         observed = Observed(verified)
-        _learn_verified(slots, *observed, windows.states, self._tails, self._order, self._settings, *self._pool)
+        _learn_verified(slots, *observed, self._roots, self._tails, self._order, self._settings, *self._pool)
         advance_windows(slots, *observed, windows.tokens, windows.kinds, windows.states)
 
     def finish(self, request_ids: Sequence[str]) -> None:
@@ -353,7 +383,12 @@ class LookaheadProposer(Proposer):
         self.finish(names)
 
     def memory_bytes(self) -> int:
-        return sum(each.nbytes for each in self._pool) + self._windows.memory_bytes() + self._tails.nbytes
+        return (
+            sum(each.nbytes for each in self._pool)
+            + self._windows.memory_bytes()
+            + self._tails.nbytes
+            + self._roots.nbytes
+        )
 
     def describe(self) -> str:
         return f"n-grams of up to {self._order + 1} tokens, {self._pool[0].size:,} of them at most"

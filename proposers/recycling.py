@@ -165,7 +165,7 @@ class PromptQueue:
         self._done: set[str] = set()
 
     def take(self, batch: DraftBatch) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None:
-        """(row in the table, begin, end) of each text that is due, as arrays for a kernel; None where none is."""
+        """(place in the batch, begin, end) of each text that is due, as arrays for a kernel; None where none is."""
         new = [index for index, request_id in enumerate(batch.request_ids) if request_id not in self._done]
         if not new:
             return None
@@ -179,8 +179,8 @@ class PromptQueue:
             taken.append(index)
         self._done.update(batch.request_ids[index] for index in taken)
         ends = batch.num_tokens[taken]
-        rows, begins, ends = batch.rows[taken], np.maximum(ends - self._limit, 0), ends
-        return kernel_input(rows, np.int64), kernel_input(begins, np.int64), kernel_input(ends, np.int64)
+        begins = np.maximum(ends - self._limit, 0)
+        return np.array(taken, dtype=np.int64), kernel_input(begins, np.int64), kernel_input(ends, np.int64)
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """These requests are over."""
@@ -224,9 +224,11 @@ class RecyclingProposer(Proposer):
         last = batch.token_ids[batch.rows, np.maximum(batch.num_tokens - 1, 0)]
         self._last_tokens.update(zip(batch.request_ids, np.where(batch.num_tokens > 0, last, -1).tolist(), strict=True))
         if self._learn_prompt and (texts := self._prompts.take(batch)) is not None:
+            chosen, begins, ends = texts
             _learn_texts(
-                kernel_input(batch.token_ids, np.int32), *texts, self._successors, self._weights, self._settings
-            )
+                kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows[chosen], np.int64), begins, ends,
+                self._successors, self._weights, self._settings,
+            )  # fmt: skip
 
     def observe(self, verified: Verified) -> None:
         get = self._last_tokens.get

@@ -23,8 +23,13 @@ def test_defaults() -> None:
     settings = parse_settings({})
     assert settings.num_speculative_tokens == 8
     assert settings.sampler == "gumbel"
-    assert [entry.name for entry in settings.proposers] == ["suffix", "ngram"]
-    assert [entry.name for entry in parse_settings({"datastore": "x"}).proposers] == ["suffix", "ngram", "rest"]
+    assert [entry.name for entry in settings.proposers] == ["suffix", "ngram", "lookahead"]
+    assert [entry.name for entry in parse_settings({"datastore": "x"}).proposers] == [
+        "suffix",
+        "ngram",
+        "lookahead",
+        "rest",
+    ]
     assert parse_settings({"proposers": []}).proposers == ()
 
 
@@ -161,7 +166,7 @@ def test_no_option_can_be_heeded_where_vllms_own_drafter_is_alone() -> None:
 
 def test_an_ensemble_of_nobody_named_is_one_of_the_default_proposers() -> None:
     settings = parse_settings({"proposers": [{"name": "ensemble", "gate": False}], "datastore": "a/code.specstore"})
-    assert [entry.name for entry in settings.host_proposers] == ["suffix", "ngram", "rest"]
+    assert [entry.name for entry in settings.host_proposers] == ["suffix", "ngram", "lookahead", "rest"]
     assert settings.ensemble_options == {"gate": False}
     assert parse_settings(settings.to_dict()) == settings
     assert parse_settings({"proposers": ["ensemble", "ngram"]}).host_proposers[0].name == "ngram"

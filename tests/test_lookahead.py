@@ -119,6 +119,25 @@ def test_trajectories_feed_the_pool():
     assert draft_of(proposer, [51, 52], "e", 1) == [62]
 
 
+def test_tenants_share_no_ngram():
+    proposer, alone = proposer_with(), proposer_with()
+
+    def draft(proposer: LookaheadProposer, text: Sequence[int], name: str, tenant: str) -> int:
+        options = {"specplug_tenant": tenant} if tenant else {}
+        batch = replace(DraftBatch.from_contexts([text], K, [name]), options=(options,))
+        return int(proposer.propose(batch).token_ids[0, 0])
+
+    draft(proposer, [1, 2, 3], "a", "acme")
+    proposer.observe(Verified(["a"], [[50]], [[4, 60]], [1]))
+    for text, token in ([9, 1, 2], 3), ([9, 3], 4), ([9, 50], 60):
+        assert draft(proposer, text, f"b{token}", "acme") == token
+        for tenant in "", "umbrella":
+            # As if nobody else had said anything.
+            assert draft(proposer, text, f"{tenant}{token}", tenant) == draft(alone, text, f"{tenant}{token}", tenant)
+    proposer.finish(["a"])
+    assert draft(proposer, [9, 3], "a", "umbrella") != 4  # the name and its place are another tenant's now
+
+
 def test_where_the_pool_has_nothing_the_window_drafts():
     options = ProposerContext(1000, K)
     lookahead, jacobi = proposer_with(learn_prompt=False), JacobiProposer(options)
@@ -141,6 +160,7 @@ def test_where_the_pool_has_nothing_the_window_drafts():
 
 def test_a_window_that_says_more_goes_before_the_pool():
     proposer = proposer_with(learn_prompt=False)
+    draft_of(proposer, [1], "b")
     for _ in range(3):
         proposer.observe(Verified(["b"], [[8]], [[0, 40]], [1]))
     draft_of(proposer, [1, 2])
@@ -230,7 +250,8 @@ def test_unknown_requests_late_reports_and_reused_names():
     report = Verified(["a"], [[500, 501]], [[3, 600, 700]], [1])
     proposer.observe(report)
     assert len(proposer._windows) == 0
-    assert draft_of(proposer, [500], "b", 1) == [600]  # the pool learns from whoever it is
+    assert not proposer._pool[0].any()  # whose it is nobody knows
+    draft_of(proposer, [500], "b", 1)
     draft_of(proposer, [1, 2])
     proposer.finish(["a", "never seen"])
     proposer.observe(report)

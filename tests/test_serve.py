@@ -313,7 +313,7 @@ def test_metrics_and_counters_agree(server: Server) -> None:
     stats = server.stats()
     drafted = sum(proposer["drafted"] for proposer in stats["proposers"].values())
     accepted = sum(proposer["accepted"] for proposer in stats["proposers"].values())
-    assert set(stats["proposers"]) == {"suffix", "ngram", "rest"}
+    assert set(stats["proposers"]) == {"suffix", "ngram", "lookahead", "rest"}
     assert drafted == server.metric("vllm:spec_decode_num_draft_tokens_total")
     assert accepted == server.metric("vllm:spec_decode_num_accepted_tokens_total")
     assert 0 < accepted <= drafted

@@ -109,7 +109,7 @@ class Settings(BaseModel):
 
     @staticmethod
     def _default_names(data: Mapping[str, Any]) -> list[str]:
-        return ["suffix", "ngram", *(["rest"] if data.get("datastore") is not None else [])]
+        return ["suffix", "ngram", "lookahead", *(["rest"] if data.get("datastore") is not None else [])]
 
     @field_validator("proposers", mode="before")
     @classmethod

@@ -329,7 +329,9 @@ class Drafting:
         # A step that took in a prompt takes longer than its rows say.
         is_decode = not verified.num_unsettled and all(request_id in self._seen for request_id in verified.request_ids)
         self._verified_rows = sum(map(len, verified.draft_token_ids)) if is_decode else -1
-        if not verified.request_ids or not (self._observers or self.ensemble.awaits):
+        # At rest nobody learns from single tokens: that would take as long as drafting.
+        is_learning = self.ensemble.awaits or (bool(self._observers) and not self._is_resting)
+        if not verified.request_ids or not is_learning:
             return
         num_emitted = np.array(verified.num_emitted, dtype=np.int64)
         is_place = np.arange(max(int(num_emitted.max()), 1))[None, :] < num_emitted[:, None]
