@@ -196,6 +196,8 @@ class Drafting:
                 it is not known.
             native: ``[num_running, k]`` drafts of the engine's own drafter.
         """
+        if not self.has_proposers:
+            return [[] for _ in requests]
         now = time.perf_counter()
         if self._is_resting and self._num_steps % self.FOLLOW_INTERVAL:
             pass  # steps like this one are known well enough
@@ -224,8 +226,6 @@ class Drafting:
     ) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in requests]
         self._has_drafted = False
-        if not self.has_proposers:
-            return drafts
         num_seen = len(self._seen)
         self._seen.update([request.request_id for request in requests])
         self._is_resting = is_resting = not self.ensemble.wants_drafts(len(self._seen) > num_seen)
@@ -326,6 +326,8 @@ class Drafting:
         self._settled = verified.request_ids
         stats.request_steps += len(verified.request_ids)
         stats.emitted += sum(verified.num_emitted)
+        if not self.has_proposers:
+            return
         # A step that took in a prompt takes longer than its rows say.
         is_decode = not verified.num_unsettled and all(request_id in self._seen for request_id in verified.request_ids)
         self._verified_rows = sum(map(len, verified.draft_token_ids)) if is_decode else -1
