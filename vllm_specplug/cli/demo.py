@@ -339,8 +339,8 @@ def print_table(console: Console, runs: list[Run], settings: str) -> None:
         )
     console.print(table)
     console.print(
-        "specplug drafts with suffix, ngram and rest. emitted/step: tokens that a request gains in one engine step; "
-        "acceptance: share of draft tokens that were kept; identical: share of sequences that are token for token "
+        "specplug drafts with suffix, ngram, lookahead and rest. emitted/step: tokens that a request gains in one "
+        "engine step; acceptance: share of draft tokens that were kept; identical: share of sequences that are token for token "
         "those of off.",
         highlight=False,
     )

@@ -513,7 +513,12 @@ class ObservedRejection:
         # Half-prefilled requests must not draw: a CPU generator cannot be rewound afterwards.
         prefilling = runner.discard_request_mask.np[: len(metadata.num_draft_tokens)]
         drawing = {i: g for i, g in sampling_metadata.generators.items() if not prefilling[i]}
-        output = self._stock(metadata, draft_probs, logits, replace(sampling_metadata, generators=drawing))
+        sampling_metadata = replace(sampling_metadata, generators=drawing)
+        if metadata.max_spec_len:
+            output = self._stock(metadata, draft_probs, logits, sampling_metadata)
+        else:
+            # An ordinary step. vLLM's verifier fails without any draft where some request has a top_k.
+            output = runner.sampler(logits=logits, sampling_metadata=sampling_metadata)
         kept = [[token for token in row if token != REJECTED] for row in output.sampled_token_ids.tolist()]
         drafts = _real_drafts(metadata)
         settled = [index for index, skip in enumerate(prefilling) if not skip]
