@@ -340,8 +340,8 @@ def print_table(console: Console, runs: list[Run], settings: str) -> None:
     console.print(table)
     console.print(
         "specplug drafts with suffix, ngram, lookahead and rest. emitted/step: tokens that a request gains in one "
-        "engine step; acceptance: share of draft tokens that were kept; identical: share of sequences that are token for token "
-        "those of off.",
+        "engine step; acceptance: share of draft tokens that were kept; identical: share of sequences that are token "
+        "for token those of off.",
         highlight=False,
     )
     if any(run.name == NGRAM and run.temperature > 0 and run.identical_to_off < 1 for run in runs):
