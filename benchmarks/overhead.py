@@ -11,7 +11,7 @@ speculation path around a drafter that never drafts, without our verifier: the p
 The second form is what the ensemble is for where nothing can be drafted: sampled answers to Spec-Bench's questions at
 temperature 1, the default proposers, the gate left to itself. Engines take different numbers of steps there, and the
 gate must see its own steps only: they take turns run by run, each time in another order, and each keeps as many
-requests in flight. Stock runs with and without asynchronous scheduling.
+requests in flight. Stock runs twice, as two engines: how far these are apart says what the rest is worth.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def measure_text(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     engines = start_engines(
         arguments,
         {
-            OFF: {"async_scheduling": False},
+            "off, a second engine": {},
             "off": {},
             "specplug, default proposers": {"speculative_config": speculation},
         },

@@ -448,7 +448,7 @@ class Ensemble:
     REST = 32
     """Steps of a rest; doubled each time that drafting still does not pay, up to :data:`LONGEST_REST`."""
     LONGEST_REST = 1024
-    EARLY = 1.0 / 64
+    EARLY = 1.0 / 16
     """A new request ends a rest early, as far as looking takes no more than this share of all steps."""
 
     def __init__(
