@@ -1,0 +1,137 @@
+"""How often target and draft agree under each coupling, as formulas of the two distributions. numpy, float64.
+
+Throughout, ``target`` and ``draft`` are probability vectors ``[vocab]`` (non-negative, summing to 1; zeros allowed); a
+match is a draft token that is emitted. TV is their total variation distance.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]
+
+
+def _checked(target: Vector, draft: Vector) -> tuple[Vector, Vector]:
+    pair = np.asarray(target, dtype=np.float64), np.asarray(draft, dtype=np.float64)
+    if pair[0].ndim != 1 or pair[0].shape != pair[1].shape or not len(pair[0]):
+        shapes = " and ".join(str(each.shape) for each in pair)
+        raise ValueError(f"target and draft must be vectors of one length, not of shapes {shapes}")
+    for name, each in zip(("target", "draft"), pair, strict=True):
+        if not (each >= 0).all() or abs(each.sum() - 1.0) > 1e-6:
+            raise ValueError(f"{name} must be probabilities that sum to 1; their sum is {each.sum():.9g}")
+    return pair
+
+
+def total_variation(target: Vector, draft: Vector) -> float:
+    """Half of the summed absolute differences, in [0, 1]."""
+    target, draft = _checked(target, draft)
+    return float(0.5 * np.abs(target - draft).sum())
+
+
+def rejection(target: Vector, draft: Vector) -> float:
+    """1 - TV: what the classic rule accepts (Leviathan et al., 2023), and the most that any coupling can."""
+    target, draft = _checked(target, draft)
+    return float(np.minimum(target, draft).sum())
+
+
+def minhash(target: Vector, draft: Vector) -> float:
+    """Exactly what shared darts match: sum over j of min(t_j, d_j) * (1 + abs(t_j - d_j)) / (1 + TV).
+
+    Both take the same dart with chance (1 - TV) / (1 + TV), the weighted Jaccard similarity. Where the first dart of
+    either lies below one of the two only, the other takes a later dart, which may still be of the same token.
+    """
+    target, draft = _checked(target, draft)
+    less, more = np.minimum(target, draft), np.maximum(target, draft)
+    return float((less * (1.0 + more - less)).sum() / more.sum())
+
+
+def communication_free_bound(target: Vector, draft: Vector) -> float:
+    """(1 - TV) / (1 + TV): no coupling without communication guarantees more for every pair of this distance.
+
+    Bavarian et al., "Optimality of Correlated Sampling Strategies", 2020.
+    """
+    target, draft = _checked(target, draft)
+    return float(np.minimum(target, draft).sum() / np.maximum(target, draft).sum())
+
+
+def _race_times(target: Vector, draft: Vector) -> tuple[Vector, Vector]:
+    """For each token ``j`` that both may draw: its target probability, and sum over i of max(t_i / t_j, d_i / d_j).
+
+    With the tokens in order of t_i / d_i, those from ``j`` on have the larger first term and those before the larger
+    second: two running sums, O(n log n).
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(draft > 0, target / draft, np.inf)
+    alive = (target > 0) | (draft > 0)
+    order = np.argsort(ratio[alive], kind="stable")
+    t, d = target[alive][order], draft[alive][order]
+    t_from = np.cumsum(t[::-1])[::-1]
+    d_before = np.concatenate([[0.0], np.cumsum(d)[:-1]])
+    both = (t > 0) & (d > 0)
+    t, d, t_from, d_before = t[both], d[both], t_from[both], d_before[both]
+    return t, t_from / t + d_before / d
+
+
+def gumbel(target: Vector, draft: Vector) -> float:
+    """Match of two Gumbel races with common noise: sum over j of 1 / sum over i of max(t_i / t_j, d_i / d_j).
+
+    At least :func:`minhash` for every pair (Daliri, Musco, Suresh, 2024), at most :func:`rejection`.
+    """
+    _, times = _race_times(*_checked(target, draft))
+    return float((1.0 / times).sum())
+
+
+def without_noise(target: Vector, draft_token: int) -> float:
+    """Target's probability of a draft token that was chosen without its noise: the same under every coupling here."""
+    return float(np.asarray(target, dtype=np.float64)[draft_token])
+
+
+def low_communication(target: Vector, draft: Vector, epsilon: float) -> float:
+    """Exactly what the scheme of :mod:`.low_communication` matches.
+
+    A token's match is the smaller of both probabilities, save where they end in the same cell of height: there sender
+    and receiver draw by the share of the cell that is covered, independently.
+    """
+    from vllm_specplug.samplers.low_communication import height_bits
+
+    target, draft = _checked(target, draft)
+    cells = 2.0 ** height_bits(len(target), epsilon)
+    t, d = target * cells, draft * cells
+    floor = np.floor(t)
+    matched = np.where(floor == np.floor(d), floor + (t - floor) * (d - floor), np.minimum(t, d))
+    return float(matched.sum() / cells)
+
+
+def low_communication_bound(target: Vector, draft: Vector, epsilon: float) -> float:
+    """1 - TV - epsilon: the least that the scheme of :mod:`.low_communication` matches."""
+    return max(rejection(target, draft) - epsilon, 0.0)
+
+
+def list_matching_bound(target: Vector, draft: Vector, num_drafts: int) -> float:
+    """The least chance that one of ``num_drafts`` drafts, independent but sharing the target's noise, is its token.
+
+    K times the sum over j of 1 / (sum over i of max(t_i / t_j, d_i / d_j) + (K - 1) / t_j): the chance that the very
+    draft that set the target's race drew the same token. For one draft it is :func:`gumbel`, exactly; with more of them
+    another may match as well (Rowan, Phan, Khisti, "List-Level Distribution Coupling", 2025).
+    """
+    if num_drafts < 1:
+        raise ValueError(f"num_drafts must be at least 1, not {num_drafts}")
+    t, times = _race_times(*_checked(target, draft))
+    return float((num_drafts / (times + (num_drafts - 1) / t)).sum())
+
+
+def list_bound(target: Vector, draft: Vector, num_drafts: int) -> float:
+    """No coupling does better with ``num_drafts`` independent drafts: sum of min(t_j, 1 - (1 - d_j) ** K).
+
+    A token is in the list with that chance, and is matched no more often than it is drawn or listed.
+    """
+    target, draft = _checked(target, draft)
+    return float(np.minimum(target, -np.expm1(num_drafts * np.log1p(-np.minimum(draft, 1.0 - 1e-16)))).sum())
+
+
+def emitted_per_step(acceptance: float, num_draft_tokens: int) -> float:
+    """Expected tokens of a step whose draft tokens are each accepted with this chance, those before accepted."""
+    if acceptance >= 1.0:
+        return float(num_draft_tokens + 1)
+    return float((1.0 - acceptance ** (num_draft_tokens + 1)) / (1.0 - acceptance))

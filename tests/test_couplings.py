@@ -1,0 +1,368 @@
+"""Every coupling: exact marginals, the matches that theory says, fast forms equal to slow ones, odd distributions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest, chisquare
+
+from vllm_specplug.samplers import list_matching, low_communication, minhash, reference, rejection, theory
+from vllm_specplug.samplers.gumbel import coupled_argmax, gumbel_noise
+
+SIGNIFICANCE = 1e-6  # of each of the statistical tests here; their seeds are fixed
+TARGET = np.array([0.4, 0.3, 0.2, 0.1, 0.0])
+DRAFT = np.array([0.1, 0.35, 0.2, 0.0, 0.35])
+
+
+def p_value(tokens, probs) -> float:
+    counts = np.bincount(np.asarray(tokens), minlength=len(probs))
+    assert counts[probs == 0].sum() == 0
+    alive = probs > 0
+    return float(chisquare(counts[alive], probs[alive] * counts.sum()).pvalue) if alive.sum() > 1 else 1.0
+
+
+def is_rate(hits: int, draws: int, rate: float) -> bool:
+    return binomtest(hits, draws, min(max(rate, 0.0), 1.0)).pvalue > SIGNIFICANCE
+
+
+@st.composite
+def distributions(draw, count: int = 1, largest: int = 24):
+    """``count`` distributions over the same tokens: zeros, ties, one-hot and tiny ones too."""
+    vocab = draw(st.integers(2, largest))
+    made = []
+    for _ in range(count):
+        weights = np.array(
+            draw(
+                st.lists(
+                    st.one_of(st.just(0.0), st.just(1.0), st.floats(1e-12, 1e-6), st.floats(0.01, 10.0)),
+                    min_size=vocab,
+                    max_size=vocab,
+                )
+            )
+        )
+        if weights.sum() == 0:
+            weights[draw(st.integers(0, vocab - 1))] = 1.0
+        made.append(weights / weights.sum())
+    return made
+
+
+def log(probs) -> torch.Tensor:
+    with np.errstate(divide="ignore"):
+        return torch.from_numpy(np.log(probs))
+
+
+# Theory
+
+
+@given(distributions(2))
+def test_acceptance_formulas_agree_and_are_ordered(pair):
+    target, draft = pair
+    tv = theory.total_variation(target, draft)
+    assert theory.rejection(target, draft) == pytest.approx(1 - tv)
+    assert theory.communication_free_bound(target, draft) == pytest.approx((1 - tv) / (1 + tv))
+    assert theory.minhash(target, draft) >= theory.communication_free_bound(target, draft) * (1 - 1e-9)
+    assert theory.gumbel(target, draft) == pytest.approx(
+        reference.gumbel_match(target.tolist(), draft.tolist()), rel=1e-9
+    )
+    assert theory.minhash(target, draft) <= theory.gumbel(target, draft) * (1 + 1e-9) + 1e-12
+    assert theory.gumbel(target, draft) <= theory.rejection(target, draft) * (1 + 1e-9) + 1e-12
+    assert theory.gumbel(target, target) == pytest.approx(1.0)
+    assert theory.list_matching_bound(target, draft, 1) == pytest.approx(theory.gumbel(target, draft))
+    bounds = [theory.list_matching_bound(target, draft, k) for k in (1, 2, 4, 8)]
+    best = [theory.list_bound(target, draft, k) for k in (1, 2, 4, 8)]
+    assert best == sorted(best)
+    assert all(low <= high + 1e-9 for low, high in zip(bounds, best, strict=True))
+    assert best[0] == pytest.approx(theory.rejection(target, draft))
+
+
+def test_formulas_at_a_large_vocabulary():
+    rng = np.random.default_rng(0)
+    target, draft = rng.dirichlet(np.full(256_000, 0.1)), rng.dirichlet(np.full(256_000, 0.1))
+    assert theory.minhash(target, draft) < theory.gumbel(target, draft) < theory.rejection(target, draft)
+
+
+@pytest.mark.parametrize("bad", [[0.5, 0.6], [1.5, -0.5], [[1.0]], [], [math.nan, 1.0]])
+def test_what_is_no_distribution_is_refused(bad):
+    with pytest.raises(ValueError, match=r"probabilities that sum to 1|vectors of one length"):
+        theory.gumbel(np.array(bad), np.array(bad))
+
+
+def test_emitted_per_step():
+    assert theory.emitted_per_step(0.0, 4) == 1.0
+    assert theory.emitted_per_step(1.0, 4) == 5.0
+    assert theory.emitted_per_step(0.5, 2) == pytest.approx(1.75)
+
+
+# Gumbel
+
+
+def test_gumbel_has_the_targets_distribution_and_the_matches_of_theory():
+    seeds = torch.arange(300_000)
+    logits = [log(each)[None].expand(len(seeds), -1) for each in (TARGET, DRAFT)]
+    target, draft = (coupled_argmax(each, seeds).numpy() for each in logits)
+    assert p_value(target, TARGET) > SIGNIFICANCE
+    assert p_value(draft, DRAFT) > SIGNIFICANCE
+    assert is_rate(int((target == draft).sum()), len(seeds), theory.gumbel(TARGET, DRAFT))
+
+
+@given(distributions(), st.integers(0, 2**31 - 1))
+@settings(max_examples=50)
+def test_gumbel_token_equals_the_loop(made, seed):
+    (probs,) = made
+    noise = gumbel_noise(np.array(seed), np.arange(len(probs)))
+    expected = reference.gumbel_token(probs.tolist(), noise.tolist())
+    assert int(coupled_argmax(log(probs)[None], torch.tensor([seed]))[0]) == expected
+    assert probs[expected] > 0
+
+
+# MinHash
+
+
+def test_darts_are_exact_and_match_as_theory_says():
+    keys = minhash.keys_of(np.arange(300_000))
+    target = minhash.sample(np.broadcast_to(TARGET, (len(keys), 5)), keys)
+    draft = minhash.sample(np.broadcast_to(DRAFT, (len(keys), 5)), keys)
+    assert p_value(target, TARGET) > SIGNIFICANCE
+    assert p_value(draft, DRAFT) > SIGNIFICANCE
+    assert is_rate(int((target == draft).sum()), len(keys), theory.minhash(TARGET, DRAFT))
+
+
+def test_the_popular_formula_is_not_exact():
+    """Smallest u_i / p_i: the same draws that the exact race -log(u_i) / p_i turns into the right distribution."""
+    probs = np.array([0.75, 0.25])
+    uniforms = np.random.default_rng(0).random((100_000, 2))
+    popular = (uniforms / probs).argmin(axis=1)
+    assert p_value(popular, probs) < 1e-100
+    assert is_rate(int((popular == 0).sum()), len(popular), 5 / 6)
+    assert p_value((-np.log(uniforms) / probs).argmin(axis=1), probs) > SIGNIFICANCE
+    keys = minhash.keys_of(np.arange(100_000))
+    assert p_value(minhash.sample(np.broadcast_to(probs, (len(keys), 2)), keys), probs) > SIGNIFICANCE
+
+
+@given(distributions(), st.integers(-(2**63), 2**63 - 1))
+@settings(max_examples=50)
+def test_darts_of_all_forms_are_the_same(made, seed):
+    (probs,) = made
+    key = minhash.keys_of(np.array([seed]))
+    expected = reference.minhash_token(probs.tolist(), int(key[0]))
+    assert minhash.sample(probs[None], key).tolist() == [expected]
+    assert minhash.sample_torch(torch.from_numpy(probs)[None], torch.from_numpy(key.view(np.int64))).tolist() == [
+        expected
+    ]
+    assert probs[expected] > 0
+
+
+@pytest.mark.parametrize("vocab", [2, 4096, 256_000])
+def test_darts_at_any_vocabulary(vocab):
+    rng = np.random.default_rng(vocab)
+    probs = rng.dirichlet(np.full(vocab, 0.05), size=3)
+    probs[2] = np.eye(1, vocab, vocab - 1)  # one-hot at the end: one dart in `vocab` hits its column
+    keys = minhash.keys_of(np.arange(3))
+    tokens = minhash.sample(probs, keys)
+    again = minhash.sample_torch(torch.from_numpy(probs), torch.from_numpy(keys.view(np.int64)))
+    assert tokens.tolist() == again.tolist()
+    assert tokens[2] == vocab - 1
+
+
+@pytest.mark.parametrize("bad", [[[0.0, 0.0]], [[0.2, 0.2]], [[math.nan, 1.0]], [[-1.0, 2.0]], [1.0]])
+def test_darts_at_nothing_would_never_end_and_are_refused(bad):
+    with pytest.raises(ValueError, match="rows that sum to 1"):
+        minhash.sample(np.array(bad), minhash.keys_of(np.zeros(len(bad), dtype=np.int64)))
+
+
+# Rejection and block verification
+
+K, VOCAB = 3, 3
+
+
+def model(seed: int) -> np.ndarray:
+    """Next-token distributions ``[VOCAB + 1, VOCAB + 1, VOCAB]`` after any two tokens (VOCAB: none)."""
+    return np.random.default_rng(seed).dirichlet(np.full(VOCAB, 0.7), size=(VOCAB + 1, VOCAB + 1))
+
+
+def after(table: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """``[num_rows, depth + 1, VOCAB]`` along tokens ``[num_rows, depth]``."""
+    padded = np.concatenate([np.full((len(tokens), 2), VOCAB), tokens], axis=1)
+    return np.stack([table[padded[:, d], padded[:, d + 1]] for d in range(tokens.shape[1] + 1)], axis=1)
+
+
+def drawn(table: np.ndarray, rng: np.random.Generator, count: int, depth: int, prefix=None) -> np.ndarray:
+    tokens = np.zeros((count, 0), dtype=np.int64) if prefix is None else prefix
+    while tokens.shape[1] < depth:
+        probs = after(table, tokens)[:, -1]
+        new = (probs.cumsum(axis=1) <= rng.random((count, 1))).sum(axis=1).clip(max=VOCAB - 1)
+        tokens = np.concatenate([tokens, new[:, None]], axis=1)
+    return tokens
+
+
+@pytest.mark.parametrize("verify", [rejection.verify, rejection.verify_block])
+def test_what_is_emitted_and_then_goes_on_has_the_targets_distribution(verify):
+    rng = np.random.default_rng(5)
+    count = 300_000
+    target, draft = model(1), model(2)
+    drafts = drawn(draft, rng, count, K)
+    lengths = rng.integers(0, K + 1, count)
+    verified = verify(
+        *(torch.from_numpy(each) for each in (after(target, drafts), after(draft, drafts)[:, :K], drafts, lengths)),
+        torch.from_numpy(rng.random((count, K + 1))),
+    )
+    tokens, emitted = verified.token_ids.numpy(), verified.num_emitted.numpy()
+    assert ((tokens >= 0).sum(axis=1) == emitted).all()
+    assert (emitted <= lengths + 1).all()
+    joint = np.zeros((count, K + 1), dtype=np.int64)
+    for num in range(1, K + 2):  # the target itself goes on behind what was emitted
+        rows = emitted == num
+        joint[rows] = drawn(target, rng, int(rows.sum()), K + 1, tokens[rows, :num])
+    cells = list(itertools.product(range(VOCAB), repeat=K + 1))
+    chances = np.array(
+        [np.prod([after(target, np.array([cell]))[0, d, cell[d]] for d in range(K + 1)]) for cell in cells]
+    )
+    assert p_value(joint @ VOCAB ** np.arange(K, -1, -1), chances) > SIGNIFICANCE
+
+
+def test_a_block_accepts_no_fewer_tokens_than_one_by_one_and_first_tokens_match_as_theory_says():
+    rng = np.random.default_rng(6)
+    count = 200_000
+    target, draft = model(3), model(4)
+    drafts = drawn(draft, rng, count, K)
+    inputs = [torch.from_numpy(each) for each in (after(target, drafts), after(draft, drafts)[:, :K], drafts)]
+    lengths = torch.full((count,), K)
+    uniforms = torch.from_numpy(rng.random((count, K + 1)))
+    single = rejection.verify(*inputs, lengths, uniforms).num_emitted.numpy() - 1
+    block = rejection.verify_block(*inputs, lengths, uniforms).num_emitted.numpy() - 1
+    first = theory.rejection(target[VOCAB, VOCAB], draft[VOCAB, VOCAB])
+    assert is_rate(int((single > 0).sum()), count, first)
+    assert block.mean() > single.mean() + 5 * math.sqrt((block.var() + single.var()) / count)
+
+
+@pytest.mark.parametrize("name", ["verify", "verify_block"])
+def test_batched_rules_equal_the_loops(name):
+    rng = np.random.default_rng(7)
+    target, draft = model(8), model(9)
+    drafts = drawn(draft, rng, 500, K)
+    lengths = rng.integers(0, K + 1, 500)
+    uniforms = rng.random((500, K + 1))
+    given_ = [torch.from_numpy(each) for each in (after(target, drafts), after(draft, drafts)[:, :K], drafts, lengths)]
+    found = getattr(rejection, name)(*given_, torch.from_numpy(uniforms)).token_ids.tolist()
+    loop = {"verify": reference.rejection, "verify_block": reference.block}[name]
+    for row, tokens in enumerate(found):
+
+        def next_of(table):
+            return lambda so_far: after(table, np.array([so_far], dtype=np.int64).reshape(1, -1))[0, -1]
+
+        length = lengths[row]
+        expected = loop(
+            next_of(target), next_of(draft), drafts[row, :length].tolist(), [*uniforms[row, :length], uniforms[row, K]]
+        )
+        assert [token for token in tokens if token >= 0] == expected
+
+
+@given(distributions(2), st.integers(0, 10_000))
+@settings(max_examples=50)
+def test_odd_distributions_emit_only_what_the_target_can(pair, seed):
+    target, draft = pair
+    rng = np.random.default_rng(seed)
+    token = rng.choice(len(draft), size=(64, 1), p=draft)
+    for verify in rejection.verify, rejection.verify_block:
+        verified = verify(
+            torch.from_numpy(np.tile(target, (64, 2, 1))), torch.from_numpy(np.tile(draft, (64, 1, 1))),
+            torch.from_numpy(token), torch.ones(64, dtype=torch.int64), torch.from_numpy(rng.random((64, 2))),
+        )  # fmt: skip
+        emitted = verified.token_ids[verified.token_ids >= 0].numpy()
+        assert (target[emitted] > 0).all()
+
+
+# Low communication
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 0.05, 1e-6])
+def test_few_bits_nearly_the_optimal_coupling_and_exact_marginals(epsilon):
+    count = 200_000
+    target, draft = (torch.from_numpy(np.tile(each, (count, 1))) for each in (TARGET, DRAFT))
+    done = low_communication.exchange(target, draft, epsilon, torch.Generator().manual_seed(1))
+    assert p_value(done.target_token_ids, TARGET) > SIGNIFICANCE
+    assert p_value(done.draft_token_ids, DRAFT) > SIGNIFICANCE
+    matches = int((done.target_token_ids == done.draft_token_ids).sum())
+    assert is_rate(matches, count, theory.low_communication(TARGET, DRAFT, epsilon))
+    assert theory.low_communication(TARGET, DRAFT, epsilon) >= theory.low_communication_bound(TARGET, DRAFT, epsilon)
+    bits = done.num_bits.double()
+    most = low_communication.expected_bits(len(TARGET), epsilon)
+    assert bits.mean() < most + 5 * bits.std() / math.sqrt(count)
+    assert (done.num_bits == done.num_points * (low_communication.point_bits(len(TARGET), epsilon) + 1)).all()
+
+
+def test_bits_grow_with_the_logarithm_of_the_vocabulary():
+    assert low_communication.point_bits(256_000, 1e-3) == 18 + 28
+    assert low_communication.point_bits(2, 0.5) == 1 + 2
+    for epsilon in (0.0, 1.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="epsilon must be between 0 and 1"):
+            low_communication.height_bits(10, epsilon)
+
+
+@given(distributions(2))
+@settings(max_examples=30)
+def test_an_exchange_ends_with_possible_tokens(pair):
+    target, draft = pair
+    rows = [torch.from_numpy(np.tile(each, (50, 1))) for each in (target, draft)]
+    done = low_communication.exchange(*rows, 0.01, torch.Generator().manual_seed(2))
+    assert (target[done.target_token_ids.numpy()] > 0).all()
+    assert (draft[done.draft_token_ids.numpy()] > 0).all()
+
+
+# Lists
+
+
+@pytest.mark.parametrize("num_drafts", [1, 2, 4])
+def test_lists_are_exact_and_match_at_least_as_often_as_the_lemma_says(num_drafts):
+    count = 200_000
+    rng = np.random.default_rng(num_drafts)
+    seeds = torch.from_numpy(rng.integers(0, 2**31, (count, num_drafts)))
+    rows = [log(each)[None].expand(count, -1) for each in (TARGET, DRAFT)]
+    token, listed = list_matching.couple(*rows, seeds)
+    assert p_value(token, TARGET) > SIGNIFICANCE
+    for nth in range(num_drafts):
+        assert p_value(listed[:, nth], DRAFT) > SIGNIFICANCE
+    matches = int((listed == token[:, None]).any(dim=1).sum())
+    least = theory.list_matching_bound(TARGET, DRAFT, num_drafts)
+    if num_drafts == 1:
+        assert is_rate(matches, count, least)
+    else:
+        assert binomtest(matches, count, least, alternative="less").pvalue > SIGNIFICANCE
+    best = list_matching.optimal_acceptance(TARGET, DRAFT, num_drafts)
+    assert least <= best <= theory.list_bound(TARGET, DRAFT, num_drafts) + 1e-9
+    assert binomtest(matches, count, min(best, 1.0), alternative="greater").pvalue > SIGNIFICANCE
+
+
+@given(distributions(3, largest=8), st.integers(0, 1000))
+@settings(max_examples=40)
+def test_lists_equal_the_loop_with_drafters_that_differ(made, seed):
+    target, *drafts = made
+    seeds = np.array([[seed, seed + 1]])
+    token, listed = list_matching.couple(
+        log(target)[None], torch.stack([log(each) for each in drafts])[None], torch.from_numpy(seeds)
+    )
+    noise = list_matching.list_noise(seeds, len(target))[0]
+    assert (int(token[0]), listed[0].tolist()) == reference.list_tokens(
+        target.tolist(), [d.tolist() for d in drafts], noise
+    )
+
+
+@given(distributions(2, largest=6))
+@settings(max_examples=20)
+def test_the_linear_programme_is_the_optimal_coupling_for_one_draft(pair):
+    target, draft = pair
+    assert list_matching.optimal_acceptance(target, draft, 1) == pytest.approx(
+        theory.rejection(target, draft), abs=1e-7
+    )
+    assert list_matching.optimal_acceptance(target, draft, 2) >= theory.list_matching_bound(target, draft, 2) - 1e-7
+
+
+def test_too_large_a_programme_is_refused():
+    with pytest.raises(ValueError, match=r"4,096,000,000 lists.*Use fewer"):
+        list_matching.optimal_acceptance(np.full(1600, 1 / 1600), np.full(1600, 1 / 1600), 3)
