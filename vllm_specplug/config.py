@@ -77,11 +77,13 @@ class Settings(BaseModel):
     Attributes:
         num_speculative_tokens: longest draft of a request in a step.
         proposers: who drafts, in order of preference between equals: names, ``{"name": ..., option: ...}`` or
-            ``"module.Class"``; an entry ``ensemble`` sets options of what combines them. Default: ``suffix`` and
-            ``ngram``, and ``rest`` where a datastore is given. An empty list drafts nothing (the verifier still runs).
+            ``"module.Class"``; an entry ``ensemble`` sets options of what combines them. Default: ``suffix``,
+            ``ngram`` and ``lookahead``, and ``rest`` where a datastore is given. An empty list drafts nothing (the
+            verifier still runs).
         datastore: token stores for ``rest``, made by ``specplug datastore build``, as paths by name. May be given as
             one path or a list of paths, whose names then are the files' without folder and suffix.
-        sampler: ``gumbel`` (drafter-invariant: seeded output as without speculation) or ``rejection`` (vLLM's own).
+        sampler: ``gumbel`` (drafter-invariant: seeded output as without speculation), ``minhash`` (drafter-invariant:
+            seeded output as with ``minhash`` and no proposers) or ``rejection`` (vLLM's own).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -276,7 +276,8 @@ def first_tokens(
     """How often each token was emitted first, over ``draws`` unseeded requests that were all drafted ``[draft]``.
 
     Args:
-        verifier: ``gumbel`` (ours), ``rejection`` (vLLM's, with our repair) or ``stock`` (vLLM's as it ships).
+        verifier: ``gumbel`` or ``minhash`` (ours), ``rejection`` (vLLM's, with our repair) or ``stock`` (vLLM's as it
+            ships).
         logits: ``[vocab]`` target logits of every row.
     """
     from types import SimpleNamespace
@@ -301,10 +302,12 @@ def first_tokens(
         requests={i: SimpleNamespace(generator=None, output_token_ids=[]) for i in request_ids},
         discard_request_mask=SimpleNamespace(np=np.zeros(batch, dtype=bool)),
     )
-    drafter = SimpleNamespace(drafting=SimpleNamespace(observe=lambda verified: None))
+    drafter = SimpleNamespace(
+        drafting=SimpleNamespace(observe=lambda verified: None), settings=SimpleNamespace(sampler=verifier)
+    )
     plain = stock_module.RejectionSampler(runner.sampler)
     verify: Any
-    if verifier == "gumbel":
+    if verifier in ("gumbel", "minhash"):
         verify = v1.CoupledVerifier(stand_in, drafter)  # type: ignore[arg-type]
     elif verifier == "rejection":
         verify = v1.ObservedRejection(stand_in, drafter, plain)  # type: ignore[arg-type]

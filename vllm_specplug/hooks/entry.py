@@ -295,7 +295,7 @@ def check_engine(config: Any) -> None:
     unfit = _unfit_v2(config) if config.use_v2_model_runner else _unfit_v1(config)
     if unfit:
         raise ConfigurationError(
-            f"speculative_config: sampler {settings.sampler!r} draws every token as vLLM's sampler would; {unfit}. "
+            f"speculative_config: sampler {settings.sampler!r} draws every token from vLLM's own seeds; {unfit}. "
             'Leave that out, or give "sampler": "rejection": vLLM\'s own verifier, lossless but not drafter-invariant.'
         )
 

@@ -229,6 +229,15 @@ V2_USED = (
         ),
         "vLLM's own processing of logits, which our verifier calls",
     ),
+    Seam(
+        "vllm.v1.worker.gpu.sample.sampler",
+        "Sampler.sample",
+        (
+            "self", "logits", "expanded_idx_mapping", "idx_mapping", "idx_mapping_np", "pos", "input_ids",
+            "expanded_local_pos", "seq_lens_upper_bound_np", "return_logprobs",
+        ),
+        "replaced on the runner's sampler where tokens are drawn by MinHash",
+    ),
 )  # fmt: skip
 """Not wrapped, but overridden, replaced on single objects or called: their signatures are counted on all the same."""
 

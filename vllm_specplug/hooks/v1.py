@@ -34,6 +34,7 @@ from vllm_specplug.history import TrackedRequest
 from vllm_specplug.hooks import seams
 from vllm_specplug.hooks.entry import is_coupled
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
+from vllm_specplug.samplers import minhash
 from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal
 from vllm_specplug.samplers.gumbel import SeedStream
 from vllm_specplug.samplers.noise import SPLITMIX, splitmix_keys
@@ -106,7 +107,7 @@ class Attachment:
             index,
             num_tokens[index].astype(np.int64),
             self.num_speculative_tokens,
-            noise if self.settings.is_coupled else None,
+            noise if self.settings.sampler == "gumbel" else None,
             native,
         )
 
@@ -261,10 +262,29 @@ class _KeyedSampler(TopKTopPSampler):  # type: ignore[misc]
         return self._noise[0](logits), returned
 
 
-class _SeededNoise:
-    """Noise of vLLM's CPU sampler: one seed a row, each request's seeds drawn ahead from its generator."""
+def _race(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    """vLLM's own draw on CPUs: argmax of ``[num_rows, vocab]`` logits + noise of ``[num_rows]`` seeds."""
+    return torch.ops._C.fused_gumbel_argmax(logits.to(torch.float32), seeds)  # type: ignore[no-any-return]
 
-    def __init__(self) -> None:
+
+def _darts(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    """The MinHash draw from the same seeds."""
+    probs = torch.softmax(logits.double(), dim=-1).numpy()
+    return torch.from_numpy(minhash.sample(probs, minhash.keys_of(seeds.numpy())))
+
+
+_DRAWS = {"gumbel": _race, "minhash": _darts}
+
+
+class _SeededNoise:
+    """What rows are drawn with: one seed a row, each request's seeds drawn ahead from its generator.
+
+    Args:
+        draw: makes tokens of logits and seeds, each row's of its own alone.
+    """
+
+    def __init__(self, draw: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self._draw = draw
         self._streams: dict[str, SeedStream] = {}
 
     def stream(self, request_id: str, state: Any) -> SeedStream:
@@ -285,7 +305,7 @@ class _SeededNoise:
         for request_id, state, count in draws:
             seeds += [0] * count if state is None else self.stream(request_id, state).peek(offset + count)[offset:]
         keyed = torch.tensor(seeds, dtype=torch.int64)
-        return lambda logits: torch.ops._C.fused_gumbel_argmax(logits.to(torch.float32), keyed)
+        return lambda logits: self._draw(logits, keyed)
 
     def next_row(self, request_ids: Sequence[str], states: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
         """:meth:`rows` for one row of each request, its next output token."""
@@ -294,7 +314,7 @@ class _SeededNoise:
             for request_id, state in zip(request_ids, states, strict=True)
         ]
         keyed = torch.tensor(seeds, dtype=torch.int64)
-        return lambda logits: torch.ops._C.fused_gumbel_argmax(logits.to(torch.float32), keyed)
+        return lambda logits: self._draw(logits, keyed)
 
     def consume(self, request_id: str, count: int) -> None:
         if request_id in self._streams:
@@ -321,7 +341,7 @@ class CoupledVerifier:
         self._attachment = attachment
         stock: Sampler = runner.sampler
         self._stock = runner.rejection_sampler
-        self._noise = _SeededNoise()
+        self._noise = _SeededNoise(_DRAWS[attachment.settings.sampler])
         self._keyed = _KeyedSampler(stock.logprobs_mode, stock.use_fp64_gumbel)
         self._sampler = copy.copy(stock)  # shares everything but the final draw
         self._sampler._modules = {**stock._modules, "topk_topp_sampler": self._keyed}
@@ -336,7 +356,7 @@ class CoupledVerifier:
         self._noise.finish(request_id)
 
     def target_noise(self, requests: Sequence[TrackedRequest], width: int) -> TargetNoise:
-        """The noise of the next ``width`` tokens of each request, without consuming any."""
+        """The Gumbel noise of the next ``width`` tokens of each request, without consuming any."""
         runner = self._runner
         temperature = np.array([request.temperature for request in requests], dtype=np.float32)
         temperature[temperature < _SAMPLING_EPS] = 0.0  # vLLM calls these greedy

@@ -36,6 +36,7 @@ from vllm_specplug.history import TokenHistory, TrackedRequest
 from vllm_specplug.hooks import seams
 from vllm_specplug.hooks.entry import is_coupled, is_ours
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
+from vllm_specplug.samplers import minhash
 from vllm_specplug.samplers.kernels import pack_emitted, verify_drafts
 from vllm_specplug.samplers.noise import MURMUR, murmur_keys
 
@@ -53,6 +54,8 @@ class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
     token. Draft logits are neither read nor kept.
     """
 
+    draw = staticmethod(gumbel_sample)
+    """Draws one token a row from (logits, row's request, temperature, seed, position)."""
     token_ids: torch.Tensor | None = None
     """``[num_requests, num_speculative_tokens + 1]``: the target's tokens at all positions of the last step."""
 
@@ -88,7 +91,7 @@ class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
             expanded_local_pos,
             seq_lens_upper_bound_np,
         )
-        targets = gumbel_sample(
+        targets = self.draw(
             processed,
             expanded_idx_mapping,
             sampler.sampling_states.temperature.gpu,
@@ -102,6 +105,48 @@ class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
             targets, verify_draft_sampled, cu_num_logits, self.num_speculative_steps + 1
         )
         return processed, token_ids, num_emitted
+
+
+def _darts(
+    logits: torch.Tensor,  # [num_rows, vocab]
+    expanded_idx_mapping: torch.Tensor,  # [num_rows]
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    pos: torch.Tensor,  # [num_rows]
+    apply_temperature: bool,
+    **_: Any,
+) -> torch.Tensor:
+    """The MinHash draw, with the arguments of vLLM's ``gumbel_sample`` and its keys: request seed and position."""
+    temperature = temperature[expanded_idx_mapping]
+    is_greedy = temperature == 0.0
+    scaled = logits.double()
+    if apply_temperature:
+        scaled = scaled / torch.where(is_greedy, 1.0, temperature)[:, None]
+    keys = minhash.keys_at(seeds[expanded_idx_mapping], pos)
+    drawn = minhash.sample_torch(torch.softmax(scaled, dim=-1), keys)
+    return torch.where(is_greedy, logits.argmax(dim=-1), drawn)
+
+
+def _throw_darts(runner: Any) -> None:
+    """Draw by MinHash wherever this runner draws a token: while verifying, and in steps without drafts."""
+    sampler = runner.sampler
+    runner.rejection_sampler.draw = _darts
+
+    def sample(
+        logits: torch.Tensor,
+        expanded_idx_mapping: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        idx_mapping_np: NDArray[np.intp],
+        pos: torch.Tensor,
+        *args: Any,
+        return_logprobs: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        processed = sampler.apply_sampling_params(logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, *args)
+        states = sampler.sampling_states
+        drawn = _darts(processed, expanded_idx_mapping, states.temperature.gpu, states.seeds.gpu, pos, False)
+        return drawn, processed
+
+    sampler.sample = sample
 
 
 def check_verifier(runner: Any) -> None:
@@ -254,7 +299,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             check_verifier(runner)
         self._is_sharded = runner.batch_sharder is not None
         self._has_pipeline = runner.use_pp
-        if self.settings.is_coupled and not runner.sampler.use_fp64_gumbel:  # which hashes in another way
+        if self.settings.sampler == "gumbel" and not runner.sampler.use_fp64_gumbel:  # which hashes in another way
             self._sampling_states = runner.sampler.sampling_states
         runner.draft_tokens_handler._specplug = self
         group = get_tp_group()
@@ -576,6 +621,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
 
 
 def _sample_with_the_targets_noise(
+    draw: Callable[..., torch.Tensor],
     speculator: DraftModelSpeculator,
     hidden_states: torch.Tensor,
     sample_src_positions: torch.Tensor,
@@ -589,7 +635,7 @@ def _sample_with_the_targets_noise(
 ) -> torch.Tensor:
     """vLLM's ``sample_draft`` with the noise that the verifier will use, and without keeping the draft's logits."""
     logits = speculator.compute_draft_logits(hidden_states, spec_step_idx)
-    sampled = gumbel_sample(
+    sampled = draw(
         logits,
         idx_mapping,
         temperature,
@@ -600,7 +646,7 @@ def _sample_with_the_targets_noise(
         use_fp64=speculator.use_fp64_gumbel,
     )
     speculator._maybe_predict_acceptance(logits, idx_mapping, draft_step)
-    return sampled  # type: ignore[no-any-return]
+    return sampled
 
 
 def install() -> None:
@@ -650,7 +696,9 @@ def _native_speculator(original: Callable[..., Any], vllm_config: Any, device: t
     finally:
         config.draft_sample_method = "probabilistic"
     if isinstance(speculator, DraftModelSpeculator):
-        speculator.sample_draft = functools.partial(_sample_with_the_targets_noise, speculator)
+        settings = settings_of(vllm_config.additional_config)
+        draw = _darts if settings is not None and settings.sampler == "minhash" else gumbel_sample
+        speculator.sample_draft = functools.partial(_sample_with_the_targets_noise, draw, speculator)
     return speculator
 
 
@@ -661,6 +709,10 @@ def _rejection_sampler(original: Callable[..., Any], sampler: Any, spec_config: 
 
 def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(self, *args, **kwargs)
+    settings = settings_of(self.vllm_config.additional_config)
+    if settings is not None and settings.sampler == "minhash" and is_coupled(self.vllm_config.speculative_config):
+        check_verifier(self)
+        _throw_darts(self)
     speculator = _speculator_of(self)
     if speculator is not None:
         speculator.attach(self)
