@@ -87,6 +87,36 @@ def replay(
     replay_app(args=arguments or [], prog_name="specplug replay")
 
 
+@app.command(
+    name="couple",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def couple(arguments: Annotated[list[str] | None, typer.Argument(metavar="[OPTIONS]...")] = None) -> None:
+    """Measure how often target and draft agree under each coupling, against the distance of the two.
+
+    Example: specplug couple --csv couple.csv --png couple.png
+    """
+    from vllm_specplug.cli.couple import app as couple_app
+
+    couple_app(args=arguments or [], prog_name="specplug couple")
+
+
+@app.command(
+    name="audit",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def audit(arguments: Annotated[list[str] | None, typer.Argument(metavar="MODEL [OPTIONS]...")] = None) -> None:
+    """Audit a configuration of vLLM: lossless, greedy-identical, drafter-invariant?
+
+    Example: specplug audit MODEL --speculative-config '{"method": "specplug"}' --report audit.html
+    """
+    from vllm_specplug.cli.audit import app as audit_app
+
+    audit_app(args=arguments or [], prog_name="specplug audit")
+
+
 def main() -> None:
     """Entry point of the ``specplug`` script: errors made on purpose become one line and exit status 2."""
     try:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from vllm_specplug.errors import SpecplugError
 
@@ -38,19 +38,19 @@ class Work:
     """Requests to complete, the same for every configuration.
 
     Attributes:
-        prompts: one text a request.
+        prompts: one text a request, or its token ids.
         max_tokens: output tokens of each request; all are emitted, whatever end-of-text token comes between.
         temperature: 0 is greedy.
-        seed: request ``i`` has the seed ``seed + i``.
+        seed: request ``i`` has the seed ``seed + i``; None: no seeds.
         concurrency: requests in flight; when one ends the next one starts.
         extra_args: options of every request.
         before, after: methods of the engine's worker extension to call around the run, with their arguments.
     """
 
-    prompts: Sequence[str]
+    prompts: Sequence[str] | Sequence[Sequence[int]]
     max_tokens: int
     temperature: float
-    seed: int = 0
+    seed: int | None = 0
     concurrency: int = 1
     extra_args: Mapping[str, Any] = field(default_factory=dict)
     before: Mapping[str, Sequence[Any]] = field(default_factory=dict)
@@ -68,6 +68,7 @@ class Completed:
         num_draft_tokens: by vLLM's own counter.
         num_accepted_tokens: by vLLM's own counter.
         answers: what the first worker returned from the methods of :attr:`Work.after`.
+        step_sizes: tokens that each request emitted in each step it took part in, in the order of the prompts.
     """
 
     token_ids: list[list[int]]
@@ -76,6 +77,7 @@ class Completed:
     num_draft_tokens: int
     num_accepted_tokens: int
     answers: Mapping[str, Any] = field(default_factory=dict)
+    step_sizes: Sequence[Sequence[int]] = ()
 
     @property
     def num_output_tokens(self) -> int:
@@ -151,7 +153,7 @@ class Engine:
     """A running vLLM engine. A context manager: leaving it stops the process.
 
     Args:
-        engine_args: arguments of ``vllm.LLM``.
+        engine_args: arguments of ``vllm.LLM``; a list under ``cli`` is read as ``vllm serve`` would, the rest on top.
         log: file that everything the engine prints is appended to.
     """
 
@@ -262,7 +264,7 @@ def _serve() -> None:
         engine_args = json.loads(sys.stdin.readline())
         from vllm import LLM
 
-        llm = LLM(**engine_args)
+        llm = LLM(**_with_cli_arguments(engine_args))
         say("ready", start_s=time.perf_counter() - start)
         for line in sys.stdin:
             say("completed", **_complete(llm, Work(**json.loads(line)), say))
@@ -271,6 +273,22 @@ def _serve() -> None:
     except Exception as error:
         say("failed", reason=f"{type(error).__name__}: {_first_line(error)}")
         raise
+
+
+def _with_cli_arguments(engine_args: dict[str, Any]) -> dict[str, Any]:
+    """Engine arguments, those spelled as options of ``vllm serve`` read by vLLM's own parser."""
+    options = engine_args.pop("cli", None)
+    if options is None:
+        return engine_args
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)
+
+    parsed = EngineArgs.from_cli_args(EngineArgs.add_cli_args(Parser()).parse_args(options))
+    return {**vars(parsed), **engine_args}
 
 
 def _first_line(error: BaseException) -> str:
@@ -285,8 +303,10 @@ def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
     engine = llm.llm_engine
     tokenizer = llm.get_tokenizer()
     longest = llm.model_config.max_model_len - work.max_tokens
-    prompts = [{"prompt_token_ids": tokenizer.encode(text)[:longest]} for text in work.prompts]
+    encoded = (tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in work.prompts)
+    prompts = [{"prompt_token_ids": ids[:longest]} for ids in encoded]
     token_ids: list[list[int]] = [[] for _ in prompts]
+    step_sizes: list[list[int]] = [[] for _ in prompts]
     waiting = iter(enumerate(prompts))
     for method, arguments in work.before.items():
         llm.collective_rpc(method, args=tuple(arguments))
@@ -299,7 +319,7 @@ def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
         for index, prompt in _take(waiting):
             params = SamplingParams(
                 temperature=work.temperature,
-                seed=work.seed + index,
+                seed=None if work.seed is None else work.seed + index,
                 max_tokens=work.max_tokens,
                 ignore_eos=True,
                 # Each step's new tokens come as one output: that is what counts request-steps, the same way with
@@ -318,6 +338,7 @@ def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
             token_ids[index] += new
             num_tokens += len(new)
             num_request_steps += bool(new)
+            step_sizes[index] += [len(new)] if new else []
             if output.finished:
                 num_done += 1
                 add_next()
@@ -335,6 +356,7 @@ def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
         "num_draft_tokens": after["draft_tokens"] - before["draft_tokens"],
         "num_accepted_tokens": after["accepted_tokens"] - before["accepted_tokens"],
         "answers": answers,
+        "step_sizes": step_sizes,
     }
 
 

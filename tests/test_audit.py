@@ -1,0 +1,159 @@
+"""``specplug audit``: its statistics, and whole audits of real engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vllm_specplug.audit import run, statistics
+from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.tiny_models import target_path
+
+PROBS = np.random.default_rng(0).dirichlet(np.full(200, 0.2))
+
+
+def counts_of(probs: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).multinomial(draws, probs)
+
+
+def test_exact_draws_pass_and_false_alarms_are_rare():
+    alarms = 0
+    for seed in range(300):
+        counts = counts_of(PROBS, 5_000, seed)
+        draft = int(PROBS.argmax())
+        made = statistics.hypotheses_of("here", counts, PROBS, (int(counts[draft]), float(PROBS[draft])))
+        assert {each.test for each in made} == {"token", "all tokens", "accepted"}
+        alarms += bool(statistics.rejected(made, alpha=0.05))
+    assert alarms <= 30  # at most 15 are expected; 30 or more have a chance of 3e-4
+
+
+@pytest.mark.parametrize("bias", [0.01, 0.05])
+def test_a_bias_is_caught(bias: float):
+    unlikely = int(np.argsort(PROBS)[20])
+    wrong = (1 - bias) * PROBS
+    wrong[unlikely] += bias
+    assert statistics.rejected(statistics.hypotheses_of("here", counts_of(wrong, 20_000, 1), PROBS))
+
+
+def test_a_token_that_must_not_come_is_caught_at_once():
+    probs = np.array([0.5, 0.5, 0.0])
+    made = statistics.hypotheses_of("here", np.array([500, 499, 1]), probs)
+    assert statistics.rejected(made)[0].p_value == 0.0
+
+
+def test_binomial_tails():
+    assert statistics.two_sided(0, 0, 0.3) == 1.0
+    assert statistics.two_sided(10, 10, 1.0) == 1.0
+    assert statistics.two_sided(9, 10, 1.0) == 0.0
+    assert statistics.two_sided(0, 10, 0.5) == pytest.approx(2 * 0.5**10)
+
+
+def test_nothing_drawn_is_no_hypothesis():
+    assert statistics.hypotheses_of("here", np.zeros(200, np.int64), PROBS) == []
+    assert statistics.rejected([]) == []
+
+
+def test_one_hot_targets():
+    probs = np.eye(1, 50, 7)[0]
+    good, bad = np.zeros(50, np.int64), np.zeros(50, np.int64)
+    good[7], bad[7], bad[3] = 1000, 999, 1
+    assert not statistics.rejected(statistics.hypotheses_of("here", good, probs, (1000, 1.0)))
+    assert statistics.rejected(statistics.hypotheses_of("here", bad, probs, (999, 1.0)))
+
+
+def test_deviation_shrinks_with_draws():
+    measured, expected = statistics.deviation(counts_of(PROBS, 1_000_000, 5), PROBS)
+    assert 0.3 * expected < measured < 3 * expected < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "prompts"),
+    [
+        ("a.txt", "one\n\ntwo\n", ["one", "two"]),
+        ("a.jsonl", '{"prompt": "p"}\n{"turns": ["t", "u"]}\n{"text": "x"}\n', ["p", "t", "x"]),
+    ],
+)
+def test_prompts_are_read(tmp_path: Path, name: str, text: str, prompts: list[str]):
+    path = tmp_path / name
+    path.write_text(text)
+    assert run.read_prompts(path) == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [("a.txt", "\n", "holds no prompt"), ("a.jsonl", '{"question": 1}\n', "line 1"), ("a.jsonl", "{\n", "line 1")],
+)
+def test_bad_prompts_are_refused(tmp_path: Path, name: str, text: str, says: str):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=says):
+        run.read_prompts(path)
+
+
+def audit(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "audit", str(target_path())]
+    small = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    return subprocess.run(
+        [*command, *arguments], env={**os.environ, **small}, capture_output=True, text=True, timeout=900, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--speculative-config", "{"], "no JSON"),
+        (["--speculative-config", "[]"], "JSON object"),
+        (["--report", "x.pdf"], "must end in .html or .md"),
+        (["--json", "/no/such/folder/x.json"], "there is no folder"),
+        (["--prompts", "/no/such/file"], "cannot be read"),
+    ],
+)
+def test_bad_input_could_not_run(arguments: list[str], says: str):
+    done = audit(*arguments)
+    assert done.returncode == 2
+    assert says in " ".join(done.stderr.split())
+
+
+SHORT = ["--draws", "4000", "--contexts", "1", "--num-prompts", "6", "--max-tokens", "24", "--max-model-len", "512"]
+
+
+@pytest.mark.engine
+def test_our_verifier_passes(tmp_path: Path):
+    config = {"method": "specplug", "num_speculative_tokens": 3}
+    outs = ["--json", str(tmp_path / "a.json"), "--report", str(tmp_path / "a.html")]
+    done = audit("--speculative-config", json.dumps(config), *SHORT, *outs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["verdict"] == "passed"
+    lossless = result["answers"]["lossless"]
+    places = {place["place"].partition(", ")[2]: place for place in lossless["places"]}
+    assert set(places) == {
+        "no draft", "draft 1", "draft 1, unlikely token", "draft 2", "draft 3", "bonus", "after a rejection",
+    }  # fmt: skip
+    assert places["no draft"]["draws"] >= 4000
+    assert places["draft 1"]["draws"] + places["draft 1, unlikely token"]["draws"] >= 4000
+    assert places["draft 1, unlikely token"]["accepted"] < 0.01
+    assert lossless["power"]["caught"]
+    assert all(result["answers"][key]["num_identical"] == 6 for key in ("greedy_identical", "drafter_invariant"))
+    page = (tmp_path / "a.html").read_text()
+    assert "data:image/png" in page
+    assert "http" not in page
+
+
+@pytest.mark.engine
+def test_stock_vllm_on_a_cpu_fails(tmp_path: Path):
+    config = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    outs = ["--json", str(tmp_path / "a.json"), "--report", str(tmp_path / "a.md")]
+    done = audit("--speculative-config", json.dumps(config), *SHORT, *outs)
+    assert done.returncode == 1, done.stdout + done.stderr
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["answers"]["lossless"]["rejected"]
+    assert result["answers"]["greedy_identical"]["passed"]
+    assert not result["promised"]["drafter_invariant"]
+    assert "# Audit: failed" in (tmp_path / "a.md").read_text()

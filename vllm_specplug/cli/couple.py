@@ -1,0 +1,361 @@
+"""``specplug couple``: how often target and draft agree under each coupling, against their total variation distance.
+
+The figure of Daliri, Musco, Suresh, "Coupling without Communication and Drafter-Invariant Speculative Decoding" (2024),
+from the next-token distributions of two models at many contexts and temperatures, and from families of made-up pairs.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from vllm_specplug import corpus
+from vllm_specplug.audit.statistics import softmax
+from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.samplers import theory
+
+app = typer.Typer(help="Measure how often target and draft agree under each coupling.")
+
+EPSILON = 1e-3
+"""What the scheme with few bits may lose."""
+COUPLINGS = ("gumbel", "minhash", "optimal", "low_communication")
+SYNTHETIC = ("dirichlet", "perturbed", "shifted zipf", "two tokens")
+CONTEXT_TOKENS = 256
+COLOURS = {"gumbel": "#1f6fb4", "minhash": "#d1495b", "optimal": "#3b8f5a", "low_communication": "#8d6bb8"}
+
+Probs = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One pair of distributions, and what agrees."""
+
+    source: str
+    temperature: float | None
+    vocab: int
+    tv: float
+    matches: dict[str, float]
+    measured: dict[str, float] | None = None
+    bits: float | None = None
+
+    def to_row(self) -> dict[str, Any]:
+        """Plain columns."""
+        row: dict[str, Any] = {
+            "source": self.source,
+            "temperature": self.temperature,
+            "vocab": self.vocab,
+            "total_variation": self.tv,
+            "lower_bound": (1 - self.tv) / (1 + self.tv),
+            **self.matches,
+        }
+        row |= {f"{name}_measured": value for name, value in (self.measured or {}).items()}
+        return row if self.bits is None else row | {"low_communication_bits": self.bits}
+
+
+def pair_of(source: str, temperature: float | None, target: Probs, draft: Probs, draws: int, seed: int) -> Pair:
+    """What the formulas say of a pair, and with ``draws`` what so many draws say."""
+    matches = {
+        "gumbel": theory.gumbel(target, draft),
+        "minhash": theory.minhash(target, draft),
+        "optimal": theory.rejection(target, draft),
+        "low_communication": theory.low_communication(target, draft, EPSILON),
+    }
+    measured, bits = measure(target, draft, draws, seed) if draws else (None, None)
+    return Pair(source, temperature, len(target), theory.total_variation(target, draft), matches, measured, bits)
+
+
+def measure(target: Probs, draft: Probs, draws: int, seed: int) -> tuple[dict[str, float], float]:
+    """Share of ``draws`` draws in which both sides have the same token, and the mean bits of low communication."""
+    import torch
+
+    from vllm_specplug.samplers import low_communication, minhash, rejection
+    from vllm_specplug.samplers.gumbel import coupled_argmax
+
+    generator = torch.Generator().manual_seed(seed)
+    rows = max(1, min(draws, 4_000_000 // len(target)))
+    hits = dict.fromkeys(COUPLINGS, 0)
+    done = num_bits = 0
+    while done < draws:
+        count = min(rows, draws - done)
+        wanted, drafted = (torch.from_numpy(each)[None].expand(count, -1) for each in (target, draft))
+        pair = wanted, drafted
+        seeds = torch.randint(0, 2**31, (count,), generator=generator)
+        winners = [coupled_argmax(each.log(), seeds) for each in pair]
+        hits["gumbel"] += int((winners[0] == winners[1]).sum())
+        keys = minhash.keys_of(seeds.numpy())
+        darts = [minhash.sample(each.numpy(), keys) for each in pair]
+        hits["minhash"] += int((darts[0] == darts[1]).sum())
+        drawn = torch.multinomial(drafted, 1, generator=generator)
+        verified = rejection.verify(
+            wanted[:, None].expand(-1, 2, -1), drafted[:, None], drawn, torch.ones(count, dtype=torch.int64),
+            torch.rand(count, 2, dtype=torch.float64, generator=generator),
+        )  # fmt: skip
+        hits["optimal"] += int((verified.num_emitted == 2).sum())
+        exchanged = low_communication.exchange(wanted, drafted, EPSILON, generator)
+        hits["low_communication"] += int((exchanged.target_token_ids == exchanged.draft_token_ids).sum())
+        num_bits += int(exchanged.num_bits.sum())
+        done += count
+    return {name: each / draws for name, each in hits.items()}, num_bits / draws
+
+
+# Where pairs come from
+
+
+def model_pairs(
+    target_name: str, draft_name: str, prompts: Sequence[str], temperatures: Sequence[float], contexts: int, seed: int
+) -> Iterator[tuple[str, float, Probs, Probs]]:
+    """Next-token distributions of two local models with one tokenizer, at places chosen at random in the prompts.
+
+    Raises:
+        ConfigurationError: a model cannot be read, or the two do not share a vocabulary.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    loaded = []
+    for name in (target_name, draft_name):
+        if not Path(name).is_dir():
+            raise ConfigurationError(f"{name} is no folder; give a local model (config.json, tokenizer, weights)")
+        try:
+            loaded.append(AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, local_files_only=True).eval())
+        except Exception as error:
+            raise ConfigurationError(f"the model in {name} cannot be loaded: {error}") from error
+    sizes = [model.config.vocab_size for model in loaded]
+    if sizes[0] != sizes[1]:
+        raise ConfigurationError(
+            f"the two models have vocabularies of {sizes[0]} and {sizes[1]} tokens; a coupling needs one and the same"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(target_name, local_files_only=True)
+    except Exception as error:
+        raise ConfigurationError(f"the tokenizer in {target_name} cannot be loaded: {error}") from error
+    texts = [tokenizer(prompt, add_special_tokens=False)["input_ids"][:CONTEXT_TOKENS] for prompt in prompts]
+    texts = [ids for ids in texts if len(ids) >= 2]
+    if not texts:
+        raise ConfigurationError("no prompt has two tokens or more; give longer ones")
+    rng = np.random.default_rng(seed)
+    places = [(row, at) for row, ids in enumerate(texts) for at in range(1, len(ids))]
+    chosen: dict[int, list[int]] = {}
+    for place in rng.permutation(len(places))[:contexts].tolist():
+        row, at = places[place]
+        chosen.setdefault(row, []).append(at)
+    for row, ats in chosen.items():
+        with torch.inference_mode():
+            both = [model(torch.tensor([texts[row]])).logits[0, ats].double() for model in loaded]
+        for nth in range(len(ats)):
+            for temperature in temperatures:
+                target, draft = (torch.softmax(logits[nth] / temperature, dim=-1).numpy() for logits in both)
+                yield "models", temperature, target, draft
+
+
+def synthetic_pairs(count: int, seed: int) -> Iterator[tuple[str, float | None, Probs, Probs]]:
+    """Families that fill the range of distances, ``count`` pairs of each."""
+    rng = np.random.default_rng(seed)
+    for nth in range(count):
+        share = (nth + 0.5) / count
+        vocab = int(2 ** rng.uniform(2, 10))
+        first, second = rng.dirichlet(np.full(vocab, 10 ** rng.uniform(-1.5, 1)), size=2)
+        yield SYNTHETIC[0], None, first, (1 - share) * first + share * second
+        logits = rng.normal(size=vocab) * rng.uniform(1, 5)
+        noisy = logits + rng.normal(size=vocab) * 4 * share
+        yield SYNTHETIC[1], None, softmax(logits, 1.0), softmax(noisy, 1.0)
+        weights = softmax(-rng.uniform(0.5, 2.0) * np.log(np.arange(1, vocab + 1)), 1.0)
+        yield SYNTHETIC[2], None, weights, np.roll(weights, max(1, int(share * min(vocab, 16))))
+        one = rng.uniform(0, 1)
+        other = (1 - share) * one + share * rng.integers(0, 2)
+        yield SYNTHETIC[3], None, np.array([one, 1 - one]), np.array([other, 1 - other])
+
+
+# What is written
+
+
+def write_csv(path: Path, pairs: Sequence[Pair]) -> None:
+    """One line a pair."""
+    rows = [pair.to_row() for pair in pairs]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(path: Path, pairs: Sequence[Pair], title: str) -> None:
+    """Scatter of Pr[match] over TV, real models and made-up pairs side by side, between the two bounds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = [("two models", [pair for pair in pairs if pair.source == "models"])]
+    groups.append(("made-up pairs", [pair for pair in pairs if pair.source != "models"]))
+    groups = [group for group in groups if group[1]]
+    figure, axes = pyplot.subplots(1, len(groups), figsize=(6.2 * len(groups), 5), sharey=True, squeeze=False)
+    line = np.linspace(0, 1, 200)
+    for axis, (name, group) in zip(axes[0], groups, strict=True):
+        axis.plot(line, 1 - line, color="#444444", lw=1, label="1 - TV: most that is possible")
+        axis.plot(
+            line,
+            (1 - line) / (1 + line),
+            color="#444444",
+            lw=1,
+            ls="--",
+            label="(1 - TV) / (1 + TV): bound without communication",
+        )
+        for coupling in ("optimal", "low_communication", "gumbel", "minhash"):
+            axis.scatter(
+                [pair.tv for pair in group], [pair.matches[coupling] for pair in group], s=7, alpha=0.6,
+                color=COLOURS[coupling], linewidths=0, label=coupling.replace("_", " "),
+            )  # fmt: skip
+        axis.set_title(f"{name} ({len(group)} pairs)")
+        axis.set_xlabel("total variation distance of target and draft")
+        axis.set_xlim(0, 1)
+        axis.set_ylim(0, 1)
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("Pr[draft token is the target's]")
+    axes[0][-1].legend(loc="upper right", fontsize=8, markerscale=2.5)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def summary(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """Means by source and temperature."""
+    rows = []
+    for source, temperature in dict.fromkeys((pair.source, pair.temperature) for pair in pairs):
+        group = [pair for pair in pairs if (pair.source, pair.temperature) == (source, temperature)]
+        row: dict[str, Any] = {
+            "source": source,
+            "temperature": temperature,
+            "pairs": len(group),
+            "total_variation": float(np.mean([pair.tv for pair in group])),
+            **{name: float(np.mean([pair.matches[name] for pair in group])) for name in COUPLINGS},
+            "gumbel_at_least_minhash": sum(
+                pair.matches["gumbel"] >= pair.matches["minhash"] * (1 - 1e-9) - 1e-12 for pair in group
+            ),
+        }
+        if measured := [pair.measured for pair in group if pair.measured is not None]:
+            row |= {f"{name}_measured": float(np.mean([each[name] for each in measured])) for name in COUPLINGS}
+        rows.append(row)
+    return rows
+
+
+def _checked_outputs(paths: Sequence[Path | None]) -> None:
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigurationError(f"{path} cannot be written: there is no folder {path.absolute().parent}")
+
+
+@app.command()
+def couple(
+    target: Annotated[str | None, typer.Option(help="Folder of the target model; without it the tiny target.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Folder of the draft model; without it the tiny draft.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file with contexts, one a line; without it held-out Python.", dir_okay=False),
+    ] = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="Temperatures; may be repeated.")] = None,
+    contexts: Annotated[int, typer.Option(help="Contexts of the models, 0 for none.", min=0)] = 200,
+    synthetic: Annotated[int, typer.Option(help="Made-up pairs of each family, 0 for none.", min=0)] = 100,
+    draws: Annotated[
+        int, typer.Option(help="Also draw so often for every 20th pair, and show the share of matches.", min=0)
+    ] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the choice of contexts and of all draws.", min=0)] = 0,
+    csv_out: Annotated[Path | None, typer.Option("--csv", help="Write one line a pair here.", dir_okay=False)] = None,
+    png_out: Annotated[Path | None, typer.Option("--png", help="Draw the figure here.", dir_okay=False)] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the summary here.", dir_okay=False)] = None,
+) -> None:
+    """How often a draft token is the target's under each coupling, against the distance of the two distributions.
+
+    Exact values from formulas, checked by draws; Gumbel is at or above MinHash for every pair, or the exit status is 1.
+
+    Example: specplug couple --csv couple.csv --png couple.png
+    """
+    from vllm_specplug.tiny_models import draft_path, target_path
+
+    temperatures = temperature or [0.5, 1.0, 1.5]
+    if any(not 0 < each <= 100 for each in temperatures):
+        raise ConfigurationError(
+            f"--temperature must be above 0 and at most 100, not {temperatures}; at 0 all couplings are one"
+        )
+    if not contexts and not synthetic:
+        raise ConfigurationError("--contexts and --synthetic are both 0: there is nothing to measure")
+    if png_out is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigurationError("--png needs matplotlib: pip install 'vllm-specplug[plot]'")
+    if contexts and importlib.util.find_spec("transformers") is None:
+        raise ConfigurationError(
+            "models need transformers, which comes with vLLM: pip install 'vllm-specplug[cpu]' or [cuda]; "
+            "or leave models out with --contexts 0"
+        )
+    _checked_outputs([csv_out, png_out, json_out])
+    names = str(target or target_path()), str(draft or draft_path())
+    texts = corpus.held_out_prompts(max(8, contexts // 20), 1200)
+    if prompts is not None:
+        try:
+            texts = [line for line in prompts.read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"--prompts {prompts} cannot be read: {error}") from error
+    pairs: list[Pair] = []
+    console = Console(stderr=True)
+    with Progress(console=console) as progress:
+        task = progress.add_task("pairs", total=contexts * len(temperatures) + 4 * synthetic)
+        sources: list[Iterator[tuple[str, float | None, Probs, Probs]]] = []
+        if contexts:
+            sources.append(model_pairs(*names, texts, temperatures, contexts, seed))
+        if synthetic:
+            sources.append(synthetic_pairs(synthetic, seed))
+        for source in sources:
+            for name, at, first, second in source:
+                nth = len(pairs)
+                pairs.append(pair_of(name, at, first, second, draws if nth % 20 == 0 else 0, seed + nth))
+                progress.advance(task)
+    rows = summary(pairs)
+    table = Table(title="Chance that the draft token is the target's, means", box=box.SIMPLE_HEAD)
+    for heading in ("source", "T", "pairs", "TV", "gumbel", "minhash", "optimal", "low comm."):
+        table.add_column(heading, justify="left" if heading == "source" else "right")
+    for row in rows:
+        values = [row["total_variation"], *(row[name] for name in COUPLINGS)]
+        table.add_row(
+            row["source"], "-" if row["temperature"] is None else f"{row['temperature']:g}", str(row["pairs"]),
+            *(f"{value:.3f}" for value in values),
+        )  # fmt: skip
+    Console().print(table)
+    kept = sum(row["gumbel_at_least_minhash"] for row in rows)
+    print(f"gumbel is at or above minhash for {kept} of {len(pairs)} pairs")
+    checked = [pair for pair in pairs if pair.measured is not None]
+    if checked:
+        for name in COUPLINGS:
+            gaps = [pair.measured[name] - pair.matches[name] for pair in checked if pair.measured]
+            print(
+                f"{name}: formula and {draws} draws differ by {np.mean(np.abs(gaps)):.4f} on average, {len(gaps)} pairs"
+            )
+        bits, tokens = np.mean([pair.bits for pair in checked]), np.mean([pair.vocab for pair in checked])
+        print(
+            f"low_communication: {bits:.0f} bits a draft token, of distributions over {tokens:.0f} tokens, on average"
+        )
+    if csv_out is not None:
+        write_csv(csv_out, pairs)
+    if png_out is not None:
+        draw(png_out, pairs, f"{Path(names[0]).name} and {Path(names[1]).name}")
+    if json_out is not None:
+        command = shlex.join(["specplug", "couple", *sys.argv[2:]])
+        json_out.write_text(json.dumps({"command": command, "epsilon": EPSILON, "rows": rows}, indent=1) + "\n")
+    if kept < len(pairs):
+        print("error: Gumbel matched less often than MinHash for some pair, which theory excludes", file=sys.stderr)
+        raise typer.Exit(1)
