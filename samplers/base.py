@@ -65,6 +65,26 @@ class Verification:
     num_emitted: torch.Tensor
 
 
+def probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Softmax in float64, defined for every row: what couplings that need probabilities make of logits.
+
+    Args:
+        logits: ``[num_rows, vocab]``, any values. Infinite logits share the whole mass (the limit of ever larger ones);
+            a row that holds NaN, or nothing but -inf, becomes one-hot at its argmax, the token vLLM would emit.
+
+    Returns:
+        ``[num_rows, vocab]`` float64, rows summing to 1.
+
+    Example: ``[[0, -inf], [inf, 5]]`` gives ``[[1, 0], [1, 0]]``.
+    """
+    rows = logits.double()
+    top = rows.amax(dim=-1, keepdim=True)
+    # Of infinite logits the differences are not defined: those that are largest get 0, the others -inf.
+    shifted = torch.where(top.isinf(), torch.where(rows == top, 0.0, -torch.inf), rows - top)
+    one_hot = torch.zeros_like(rows).scatter_(-1, rows.argmax(dim=-1, keepdim=True), 1.0)
+    return torch.where(top.isnan() | (top == -torch.inf), one_hot, torch.softmax(shifted, dim=-1))
+
+
 def accept_while_equal(
     target_token_ids: torch.Tensor, draft_token_ids: torch.Tensor, layout: RowLayout
 ) -> Verification:

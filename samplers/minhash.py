@@ -119,8 +119,14 @@ def sample_torch(probs: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
     Returns:
         ``[num_rows]`` int64.
+
+    Raises:
+        ValueError: a row is no distribution: its darts might never end.
     """
     num_rows, vocab = probs.shape
+    sums = probs.sum(dim=-1)
+    if not bool(((sums - 1.0).abs() < 1e-3).all()):
+        raise ValueError(f"probs must be [num_rows, vocab] of rows that sum to 1, not {(num_rows, vocab)} of {sums}")
     tokens = torch.zeros(num_rows, dtype=torch.int64, device=probs.device)
     waiting = torch.arange(num_rows, device=probs.device)
     first = 0

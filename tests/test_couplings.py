@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare
 
 from vllm_specplug.samplers import list_matching, low_communication, minhash, reference, rejection, theory
+from vllm_specplug.samplers.base import probabilities
 from vllm_specplug.samplers.gumbel import coupled_argmax, gumbel_noise
 
 SIGNIFICANCE = 1e-6  # of each of the statistical tests here; their seeds are fixed
@@ -27,8 +28,8 @@ def p_value(tokens, probs) -> float:
     return float(chisquare(counts[alive], probs[alive] * counts.sum()).pvalue) if alive.sum() > 1 else 1.0
 
 
-def is_rate(hits: int, draws: int, rate: float) -> bool:
-    return binomtest(hits, draws, min(max(rate, 0.0), 1.0)).pvalue > SIGNIFICANCE
+def is_rate(hits: int, draws: int, rate: float, significance: float = SIGNIFICANCE) -> bool:
+    return binomtest(hits, draws, min(max(rate, 0.0), 1.0)).pvalue > significance
 
 
 @st.composite
@@ -55,6 +56,106 @@ def distributions(draw, count: int = 1, largest: int = 24):
 def log(probs) -> torch.Tensor:
     with np.errstate(divide="ignore"):
         return torch.from_numpy(np.log(probs))
+
+
+# All of them: what any coupling must do with any two distributions
+
+
+def by_gumbel(target, draft, rng, count):
+    seeds = torch.from_numpy(rng.integers(0, 2**31, count))
+    return tuple(coupled_argmax(log(each)[None].expand(count, -1), seeds).numpy() for each in (target, draft))
+
+
+def by_minhash(target, draft, rng, count):
+    keys = minhash.keys_of(rng.integers(-(2**63), 2**63, count))
+    return tuple(minhash.sample(np.tile(each, (count, 1)), keys) for each in (target, draft))
+
+
+def by_minhash_in_torch(target, draft, rng, count):
+    keys = torch.from_numpy(minhash.keys_of(rng.integers(-(2**63), 2**63, count)).view(np.int64))
+    rows = (torch.from_numpy(each)[None].expand(count, -1) for each in (target, draft))
+    return tuple(minhash.sample_torch(each, keys).numpy() for each in rows)
+
+
+def by_rejection(target, draft, rng, count, verify=rejection.verify):
+    drafts = rng.choice(len(draft), size=(count, 1), p=draft)
+    emitted = verify(
+        torch.from_numpy(target).expand(count, 2, -1), torch.from_numpy(draft).expand(count, 1, -1),
+        torch.from_numpy(drafts), torch.ones(count, dtype=torch.int64), torch.from_numpy(rng.random((count, 2))),
+    ).token_ids  # fmt: skip
+    return emitted[:, 0].numpy(), drafts[:, 0]
+
+
+def by_block(target, draft, rng, count):
+    return by_rejection(target, draft, rng, count, rejection.verify_block)
+
+
+def by_low_communication(target, draft, rng, count):
+    rows = (torch.from_numpy(each)[None].expand(count, -1) for each in (target, draft))
+    done = low_communication.exchange(*rows, 0.01, torch.Generator().manual_seed(int(rng.integers(2**31))))
+    return done.target_token_ids.numpy(), done.draft_token_ids.numpy()
+
+
+def by_list(target, draft, rng, count):
+    seeds = torch.from_numpy(rng.integers(0, 2**31, (count, 3)))
+    token, listed = list_matching.couple(*(log(each)[None].expand(count, -1) for each in (target, draft)), seeds)
+    return token.numpy(), listed[:, 2].numpy()
+
+
+COUPLINGS = [by_gumbel, by_minhash, by_minhash_in_torch, by_rejection, by_block, by_low_communication, by_list]
+every_coupling = pytest.mark.parametrize("coupling", COUPLINGS)
+LOGITS = st.sampled_from([-math.inf, -3e38, -1e30, -88.0, -1.0, 0.0, 1.0, 1.0, 88.0, 1e4, 3e38, math.inf])
+TEMPERATURES = st.sampled_from([1e-6, 1e-3, 0.7, 1.0, 1e3])
+
+
+@every_coupling
+@given(pair=distributions(2, largest=12), seed=st.integers(0, 2**31 - 1))
+@settings(max_examples=25, deadline=None)
+def test_marginals_are_exact(coupling, pair, seed):
+    for tokens, probs in zip(coupling(*pair, np.random.default_rng(seed), 2000), pair, strict=True):
+        counts = np.bincount(tokens, minlength=len(probs))
+        assert len(counts) == len(probs)
+        for token, prob in enumerate(probs.tolist()):  # exact however unlikely a token is, unlike chi-square
+            if prob in (0.0, 1.0):
+                assert counts[token] == 2000 * prob
+            else:
+                assert is_rate(int(counts[token]), 2000, prob, significance=1e-10)  # these seeds are not fixed
+
+
+@every_coupling
+@given(logits=st.lists(st.tuples(LOGITS, LOGITS), min_size=2, max_size=30), temperature=TEMPERATURES)
+@settings(max_examples=40, deadline=None)
+def test_any_logits_and_temperatures_give_possible_tokens(coupling, logits, temperature):
+    rows = torch.tensor(logits, dtype=torch.float64).T / temperature
+    pair = [probabilities(row[None])[0].numpy() for row in rows]
+    for tokens, probs, row in zip(coupling(*pair, np.random.default_rng(0), 64), pair, rows.tolist(), strict=True):
+        assert (probs[tokens] > 0).all()
+        favourites = [token for token, logit in enumerate(row) if logit == max(row)]
+        if temperature <= 1e-3 and max(row) > -math.inf:  # at the limit the likeliest tokens have it all
+            assert set(tokens.tolist()) <= set(favourites)
+
+
+@every_coupling
+@pytest.mark.parametrize("vocab", [2, 4096, 256_000])
+def test_vocabularies_of_any_size(coupling, vocab):
+    rng = np.random.default_rng(vocab)
+    pair = rng.dirichlet(np.full(vocab, 0.05), size=2)
+    # The last token alone is left of a target whose everything else is masked; the draft knows nothing of that.
+    for target in (pair[0], np.eye(1, vocab, vocab - 1)[0]):
+        token, drafted = coupling(target, pair[1], rng, 4)
+        assert (target[token] > 0).all()
+        assert (pair[1][drafted] > 0).all()
+        token, drafted = coupling(target, target, rng, 4)
+        if coupling is not by_list:  # of three drafts, the last need not be the one that won
+            assert token.tolist() == drafted.tolist()
+
+
+def test_probabilities_of_any_logits():
+    inf, nan = math.inf, math.nan
+    rows = [[0.0, 0.0, -inf], [inf, 5.0, inf], [nan, 1.0, 2.0], [-inf] * 3, [3e38, -3e38, 0.0], [-1e30, -1e30, -inf]]
+    expected = [[0.5, 0.5, 0.0], [0.5, 0.0, 0.5], [1.0, 0, 0], [1.0, 0, 0], [1.0, 0, 0], [0.5, 0.5, 0.0]]
+    assert probabilities(torch.tensor(rows)).tolist() == expected
+    assert probabilities(torch.zeros(0, 5)).shape == (0, 5)
 
 
 # Theory
@@ -174,6 +275,9 @@ def test_darts_at_any_vocabulary(vocab):
 def test_darts_at_nothing_would_never_end_and_are_refused(bad):
     with pytest.raises(ValueError, match="rows that sum to 1"):
         minhash.sample(np.array(bad), minhash.keys_of(np.zeros(len(bad), dtype=np.int64)))
+    if np.ndim(bad) == 2 and bad[0] != [-1.0, 2.0]:
+        with pytest.raises(ValueError, match="rows that sum to 1"):
+            minhash.sample_torch(torch.tensor(bad), torch.zeros(len(bad), dtype=torch.int64))
 
 
 # Rejection and block verification

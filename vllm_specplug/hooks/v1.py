@@ -35,7 +35,7 @@ from vllm_specplug.hooks import seams
 from vllm_specplug.hooks.entry import is_coupled
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
 from vllm_specplug.samplers import minhash
-from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal
+from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal, probabilities
 from vllm_specplug.samplers.gumbel import SeedStream
 from vllm_specplug.samplers.noise import SPLITMIX, splitmix_keys
 
@@ -269,8 +269,7 @@ def _race(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
 
 def _darts(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     """The MinHash draw from the same seeds."""
-    probs = torch.softmax(logits.double(), dim=-1).numpy()
-    return torch.from_numpy(minhash.sample(probs, minhash.keys_of(seeds.numpy())))
+    return torch.from_numpy(minhash.sample(probabilities(logits).numpy(), minhash.keys_of(seeds.numpy())))
 
 
 _DRAWS = {"gumbel": _race, "minhash": _darts}

@@ -37,6 +37,7 @@ from vllm_specplug.hooks import seams
 from vllm_specplug.hooks.entry import is_coupled, is_ours
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
 from vllm_specplug.samplers import minhash
+from vllm_specplug.samplers.base import probabilities
 from vllm_specplug.samplers.kernels import pack_emitted, verify_drafts
 from vllm_specplug.samplers.noise import MURMUR, murmur_keys
 
@@ -123,7 +124,7 @@ def _darts(
     if apply_temperature:
         scaled = scaled / torch.where(is_greedy, 1.0, temperature)[:, None]
     keys = minhash.keys_at(seeds[expanded_idx_mapping], pos)
-    drawn = minhash.sample_torch(torch.softmax(scaled, dim=-1), keys)
+    drawn = minhash.sample_torch(probabilities(scaled), keys)
     return torch.where(is_greedy, logits.argmax(dim=-1), drawn)
 
 
