@@ -96,11 +96,16 @@ def test_bad_prompts_are_refused(tmp_path: Path, name: str, text: str, says: str
         run.read_prompts(path)
 
 
-def audit(*arguments: str) -> subprocess.CompletedProcess[str]:
+def audit(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "audit", str(target_path())]
     small = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     return subprocess.run(
-        [*command, *arguments], env={**os.environ, **small}, capture_output=True, text=True, timeout=900, check=False
+        [*command, *arguments],
+        env={**os.environ, **small, **variables},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
     )
 
 
@@ -120,6 +125,7 @@ def test_bad_input_could_not_run(arguments: list[str], says: str):
     assert says in " ".join(done.stderr.split())
 
 
+V2_SITE = Path(__file__).parent / "engine" / "v2_site"
 SHORT = ["--draws", "4000", "--contexts", "1", "--num-prompts", "6", "--max-tokens", "24", "--max-model-len", "512"]
 
 
@@ -157,3 +163,23 @@ def test_stock_vllm_on_a_cpu_fails(tmp_path: Path):
     assert result["answers"]["greedy_identical"]["passed"]
     assert not result["promised"]["drafter_invariant"]
     assert "# Audit: failed" in (tmp_path / "a.md").read_text()
+
+
+@pytest.mark.engine
+def test_draws_on_the_v2_runner(tmp_path: Path):
+    """No GPU is needed: its kernels run under Triton's interpreter, slowly, hence so few draws."""
+    config = {"method": "specplug", "num_speculative_tokens": 2}
+    few = ["--draws", "192", "--contexts", "1", "--num-prompts", "2", "--max-tokens", "4"]
+    done = audit(
+        "--speculative-config", json.dumps(config), *few, "--max-model-len", "256", "--max-num-seqs", "16",
+        "--dtype", "float32", "--enforce-eager", "--json", str(tmp_path / "a.json"),
+        TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1", PYTHONPATH=str(V2_SITE),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["about"]["runner"] == "V2"
+    places = {place["place"].partition(", ")[2]: place for place in result["answers"]["lossless"]["places"]}
+    assert {"no draft", "draft 1", "draft 2", "bonus", "draft 1, unlikely token", "after a rejection"} == set(places)
+    assert places["draft 1"]["accepted"] > 0.05
+    assert places["draft 1, unlikely token"]["accepted"] < 0.05
+    assert places["draft 1"]["draws"] + places["draft 1, unlikely token"]["draws"] >= 192

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -202,7 +203,7 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
         width = about["num_speculative_tokens"]
         for context in contexts:
             context.drafts = context.drafts[:width]
-        lossless = _lossless(engine, options, contexts, about, about_off, tokenizer, progress)
+        lossless = _lossless(engine, options, contexts, about, tokenizer, progress)
         pairs = {
             "greedy_identical": _first_differences(plain.greedy, mine.greedy),
             "drafter_invariant": _first_differences(reference.sampled, mine.sampled),
@@ -222,9 +223,9 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
     }
     answers: dict[str, Any] = {"lossless": lossless}
     for key, found in pairs.items():
-        answers[key] = _identity(
-            key, found, len(prompts), margins[key], others[key], options, about, sampler, tokenizer
-        ) | {"reference": "the same engine at another batch size" if is_plain else name}
+        answers[key] = _identity(key, found, prompts, margins[key], others[key], options, about, sampler, tokenizer) | {
+            "reference": "the same engine at another batch size" if is_plain else name
+        }
         if key == "greedy_identical" and not is_plain:
             answers[key]["reference"] = "vLLM without speculation"
     return {
@@ -302,18 +303,18 @@ def _contexts(
     k: int,
 ) -> list[Context]:
     """Contexts whose favourites are accepted often enough to reach the last place, and seldom enough to matter."""
-    if about["runner"] != "V1":
-        return []
     longest = about["max_model_len"] - k - 4
+    # So short that all requests are read in one step: they go on side by side then, and every draw is one of many.
+    room = max(1, min(longest, about["max_num_batched_tokens"] // 2 // _at_once(about)))
     candidates = [
-        Context(list(prompt), out[0], list(out[1 : k + 1]))
+        Context(list(prompt[-room:]), out[0], list(out[1 : k + 1]))
         for prompt, out in list(zip(prompts, greedy.token_ids, strict=True))[:48]
-        if len(out) > k and len(prompt) <= longest
+        if len(out) > k and longest > 0
     ]
     if not candidates:
         raise ConfigurationError(
-            f"no prompt fits: of {len(prompts)} none has at most {longest} tokens and {k + 1} tokens of output; give "
-            f"shorter prompts, or --max-tokens of at least {k + 1}"
+            f"no prompt serves: of {len(prompts)} none has {k + 1} tokens of output in a context of "
+            f"{about['max_model_len']} tokens; give --max-tokens of at least {k + 1}, or shorter drafts"
         )
     prefixes, tokens = [], []
     for context in candidates:
@@ -354,21 +355,17 @@ def _lossless(
     options: Options,
     contexts: Sequence[Context],
     about: Mapping[str, Any],
-    about_off: Mapping[str, Any],
     tokenizer: Any,
     progress: Progress,
 ) -> dict[str, Any]:
-    if about["runner"] != "V1":
+    if about["async_scheduling"] and about["runner"] == "V1":
         return {
             "passed": None,
-            "why": "draws from one step's logits are made on vLLM's V1 model runner, and this engine runs V2; "
-            "VLLM_USE_V2_MODEL_RUNNER=0 chooses V1",
+            "why": "on the V1 runner drafts cannot be planted under async scheduling; add --no-async-scheduling",
         }
-    if about["async_scheduling"]:
-        return {"passed": None, "why": "drafts cannot be planted under async scheduling; add --no-async-scheduling"}
     bound = NEAR_TIE.get(about["dtype"], NEAR_TIE_ELSEWHERE)
     k = about["num_speculative_tokens"]
-    at_once = max(2, min(AT_ONCE, about["max_num_seqs"]))
+    at_once = _at_once(about)
     hypotheses: list[statistics.Hypothesis] = []
     imagined: list[statistics.Hypothesis] = []
     shown, wrong_rows, redrawn = [], [], False
@@ -414,6 +411,11 @@ def _lossless(
     }
 
 
+def _at_once(about: Mapping[str, Any]) -> int:
+    """Requests of a context in flight."""
+    return max(2, min(AT_ONCE, about["max_num_seqs"]))
+
+
 def _gap(row: Row, plain: Row) -> float:
     """Largest difference of log-probabilities, over tokens that matter (a ten-thousandth or more)."""
     mine, theirs = (each - each.max() - np.log(np.exp(each - each.max()).sum()) for each in (row, plain))
@@ -430,7 +432,9 @@ def _drawn(
     places: dict[str, dict[str, Any]] = {}
     is_new, is_redrawn = True, False
     context.num_accepted = min(context.num_accepted, max(k - 1, 0))
-    while any(count > 0 for count in missing.values()):
+    for wave in itertools.count():
+        if not any(count > 0 for count in missing.values()):
+            break
         before = dict(missing)
         plan = {
             "draws": missing,
@@ -441,6 +445,7 @@ def _drawn(
             "num_accepted": context.num_accepted,
             "replacement": context.replacement,
             "bias": BIAS,
+            "seed": wave * total + nth,
         }
         done = engine.complete(
             Work(
@@ -542,7 +547,7 @@ def _prefixes(found: Sequence[Difference], prompts: Sequence[Sequence[int]]) -> 
 def _identity(
     key: str,
     found: Sequence[Difference],
-    total: int,
+    prompts: Sequence[Sequence[int]],
     mine: Sequence[Row],
     theirs: Sequence[Row],
     options: Options,
@@ -557,7 +562,10 @@ def _identity(
         margins = (
             None
             if each.theirs is None or each.mine is None
-            else [_margin(key, each, at, each.theirs, each.mine, options, about, sampler) for at in (plain, row)]
+            else [
+                _margin(key, each, len(prompts[each.request]), at, each.theirs, each.mine, options, about, sampler)
+                for at in (plain, row)
+            ]
         )
         known = [margin for margin in margins or () if margin is not None]
         is_near_tie = len(known) == 2 and all(abs(margin) <= bound for margin in known)
@@ -577,8 +585,8 @@ def _identity(
     return {
         "passed": num_bugs == 0 and unexamined == 0,
         "why": "",
-        "num_requests": total,
-        "num_identical": total - len(found),
+        "num_requests": len(prompts),
+        "num_identical": len(prompts) - len(found),
         "num_near_ties": len(examples) - num_bugs,
         "near_tie_bound": bound,
         "num_unexamined": unexamined,
@@ -593,6 +601,7 @@ def _spelled(token: int | None, tokenizer: Any) -> str:
 def _margin(
     key: str,
     each: Difference,
+    prompt_length: int,
     row: Row,
     first: int,
     second: int,
@@ -603,13 +612,16 @@ def _margin(
     """How far the reference's token is ahead of the other one, noise included; None where the noise is not known."""
     if key == "greedy_identical":
         return float(row[first] - row[second])
-    if sampler == "minhash" or about["runner"] != "V1" or about["device"] != "cpu":
+    if sampler == "minhash" or (about["runner"] == "V1" and about["device"] != "cpu"):
         return None
     import torch
 
-    from vllm_specplug.samplers.gumbel import SeedStream, gumbel_noise
+    from vllm_specplug.samplers.gumbel import SeedStream, gumbel_noise, murmur_gumbel_noise
 
-    stream = SeedStream(torch.Generator().manual_seed(options.seed + each.request))
-    seed = stream.peek(each.position + 1)[each.position]
-    noise = gumbel_noise(np.array([seed]), np.array([first, second]))
+    seed, tokens = options.seed + each.request, np.array([first, second])
+    if about["runner"] == "V2":
+        noise = murmur_gumbel_noise(np.array([seed]), np.array([prompt_length + each.position - 1]), tokens)
+    else:
+        draws = SeedStream(torch.Generator().manual_seed(seed)).peek(each.position + 1)
+        noise = gumbel_noise(np.array([draws[each.position]]), tokens)
     return float((row[first] - row[second]) / options.temperature + noise[0] - noise[1])

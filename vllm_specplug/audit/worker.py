@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from vllm_specplug.audit.runners import Step, between, is_v2
 
 STEP_SECONDS = 10.0
 """Longest that one engine step is held up for draws."""
@@ -76,6 +78,7 @@ class Plan:
         num_accepted: draft tokens that the audit lets through in that step.
         replacement: token emitted behind them.
         bias: share of rejected draft tokens that the imagined wrong verifier accepts.
+        seed: of the audit's own draws; a number of its own for every wave of requests, lest draws repeat.
     """
 
     draws: dict[str, int]
@@ -86,6 +89,7 @@ class Plan:
     num_accepted: int
     replacement: int
     bias: float
+    seed: int
 
 
 @dataclass
@@ -98,145 +102,99 @@ class _Rows:
     num_drafts: int
     is_unlikely: bool = False
     is_done: bool = False
-    drafts: list[int] = field(default_factory=list)
 
 
 class Auditor:
     """Stands between the runner's logits and its tokens while a context is audited.
 
     Args:
-        runner: vLLM's V1 model runner.
+        runner: vLLM's model runner.
         plan: of the context.
         fixed: target logits by stage and depth, from the first step on that saw them: every later draw uses the same.
     """
 
     def __init__(self, runner: Any, plan: Plan, fixed: dict[tuple[str, int], torch.Tensor]) -> None:
-        self._runner = runner
         self._plan = plan
         self._fixed = fixed
-        self._sample = runner._sample
-        self._take = runner.take_draft_token_ids
-        self._random = np.random.default_rng(0)
-        self._generator = torch.Generator().manual_seed(0)
+        self._num_emitted: dict[str, int] = {}
+        self._random = np.random.default_rng(plan.seed)
+        self._generator = torch.Generator().manual_seed(plan.seed)
         self.places: dict[str, Place] = {}
         self.drawn: dict[str, int] = {}
         self.is_redrawn = False
         self._turn = 0
-        runner._sample = self.sample
-        runner.take_draft_token_ids = self.take_draft_token_ids
+        self._between = between(runner, self.on_step, self.drafts_of if plan.drafts else None, plan.seed)
 
     def stop(self) -> None:
         """Leave the runner as it was."""
-        self._runner._sample = self._sample
-        self._runner.take_draft_token_ids = self._take
+        self._between.detach()
 
-    # What the runner calls
-
-    def take_draft_token_ids(self) -> Any:
+    def drafts_of(self, request_id: str) -> list[int]:
         """The drafts of the next step: the plan's, whatever the drafter proposed."""
-        from vllm.v1.outputs import DraftTokenIds
+        return self._plan.drafts if self._stage(request_id) == VERIFY else self._plan.drafts[:1]
 
-        self._take()
-        if not self._plan.drafts:
-            return None
-        ids = list(self._runner.input_batch.req_ids)
-        drafts = []
-        for request_id in ids:
-            stage = self._stage(request_id)
-            drafts.append(self._plan.drafts if stage == VERIFY else self._plan.drafts[:1])
-        return DraftTokenIds(ids, drafts)
-
-    def sample(self, logits: torch.Tensor, metadata: Any) -> Any:
-        """The runner's tokens of a step: many draws first, then those that the plan wants."""
-        runner = self._runner
-        request_ids = runner.input_batch.req_ids
-        prefilling = runner.discard_request_mask.np[: len(request_ids)]
-        counts = [0] * len(request_ids) if metadata is None else list(metadata.num_draft_tokens)
-        rows, start = [], 0
-        for index, (request_id, count) in enumerate(zip(request_ids, counts, strict=True)):
-            stage = self._stage(request_id)
-            if stage == VERIFY and self._plan.drafts and count == 0:
+    def on_step(self, step: Step) -> list[list[int]]:
+        """Many draws of a step, then the tokens that the plan wants."""
+        plan = self._plan
+        rows, wanted, start = [], [], 0
+        for index, request_id in enumerate(step.request_ids):
+            count, stage = step.num_drafts[index], self._stage(request_id)
+            if stage == VERIFY and plan.drafts and count == 0:
                 stage = ""  # whatever this step is, it does not verify
             row = _Rows(index, stage, start, count)
-            row.is_done = bool(prefilling[index]) or not stage
+            row.is_done = step.is_partial[index] or not stage
             rows.append(row)
             start += count + 1
-        self._draw(logits, metadata, rows)
-        output = self._sample(logits, metadata)
-        return replace(output, sampled_token_ids=self._wanted(output.sampled_token_ids, rows))
+            emitted = [plan.first]
+            if stage == VERIFY and plan.drafts:
+                emitted = [*plan.drafts[: plan.num_accepted], plan.replacement]
+            wanted.append(emitted)
+        self._draw(step, rows)
+        for index, request_id in enumerate(step.request_ids):
+            if not step.is_partial[index]:
+                self._num_emitted[request_id] = self._num_emitted.get(request_id, 0) + len(wanted[index])
+        return wanted
 
     # How it is done
 
     def _stage(self, request_id: str) -> str:
-        num_outputs = len(self._runner.requests[request_id].output_token_ids)
-        stages = {0: NO_DRAFT, 1: VERIFY, 1 + self._plan.num_accepted + 1: AFTER}
         if not self._plan.drafts:
             return NO_DRAFT
-        return stages.get(num_outputs, "")
+        stages = {0: NO_DRAFT, 1: VERIFY, 1 + self._plan.num_accepted + 1: AFTER}
+        return stages.get(self._num_emitted.get(request_id, 0), "")
 
-    def _wanted(self, sampled: torch.Tensor, rows: Sequence[_Rows]) -> torch.Tensor:
-        plan = self._plan
-        wanted = torch.full_like(sampled, -1)
-        for row in rows:
-            emitted = [plan.first]
-            if row.stage == VERIFY and plan.drafts:
-                emitted = [*plan.drafts[: plan.num_accepted], plan.replacement]
-            wanted[row.index, : len(emitted)] = torch.tensor(emitted, dtype=sampled.dtype)
-        return wanted
-
-    def _draw(self, logits: torch.Tensor, metadata: Any, rows: Sequence[_Rows]) -> None:
+    def _draw(self, step: Step, rows: Sequence[_Rows]) -> None:
         plan, deadline = self._plan, time.monotonic() + STEP_SECONDS
-        logits = logits.clone()
+        logits = step.logits.clone()
         for row in rows:
             if row.stage and not row.is_done:
                 for depth in range(row.num_drafts + 1):
                     at = row.start + depth
                     logits[at] = self._fixed.setdefault((row.stage, depth), logits[at].clone())
-        probs = None
-        if metadata is not None and metadata.max_spec_len:
-            probs = self._runner._get_spec_decode_draft_probs(metadata)
-            self.is_redrawn |= probs is not None
-        attached = getattr(self._runner, "_specplug", None)
-        observe = None if attached is None else attached.drafting.observe
-        if attached is not None:
-            attached.drafting.observe = lambda verified: None  # these draws are not what anybody should learn from
-        try:
-            while time.monotonic() < deadline:
-                active = [
-                    row for row in rows if not row.is_done and self.drawn.get(row.stage, 0) < plan.draws[row.stage]
-                ]
-                if not active:
-                    break
-                self._turn += 1
-                for row in rows:
-                    row.is_unlikely = probs is None and row.stage == VERIFY and (row.index + self._turn) % 2 == 1
-                drafts, chosen = self._drafts(metadata, rows, probs)
-                output = self._sample(logits.clone(), chosen)
-                tokens = output.sampled_token_ids.cpu().numpy()
-                self._count(active, tokens, drafts, logits, probs)
-        finally:
-            if attached is not None:
-                attached.drafting.observe = observe
-
-    def _drafts(self, metadata: Any, rows: Sequence[_Rows], probs: torch.Tensor | None) -> tuple[list[list[int]], Any]:
-        """Draft tokens of each request, and metadata that hold them."""
-        if metadata is None or not metadata.max_spec_len:
-            return [[] for _ in rows], metadata
-        if probs is not None:
-            flat = torch.multinomial(probs.cpu(), 1, generator=self._generator)[:, 0]
-        else:
-            plan = self._plan
-            made: list[int] = []
+        probs = step.draft_probs
+        self.is_redrawn |= probs is not None
+        while time.monotonic() < deadline:
+            active = [row for row in rows if not row.is_done and self.drawn.get(row.stage, 0) < plan.draws[row.stage]]
+            if not active:
+                break
+            self._turn += 1
             for row in rows:
-                drafts = plan.drafts[: row.num_drafts] + plan.drafts[-1:] * (row.num_drafts - len(plan.drafts))
-                made += [plan.unlikely, *drafts[1:]] if row.is_unlikely else drafts
-            flat = torch.tensor(made)
-        given = metadata.draft_token_ids
-        split, first = [], 0
+                row.is_unlikely = probs is None and row.stage == VERIFY and (row.index + self._turn) % 2 == 1
+            drafts = self._drafts(rows, probs)
+            tokens = step.emit(logits, drafts if any(step.num_drafts) else None)
+            self._count(active, tokens, drafts, logits, probs)
+
+    def _drafts(self, rows: Sequence[_Rows], probs: torch.Tensor | None) -> list[list[int]]:
+        """Draft tokens of each request."""
+        if probs is not None:
+            drawn = torch.multinomial(probs.cpu(), 1, generator=self._generator)[:, 0].tolist()
+            # Rows before a request hold as many drafts fewer as there are requests before it.
+            return [drawn[row.start - row.index : row.start - row.index + row.num_drafts] for row in rows]
+        plan, made = self._plan, []
         for row in rows:
-            split.append(flat[first : first + row.num_drafts].tolist())
-            first += row.num_drafts
-        return split, replace(metadata, draft_token_ids=flat.to(given.device, given.dtype))
+            drafts = plan.drafts[: row.num_drafts] + plan.drafts[-1:] * (row.num_drafts - len(plan.drafts))
+            made.append([plan.unlikely, *drafts[1:]] if row.is_unlikely else drafts)
+        return made
 
     def _count(
         self,
@@ -295,7 +253,6 @@ class Auditor:
                 if probs is None:
                     place.accept_chance = float(wanted[drafts[row.index][depth]])
                 else:
-                    # Rows before this request hold as many drafts fewer as there are requests before it.
                     draft = probs[row.start - row.index + depth].double().cpu()
                     place.accept_chance = float(torch.minimum(wanted, draft).sum())
             self.places[name] = place
@@ -326,12 +283,13 @@ class AuditExtension:
         config = runner.vllm_config
         settings = config.additional_config
         return {
-            "runner": "V2" if "worker.gpu." in type(runner).__module__ else "V1",
+            "runner": "V2" if is_v2(runner) else "V1",
             "device": str(runner.device.type),
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "vocab_size": int(config.model_config.get_vocab_size()),
             "max_model_len": int(config.model_config.max_model_len),
             "max_num_seqs": int(config.scheduler_config.max_num_seqs),
+            "max_num_batched_tokens": int(config.scheduler_config.max_num_batched_tokens),
             "num_speculative_tokens": 0
             if config.speculative_config is None
             else int(config.speculative_config.num_speculative_tokens),
@@ -359,25 +317,18 @@ class AuditExtension:
 
     def capture_begin(self) -> None:
         """Keep the target logits of each request's first token from here on, by the number that its id starts with."""
-        runner = self.model_runner
-        self._captured = {}
-        captured = self._captured
-        original: Callable[..., Any] = runner._sample
+        captured: dict[int, NDArray[np.float32]] = {}
+        self._captured = captured
 
-        def sample(logits: torch.Tensor, metadata: Any) -> Any:
-            request_ids = runner.input_batch.req_ids
-            prefilling = runner.discard_request_mask.np[: len(request_ids)]
-            counts = [0] * len(request_ids) if metadata is None else metadata.num_draft_tokens
+        def on_step(step: Step) -> None:
             end = 0
-            for index, request_id in enumerate(request_ids):
-                end += counts[index] + 1
-                if not prefilling[index] and not runner.requests[request_id].output_token_ids:
-                    number = int(request_id.partition("/")[2].partition("-")[0])
-                    captured[number] = logits[end - 1].float().cpu().numpy().copy()
-            return original(logits, metadata)
+            for request_id, count, is_partial in zip(step.request_ids, step.num_drafts, step.is_partial, strict=True):
+                end += count + 1
+                number = int(request_id.partition("/")[2].partition("-")[0])
+                if not is_partial and number not in captured:
+                    captured[number] = step.logits[end - 1].float().cpu().numpy().copy()
 
-        runner._sample = sample
-        self._release = lambda: setattr(runner, "_sample", original)
+        self._release = between(self.model_runner, on_step).detach
 
     def capture_scores(self, tokens: list[int], temperature: float) -> list[float]:
         """End of capturing: the chance of ``tokens[i]`` as first token of request ``i``."""

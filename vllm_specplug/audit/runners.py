@@ -1,0 +1,260 @@
+"""How the audit gets between a runner's logits and its tokens, on V1 and on V2.
+
+A step is shown as :class:`Step`: its tokens can be drawn any number of times, by the runner's own sampler and verifier.
+What it then emits, and which drafts the next step verifies, is for the audit to say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+TokenIds = NDArray[np.integer[Any]]
+Emit = Callable[[torch.Tensor, "Sequence[Sequence[int]] | None"], TokenIds]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step between its logits and its tokens.
+
+    Attributes:
+        request_ids: ``[num_requests]``.
+        num_drafts: ``[num_requests]`` drafts that are verified.
+        is_partial: ``[num_requests]`` whether the prompt is not read to its end: nothing is emitted.
+        logits: ``[sum(num_drafts + 1), vocab]`` of the target, as the model gave them.
+        draft_probs: ``[sum(num_drafts), vocab]`` that drafts were drawn from; None where they were not drawn, or the
+            verifier does not know.
+        emit: draws once more: from (logits, drafts of each request, or None for those at hand) to emitted tokens
+            ``[num_requests, width]``, -1 behind the last.
+    """
+
+    request_ids: list[str]
+    num_drafts: list[int]
+    is_partial: list[bool]
+    logits: torch.Tensor
+    draft_probs: torch.Tensor | None
+    emit: Emit
+
+
+OnStep = Callable[[Step], "Sequence[Sequence[int]] | None"]
+"""Sees a step; says what each request emits, or None for what the runner draws."""
+DraftsOf = Callable[[str], Sequence[int]]
+"""The drafts of a request for the next step."""
+
+
+class V1:
+    """Between logits and tokens of vLLM's V1 model runner.
+
+    Args:
+        runner: the model runner.
+        on_step: called with every step.
+        drafts_of: says what is verified next; None leaves the drafter's own.
+    """
+
+    def __init__(self, runner: Any, on_step: OnStep, drafts_of: DraftsOf | None = None) -> None:
+        self._runner = runner
+        self._on_step = on_step
+        self._drafts_of = drafts_of
+        self._sample = runner._sample
+        self._take = runner.take_draft_token_ids
+        runner._sample = self.sample
+        if drafts_of is not None:
+            runner.take_draft_token_ids = self.take_draft_token_ids
+
+    def detach(self) -> None:
+        """Leave the runner as it was."""
+        self._runner._sample = self._sample
+        self._runner.take_draft_token_ids = self._take
+
+    def take_draft_token_ids(self) -> Any:
+        """The drafts of the next step, whatever the drafter proposed."""
+        from vllm.v1.outputs import DraftTokenIds
+
+        assert self._drafts_of is not None
+        self._take()
+        ids = list(self._runner.input_batch.req_ids)
+        return DraftTokenIds(ids, [list(self._drafts_of(each)) for each in ids])
+
+    def sample(self, logits: torch.Tensor, metadata: Any) -> Any:
+        """Stands for the runner's own method."""
+        runner = self._runner
+        ids = list(runner.input_batch.req_ids)
+        counts = [0] * len(ids) if metadata is None else list(metadata.num_draft_tokens)
+        probs = None
+        if metadata is not None and metadata.max_spec_len:
+            probs = runner._get_spec_decode_draft_probs(metadata)
+
+        def emit(rows: torch.Tensor, drafts: Sequence[Sequence[int]] | None) -> TokenIds:
+            chosen = metadata
+            if drafts is not None and metadata is not None:
+                given = metadata.draft_token_ids
+                flat = torch.tensor([token for each in drafts for token in each], dtype=given.dtype)
+                chosen = replace(metadata, draft_token_ids=flat.to(given.device))
+            return self._sample(rows.clone(), chosen).sampled_token_ids.cpu().numpy()  # type: ignore[no-any-return]
+
+        partial = runner.discard_request_mask.np[: len(ids)].tolist()
+        with self._unobserved():
+            wanted = self._on_step(Step(ids, counts, partial, logits, probs, emit))
+        output = self._sample(logits, metadata)
+        if wanted is None:
+            return output
+        tokens = torch.full_like(output.sampled_token_ids, -1)
+        for index, each in enumerate(wanted):
+            tokens[index, : len(each)] = torch.tensor(each, dtype=tokens.dtype)
+        return replace(output, sampled_token_ids=tokens)
+
+    @contextlib.contextmanager
+    def _unobserved(self) -> Iterator[None]:
+        """Draws of an audit are not what our proposers should learn from."""
+        attached = getattr(self._runner, "_specplug", None)
+        if attached is None:
+            yield
+            return
+        observe = attached.drafting.observe
+        attached.drafting.observe = lambda verified: None
+        try:
+            yield
+        finally:
+            attached.drafting.observe = observe
+
+
+class V2:
+    """The same for Model Runner V2; its draws are keyed by request seed and position, so each gets seeds of its own.
+
+    Args:
+        runner: the model runner.
+        on_step: called with every step.
+        drafts_of: says what is verified next; None leaves the drafter's own.
+        seed: of the seeds of draws.
+    """
+
+    def __init__(self, runner: Any, on_step: OnStep, drafts_of: DraftsOf | None = None, seed: int = 0) -> None:
+        self._runner = runner
+        self._on_step = on_step
+        self._drafts_of = drafts_of
+        self._sample = runner.sample
+        self._take = runner.take_draft_token_ids
+        self._set = runner.draft_tokens_handler.set_draft_tokens
+        self._generator = torch.Generator().manual_seed(seed)
+        runner.sample = self.sample
+        if drafts_of is not None:
+            runner.draft_tokens_handler.set_draft_tokens = self.set_draft_tokens
+            runner.take_draft_token_ids = self.take_draft_token_ids
+
+    def detach(self) -> None:
+        """Leave the runner as it was."""
+        self._runner.sample = self._sample
+        self._runner.take_draft_token_ids = self._take
+        self._runner.draft_tokens_handler.set_draft_tokens = self._set
+
+    def take_draft_token_ids(self) -> Any:
+        """The drafts of the next step, for a scheduler that waits for them."""
+        from vllm.v1.outputs import DraftTokenIds
+
+        assert self._drafts_of is not None
+        taken = self._take()
+        if taken is None:
+            return None
+        return DraftTokenIds(taken.req_ids, [list(self._drafts_of(each)) for each in taken.req_ids])
+
+    def set_draft_tokens(self, input_batch: Any, draft_tokens: torch.Tensor) -> None:
+        """The drafts of the next step, where this runner reads them from."""
+        assert self._drafts_of is not None
+        drafts = [list(self._drafts_of(each)) for each in input_batch.req_ids]
+        planted = torch.full(draft_tokens.shape, -1, dtype=draft_tokens.dtype)
+        for index, each in enumerate(drafts):
+            planted[index, : len(each)] = torch.tensor(each[: planted.shape[1]], dtype=planted.dtype)
+        planted = planted.to(draft_tokens.device)
+        self._runner.req_states.draft_tokens[input_batch.idx_mapping, : planted.shape[1]] = planted
+        self._set(input_batch, planted)
+
+    def sample(self, hidden_states: torch.Tensor, input_batch: Any, grammar_output: Any) -> Any:
+        """Stands for the runner's own method."""
+        runner = self._runner
+        logits = runner.model.compute_logits(hidden_states[input_batch.logits_indices])
+        bounds = input_batch.cu_num_logits.tolist()
+        ids = list(input_batch.req_ids)
+        counts = [end - start - 1 for start, end in itertools.pairwise(bounds)]
+        _, num_sampled, _ = self._sample(hidden_states, input_batch, grammar_output)
+
+        def emit(rows: torch.Tensor, drafts: Sequence[Sequence[int]] | None) -> TokenIds:
+            with self._given(rows, input_batch, counts, drafts):
+                output, num, _ = self._sample(hidden_states, input_batch, grammar_output)
+            tokens = output.sampled_token_ids.cpu().numpy().copy()
+            tokens[np.arange(tokens.shape[1])[None, :] >= num.cpu().numpy()[:, None]] = -1
+            return tokens  # type: ignore[no-any-return]
+
+        partial = (num_sampled == 0).tolist()
+        wanted = self._on_step(Step(ids, counts, partial, logits, self._draft_probs(input_batch, counts), emit))
+        output, num_sampled, num_rejected = self._sample(hidden_states, input_batch, grammar_output)
+        if wanted is None:
+            return output, num_sampled, num_rejected
+        tokens = output.sampled_token_ids.clone()
+        num = [0 if is_partial else len(each) for each, is_partial in zip(wanted, partial, strict=True)]
+        for index, each in enumerate(wanted):
+            tokens[index, : len(each)] = torch.tensor(each, dtype=tokens.dtype)
+        rejected = [
+            0 if is_partial else count + 1 - n for count, n, is_partial in zip(counts, num, partial, strict=True)
+        ]
+        num_sampled, num_rejected = (
+            torch.tensor(each, dtype=like.dtype, device=like.device)
+            for each, like in ((num, num_sampled), (rejected, num_rejected))
+        )
+        output = replace(output, sampled_token_ids=tokens, num_sampled=num_sampled, num_rejected=num_rejected)
+        return output, num_sampled, num_rejected
+
+    def _draft_probs(self, input_batch: Any, counts: Sequence[int]) -> torch.Tensor | None:
+        runner = self._runner
+        draft_logits = getattr(runner.speculator, "draft_logits", None)
+        if draft_logits is None or not any(counts):
+            return None
+        # vLLM keeps them as the drafter's model gave them: temperature comes on top.
+        temperature = runner.sampler.sampling_states.temperature.gpu
+        rows = []
+        for index, count in zip(input_batch.idx_mapping.tolist(), counts, strict=True):
+            rows.append(torch.softmax(draft_logits[index, :count].double() / temperature[index], dim=-1))
+        return torch.cat(rows)
+
+    @contextlib.contextmanager
+    def _given(
+        self,
+        rows: torch.Tensor,
+        input_batch: Any,
+        counts: Sequence[int],
+        drafts: Sequence[Sequence[int]] | None,
+    ) -> Iterator[None]:
+        """Let the runner's method find these logits, these drafts and fresh seeds."""
+        model, input_ids = self._runner.model, input_batch.input_ids
+        seeds = self._runner.sampler.sampling_states.seeds.gpu
+        kept_ids, kept_seeds = input_ids.clone(), seeds.clone()
+        model.compute_logits = lambda *_, **__: rows.clone()
+        fresh = torch.randint(0, 2**62, seeds.shape, generator=self._generator, dtype=torch.int64)
+        seeds.copy_(fresh)
+        if drafts is not None and any(counts):
+            is_draft = torch.tensor([depth > 0 for count in counts for depth in range(count + 1)])
+            at = input_batch.logits_indices[: len(is_draft)][is_draft.to(input_batch.logits_indices.device)]
+            flat = torch.tensor([token for each in drafts for token in each], dtype=input_ids.dtype)
+            input_ids[at] = flat.to(input_ids.device)
+        try:
+            yield
+        finally:
+            del model.compute_logits
+            input_ids.copy_(kept_ids)
+            seeds.copy_(kept_seeds)
+
+
+def is_v2(runner: Any) -> bool:
+    """Whether this is Model Runner V2."""
+    return any("worker.gpu." in each.__module__ for each in type(runner).__mro__)  # also of its subclass for CPUs
+
+
+def between(runner: Any, on_step: OnStep, drafts_of: DraftsOf | None = None, seed: int = 0) -> V1 | V2:
+    """Whatever fits this runner; draws of V1 come from random generators of its own, and ``seed`` is for V2 alone."""
+    return V2(runner, on_step, drafts_of, seed) if is_v2(runner) else V1(runner, on_step, drafts_of)
