@@ -413,7 +413,7 @@ def _lossless(
 
 def _at_once(about: Mapping[str, Any]) -> int:
     """Requests of a context in flight."""
-    return max(2, min(AT_ONCE, about["max_num_seqs"]))
+    return max(2, min(AT_ONCE, int(about["max_num_seqs"])))
 
 
 def _gap(row: Row, plain: Row) -> float:
