@@ -241,6 +241,48 @@ V2_USED = (
 )  # fmt: skip
 """Not wrapped, but overridden, replaced on single objects or called: their signatures are counted on all the same."""
 
+AUDIT_V1_USED = (
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._sample",
+        ("self", "logits", "spec_decode_metadata"),
+        "called again and again on the runner being audited, and made to emit what the audit wants",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.take_draft_token_ids",
+        ("self",),
+        "replaced on the runner being audited: drafts of the audit's choice",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._get_spec_decode_draft_probs",
+        ("self", "spec_decode_metadata"),
+        "what a drafter that samples drew from",
+    ),
+)
+AUDIT_V2_USED = (
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.sample",
+        ("self", "hidden_states", "input_batch", "grammar_output"),
+        "called again and again on the runner being audited, and made to emit what the audit wants",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.take_draft_token_ids",
+        ("self",),
+        "replaced on the runner being audited: drafts of the audit's choice",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.utils",
+        "DraftTokensHandler.set_draft_tokens",
+        ("self", "input_batch", "draft_tokens"),
+        "replaced on the runner being audited: where drafts of the next step are kept",
+    ),
+)
+"""Replaced on single objects by ``specplug audit``, by nothing else."""
+
 
 def check(seams: Iterable[Seam]) -> None:
     """Raise UnsupportedVersionError unless every one of these has the signature that we count on."""
