@@ -281,7 +281,9 @@ def _draft_batch(  # type: ignore[no-untyped-def]
 
 def _root(tenant: str) -> int:
     """Key of a tenant's n-grams; two of 64 bits meet by chance in no installation."""
-    return int.from_bytes(blake2b(tenant.encode(), digest_size=8).digest(), "little") if tenant else 0
+    if not tenant:
+        return 0
+    return int.from_bytes(blake2b(tenant.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _roots(batch: DraftBatch) -> NDArray[np.uint64]:

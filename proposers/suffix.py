@@ -26,7 +26,7 @@ import os
 import tempfile
 import threading
 import zipfile
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -479,6 +479,9 @@ class _Tenant:
     def automata(self) -> list[Automaton]:
         return [self.new] if self.old is None else [self.new, self.old]
 
+    def reserved_bytes(self) -> int:
+        return sum(each.reserved_bytes() for each in self.automata())
+
 
 class SuffixProposer(Proposer):
     """Drafts from the text of all requests; for options see :data:`DEFAULT_OPTIONS`.
@@ -514,7 +517,8 @@ class SuffixProposer(Proposer):
                 "proposer 'suffix': with share 'none' nobody would read the history_file: give one of the two only"
             )
         self._max_automata_bytes = max_bytes - (max_bytes // FILE_SHARE if history_file is not None else 0)
-        self._tenants: dict[tuple[str, str], _Tenant] = {}
+        self._tenants: OrderedDict[tuple[str, str], _Tenant] = OrderedDict()  # used least recently first
+        self._reserved_bytes = 0  # of all automata: with thousands of tenants, too many to add up each time
         self._num_automata = 0
         self._clock = 0
         self._num_owners = 0
@@ -534,7 +538,10 @@ class SuffixProposer(Proposer):
         if history_file is not None:
             self._file = _HistoryFile(Path(history_file), context.vocab_size, max_bytes // FILE_SHARE, save_interval_s)
             for name, tokens in self._file.load():
-                self._insert_text(self._tenant((name, "")), tokens)
+                tenant = self._tenant((name, ""))
+                self._clock += 1
+                self._use(tenant)
+                self._insert_text(tenant, tokens)
                 self._num_loaded += len(tokens)
             self._file.start()
 
@@ -547,34 +554,40 @@ class SuffixProposer(Proposer):
     def _tenant(self, key: tuple[str, str]) -> _Tenant:
         tenant = self._tenants.get(key)
         if tenant is None:
-            tenant = _Tenant(key, Automaton(), None, self._new_id())
-            tenant.last_used = self._clock
+            tenant = _Tenant(key, Automaton(), None, self._new_id(), last_used=self._clock)
+            self._reserved_bytes += tenant.new.reserved_bytes()
             self._tenants[key] = tenant
-            while self._reserved_bytes() > self._max_automata_bytes and self._forget(tenant):
+            while self._reserved_bytes > self._max_automata_bytes and self._forget(tenant):
                 pass
         return tenant
 
-    def _reserved_bytes(self) -> int:
-        return sum(each.reserved_bytes() for tenant in self._tenants.values() for each in tenant.automata())
+    def _use(self, tenant: _Tenant) -> None:
+        tenant.last_used = self._clock
+        self._tenants.move_to_end(tenant.key)
 
     def _forget(self, but: _Tenant) -> bool:
         """Drop the older or the only automaton of the tenant used least recently; False where all is dropped."""
         smallest = Automaton.smallest_bytes()
-        others = [
-            tenant
-            for tenant in self._tenants.values()
-            if tenant is not but
-            and (tenant.old is not None or tenant.num_requests == 0 or tenant.new.reserved_bytes() > smallest)
-        ]
-        if not others:
+        tenant: _Tenant | None = None
+        for each in self._tenants.values():
+            if tenant is not None and each.last_used > tenant.last_used:
+                break
+            if each is but or (each.old is None and each.num_requests and each.new.reserved_bytes() <= smallest):
+                continue
+            # Of those used in the same step, the largest.
+            if tenant is None or each.reserved_bytes() > tenant.reserved_bytes():
+                tenant = each
+        if tenant is None:
             return False
-        tenant = min(others, key=lambda each: (each.last_used, -sum(x.reserved_bytes() for x in each.automata())))
         if tenant.old is not None:
+            self._reserved_bytes -= tenant.old.reserved_bytes()
             tenant.old = None
             tenant.old_id = 0
         elif tenant.num_requests == 0:
+            self._reserved_bytes -= tenant.new.reserved_bytes()
             del self._tenants[tenant.key]
         else:
+            self._reserved_bytes += smallest - tenant.new.reserved_bytes()
             tenant.new = Automaton()
             tenant.new_id = self._new_id()
         return True
@@ -583,13 +596,18 @@ class SuffixProposer(Proposer):
         """Room in the automaton of ``tenant`` that is full: it grows, others forget, or it becomes the older one."""
         share = self._max_automata_bytes // 2
         while True:
-            left = self._max_automata_bytes - self._reserved_bytes() + tenant.new.reserved_bytes()
+            before = tenant.new.reserved_bytes()
+            left = self._max_automata_bytes - self._reserved_bytes + before
             if tenant.new.grow(min(share, left)):
+                self._reserved_bytes += tenant.new.reserved_bytes() - before
                 return
             if left >= share or not self._forget(tenant):
                 break
+        if tenant.old is not None:
+            self._reserved_bytes -= tenant.old.reserved_bytes()
         tenant.old = tenant.new
         tenant.new = Automaton()
+        self._reserved_bytes += tenant.new.reserved_bytes()
         tenant.new_id, tenant.old_id = self._new_id(), tenant.new_id
 
     def _insert_text(self, tenant: _Tenant, tokens: NDArray[np.int32]) -> None:
@@ -699,7 +717,7 @@ class SuffixProposer(Proposer):
         groups = self._groups(slots)
         self._has_all_members = False
         for tenant, _ in groups:
-            tenant.last_used = self._clock
+            self._use(tenant)
         for tenant, members in groups:
             work[_MEMBERS, : len(members)] = members
             self._run_tenant(tenant, len(members), noise, tokens_votes, drafts)
@@ -752,6 +770,7 @@ class SuffixProposer(Proposer):
             assert tenant is not None
             tenant.num_requests -= 1
             if self._is_private:
+                self._reserved_bytes -= tenant.reserved_bytes()
                 del self._tenants[tenant.key]
             self._tenant_of[slot] = None
             self._free.append(slot)

@@ -37,11 +37,17 @@ class RowLayout:
 
     @classmethod
     def of(cls, num_draft_tokens: Sequence[int], device: torch.device | str = "cpu") -> RowLayout:
-        """The layout of a batch with these draft lengths."""
+        """The layout of a batch with these draft lengths.
+
+        Raises:
+            ValueError: one is negative.
+        """
         # numpy, since this runs every step and small torch operations cost microseconds each
         counts = np.array(num_draft_tokens, dtype=np.int64)
+        if counts.min(initial=0) < 0:
+            raise ValueError(f"num_draft_tokens must not be negative: {list(num_draft_tokens)}")
         starts = np.cumsum(counts + 1) - counts - 1
-        depths = np.arange(counts.max() + 1)
+        depths = np.arange(counts.max(initial=0) + 1)
         padded = starts[:, None] + np.minimum(depths[None, :], counts[:, None])
         of_row = np.repeat(np.arange(len(counts)), counts + 1)
         arrays = (torch.from_numpy(array).to(device) for array in (counts, of_row, padded))

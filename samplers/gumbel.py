@@ -141,6 +141,11 @@ def coupled_argmax(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[num_rows]`` int64. A slow float64 form for use without an engine; vLLM's fused kernel gives the same tokens
         up to ties within float rounding.
+
+    Raises:
+        ValueError: the seeds are not one a row.
     """
+    if seeds.shape != logits.shape[:1]:
+        raise ValueError(f"seeds must be one a row, [{len(logits)}], not of shape {tuple(seeds.shape)}")
     noise = gumbel_noise(seeds.cpu().numpy()[:, None], np.arange(logits.shape[1])[None, :])
     return (logits.double().cpu() + torch.from_numpy(noise)).argmax(dim=1).to(logits.device)

@@ -18,7 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vllm_specplug.samplers import theory
 from vllm_specplug.samplers.gumbel import gumbel_noise
+
+MAX_LISTS = 1_000_000
+"""Most lists of drafts that :func:`optimal_acceptance` enumerates."""
 
 
 def list_noise(seeds: NDArray[np.int64], vocab: int) -> NDArray[np.float64]:
@@ -55,18 +59,22 @@ def optimal_acceptance(target: NDArray[np.float64], draft: NDArray[np.float64], 
         num_drafts: drafts in the list; the sets of ``num_drafts`` tokens are enumerated: keep the vocabulary small.
 
     Raises:
-        ValueError: there would be over a million sets.
+        ValueError: there would be more than :data:`MAX_LISTS` lists, there is no draft, or the two are not distributions
+            of one length.
         ImportError: scipy is not installed.
     """
+    target, draft = theory.checked(target, draft)
+    vocab = len(target)
+    if num_drafts < 1:
+        raise ValueError(f"num_drafts must be at least 1, not {num_drafts}")
+    if num_drafts > MAX_LISTS.bit_length() or vocab**num_drafts > MAX_LISTS:
+        raise ValueError(
+            f"{vocab:,} tokens in lists of {num_drafts:,} make more lists than the {MAX_LISTS:,} that the linear "
+            "programme takes. Use fewer tokens or drafts."
+        )
     from scipy.optimize import linprog
     from scipy.sparse import coo_matrix
 
-    vocab = len(target)
-    if vocab**num_drafts > 1_000_000:
-        raise ValueError(
-            f"{vocab} tokens in lists of {num_drafts} make {vocab**num_drafts:,} lists; the linear programme takes at "
-            "most 1,000,000. Use fewer tokens or drafts."
-        )
     mass: dict[tuple[int, ...], float] = {}
     for drawn in itertools.product(np.flatnonzero(draft).tolist(), repeat=num_drafts):
         tokens = tuple(sorted(set(drawn)))

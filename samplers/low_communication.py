@@ -21,6 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
+MAX_HEIGHT_BITS = 52
+"""Of a float64's fraction."""
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -43,11 +46,17 @@ def height_bits(vocab: int, epsilon: float) -> int:
     """Bits of a height for a loss of at most ``epsilon``.
 
     Raises:
-        ValueError: ``epsilon`` is not in (0, 1).
+        ValueError: ``epsilon`` is not in (0, 1), or so small that float64 cannot hold such heights.
     """
     if not 0.0 < epsilon < 1.0:
         raise ValueError(f"epsilon must be between 0 and 1, not {epsilon}")
-    return max(math.ceil(math.log2(vocab / epsilon)), 1)
+    bits = max(math.ceil(math.log2(vocab / epsilon)), 1)
+    if bits > MAX_HEIGHT_BITS:
+        raise ValueError(
+            f"epsilon {epsilon} for {vocab} tokens needs heights of {bits} bits; float64 holds {MAX_HEIGHT_BITS}, for "
+            f"epsilon of at least {vocab * 2.0**-MAX_HEIGHT_BITS:.2g}"
+        )
+    return bits
 
 
 def point_bits(vocab: int, epsilon: float) -> int:
@@ -58,6 +67,17 @@ def point_bits(vocab: int, epsilon: float) -> int:
 def expected_bits(vocab: int, epsilon: float) -> int:
     """Most bits on average: the drafter's point and the verdict, one more point and its answer."""
     return 2 * (point_bits(vocab, epsilon) + 1)
+
+
+def _normalised(probs: torch.Tensor) -> torch.Tensor:
+    rows = probs.double()
+    sums = rows.sum(dim=-1, keepdim=True)
+    if rows.ndim != 2 or not bool(((rows >= 0).all(dim=-1) & ((sums[..., 0] - 1.0).abs() < 1e-3)).all()):
+        raise ValueError(
+            f"probabilities must be [num_rows, vocab] of rows that sum to 1, not {tuple(rows.shape)} with sums "
+            f"{sums.flatten()[:4].tolist()}"
+        )
+    return rows / sums
 
 
 def _under(probs: torch.Tensor, generator: torch.Generator | None, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,9 +105,11 @@ def exchange(
         generator: source of all draws.
 
     Raises:
-        ValueError: ``epsilon`` is not in (0, 1).
+        ValueError: ``epsilon`` is out of range, or the two are not distributions of one shape.
     """
-    target, draft = target_probs.double(), draft_probs.double()
+    target, draft = (_normalised(each) for each in (target_probs, draft_probs))
+    if target.shape != draft.shape:
+        raise ValueError(f"target_probs {tuple(target.shape)} and draft_probs {tuple(draft.shape)} differ in shape")
     num_rows, vocab = target.shape
     cells = 1 << height_bits(vocab, epsilon)
     per_point = point_bits(vocab, epsilon)

@@ -66,6 +66,11 @@ def _checked(probs: NDArray[np.float64]) -> NDArray[np.float64]:
     return probs
 
 
+def _check_keys(shape: tuple[int, ...], num_rows: int) -> None:
+    if shape != (num_rows,):
+        raise ValueError(f"keys must be one a row, [{num_rows}], not of shape {shape}")
+
+
 def keys_of(seeds: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Key of each row's darts for any 64-bit seeds."""
     return splitmix64(np.asarray(seeds, dtype=np.int64).astype(np.uint64))
@@ -82,9 +87,10 @@ def sample(probs: NDArray[np.float64], keys: NDArray[np.uint64]) -> NDArray[np.i
         ``[num_rows]`` token ids.
 
     Raises:
-        ValueError: a row is no distribution: its darts might never end.
+        ValueError: a row is no distribution (its darts might never end), or keys are not one a row.
     """
     probs = _checked(probs)
+    _check_keys(np.shape(keys), len(probs))
     out = np.zeros(len(probs), dtype=np.int64)
     _first_below(probs, np.ascontiguousarray(keys, dtype=np.uint64), out)
     return out
@@ -121,12 +127,16 @@ def sample_torch(probs: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         ``[num_rows]`` int64.
 
     Raises:
-        ValueError: a row is no distribution: its darts might never end.
+        ValueError: a row is no distribution (its darts might never end), or keys are not one a row.
     """
-    num_rows, vocab = probs.shape
     sums = probs.sum(dim=-1)
-    if not bool(((sums - 1.0).abs() < 1e-3).all()):
-        raise ValueError(f"probs must be [num_rows, vocab] of rows that sum to 1, not {(num_rows, vocab)} of {sums}")
+    # One question to the device, not two.
+    if probs.ndim != 2 or not bool((((sums - 1.0).abs() < 1e-3) & (probs >= 0).all(dim=-1)).all()):
+        raise ValueError(
+            f"probs must be [num_rows, vocab] of rows that sum to 1, not {tuple(probs.shape)} with sums {sums}"
+        )
+    num_rows, vocab = probs.shape
+    _check_keys(tuple(keys.shape), num_rows)
     tokens = torch.zeros(num_rows, dtype=torch.int64, device=probs.device)
     waiting = torch.arange(num_rows, device=probs.device)
     first = 0

@@ -42,10 +42,15 @@ def _emitted(
 def _at_drafts(
     target_probs: torch.Tensor, draft_probs: torch.Tensor, draft_token_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Target's and draft's probability of every draft token, ``[num_requests, k]`` float64."""
-    index = draft_token_ids[..., None].long()
+    """Target's and draft's probability of every draft token, ``[num_requests, k]`` float64; any where there is none."""
+    index = draft_token_ids[..., None].long().clamp(min=0)
     target = target_probs[:, :-1].double().gather(2, index)[..., 0]
     return target, draft_probs.double().gather(2, index)[..., 0]
+
+
+def _draft_lengths(draft_token_ids: torch.Tensor, num_draft_tokens: torch.Tensor) -> torch.Tensor:
+    """``[num_requests]`` tokens before the first padding, at most ``num_draft_tokens``."""
+    return torch.minimum(num_draft_tokens, (draft_token_ids >= 0).long().cumprod(dim=1).sum(dim=1))
 
 
 def _row(probs: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
@@ -65,11 +70,12 @@ def verify(
         target_probs: ``[num_requests, k + 1, vocab]``.
         draft_probs: ``[num_requests, k, vocab]`` that each draft token was drawn from; one-hot for a draft that was
             not drawn at all.
-        draft_token_ids: ``[num_requests, k]``.
+        draft_token_ids: ``[num_requests, k]``; a draft ends before a negative id, such as padding by -1.
         num_draft_tokens: ``[num_requests]``, at most ``k``; what is behind does not count.
         uniforms: ``[num_requests, k + 1]`` in [0, 1), independent of the drafts; the last is for the last token.
     """
     k = draft_token_ids.shape[1]
+    num_draft_tokens = _draft_lengths(draft_token_ids, num_draft_tokens)
     target, draft = _at_drafts(target_probs, draft_probs, draft_token_ids)
     is_draft = torch.arange(k, device=target.device)[None, :] < num_draft_tokens[:, None]
     kept = (uniforms[:, :k].double() * draft < target) & is_draft
@@ -100,6 +106,7 @@ def verify_block(
     max(0, m_i * target - draft).
     """
     num_requests, k = draft_token_ids.shape
+    num_draft_tokens = _draft_lengths(draft_token_ids, num_draft_tokens)
     target, draft = _at_drafts(target_probs, draft_probs, draft_token_ids)
     mass = torch.ones(num_requests, dtype=torch.float64, device=target.device)
     masses = [mass]

@@ -12,26 +12,31 @@ from numpy.typing import NDArray
 Vector = NDArray[np.float64]
 
 
-def _checked(target: Vector, draft: Vector) -> tuple[Vector, Vector]:
+def checked(target: Vector, draft: Vector) -> tuple[Vector, Vector]:
+    """Both in float64, summing to 1 exactly where rounding of float32 left a little more or less.
+
+    Raises:
+        ValueError: they are not two distributions of one length.
+    """
     pair = np.asarray(target, dtype=np.float64), np.asarray(draft, dtype=np.float64)
     if pair[0].ndim != 1 or pair[0].shape != pair[1].shape or not len(pair[0]):
         shapes = " and ".join(str(each.shape) for each in pair)
         raise ValueError(f"target and draft must be vectors of one length, not of shapes {shapes}")
     for name, each in zip(("target", "draft"), pair, strict=True):
-        if not (each >= 0).all() or abs(each.sum() - 1.0) > 1e-6:
+        if not (each >= 0).all() or not abs(each.sum() - 1.0) < 1e-3:
             raise ValueError(f"{name} must be probabilities that sum to 1; their sum is {each.sum():.9g}")
-    return pair
+    return pair[0] / pair[0].sum(), pair[1] / pair[1].sum()
 
 
 def total_variation(target: Vector, draft: Vector) -> float:
     """Half of the summed absolute differences, in [0, 1]."""
-    target, draft = _checked(target, draft)
+    target, draft = checked(target, draft)
     return float(0.5 * np.abs(target - draft).sum())
 
 
 def rejection(target: Vector, draft: Vector) -> float:
     """1 - TV: what the classic rule accepts (Leviathan et al., 2023), and the most that any coupling can."""
-    target, draft = _checked(target, draft)
+    target, draft = checked(target, draft)
     return float(np.minimum(target, draft).sum())
 
 
@@ -41,7 +46,7 @@ def minhash(target: Vector, draft: Vector) -> float:
     Both take the same dart with chance (1 - TV) / (1 + TV), the weighted Jaccard similarity. Where the first dart of
     either lies below one of the two only, the other takes a later dart, which may still be of the same token.
     """
-    target, draft = _checked(target, draft)
+    target, draft = checked(target, draft)
     less, more = np.minimum(target, draft), np.maximum(target, draft)
     return float((less * (1.0 + more - less)).sum() / more.sum())
 
@@ -51,7 +56,7 @@ def communication_free_bound(target: Vector, draft: Vector) -> float:
 
     Bavarian et al., "Optimality of Correlated Sampling Strategies", 2020.
     """
-    target, draft = _checked(target, draft)
+    target, draft = checked(target, draft)
     return float(np.minimum(target, draft).sum() / np.maximum(target, draft).sum())
 
 
@@ -61,7 +66,7 @@ def _race_times(target: Vector, draft: Vector) -> tuple[Vector, Vector]:
     With the tokens in order of t_i / d_i, those from ``j`` on have the larger first term and those before the larger
     second: two running sums, O(n log n).
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratio = np.where(draft > 0, target / draft, np.inf)
     alive = (target > 0) | (draft > 0)
     order = np.argsort(ratio[alive], kind="stable")
@@ -70,7 +75,8 @@ def _race_times(target: Vector, draft: Vector) -> tuple[Vector, Vector]:
     d_before = np.concatenate([[0.0], np.cumsum(d)[:-1]])
     both = (t > 0) & (d > 0)
     t, d, t_from, d_before = t[both], d[both], t_from[both], d_before[both]
-    return t, t_from / t + d_before / d
+    with np.errstate(over="ignore"):  # a token of hardly any probability: its share is 1 / inf
+        return t, t_from / t + d_before / d
 
 
 def gumbel(target: Vector, draft: Vector) -> float:
@@ -78,7 +84,7 @@ def gumbel(target: Vector, draft: Vector) -> float:
 
     At least :func:`minhash` for every pair (Daliri, Musco, Suresh, 2024), at most :func:`rejection`.
     """
-    _, times = _race_times(*_checked(target, draft))
+    _, times = _race_times(*checked(target, draft))
     return float((1.0 / times).sum())
 
 
@@ -95,7 +101,7 @@ def low_communication(target: Vector, draft: Vector, epsilon: float) -> float:
     """
     from vllm_specplug.samplers.low_communication import height_bits
 
-    target, draft = _checked(target, draft)
+    target, draft = checked(target, draft)
     cells = 2.0 ** height_bits(len(target), epsilon)
     t, d = target * cells, draft * cells
     floor = np.floor(t)
@@ -117,8 +123,9 @@ def list_matching_bound(target: Vector, draft: Vector, num_drafts: int) -> float
     """
     if num_drafts < 1:
         raise ValueError(f"num_drafts must be at least 1, not {num_drafts}")
-    t, times = _race_times(*_checked(target, draft))
-    return float((num_drafts / (times + (num_drafts - 1) / t)).sum())
+    t, times = _race_times(*checked(target, draft))
+    with np.errstate(over="ignore"):
+        return float((num_drafts / (times + (num_drafts - 1) / t)).sum())
 
 
 def list_bound(target: Vector, draft: Vector, num_drafts: int) -> float:
@@ -126,7 +133,9 @@ def list_bound(target: Vector, draft: Vector, num_drafts: int) -> float:
 
     A token is in the list with that chance, and is matched no more often than it is drawn or listed.
     """
-    target, draft = _checked(target, draft)
+    if num_drafts < 1:
+        raise ValueError(f"num_drafts must be at least 1, not {num_drafts}")
+    target, draft = checked(target, draft)
     return float(np.minimum(target, -np.expm1(num_drafts * np.log1p(-np.minimum(draft, 1.0 - 1e-16)))).sum())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_specplug.audit import run, statistics
+from vllm_specplug import corpus
+from vllm_specplug.audit import places, report, statistics
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.tiny_models import target_path
 
@@ -82,7 +84,7 @@ def test_deviation_shrinks_with_draws():
 def test_prompts_are_read(tmp_path: Path, name: str, text: str, prompts: list[str]):
     path = tmp_path / name
     path.write_text(text)
-    assert run.read_prompts(path) == prompts
+    assert corpus.read_prompts(path) == prompts
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,33 @@ def test_bad_prompts_are_refused(tmp_path: Path, name: str, text: str, says: str
     path = tmp_path / name
     path.write_text(text)
     with pytest.raises(ConfigurationError, match=says):
-        run.read_prompts(path)
+        corpus.read_prompts(path)
+
+
+@pytest.mark.parametrize("data", [b"\x1f\x8b\x08", b"no gzip", gzip.compress(b"text" * 100)[:-20]])
+def test_damaged_prompts_are_refused(tmp_path: Path, data: bytes):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(data)
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        corpus.read_prompts(path)
+
+
+def test_every_place_has_a_name():
+    assert places.names_of(0, is_redrawn=False) == ["no draft"]
+    assert places.names_of(1, is_redrawn=True) == ["no draft", "draft 1", "bonus", "after a rejection"]
+    assert places.names_of(2, is_redrawn=False)[1:3] == ["draft 1, unlikely token", "draft 1"]
+
+
+def test_what_is_not_promised_is_no_bug():
+    example = {
+        "request": 3, "position": 5, "reference": "7 'a'", "audited": "8 'b'", "margin_reference": 2.5,
+        "margin_audited": None, "near_tie": False,
+    }  # fmt: skip
+    answer = {"examples": [example]}
+    assert [report._example_rows(answer, promised)[1][-1] for promised in (True, False)] == [
+        "bug", "differs (not promised)",
+    ]  # fmt: skip
+    assert report._example_rows(answer, True)[1][4:6] == ["2.5", "unknown"]
 
 
 def audit(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -117,6 +145,12 @@ def audit(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]
         (["--report", "x.pdf"], "must end in .html or .md"),
         (["--json", "/no/such/folder/x.json"], "there is no folder"),
         (["--prompts", "/no/such/file"], "cannot be read"),
+        (["--json", "x.md", "--report", "x.md"], "--json and --report are both"),
+        (["--report", "/proc/x.md"], "cannot be written"),
+        (["--log", "/proc/x"], "no folder for vLLM's logs"),
+        (["--spec-method", "ngram", "--spec-tokens", "3"], "'--spec-method' must be left out"),
+        (["--speculative_config.method=ngram"], "must be left out"),
+        (["--model", "other"], "MODEL, the first argument"),
     ],
 )
 def test_bad_input_could_not_run(arguments: list[str], says: str):
@@ -125,27 +159,56 @@ def test_bad_input_could_not_run(arguments: list[str], says: str):
     assert says in " ".join(done.stderr.split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--speculative-config", '{"method": "specplug", "propsers": []}'], "Did you mean 'proposers'"),
+        (["--speculative-config", '{"method": "ngram", "num_speculative_tokens": -3}'], "greater than 0"),
+        (["--speculative-conf", '{"method": "ngram", "num_speculative_tokens": 3}'], "must be left out"),
+        (["--no-such-option"], "unrecognized arguments: --no-such-option"),
+    ],
+)
+def test_what_vllm_refuses_could_not_run(arguments: list[str], says: str):
+    done = audit(*arguments)
+    assert done.returncode == 2, done.stderr
+    said = " ".join(done.stderr.split())
+    assert says in said
+    assert "engine without speculation" not in said, "before any engine starts"
+
+
+def test_the_model_comes_first():
+    done = subprocess.run(
+        [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "audit", "--dtype", "float32", "x"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "MODEL comes first" in done.stderr
+
+
 V2_SITE = Path(__file__).parent / "engine" / "v2_site"
 SHORT = ["--draws", "4000", "--contexts", "1", "--num-prompts", "6", "--max-tokens", "24", "--max-model-len", "512"]
 
 
 @pytest.mark.engine
 def test_our_verifier_passes(tmp_path: Path):
-    config = {"method": "specplug", "num_speculative_tokens": 3}
+    config = {"method": "specplug", "num-speculative-tokens": 3}  # vLLM takes either spelling
     outs = ["--json", str(tmp_path / "a.json"), "--report", str(tmp_path / "a.html")]
     done = audit("--speculative-config", json.dumps(config), *SHORT, *outs)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["verdict"] == "passed"
     lossless = result["answers"]["lossless"]
-    places = {place["place"].partition(", ")[2]: place for place in lossless["places"]}
-    assert set(places) == {
+    found = {place["place"].partition(", ")[2]: place for place in lossless["places"]}
+    assert set(found) == {
         "no draft", "draft 1", "draft 1, unlikely token", "draft 2", "draft 3", "bonus", "after a rejection",
     }  # fmt: skip
-    assert places["no draft"]["draws"] >= 4000
-    assert places["draft 1"]["draws"] + places["draft 1, unlikely token"]["draws"] >= 4000
-    assert places["draft 1, unlikely token"]["accepted"] < 0.01
-    assert lossless["power"]["caught"]
+    assert found["no draft"]["draws"] >= 4000
+    assert found["draft 1"]["draws"] + found["draft 1, unlikely token"]["draws"] >= 4000
+    assert found["draft 1, unlikely token"]["accepted"] < 0.01
+    assert lossless["power"]["at"]
+    assert lossless["unreached"] == []
+    assert (result["num_prompts"], result["max_tokens"], result["seed"]) == (6, 24, 0)
+    assert len(result["contexts"][0]["drafts"]) == 3
     assert all(result["answers"][key]["num_identical"] == 6 for key in ("greedy_identical", "drafter_invariant"))
     page = (tmp_path / "a.html").read_text()
     assert "data:image/png" in page
@@ -161,8 +224,12 @@ def test_stock_vllm_on_a_cpu_fails(tmp_path: Path):
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["answers"]["lossless"]["rejected"]
     assert result["answers"]["greedy_identical"]["passed"]
+    assert result["answers"]["drafter_invariant"]["num_unexplained"] > 0
     assert not result["promised"]["drafter_invariant"]
-    assert "# Audit: failed" in (tmp_path / "a.md").read_text()
+    page = (tmp_path / "a.md").read_text()
+    assert "# Audit: failed" in page
+    assert "differs (not promised)" in page
+    assert "| bug |" not in page
 
 
 @pytest.mark.engine
@@ -178,8 +245,8 @@ def test_draws_on_the_v2_runner(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["about"]["runner"] == "V2"
-    places = {place["place"].partition(", ")[2]: place for place in result["answers"]["lossless"]["places"]}
-    assert {"no draft", "draft 1", "draft 2", "bonus", "draft 1, unlikely token", "after a rejection"} == set(places)
-    assert places["draft 1"]["accepted"] > 0.05
-    assert places["draft 1, unlikely token"]["accepted"] < 0.05
-    assert places["draft 1"]["draws"] + places["draft 1, unlikely token"]["draws"] >= 192
+    found = {place["place"].partition(", ")[2]: place for place in result["answers"]["lossless"]["places"]}
+    assert {"no draft", "draft 1", "draft 2", "bonus", "draft 1, unlikely token", "after a rejection"} == set(found)
+    assert found["draft 1"]["accepted"] > 0.05
+    assert found["draft 1, unlikely token"]["accepted"] < 0.05
+    assert found["draft 1"]["draws"] + found["draft 1, unlikely token"]["draws"] >= 192

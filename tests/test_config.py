@@ -147,6 +147,7 @@ def test_request_options() -> None:
         ("specplug_tenant", "", ["1 to 256 characters"]),
         ("specplug_tenant", "x" * 300, ["1 to 256 characters"]),
         ("specplug_tenant", 7, ["1 to 256 characters"]),
+        ("specplug_tenant", "half \ud800", ["UTF-8"]),
     ],
 )
 def test_wrong_request_options_say_what_is_possible(name: str, value: Any, parts: list[str]) -> None:
@@ -211,6 +212,9 @@ def foreign_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+NATIVE = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("given", "parts"),
@@ -237,6 +241,27 @@ def foreign_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"method": "specplug", "proposers": [{"name": "ngram", "min_match": 10**30}]}, ["proposer 'ngram'"]),
         ({"method": "specplug", "datastore": "nul\0byte"}, ["datastore"]),
         ({"method": "eagle", "model": "vllm_specplug.Proposer"}, ["needs method 'specplug' or 'custom_class'"]),
+        (
+            {"method": "specplug", "num_speculative_tokens": 3, "num-speculative-tokens": 4},
+            ["'num_speculative_tokens' (3)", "'num-speculative-tokens' (4)", "give it once"],
+        ),
+        (
+            {**NATIVE, "num-speculative-tokens": 4, "sampler": "gumbel"},
+            ["'num_speculative_tokens' (3)", "'num-speculative-tokens' (4)", "give it once"],
+        ),
+        (
+            {"model": "vllm_specplug.ProposerWithRejection", "num_speculative_tokens": 3, "sampler": "minhash"},
+            ["verifies by rejection", "sampler 'minhash'"],
+        ),
+        (
+            {
+                **NATIVE,
+                "sampler": "gumbel",
+                "rejection_sample_method": "synthetic",
+                "synthetic_acceptance_rates": [0.5] * 3,
+            },
+            ["rejection_sample_method 'synthetic'"],
+        ),
     ],
 )
 def test_vllm_raises_before_the_model_loads(process: Engine, given: dict[str, Any], parts: list[str]) -> None:
@@ -295,9 +320,6 @@ def test_spellings(process: Engine, arguments: dict[str, Any], drafter: str, num
     assert (k, settings["num_speculative_tokens"], settings["sampler"]) == (num_tokens, num_tokens, sampler)
 
 
-NATIVE = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-
-
 @pytest.mark.engine
 def test_a_sampler_beside_vllms_own_drafter(process: Engine) -> None:
     settings, _, k = process.send(
@@ -309,6 +331,17 @@ def test_a_sampler_beside_vllms_own_drafter(process: Engine) -> None:
     elsewhere["additional_config"] = {"specplug": {"sampler": "gumbel", "proposers": ["ngram"]}}
     message = process.send("call", "config_error", elsewhere.pop("speculative_config"), elsewhere)
     assert message.startswith("ConfigurationError: speculative_config: method 'ngram' is vLLM's own drafter")
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("sampler", ["gumbel", "minhash", "rejection"])
+def test_requests_beside_vllms_own_drafter_are_checked(process: Engine, sampler: str) -> None:
+    arguments = {**MODEL, "speculative_config": {**NATIVE, "sampler": sampler}}
+    assert process.send("call", "request_error", arguments, {"somebody_elses": 1}) == ""
+    for options in {"specplug_speculate": False}, {"specplug_max_draft_tokens": "four"}:
+        message = process.send("call", "request_error", arguments, options)
+        assert message.startswith("VLLMValidationError: ")
+        assert next(iter(options)) in message
 
 
 @pytest.mark.engine

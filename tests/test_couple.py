@@ -68,13 +68,23 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
         (["--contexts", "0", "--synthetic", "0"], "nothing to measure"),
         (["--png", "/no/such/folder/x.png"], "there is no folder"),
         (["--prompts", "/no/such/file"], "cannot be read"),
-        (["--target", "/no/such/model"], "no folder"),
-        (["--draft", str(Path(__file__).parent)], "cannot be loaded"),
+        (["--target", "/no/such/model"], "is no folder"),
+        (["--draft", str(Path(__file__).parent)], "holds no config.json"),
+        (["--png", "x.docx"], "matplotlib writes .*png"),
+        (["--csv", "x.png", "--png", "x.png"], "--csv and --png are both"),
+        (["--json", "/proc/x"], "cannot be written"),
+        (["--prompts", "/dev/null"], "holds no prompt"),
     ],
 )
 def test_mistakes_end_at_once(arguments: list[str], says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
         run(*arguments)
+
+
+def test_a_damaged_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="cannot be loaded"):
+        run("--draft", str(tmp_path), "--synthetic", "0")
 
 
 def test_models_of_two_vocabularies_are_refused(tmp_path: Path) -> None:

@@ -271,13 +271,22 @@ def test_darts_at_any_vocabulary(vocab):
     assert tokens[2] == vocab - 1
 
 
-@pytest.mark.parametrize("bad", [[[0.0, 0.0]], [[0.2, 0.2]], [[math.nan, 1.0]], [[-1.0, 2.0]], [1.0]])
+@pytest.mark.parametrize("bad", [[[0.0, 0.0]], [[0.2, 0.2]], [[math.nan, 1.0]], [[-1.0, 2.0]], [[]], [1.0]])
 def test_darts_at_nothing_would_never_end_and_are_refused(bad):
     with pytest.raises(ValueError, match="rows that sum to 1"):
         minhash.sample(np.array(bad), minhash.keys_of(np.zeros(len(bad), dtype=np.int64)))
-    if np.ndim(bad) == 2 and bad[0] != [-1.0, 2.0]:
-        with pytest.raises(ValueError, match="rows that sum to 1"):
-            minhash.sample_torch(torch.tensor(bad), torch.zeros(len(bad), dtype=torch.int64))
+    with pytest.raises(ValueError, match="rows that sum to 1"):
+        minhash.sample_torch(torch.tensor(bad), torch.zeros(len(bad), dtype=torch.int64))
+
+
+def test_keys_and_seeds_are_one_a_row():
+    probs = np.full((3, 4), 0.25)
+    with pytest.raises(ValueError, match=r"one a row, \[3\]"):
+        minhash.sample(probs, minhash.keys_of(np.arange(4)))
+    with pytest.raises(ValueError, match=r"one a row, \[3\]"):
+        minhash.sample_torch(torch.from_numpy(probs), torch.zeros((3, 2), dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"one a row, \[3\]"):
+        coupled_argmax(torch.from_numpy(probs), torch.zeros(1, dtype=torch.int64))
 
 
 # Rejection and block verification
@@ -382,7 +391,35 @@ def test_odd_distributions_emit_only_what_the_target_can(pair, seed):
         assert (target[emitted] > 0).all()
 
 
+def test_padding_behind_a_draft_is_never_read():
+    target, draft = (torch.from_numpy(np.random.default_rng(seed).dirichlet(np.ones(5), (8, 3))) for seed in (0, 1))
+    tokens = torch.tensor([[4, -1]] * 8)
+    uniforms = torch.from_numpy(np.random.default_rng(2).random((8, 3)))
+    counts = torch.tensor([1, 0] * 4)
+    for verify in rejection.verify, rejection.verify_block:
+        padded, other = (verify(target, draft[:, :2], each, counts, uniforms) for each in (tokens, tokens.clamp(min=2)))
+        assert torch.equal(padded.token_ids, other.token_ids)
+        assert (padded.num_emitted <= counts + 1).all()
+        counted = verify(target, draft[:, :2], tokens, torch.full_like(counts, 2), uniforms)
+        short = verify(target, draft[:, :2], tokens, torch.ones_like(counts), uniforms)
+        assert torch.equal(counted.token_ids, short.token_ids)
+
+
 # Low communication
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "epsilon", "says"),
+    [
+        ([[0.5, 0.5]], [[1.0]], 0.1, "differ in shape"),
+        ([[0.5, 0.4]], [[0.5, 0.5]], 0.1, "rows that sum to 1"),
+        ([0.5, 0.5], [0.5, 0.5], 0.1, "rows that sum to 1"),
+        ([[0.5, 0.5]], [[0.5, 0.5]], 1e-16, "float64 holds 52"),
+    ],
+)
+def test_an_exchange_of_something_else_is_refused(target, draft, epsilon, says):
+    with pytest.raises(ValueError, match=says):
+        low_communication.exchange(torch.tensor(target), torch.tensor(draft), epsilon)
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 0.05, 1e-6])
@@ -467,6 +504,26 @@ def test_the_linear_programme_is_the_optimal_coupling_for_one_draft(pair):
     assert list_matching.optimal_acceptance(target, draft, 2) >= theory.list_matching_bound(target, draft, 2) - 1e-7
 
 
+def test_lists_need_a_draft():
+    for bound in list_matching.optimal_acceptance, theory.list_matching_bound, theory.list_bound:
+        with pytest.raises(ValueError, match="at least 1, not 0"):
+            bound(np.array([1.0]), np.array([1.0]), 0)
+    with pytest.raises(ValueError, match="sum to 1"):
+        list_matching.optimal_acceptance(np.array([0.5, 0.1]), np.array([0.5, 0.5]), 2)
+
+
+def test_float32_rows_are_distributions_too():
+    row = torch.softmax(torch.randn(50_000, generator=torch.Generator().manual_seed(0)), dim=-1).numpy()
+    assert theory.gumbel(row, row) == pytest.approx(1.0, abs=1e-9)
+
+
+def test_probabilities_near_the_smallest_float_match_like_none():
+    target, draft = np.array([1.0, 1e-310]), np.array([1e-310, 1.0])
+    assert theory.gumbel(target, draft) == pytest.approx(0.0, abs=1e-300)
+    assert theory.list_matching_bound(target, draft, 3) == pytest.approx(0.0, abs=1e-300)
+
+
 def test_too_large_a_programme_is_refused():
-    with pytest.raises(ValueError, match=r"4,096,000,000 lists.*Use fewer"):
-        list_matching.optimal_acceptance(np.full(1600, 1 / 1600), np.full(1600, 1 / 1600), 3)
+    for vocab, num_drafts in ((1600, 3), (2, 20), (1, 10**9)):
+        with pytest.raises(ValueError, match=r"more lists than the 1,000,000 .*Use fewer"):
+            list_matching.optimal_acceptance(np.full(vocab, 1 / vocab), np.full(vocab, 1 / vocab), num_drafts)

@@ -138,6 +138,12 @@ def test_tenants_share_no_ngram():
     assert draft(proposer, [9, 3], "a", "umbrella") != 4  # the name and its place are another tenant's now
 
 
+def test_any_name_of_a_tenant_will_do():
+    proposer = proposer_with()
+    batch = DraftBatch.from_contexts([[1, 2, 3, 1, 2]], K, ["a"])
+    assert len(proposer.propose(replace(batch, options=({"specplug_tenant": "half \ud800"},))).token_ids) == 1
+
+
 def test_where_the_pool_has_nothing_the_window_drafts():
     options = ProposerContext(1000, K)
     lookahead, jacobi = proposer_with(learn_prompt=False), JacobiProposer(options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,13 @@ def test_layout_of_the_docstring() -> None:
     layout = RowLayout.of([1, 0])
     assert layout.request_of_row.tolist() == [0, 0, 1]
     assert layout.padded_rows.tolist() == [[0, 1], [2, 2]]
+
+
+def test_layouts_of_nobody_and_of_nonsense() -> None:
+    layout = RowLayout.of([])
+    assert (layout.padded_rows.shape, layout.max_draft_tokens) == ((0, 1), 0)
+    with pytest.raises(ValueError, match=r"negative: \[1, -1\]"):
+        RowLayout.of([1, -1])
 
 
 @settings(max_examples=200, deadline=None)

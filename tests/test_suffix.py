@@ -18,7 +18,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vllm_specplug.proposers import DraftBatch, ProposerContext
-from vllm_specplug.proposers.automaton import COUNT, MORE, TARGET, TOKEN, find
+from vllm_specplug.proposers.automaton import COUNT, MORE, TARGET, TOKEN, Automaton, find
 from vllm_specplug.proposers.base import TENANT_OPTION, TargetNoise
 from vllm_specplug.proposers.suffix import (
     LONG_MATCH,
@@ -27,6 +27,7 @@ from vllm_specplug.proposers.suffix import (
     SHORTER_SUFFIXES,
     SUPPORT,
     SuffixProposer,
+    _Tenant,
     continuation_score,
     draft_confidence,
 )
@@ -428,6 +429,28 @@ def found_share(proposer: SuffixProposer, text: list[int], tenant: str, probes: 
     return num_found / probes
 
 
+def reserved(proposer):
+    """Bytes of all automata, which the proposer must know without counting."""
+    counted = sum(each.reserved_bytes() for tenant in proposer._tenants.values() for each in tenant.automata())
+    assert proposer._reserved_bytes == counted
+    return counted
+
+
+def test_many_tenants_each_keep_the_little_that_they_say():
+    cap = 1 << 20
+    proposer = proposer_with(max_history_bytes=cap)
+    num_tenants = 2000
+    assert num_tenants > cap // Automaton.smallest_bytes()  # too many for all to be remembered
+    for nth in range(num_tenants):
+        text = random_text(nth, 10)
+        proposer.follow(batch_of({f"r-{nth}": text}, tenants={f"r-{nth}": str(nth)}))
+        proposer.finish([f"r-{nth}"])
+    assert reserved(proposer) <= cap
+    num_known = len(proposer._tenants)
+    assert cap // 4 < reserved(proposer)
+    assert [key for key, _ in proposer._tenants] == [str(nth) for nth in range(num_tenants - num_known, num_tenants)]
+
+
 @pytest.mark.parametrize("tenants", [[""], ["red", "blue", "green"]])
 def test_memory_stays_below_the_cap_and_the_newest_is_known(tenants):
     cap = 1 << 20
@@ -443,7 +466,7 @@ def test_memory_stays_below_the_cap_and_the_newest_is_known(tenants):
         drafts = propose(proposer, {f"live-{tenant}": live[tenant]}, 8, {f"live-{tenant}": tenant})
         if nth:
             assert drafts[f"live-{tenant}"] == text[20:28]
-        assert proposer._reserved_bytes() <= cap
+        assert reserved(proposer) <= cap
         assert proposer.memory_bytes() <= cap + proposer._requests.nbytes
         if nth % 10 == 5:
             assert found_share(proposer, text, tenant) == 1.0
@@ -465,7 +488,39 @@ def test_the_tenant_used_least_recently_forgets_first():
     else:
         pytest.fail("nothing was forgotten")
     assert found_share(proposer, random_text(nth, 1000), "busy") == 1.0
-    assert proposer._reserved_bytes() <= 1 << 20
+    assert reserved(proposer) <= 1 << 20
+
+
+def test_of_tenants_used_in_the_same_step_the_largest_forgets_first():
+    proposer = proposer_with(max_history_bytes=1 << 20)
+    names = ("small", "large", "middle")
+    texts = {name: random_text(nth, size) for nth, (name, size) in enumerate(zip(names, (100, 3000, 500), strict=True))}
+    proposer.follow(batch_of(texts, tenants={name: name for name in texts}))
+    proposer.finish(list(texts))
+    for nth in range(10, 60):
+        proposer.follow(batch_of({"b": random_text(nth, 1000)}, tenants={"b": "busy"}))
+        if len(proposer._tenants) == 3:
+            break
+    assert {name for name, _ in proposer._tenants} == {"small", "middle", "busy"}
+
+
+def test_a_new_tenant_looks_at_few_others(monkeypatch):
+    cap = 1 << 20
+    proposer = proposer_with(max_history_bytes=cap)
+    looked_at = 0
+    reserved_bytes = _Tenant.reserved_bytes
+
+    def counted(tenant):
+        nonlocal looked_at
+        looked_at += 1
+        return reserved_bytes(tenant)
+
+    monkeypatch.setattr(_Tenant, "reserved_bytes", counted)
+    for nth in range(2000):
+        proposer.follow(batch_of({"r": random_text(nth, 10)}, tenants={"r": str(nth)}))
+        proposer.finish(["r"])
+    assert len(proposer._tenants) > 200
+    assert looked_at < 2 * 2000
 
 
 def test_a_token_of_history_takes_at_most_60_bytes():
@@ -504,7 +559,7 @@ def test_both_automata_draft():
 def test_history_outlives_the_process_by_tenant(tmp_path):
     path = tmp_path / "history"
     proposer = proposer_with(history_file=str(path), save_interval_s=1000.0)
-    texts = {"red": random_text(1, 60), "": random_text(2, 60)}
+    texts = {"red": random_text(1, 60), "": random_text(2, 60), "half \ud800": random_text(3, 60)}
     for tenant, text in texts.items():
         # In pieces, as a request grows.
         for end in (10, 11, 40, 60):
@@ -516,7 +571,7 @@ def test_history_outlives_the_process_by_tenant(tmp_path):
     for tenant, text in texts.items():
         assert found_share(again, text, tenant) == 1.0
     assert found_share(again, texts["red"], "") == 0.0
-    assert "120 tokens" in again.describe()
+    assert "180 tokens" in again.describe()
     again.close()
     assert [each.name for each in tmp_path.iterdir()] == ["history"]
 

@@ -335,6 +335,13 @@ def _request_option(name: str, value: Any, choices: RequestChoices | None) -> An
                 f"request option {name!r} must be a name of 1 to {MAX_TENANT_CHARS} characters; was given "
                 f"{value!r:.80}."
             )
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ConfigurationError(
+                f"request option {name!r} must be text that UTF-8 can hold; {value!r:.80} has half of a surrogate "
+                "pair. Give a name of whole characters."
+            ) from None
         return value
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(each, str) for each in names):

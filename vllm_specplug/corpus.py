@@ -6,9 +6,14 @@ modules that is held out everywhere: no store and no shipped model has seen them
 
 from __future__ import annotations
 
+import gzip
+import json
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from vllm_specplug.errors import ConfigurationError
 
 HELD_OUT_MODULES = (
     "argparse", "calendar", "cmd", "configparser", "contextlib", "csv", "difflib", "fractions",
@@ -100,3 +105,36 @@ def held_out_prompts(num_prompts: int, prompt_chars: int = 800) -> list[str]:
             piece = text[start : start + prompt_chars]
             prompts.append(piece[: piece.rfind("\n") + 1] or piece)
     return prompts[:num_prompts]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a file: JSON lines (``prompt``, ``turns`` or ``text``; Spec-Bench, HumanEval), or one a line.
+
+    Raises:
+        ConfigurationError: it cannot be read, or holds none.
+    """
+    try:
+        data = path.read_bytes()
+        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().splitlines()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--prompts {path} cannot be read: {error}") from error
+    prompts = []
+    is_json = ".json" in "".join(path.suffixes)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if not is_json:
+            prompts.append(line)
+            continue
+        try:
+            record = json.loads(line)
+            text = record.get("prompt") or record.get("text") or record["turns"][0]
+        except (ValueError, KeyError, IndexError, AttributeError, TypeError):
+            raise ConfigurationError(
+                f"--prompts {path}, line {number}: must be JSON with 'prompt', 'text' or 'turns', as in "
+                '{"prompt": "def main():"}'
+            ) from None
+        prompts.append(str(text))
+    if not prompts:
+        raise ConfigurationError(f"--prompts {path} holds no prompt")
+    return prompts

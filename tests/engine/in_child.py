@@ -176,6 +176,19 @@ def accepted_config(child: Any, engine_args: dict[str, Any]) -> tuple[dict[str, 
     return config.additional_config["specplug"], speculative.model, speculative.num_speculative_tokens
 
 
+def request_error(child: Any, engine_args: dict[str, Any], extra_args: dict[str, Any]) -> str:
+    """Type and message of what an engine of this configuration says to a request ("" when nothing)."""
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(**engine_args).create_engine_config().speculative_config
+    try:
+        SamplingParams(extra_args=extra_args)._validate_spec_decode(config)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def chosen_runner(child: Any, engine_args: dict[str, Any]) -> tuple[list[str], bool, bool]:
     """What V2 lacks for a configuration, whether V2 is chosen when nothing forces it, and async scheduling there."""
     from vllm.engine.arg_utils import EngineArgs

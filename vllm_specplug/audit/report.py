@@ -13,17 +13,27 @@ from typing import Any
 import numpy as np
 
 from vllm_specplug.audit.run import QUESTIONS
+from vllm_specplug.audit.statistics import two_sided
+
+SURPRISING = 1e-6
+"""Binomial p-value below which a token's dot is red, about that of five standard deviations."""
 
 TITLES = {
     "lossless": "Lossless: emitted tokens have the target's distribution",
     "greedy_identical": "Greedy-identical: temperature 0 gives the tokens of vLLM without speculation",
     "drafter_invariant": "Drafter-invariant: a seed gives the same tokens whoever drafts",
 }
+COLUMNS = (
+    "RMS deviation: root mean square, weighted by probability, of share of draws minus the target's probability, and "
+    "what chance alone makes of it. Logits off by: largest difference to the log-probabilities of an ordinary step. p: "
+    "p-values of the number of accepted draft tokens, of the most surprising token, and of all tokens together."
+)
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;background:#fff;color:#1b1f24}
 table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
-td,th{border:1px solid #8884;padding:.2rem .5rem;text-align:right}
-td:first-child,th:first-child{text-align:left}code,pre{background:#8882;padding:.1rem .3rem;border-radius:3px}
+td,th{border:1px solid #8884;padding:.2rem .5rem;text-align:left}
+.numbers td,.numbers th{text-align:right}.numbers td:first-child,.numbers th:first-child{text-align:left}
+code,pre{background:#8882;padding:.1rem .3rem;border-radius:3px}
 pre{padding:.6rem;overflow-x:auto}.passed{color:#1a7f37}.failed{color:#cf222e}.none{color:#9a6700}
 img{max-width:100%;background:#fff;border-radius:4px}
 @media(prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}
@@ -36,6 +46,11 @@ def word(answer: Mapping[str, Any]) -> str:
     return {True: "passed", False: "failed", None: "could not run"}[answer["passed"]]
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, in the singular where it is one."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def summary(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """For each question: its name, the answer, whether it was promised, and the numbers in a sentence."""
     rows = []
@@ -44,23 +59,39 @@ def summary(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         if answer["passed"] is None:
             said = answer["why"]
         elif key == "lossless":
-            draws = sum(place["draws"] for place in answer["places"])
-            said = (
-                f"{draws:,} draws at {len(answer['places'])} places, {answer['num_hypotheses']} exact tests, "
-                f"{len(answer['rejected'])} rejected (chance of a false alarm {answer['alpha']:g})"
-            )
-            if answer["wrong_rows"]:
-                said += f"; {len(answer['wrong_rows'])} places with other logits than an ordinary step"
-            if answer["power"] is not None:
-                caught = "caught" if answer["power"]["caught"] else "NOT caught: take more draws"
-                said += f"; a verifier with {answer['power']['bias']:.0%} bias would be {caught}"
+            said = _lossless_sentence(answer)
         else:
             said = (
-                f"{answer['num_identical']} of {answer['num_requests']} requests identical to {answer['reference']}, "
-                f"{answer['num_near_ties']} near-ties (margin at most {answer['near_tie_bound']:g})"
+                f"{answer['num_identical']} of {counted(answer['num_requests'], 'request')} identical to "
+                f"{answer['reference']}, {counted(answer['num_near_ties'], 'near-tie')} (margins of at most "
+                f"{answer['near_tie_bound']:g}), {counted(answer['num_unexplained'], 'unexplained difference')}"
             )
-        rows.append((key.replace("_", "-"), word(answer), "" if result["promised"][key] else "not promised", said))
+        promised = "promised" if result["promised"][key] else "not promised"
+        rows.append((key.replace("_", "-"), word(answer), promised, said))
     return rows
+
+
+def _lossless_sentence(answer: Mapping[str, Any]) -> str:
+    places = answer["places"]
+    said = (
+        f"{counted(sum(place['draws'] for place in places), 'draw')} at {counted(len(places), 'place')}, "
+        f"{counted(answer['num_hypotheses'], 'exact test')}, {len(answer['rejected'])} failed (chance that any fails "
+        f"by accident: {answer['alpha']:g})"
+    )
+    if answer["wrong_rows"]:
+        said += f"; {counted(len(answer['wrong_rows']), 'place')} with other logits than an ordinary step"
+    if answer["unreached"]:
+        said += f"; {counted(len(answer['unreached']), 'place')} never reached"
+    if answer["passed"] and answer["power"] is not None:
+        said += f"; {_power_sentence(answer['power'])}"
+    return said
+
+
+def _power_sentence(power: Mapping[str, Any]) -> str:
+    what = f"a verifier that accepted {power['bias']:.0%} of the draft tokens it should reject would"
+    if not power["at"]:
+        return f"{what} NOT be caught: take more draws"
+    return f"{what} be caught (at {len(power['at'])} of {counted(power['num_places'], 'place')} with drafts)"
 
 
 def _plots(places: Sequence[Mapping[str, Any]]) -> str:
@@ -84,7 +115,9 @@ def _plots(places: Sequence[Mapping[str, Any]]) -> str:
             line, np.maximum(line - spread, floor), line + spread, color="#1f6fb4", alpha=0.2, linewidth=0
         )
         axis.plot(line, line, color="#1f6fb4", lw=0.8)
-        outside = np.abs(emitted - expected) > 5 * np.sqrt(expected * (1 - expected) / place["draws"]) + 1e-12
+        counts = np.rint(emitted * place["draws"]).astype(int).tolist()
+        p_values = [two_sided(*each) for each in zip(counts, [place["draws"]] * len(counts), expected, strict=True)]
+        outside = np.array(p_values) < SURPRISING
         for chosen, colour in ((~outside, "#333333"), (outside, "#cf222e")):
             axis.scatter(
                 np.maximum(expected, floor)[chosen], np.maximum(emitted, floor)[chosen], s=6, color=colour, linewidths=0
@@ -103,8 +136,8 @@ def _plots(places: Sequence[Mapping[str, Any]]) -> str:
 
 def _place_rows(places: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     head = [
-        "place", "draws", "draft accepted", "expected", "standard deviation", "expected", "logits off by",
-        "p accepted", "p token", "p all tokens",
+        "place", "draws", "draft accepted", "expected", "RMS deviation", "expected RMS", "logits off by",
+        "p, accepted", "p, one token", "p, all tokens",
     ]  # fmt: skip
     rows = [head]
     for place in places:
@@ -126,30 +159,40 @@ def _place_rows(places: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def _example_rows(examples: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    rows = [["request", "position", "reference", "audited", "margin there", "margin here", "what"]]
-    for each in examples:
+def _example_rows(answer: Mapping[str, Any], is_promised: bool) -> list[list[str]]:
+    rows = [["request", "position", "reference", "audited", "margin in reference", "margin in audited", "what"]]
+    for each in answer["examples"]:
         margins = [
             "unknown" if each[key] is None else f"{each[key]:.3g}" for key in ("margin_reference", "margin_audited")
         ]
-        what = "near-tie" if each["near_tie"] else "bug"
+        what = "near-tie" if each["near_tie"] else "bug" if is_promised else "differs (not promised)"
         rows.append([str(each["request"]), str(each["position"]), each["reference"], each["audited"], *margins, what])
     return rows
 
 
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
+def _example_note(answer: Mapping[str, Any]) -> str:
+    return (
+        "Each request's first difference. Margins: how far the reference's token is ahead of the audited one, by the "
+        "logits that each engine computes there (over temperature, noise included, where it samples). Ahead in both "
+        "engines means that the logits agree, and that the verifier emitted another token all the same; within "
+        f"{answer['near_tie_bound']:g} in both is a near-tie, which rounding can turn."
+    )
+
+
+def _html_table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
     head, *body = rows
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-    return f"<table><tr>{cells}</tr>{lines}</table>"
+    opening = f"<table class={kind}>" if kind else "<table>"
+    return f"{opening}<tr>{cells}</tr>{lines}</table>"
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
     head, *body = rows
-    return "\n".join([line(head), line(["---", *["---:"] * (len(head) - 1)]), *map(line, body)])
+    return "\n".join([line(head), line(["---"] * len(head)), *map(line, body)])
 
 
 def _facts(result: Mapping[str, Any]) -> list[list[str]]:
@@ -165,25 +208,44 @@ def _facts(result: Mapping[str, Any]) -> list[list[str]]:
             f"runner {about['runner']}, {about['device']}, {about['dtype']}, vocabulary {about['vocab_size']:,}",
         ],
         ["temperature", f"{result['temperature']:g}"],
+        [
+            "prompts",
+            f"{counted(result['num_prompts'], 'prompt')}, {result['max_tokens']} output tokens each, "
+            f"{result['batch']} in flight, seeds from {result['seed']}",
+        ],
+        ["draws", f"{result['draws']:,} at each stage of {counted(len(result['contexts']), 'context')}"],
         ["versions", result["versions"]],
         ["machine", result["machine"]],
         ["date", result["date"]],
+        ["took", f"{result['seconds']:.0f} s"],
     ]
+
+
+def _context_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["context", "the prompt ends with", "then", "draft tokens", "let through", "replaced by", "unlikely token"]]
+    for nth, each in enumerate(result["contexts"], 1):
+        length = f"{nth} ({counted(each['num_tokens'], 'token')})"
+        drafts = " ".join(map(repr, each["drafts"])) or "-"
+        replaced = [
+            "-" if each[key] is None else repr(each[key]) if key != "num_accepted" else str(each[key])
+            for key in ("num_accepted", "replacement", "unlikely")
+        ]
+        rows.append([length, repr(each["ends_with"]), repr(each["first"]), drafts, *replaced])
+    return rows
 
 
 def _lossless_notes(answer: Mapping[str, Any]) -> list[str]:
     notes = [
-        f"{each['place']}, {each['test']}: p = {each['p_value']:.2g}; {each['says']}" for each in answer["rejected"]
+        f"Failed: {each['place']}, {each['test']}: p = {each['p_value']:.2g}; {each['says']}"
+        for each in answer["rejected"]
     ]
     notes += answer["wrong_rows"]
-    if (power := answer["power"]) is not None:
-        at = power["at"][0]["place"] if power["at"] else "nowhere"
-        notes.append(
-            f"power: the same draws, with {power['bias']:.0%} of the rejected draft tokens accepted, are "
-            f"{'caught' if power['caught'] else 'NOT caught'} ({at})"
-        )
+    if answer["unreached"]:
+        notes.append("never reached, since drafts are not accepted so far: " + "; ".join(answer["unreached"]))
+    if answer["power"] is not None and answer["passed"]:
+        notes.append(f"Power: {_power_sentence(answer['power'])}.")
     if answer["is_redrawn"]:
-        notes.append("the drafter hands over its distribution: draft tokens were drawn from it anew each time")
+        notes.append("The verifier reads the drafter's distribution: draft tokens were drawn from it anew each time.")
     return notes
 
 
@@ -195,7 +257,7 @@ def to_html(result: Mapping[str, Any]) -> str:
         f"<h1>Audit: <span class={kind}>{verdict}</span></h1>",
         _html_table(_facts(result)),
         "<h2>Answers</h2>",
-        _html_table([["question", "answer", "", "numbers"], *map(list, summary(result))]),
+        _html_table([["question", "answer", "promised?", "numbers"], *map(list, summary(result))]),
     ]
     for key in QUESTIONS:
         answer = result["answers"][key]
@@ -208,12 +270,15 @@ def to_html(result: Mapping[str, Any]) -> str:
                 f'<img alt="shares against probabilities" src="data:image/png;base64,{_plots(answer["places"])}">'
             )
             parts.append(
-                "<p>Share of draws against the target's probability, a dot a token (the 200 most likely); the band is "
-                "four standard deviations wide on either side, dots beyond five are red.</p>"
+                "<p>Share of draws against the target's probability: a black dot for each token (the 200 most likely), "
+                "red where its exact binomial p-value is below 1e-6. The line is where they should lie, the band four "
+                "standard deviations of chance on either side; tokens that were never drawn lie on the lower edge.</p>"
             )
-            parts.append(_html_table(_place_rows(answer["places"])))
+            parts.append(_html_table(_place_rows(answer["places"]), "numbers"))
+            parts.append(f"<p>{COLUMNS}</p><h3>Contexts</h3>{_html_table(_context_rows(result))}")
         elif answer["examples"]:
-            parts.append(_html_table(_example_rows(answer["examples"])))
+            parts.append(f"<p>{html.escape(_example_note(answer))}</p>")
+            parts.append(_html_table(_example_rows(answer, result["promised"][key])))
         else:
             parts.append(f"<p>All {answer['num_requests']} requests are identical, token for token.</p>")
     title = html.escape(f"specplug audit of {result['model']}")
@@ -228,7 +293,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     parts = [
         f"# Audit: {result['verdict']}",
         _markdown_table(_facts(result)),
-        _markdown_table([["question", "answer", "", "numbers"], *map(list, summary(result))]),
+        _markdown_table([["question", "answer", "promised?", "numbers"], *map(list, summary(result))]),
     ]
     for key in QUESTIONS:
         answer = result["answers"][key]
@@ -238,8 +303,9 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         elif key == "lossless":
             parts.append("\n".join(f"* {note}" for note in _lossless_notes(answer)))
             parts.append(_markdown_table(_place_rows(answer["places"])))
+            parts += [COLUMNS, "### Contexts", _markdown_table(_context_rows(result))]
         elif answer["examples"]:
-            parts.append(_markdown_table(_example_rows(answer["examples"])))
+            parts += [_example_note(answer), _markdown_table(_example_rows(answer, result["promised"][key]))]
         else:
             parts.append(f"All {answer['num_requests']} requests are identical, token for token.")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -247,4 +313,4 @@ def to_markdown(result: Mapping[str, Any]) -> str:
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
     """HTML, or Markdown where the name ends in ``.md``."""
-    path.write_text(to_markdown(result) if path.suffix == ".md" else to_html(result))
+    path.write_text(to_markdown(result) if path.suffix == ".md" else to_html(result), encoding="utf-8")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_specplug.audit import places as named
 from vllm_specplug.audit import statistics
 from vllm_specplug.cli.engines import Completed, Engine, Work
 from vllm_specplug.errors import ConfigurationError, SpecplugError
@@ -66,13 +65,15 @@ class Options:
 
     def engine_args(self, speculative_config: Mapping[str, Any] | None) -> dict[str, Any]:
         """Arguments of an engine, of this configuration or another."""
-        args: dict[str, Any] = {
+        return {
             "cli": ["--model", self.model, *self.engine_cli],
             "worker_extension_cls": EXTENSION,
+            "speculative_config": None if speculative_config is None else dict(speculative_config),
+            # The reference must not speculate, by whatever option.
+            "spec_method": None,
+            "spec_model": None,
+            "spec_tokens": None,
         }
-        if speculative_config is not None:
-            args["speculative_config"] = dict(speculative_config)
-        return args
 
 
 @dataclass
@@ -109,38 +110,17 @@ class Context:
         made["after a rejection"] = [*start, *self.drafts[: self.num_accepted], self.replacement]
         return made
 
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: JSON lines (``prompt``, ``turns`` or ``text``; Spec-Bench, HumanEval), or one a line.
-
-    Raises:
-        ConfigurationError: it cannot be read, or holds none.
-    """
-    try:
-        data = path.read_bytes()
-        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--prompts {path} cannot be read: {error}") from error
-    prompts = []
-    is_json = ".json" in "".join(path.suffixes)
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if not is_json:
-            prompts.append(line)
-            continue
-        try:
-            record = json.loads(line)
-            text = record.get("prompt") or record.get("text") or record["turns"][0]
-        except (ValueError, KeyError, IndexError, AttributeError, TypeError):
-            raise ConfigurationError(
-                f"--prompts {path}, line {number}: needs JSON with 'prompt', 'text' or 'turns', as in "
-                '{"prompt": "def main():"}'
-            ) from None
-        prompts.append(str(text))
-    if not prompts:
-        raise ConfigurationError(f"--prompts {path} holds no prompt")
-    return prompts
+    def to_dict(self, tokenizer: Any) -> dict[str, Any]:
+        """For the report: the end of the prompt as text, and every chosen token."""
+        return {
+            "num_tokens": len(self.prompt),
+            "ends_with": tokenizer.decode(self.prompt[-16:]),
+            "first": tokenizer.decode([self.first]),
+            "drafts": [tokenizer.decode([each]) for each in self.drafts],
+            "unlikely": tokenizer.decode([self.unlikely]) if self.drafts else None,
+            "num_accepted": self.num_accepted,
+            "replacement": tokenizer.decode([self.replacement]) if self.drafts else None,
+        }
 
 
 def audit(options: Options, progress: Progress) -> dict[str, Any]:
@@ -163,46 +143,50 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
         first = str(error).strip().partition("\n")[0]
         raise ConfigurationError(f"the tokenizer of {options.model!r} cannot be loaded: {first}") from error
     prompts = [ids[:512] for text in options.prompts if (ids := tokenizer.encode(text))]
-    k = 0
-    if options.speculative_config is not None:
-        given = options.speculative_config.get("num_speculative_tokens")
-        k = given if isinstance(given, int) and given > 0 else 0
+    if not prompts:
+        raise ConfigurationError("no prompt has a token; give longer ones")
+    progress("configuration", 0.0, "vLLM reads it")
+    k = Engine.check(options.engine_args(options.speculative_config), options.log / "configuration.log")
+    progress("configuration", 1.0, f"up to {k} draft tokens a step" if k else "no speculation")
 
     with Engine(options.engine_args(None), options.log / "off.log") as engine:
         progress("engine without speculation", 0.0, "starting")
         engine.wait_until_ready()
         about_off = _about(engine)
+        _expect(0, about_off, "the engine without speculation")
         room = about_off["max_model_len"] - options.max_tokens - 1
         if room < 1:
             raise ConfigurationError(
                 f"--max-tokens {options.max_tokens} leaves no room for a prompt in a context of "
-                f"{about_off['max_model_len']} tokens"
+                f"{about_off['max_model_len']} tokens; give fewer, or a larger --max-model-len"
             )
         prompts = [ids[:room] for ids in prompts]
         plain = Runs.of(engine, prompts, options, options.batch, "engine without speculation", progress)
-        contexts = _contexts(engine, options, prompts, plain.greedy, about_off, k or 8)
+        contexts = _contexts(engine, options, prompts, plain.greedy, about_off, k)
+        progress("engine without speculation", 1.0, "done")
     reference = plain
     name = "vLLM without speculation"
     settings = dict(options.speculative_config or {})
     if settings.get("sampler") == "minhash":
         name = "the same sampler without proposers"
-        alone = {"method": "specplug", "sampler": "minhash", "proposers": []}
+        alone = {"method": "specplug", "sampler": "minhash", "proposers": [], "num_speculative_tokens": k}
         with Engine(options.engine_args(alone), options.log / "minhash.log") as engine:
             progress("minhash without proposers", 0.0, "starting")
             engine.wait_until_ready()
+            _expect(k, _about(engine), "the engine without proposers")
             reference = Runs.of(engine, prompts, options, options.batch, "minhash without proposers", progress)
+            progress("minhash without proposers", 1.0, "done")
 
     with Engine(options.engine_args(options.speculative_config), options.log / "audited.log") as engine:
         progress("audited engine", 0.0, "starting")
         engine.wait_until_ready()
         about = _about(engine)
-        is_plain = about["num_speculative_tokens"] == 0
+        _expect(k, about, "the audited engine")
+        is_plain = k == 0
         # Without speculation the same engine is compared with itself, at another batch size.
         batch = max(1, options.batch // 2 - 1) if is_plain else options.batch
         mine = Runs.of(engine, prompts, options, batch, "audited engine", progress)
-        width = about["num_speculative_tokens"]
-        for context in contexts:
-            context.drafts = context.drafts[:width]
+        progress("audited engine", 1.0, "done")
         lossless = _lossless(engine, options, contexts, about, tokenizer, progress)
         pairs = {
             "greedy_identical": _first_differences(plain.greedy, mine.greedy),
@@ -215,6 +199,7 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
             progress("margins without speculation", 0.0, "starting")
             engine.wait_until_ready()
             others = {key: _rows(engine, _prefixes(found, prompts)) for key, found in pairs.items()}
+            progress("margins without speculation", 1.0, "done")
     sampler = (about["settings"] or {}).get("sampler")
     is_promised = {
         "lossless": True,
@@ -234,6 +219,11 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
         "engine_cli": list(options.engine_cli),
         "temperature": options.temperature,
         "draws": options.draws,
+        "num_prompts": len(prompts),
+        "max_tokens": options.max_tokens,
+        "batch": options.batch,
+        "seed": options.seed,
+        "contexts": [context.to_dict(tokenizer) for context in contexts],
         "about": about,
         "promised": is_promised,
         "answers": answers,
@@ -247,6 +237,14 @@ def verdict(answers: Mapping[str, Mapping[str, Any]], is_promised: Mapping[str, 
     if any(each is False for each in asked):
         return "failed"
     return "could not run" if any(each is None for each in asked) else "passed"
+
+
+def _expect(k: int, about: Mapping[str, Any], what: str) -> None:
+    if about["num_speculative_tokens"] != k:
+        raise SpecplugError(
+            f"{what} verifies up to {about['num_speculative_tokens']} draft tokens a step where {k} were expected: "
+            "what it does cannot be told from this speculative_config"
+        )
 
 
 def _about(engine: Engine) -> dict[str, Any]:
@@ -318,7 +316,7 @@ def _contexts(
         )
     prefixes, tokens = [], []
     for context in candidates:
-        for depth, draft in enumerate(context.drafts):
+        for depth, draft in enumerate(context.drafts or [context.first]):
             prefixes.append([*context.prompt, context.first, *context.drafts[:depth]])
             tokens.append(draft)
     scored = engine.complete(
@@ -331,20 +329,18 @@ def _contexts(
             after={"capture_scores": [tokens, options.temperature]},
         )
     ).answers["capture_scores"]
-    chances = np.array(scored).reshape(len(candidates), k)
+    chances = np.array(scored).reshape(len(candidates), max(k, 1))
     whole = np.log(np.maximum(chances, 1e-12)).sum(axis=1)
     order = np.argsort(np.abs(whole - math.log(0.3)), kind="stable")[: options.contexts].tolist()
     chosen = [candidates[index] for index in order]
     for context in chosen:
         context.num_accepted = k // 2
-    for context in chosen:
-        middle = [*context.prompt, context.first, *context.drafts[: context.num_accepted]]
-        first, at_middle = _rows(engine, [[*context.prompt, context.first], middle])
-        context.unlikely = int(np.argsort(first)[len(first) // 2])
-        favourites = np.argsort(-at_middle)[:2].tolist()
-        context.replacement = next(
-            token for token in favourites if token != [*context.drafts, -1][context.num_accepted]
-        )
+        if k:
+            middle = [*context.prompt, context.first, *context.drafts[: context.num_accepted]]
+            first, at_middle = _rows(engine, [[*context.prompt, context.first], middle])
+            context.unlikely = int(np.argsort(first)[len(first) // 2])
+            favourites = np.argsort(-at_middle)[:2].tolist()
+            context.replacement = next(token for token in favourites if token != context.drafts[context.num_accepted])
         prefixed = context.prefixes()
         context.rows = dict(zip(prefixed, _rows(engine, list(prefixed.values())), strict=True))
     return chosen
@@ -368,13 +364,19 @@ def _lossless(
     at_once = _at_once(about)
     hypotheses: list[statistics.Hypothesis] = []
     imagined: list[statistics.Hypothesis] = []
-    shown, wrong_rows, redrawn = [], [], False
+    biased: list[str] = []
+    shown, wrong_rows, unreached, redrawn = [], [], [], False
 
     def spell(token: int) -> str:
         return f"token {token} ({tokenizer.decode([token])!r})"
 
     for nth, context in enumerate(contexts):
         places, redrawn = _drawn(engine, options, context, k, at_once, nth, len(contexts), progress)
+        unreached += [
+            f"context {nth + 1}, {name}"
+            for name in named.names_of(k, redrawn)
+            if name not in places or not places[name]["counts"].sum()
+        ]
         for name, found in places.items():
             where = f"context {nth + 1}, {name}"
             probs = statistics.softmax(found["row"], options.temperature)
@@ -384,7 +386,9 @@ def _lossless(
                 seen = f"{found['missing']:,} times no token was emitted where one had to be"
                 made.append(statistics.Hypothesis(where, "missing", 0.0, seen))
             hypotheses += made
-            imagined += statistics.hypotheses_of(where, found["biased"], probs)
+            if found["accept_chance"] is not None and found["counts"].sum():
+                biased.append(where)
+                imagined += statistics.hypotheses_of(where, found["biased"], probs)
             place = name.partition(",")[0]
             gap = _gap(found["row"], context.rows[place]) if place in context.rows else 0.0
             if gap > bound:
@@ -402,10 +406,11 @@ def _lossless(
         "num_hypotheses": len(hypotheses),
         "rejected": [vars(each) for each in rejected],
         "wrong_rows": wrong_rows,
+        "unreached": unreached,
         "row_bound": bound,
         "is_redrawn": redrawn,
         "places": shown,
-        "power": {"bias": BIAS, "caught": bool(caught), "at": [vars(each) for each in caught][:MAX_EXAMPLES]}
+        "power": {"bias": BIAS, "at": sorted({each.place for each in caught}), "num_places": len(biased)}
         if k
         else None,
     }
@@ -431,7 +436,6 @@ def _drawn(
     missing = dict.fromkeys(stages, options.draws)
     places: dict[str, dict[str, Any]] = {}
     is_new, is_redrawn = True, False
-    context.num_accepted = min(context.num_accepted, max(k - 1, 0))
     for wave in itertools.count():
         if not any(count > 0 for count in missing.values()):
             break
@@ -588,6 +592,7 @@ def _identity(
         "num_requests": len(prompts),
         "num_identical": len(prompts) - len(found),
         "num_near_ties": len(examples) - num_bugs,
+        "num_unexplained": num_bugs + unexamined,
         "near_tie_bound": bound,
         "num_unexamined": unexamined,
         "examples": examples,

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vllm_specplug.audit.places import AFTER, NO_DRAFT, VERIFY, name_of
 from vllm_specplug.audit.runners import Step, between, is_v2
 
 STEP_SECONDS = 10.0
 """Longest that one engine step is held up for draws."""
-NO_DRAFT, VERIFY, AFTER = "no draft", "verify", "after a rejection"
 
 
 @dataclass
@@ -242,7 +242,7 @@ class Auditor:
         drafts: Sequence[Sequence[int]],
         probs: torch.Tensor | None,
     ) -> Place:
-        name = self.name_of(stage, is_unlikely, depth, depths)
+        name = name_of(stage, is_unlikely, depth, depths)
         place = self.places.get(name)
         if place is None:
             target = logits[row.start + depth].float().cpu()
@@ -257,15 +257,6 @@ class Auditor:
                     place.accept_chance = float(torch.minimum(wanted, draft).sum())
             self.places[name] = place
         return place
-
-    @staticmethod
-    def name_of(stage: str, is_unlikely: bool, depth: int, depths: int) -> str:
-        """A place in words."""
-        if stage != VERIFY or (depths == 1 and not is_unlikely):
-            return stage
-        if is_unlikely:
-            return "draft 1, unlikely token"
-        return "bonus" if depth == depths - 1 else f"draft {depth + 1}"
 
 
 class AuditExtension:

