@@ -59,7 +59,7 @@ def optimal_acceptance(target: NDArray[np.float64], draft: NDArray[np.float64], 
         num_drafts: drafts in the list; the sets of ``num_drafts`` tokens are enumerated: keep the vocabulary small.
 
     Raises:
-        ValueError: there would be more than :data:`MAX_LISTS` lists, there is no draft, or the two are not distributions
+        ValueError: there would be more than :data:`MAX_LISTS` lists, there is no draft, or the two are no distributions
             of one length.
         ImportError: scipy is not installed.
     """

@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 
 
@@ -42,8 +42,8 @@ def root(
 ) -> None:
     """Speculative decoding for vLLM: any drafter, and for a given seed the same tokens as without it.
 
-    Try it on this machine with [bold]specplug demo[/bold]; serve a model with [bold]specplug serve[/bold] (or
-    [bold]vllm serve[/bold]); make a token store of your own text with [bold]specplug datastore build[/bold].
+    Try it on this machine with **specplug demo**; serve a model with **specplug serve** (or
+    **vllm serve**); make a token store of your own text with **specplug datastore build**.
     """
 
 

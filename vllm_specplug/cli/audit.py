@@ -29,7 +29,7 @@ from vllm_specplug import __version__, corpus
 from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.errors import ConfigurationError, SpecplugError
 
-app = typer.Typer(rich_markup_mode="rich", add_completion=False)
+app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
 EXIT_STATUS = {"passed": 0, "failed": 1, "could not run": 2}
 MAX_DRAWS = 1_000_000

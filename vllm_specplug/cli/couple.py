@@ -30,7 +30,7 @@ from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.samplers import theory
 
-app = typer.Typer(help="Measure how often target and draft agree under each coupling.")
+app = typer.Typer(help="Measure how often target and draft agree under each coupling.", rich_markup_mode="markdown")
 
 EPSILON = 1e-3
 """What the scheme with few bits may lose."""

@@ -42,7 +42,11 @@ from vllm_specplug.proposers.datastore import (
 )
 from vllm_specplug.proposers.rest import RestProposer
 
-app = typer.Typer(help="Build, inspect, check and try token stores for the rest proposer.", no_args_is_help=True)
+app = typer.Typer(
+    help="Build, inspect, check and try token stores for the rest proposer.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
 
 EXIT_CORRUPTED = 1
 EXIT_BAD_INPUT = 2

@@ -158,9 +158,9 @@ def demo(
     """See what specplug does on this machine: three engines, the same prompts, one table. No network is used.
 
     Builds a token store from this Python's standard library (without the modules that the prompts come from), then
-    starts vLLM three times: speculation off, vLLM's own n-gram drafter, and specplug with suffix, ngram and rest. Each
-    completes the same prompts with the same seeds at temperatures 0 and 0.8. Takes a few minutes on two cores; --quick
-    about one.
+    starts vLLM three times: speculation off, vLLM's own n-gram drafter, and specplug as it is by default with that
+    store (suffix, ngram, lookahead and rest). Each completes the same prompts with the same seeds at temperatures 0
+    and 0.8. Takes a few minutes on two cores; --quick about one.
 
     Example: specplug demo --quick --json results.json
     """

@@ -46,7 +46,9 @@ from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerC
 from vllm_specplug.proposers.datastore import BATCH_CHARS, Datastore, DatastoreError, tokenizer_fingerprint
 from vllm_specplug.proposers.ensemble import Ensemble
 
-app = typer.Typer(help="Decode text that is already written with proposers, without an engine.")
+app = typer.Typer(
+    help="Decode text that is already written with proposers, without an engine.", rich_markup_mode="markdown"
+)
 
 ORACLE = "oracle"
 LONGEST_MATCH = "longest-match"
@@ -598,8 +600,9 @@ def replay(
         str | None,
         typer.Option(
             help="Names, as in suffix,rest,ensemble, or a JSON list with options, as in speculative_config; by default "
-            "suffix, rest where there is a store, and ensemble. jacobi, lookahead and recycling learn from what a "
-            "target says behind a rejected token, which a replay does not know: expect more of them in an engine.",
+            "those of a server (suffix, ngram, lookahead, and rest where there is a store) and their ensemble. jacobi, "
+            "lookahead and recycling learn from what a target says behind a rejected token, which a replay does not "
+            "know: expect more of them in an engine.",
             show_default=False,
         ),
     ] = None,
