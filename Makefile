@@ -13,7 +13,7 @@ demo: setup
 	$(BIN)/specplug demo $(DEMO_OPTIONS)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 setup: $(VENV)/.ready
 

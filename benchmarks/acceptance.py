@@ -16,11 +16,12 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import engine_arguments, engines, print_markdown, progress, setting, work_of
+from common import SEED, engine_arguments, engines, print_markdown, progress, setting, work_of
 from scipy.stats import norm
 
 from vllm_specplug.cli.engines import Completed
@@ -117,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             runs = []
             for temperature in arguments.temperature:
                 work = work_of(arguments.batch, temperature, arguments.max_tokens, num_prompts=arguments.prompts)
-                runs.append(running[sampler].complete(work))
+                runs.append(running[sampler].complete(replace(work, seed=arguments.seed)))
         for temperature, run in zip(arguments.temperature, runs, strict=True):
             rows.append(compare(sampler, temperature, run, prompts, arguments))
             progress.print(f"{sampler}, temperature {temperature:g}: {rows[-1]['sigmas']:+.2f} sigma")
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("-k", type=int, default=3, help="draft tokens of a step")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=SEED, help="of the first request; the others follow")
     parser.add_argument("--json", type=Path, help="write the rows here")
     arguments = parser.parse_args()
     if min(arguments.temperature) <= 0:

@@ -300,7 +300,7 @@ def couple(
     """How often a draft token is the target's under each coupling, against the distance of the two distributions.
 
     Exact values from formulas, checked by draws; Gumbel is at or above MinHash for every pair, or the exit status is 1.
-    The default takes about two minutes on two cores. Columns: TV, the distance of the two distributions; optimal, what
+    The default takes about a minute on two cores. Columns: TV, the distance of the two distributions; optimal, what
     the classic rejection rule reaches; low comm., a scheme that sends few bits and may lose 0.001.
 
     Example: specplug couple --csv couple.csv --png couple.png
