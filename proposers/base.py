@@ -235,6 +235,23 @@ class Verified:
     num_unsettled: int = 0
 
 
+@dataclass
+class StoreStats:
+    """Counters of one token store.
+
+    Attributes:
+        tokens: in the store.
+        bytes: of its file.
+        lookups: drafts that were asked of it.
+        hits: those of them that it had a draft for.
+    """
+
+    tokens: int = 0
+    bytes: int = 0
+    lookups: int = 0
+    hits: int = 0
+
+
 class Proposer(abc.ABC):
     """Guesses the next tokens of a batch of requests.
 
@@ -270,6 +287,10 @@ class Proposer(abc.ABC):
     def memory_bytes(self) -> int:
         """Bytes of state kept about requests now, for the counters."""
         return 0
+
+    def store_stats(self) -> Mapping[str, StoreStats]:
+        """Counters of the token stores that it drafts from, by name."""
+        return {}
 
     def describe(self) -> str:
         """A few words for the start-up line, such as the store's size."""

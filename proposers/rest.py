@@ -38,6 +38,7 @@ from .base import (
     Drafts,
     Proposer,
     ProposerContext,
+    StoreStats,
     check_number,
     check_option_names,
     check_probability,
@@ -354,12 +355,15 @@ class RestProposer(Proposer):
         self.stores = {name: Datastore.open(path) for name, path in context.datastores.items()}
         for store in self.stores.values():
             store.check_vocab_size(context.vocab_size)
+        self._stats = {
+            name: StoreStats(store.header.num_tokens, store.header.file_bytes) for name, store in self.stores.items()
+        }
 
     def propose(self, batch: DraftBatch) -> Drafts:
         kernel = draft_batch if len(batch) < PARALLEL_BATCH or numba.get_num_threads() == 1 else draft_batch_parallel
-        return self._run(kernel, batch)
+        return self._run(kernel, batch, self._stats)
 
-    def _run(self, kernel: Any, batch: DraftBatch) -> Drafts:
+    def _run(self, kernel: Any, batch: DraftBatch, stats: Mapping[str, StoreStats] | None = None) -> Drafts:
         width = max(batch.max_draft_tokens.tolist(), default=0)  # for few requests numpy's takes a microsecond more
         contexts = (
             kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
@@ -378,6 +382,10 @@ class RestProposer(Proposer):
                 self._min_confidence, *noise,
                 drafts.token_ids, drafts.num_tokens, drafts.confidence, drafts.match_length, drafts.votes,
             )  # fmt: skip
+            if stats is not None:
+                each = stats[name]
+                each.lookups += np.count_nonzero(limits[name]) if name in limits else len(batch)
+                each.hits += np.count_nonzero(drafts.num_tokens)
             if best is None:
                 best = drafts
             else:
@@ -426,6 +434,9 @@ class RestProposer(Proposer):
             self._run(kernel, batch)
         for store in self.stores.values():
             store.prefault()
+
+    def store_stats(self) -> Mapping[str, StoreStats]:
+        return self._stats
 
     def describe(self) -> str:
         words = []

@@ -21,6 +21,7 @@ import pytest
 
 from vllm_specplug.cli.serve import CPU_DISTRIBUTION, answer_for_cpu_wheel
 from vllm_specplug.corpus import held_out_prompts
+from vllm_specplug.metrics import ALL_SERIES
 from vllm_specplug.tiny_models import target_path
 
 START_TIMEOUT_S = 600
@@ -318,6 +319,25 @@ def test_metrics_and_counters_agree(server: Server) -> None:
     assert accepted == server.metric("vllm:spec_decode_num_accepted_tokens_total")
     assert 0 < accepted <= drafted
     assert server.metric("vllm:spec_decode_num_drafts_total") > 0
+
+
+@pytest.mark.engine
+def test_our_series_stand_beside_vllms(server: Server) -> None:
+    complete(server, temperature=0)
+    stats = server.stats()
+    drafted = sum(proposer["drafted"] for proposer in stats["proposers"].values())
+    # Workers publish once a second.
+    assert wait_until(lambda: server.metric("specplug_proposer_drafted_tokens_total") == drafted, 10)
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    for series in ALL_SERIES:
+        name = f"{series.name}_total" if series.kind == "counter" else series.name
+        assert f"# TYPE {name} {series.kind}" in lines
+        assert any(line.startswith(f'{name}{{engine="0",model_name="{MODEL}"') for line in lines), name
+    assert server.metric("specplug_emitted_tokens_total") == stats["emitted"]
+    assert server.metric("specplug_store_tokens") > 10_000
+    assert 0 < server.metric("specplug_store_hits_total") <= server.metric("specplug_store_lookups_total")
+    assert server.metric("specplug_verify_seconds_total") > 0
 
 
 @pytest.mark.engine

@@ -25,6 +25,7 @@ from vllm_specplug.proposers.base import (
     Drafts,
     Proposer,
     ProposerContext,
+    StoreStats,
     TargetNoise,
     Verified,
     kernel_input,
@@ -48,6 +49,7 @@ class ProposerStats:
         propose_s: seconds spent in the proposer.
         memory_bytes: state it keeps about requests.
         active: False once it was left out.
+        stores: counters of its token stores, by name.
     """
 
     drafted: int = 0
@@ -58,6 +60,7 @@ class ProposerStats:
     propose_s: float = 0.0
     memory_bytes: int = 0
     active: bool = True
+    stores: dict[str, StoreStats] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,6 +75,8 @@ class DraftingStats:
         request_steps: request and step pairs that emitted tokens.
         live_requests: requests that hold state here.
         wait_s: seconds spent waiting for emitted tokens to arrive from the device (V2).
+        verify_s: seconds of steps that verified drafts and took in no prompt, drafting left out.
+        verify_steps: those steps.
         proposers: counters of each.
         ensemble: what was decided between them, and what steps cost.
     """
@@ -81,6 +86,8 @@ class DraftingStats:
     request_steps: int = 0
     live_requests: int = 0
     wait_s: float = 0.0
+    verify_s: float = 0.0
+    verify_steps: int = 0
     proposers: dict[str, ProposerStats] = field(default_factory=dict)
     ensemble: EnsembleStats = field(default_factory=EnsembleStats)
 
@@ -104,6 +111,8 @@ class Drafting:
 
     FOLLOW_INTERVAL = 8
     """While proposers rest, they see the tokens every so many steps."""
+    COUNT_INTERVAL_S = 1.0
+    """Proposers are asked for their memory at most this often, between steps."""
 
     def __init__(
         self, settings: Settings, context: ProposerContext, native: str | None = None, can_shorten: bool = True
@@ -125,6 +134,7 @@ class Drafting:
         self.ensemble = Ensemble(
             self._names, context.num_speculative_tokens, settings.ensemble_options, can_shorten=can_shorten
         )
+        self._counted = 0.0  # when proposers were last asked for their memory
         self._step_began = 0.0  # when the drafts of the step under way were handed over
         self._verified_rows = -1  # draft rows of the step under way; -1 when its time says nothing
         self._num_steps = 0
@@ -203,10 +213,15 @@ class Drafting:
             pass  # steps like this one are known well enough
         elif self._verified_rows >= 0 and self._step_began and requests:
             self.ensemble.took(len(requests), self._verified_rows, now - self._step_began)
+            if self._verified_rows:
+                self.stats.verify_s += now - self._step_began
+                self.stats.verify_steps += 1
         else:
             self.ensemble.missed()
         self._num_steps += 1
         self._verified_rows = -1
+        if now - self._counted > self.COUNT_INTERVAL_S:
+            self._count_memory()
         try:
             return self._propose(requests, token_ids, rows, num_tokens, limit, noise, native)
         finally:
@@ -377,16 +392,27 @@ class Drafting:
             except Exception:
                 self._leave_out(name, "raised while closing")
 
-    def snapshot(self) -> dict[str, Any]:
-        """The counters now, as plain types."""
+    def snapshot(self, is_fresh: bool = True) -> dict[str, Any]:
+        """The counters now, as plain types.
+
+        Args:
+            is_fresh: False takes memory and stores as they last were, at most a second of steps ago, and asks no
+                proposer: for threads other than the one that drafts.
+        """
+        if is_fresh:
+            self._count_memory()
         self.stats.live_requests = max(len(self._seen), self.ensemble.num_live)
         self.stats.ensemble = self.ensemble.snapshot()
+        return self.stats.to_dict()
+
+    def _count_memory(self) -> None:
         for name, proposer in list(self._proposers.items()):
             try:
                 self.stats.proposers[name].memory_bytes = int(proposer.memory_bytes())
+                self.stats.proposers[name].stores = dict(proposer.store_stats())
             except Exception:
                 self._leave_out(name, "raised while counting its memory")
-        return self.stats.to_dict()
+        self._counted = time.perf_counter()
 
     def _leave_out(self, name: str, what: str) -> None:
         # Called from an except block: the traceback goes to the log once, since a proposer is left out only once.

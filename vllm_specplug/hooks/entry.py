@@ -30,6 +30,7 @@ from vllm_specplug.config import (
 )
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.hooks import seams
+from vllm_specplug.hooks.metrics import hide_metrics, show_metrics
 from vllm_specplug.proposers.base import ProposerContext
 from vllm_specplug.registry import NEEDS_DATASTORE, PROPOSERS, nearest
 
@@ -73,6 +74,7 @@ def uninstall() -> None:
         runner_hooks = sys.modules.get(module)
         if runner_hooks is not None:
             runner_hooks.patches.undo()
+    hide_metrics()
     _patches.undo()
 
 
@@ -353,6 +355,8 @@ def _unfit_v2(config: Any) -> str:
 def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     config = original(self, *args, **kwargs)
     check_engine(config)
+    if settings_of(config.additional_config) is not None:
+        show_metrics()
     if config.use_v2_model_runner and is_coupled(config.speculative_config):
         setattr(config.speculative_config, _V2_MARK, True)
     return config

@@ -81,6 +81,16 @@ PROCESS_SEAMS = (
 )
 """Wrapped in every process, by the plugin's entry point."""
 
+METRICS_SEAMS = (
+    Seam(
+        "vllm.entrypoints.serve.instrumentator.metrics",
+        "get_prometheus_registry",
+        (),
+        "with several API servers /metrics shows a registry made for it: our series join there",
+    ),
+)
+"""Wrapped in a process that reads our configuration; without it everything works, and /metrics lacks our series."""
+
 V1_SEAMS = (
     Seam(
         "vllm.v1.worker.gpu_model_runner",

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.outputs import DraftTokenIds, LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor.builtin import (
@@ -33,6 +34,7 @@ from vllm_specplug.drafting import Drafting
 from vllm_specplug.history import TrackedRequest
 from vllm_specplug.hooks import seams
 from vllm_specplug.hooks.entry import is_coupled
+from vllm_specplug.hooks.metrics import publish_metrics
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
 from vllm_specplug.samplers import minhash
 from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal, probabilities
@@ -75,6 +77,8 @@ class Attachment:
         self._runner = runner
         self.drafting.warm_up()
         atexit.register(self.drafting.close)
+        if get_tp_group().rank_in_group == 0:
+            publish_metrics(lambda: self.snapshot(is_fresh=False), runner.vllm_config)
 
     def describe_sampler(self) -> str:
         """The sampler in the words of the start-up line."""
@@ -139,9 +143,9 @@ class Attachment:
             self.verifier.finish(request_id)
         self.drafting.finish([request_id])
 
-    def snapshot(self) -> dict[str, Any]:
-        """Counters of this worker, and how many requests hold state in it."""
-        counters = self.drafting.snapshot()
+    def snapshot(self, is_fresh: bool = True) -> dict[str, Any]:
+        """Counters of this worker, and how many requests hold state in it; ``is_fresh`` as in ``Drafting.snapshot``."""
+        counters = self.drafting.snapshot(is_fresh)
         counters["live_requests"] = max(counters["live_requests"], len(self._requests))
         if isinstance(self.verifier, CoupledVerifier):
             counters["live_requests"] = max(counters["live_requests"], self.verifier.num_streams)

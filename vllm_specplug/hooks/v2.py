@@ -35,6 +35,7 @@ from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.history import TokenHistory, TrackedRequest
 from vllm_specplug.hooks import seams
 from vllm_specplug.hooks.entry import is_coupled, is_ours
+from vllm_specplug.hooks.metrics import publish_metrics
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
 from vllm_specplug.samplers import minhash
 from vllm_specplug.samplers.base import probabilities
@@ -312,6 +313,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         if self.is_first_rank:
             self.drafting.warm_up()
             atexit.register(self.drafting.close)
+            publish_metrics(lambda: self.snapshot(is_fresh=False), runner.vllm_config)
             logger.info(
                 "specplug is active: runner V2, sampler %s (%s), proposers: %s%s; up to %d draft tokens, "
                 "async scheduling %s (warm-up %.1f s)",
@@ -479,9 +481,9 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         cut = [draft[:length] for draft, length in zip(proposed.draft_token_ids, lengths, strict=True)]
         return DraftTokenIds(proposed.req_ids, cut)
 
-    def snapshot(self) -> dict[str, Any]:
-        """Counters of this worker, and how many requests hold state in it."""
-        counters = self.drafting.snapshot()
+    def snapshot(self, is_fresh: bool = True) -> dict[str, Any]:
+        """Counters of this worker, and how many requests hold state in it; ``is_fresh`` as in ``Drafting.snapshot``."""
+        counters = self.drafting.snapshot(is_fresh)
         counters["live_requests"] = max(counters["live_requests"], len(self.history), len(self._in_place))
         return counters
 

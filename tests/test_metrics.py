@@ -1,0 +1,131 @@
+"""Counters on their way from a worker to ``/metrics``, without an engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from vllm_specplug import metrics
+from vllm_specplug.drafting import DraftingStats, ProposerStats
+from vllm_specplug.proposers.base import StoreStats
+
+LABELS = {"engine": "0", "model_name": "tiny"}
+
+
+@pytest.fixture
+def stats() -> DraftingStats:
+    made = DraftingStats(steps=7, emitted=20, verify_s=0.5)
+    made.proposers["rest"] = ProposerStats(drafted=10, accepted=4, stores={"code": StoreStats(1000, 8000, 5, 3)})
+    made.proposers["suffix"] = ProposerStats(drafted=6, accepted=6, memory_bytes=123)
+    made.ensemble.paused = True
+    return made
+
+
+def shown(folder: Path) -> list[str]:
+    registry = CollectorRegistry()
+    registry.register(metrics.Collector(folder))
+    return generate_latest(registry).decode().splitlines()
+
+
+def test_counters_become_series(tmp_path: Path, stats: DraftingStats) -> None:
+    publisher = metrics.Publisher(stats.to_dict, LABELS, tmp_path)
+    publisher.publish()
+    lines = shown(tmp_path)
+    both = 'engine="0",model_name="tiny"'
+    for line in (
+        f"specplug_steps_total{{{both}}} 7.0",
+        f"specplug_verify_seconds_total{{{both}}} 0.5",
+        f"specplug_paused{{{both}}} 1.0",
+        f'specplug_proposer_accepted_tokens_total{{{both},proposer="rest"}} 4.0',
+        f'specplug_proposer_memory_bytes{{{both},proposer="suffix"}} 123.0',
+        f'specplug_store_hits_total{{{both},store="code"}} 3.0',
+    ):
+        assert line in lines
+    assert sum(line.startswith("# TYPE ") for line in lines) == len(metrics.ALL_SERIES)
+    publisher.close()
+    assert shown(tmp_path) == []
+
+
+def test_every_engine_has_lines_of_its_own(tmp_path: Path, stats: DraftingStats) -> None:
+    for engine in ("0", "1"):
+        metrics.Publisher(stats.to_dict, {**LABELS, "engine": engine}, tmp_path).publish()
+    lines = [line for line in shown(tmp_path) if line.startswith("specplug_steps_total")]
+    assert [line.partition("}")[0] for line in lines] == [
+        f'specplug_steps_total{{engine="{engine}",model_name="tiny"' for engine in ("0", "1")
+    ]
+
+
+def test_what_is_no_file_of_ours_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "other.txt").write_text("x")
+    assert shown(tmp_path) == []
+
+
+def test_only_changes_are_written(tmp_path: Path, stats: DraftingStats) -> None:
+    publisher = metrics.Publisher(stats.to_dict, LABELS, tmp_path)
+    publisher.publish()
+    (path,) = tmp_path.glob("*.json")
+    first = path.stat().st_mtime_ns
+    publisher.publish()
+    assert path.stat().st_mtime_ns == first
+    stats.steps += 1
+    publisher.publish()
+    assert json.loads(path.read_text())["snapshot"]["steps"] == 8
+
+
+def test_a_thread_publishes(tmp_path: Path, stats: DraftingStats, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "INTERVAL_S", 0.01)
+    publisher = metrics.Publisher(stats.to_dict, LABELS, tmp_path)
+    publisher.start()
+    try:
+        stats.steps = 99
+        end = time.monotonic() + 10
+        while next(metrics.read(tmp_path))[1]["steps"] != 99:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    finally:
+        publisher.close()
+
+
+def test_trouble_ends_publishing_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metrics, "INTERVAL_S", 0.01)
+    calls: list[int] = []
+
+    def snapshot() -> dict[str, Any]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("dictionary changed size during iteration")
+        if len(calls) == 4:
+            raise OSError("disk full")
+        return {"steps": len(calls)}
+
+    publisher = metrics.Publisher(snapshot, LABELS, tmp_path)
+    publisher.start()
+    publisher._thread.join(10)
+    assert not publisher._thread.is_alive()
+    assert len(calls) == 4
+    assert "no longer published" in caplog.text
+
+
+def test_the_folder_goes_with_its_process(tmp_path: Path) -> None:
+    program = "from vllm_specplug import metrics; print(metrics.open_folder()); print(metrics.open_folder())"
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment.pop(metrics.FOLDER_VARIABLE, None)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    first, second = done.stdout.split()
+    assert first == second
+    assert Path(first).parent == tmp_path
+    assert not Path(first).exists()
+    given = {**environment, metrics.FOLDER_VARIABLE: str(tmp_path / "given")}
+    subprocess.run([sys.executable, "-c", program], env=given, check=True, capture_output=True)
+    assert (tmp_path / "given").is_dir()

@@ -1,0 +1,70 @@
+"""Where metrics meet vLLM: who publishes, under which labels, and which registry answers ``/metrics``."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_specplug import metrics
+from vllm_specplug.hooks import seams
+
+logger = logging.getLogger("vllm.specplug")
+_patches = seams.Patches()
+_is_shown = False
+
+
+def show_metrics() -> None:
+    """This process reads the configuration: it, or one that it starts, answers ``/metrics``. Trouble is only logged."""
+    global _is_shown
+    try:
+        from prometheus_client import REGISTRY
+
+        metrics.register(REGISTRY, metrics.open_folder())
+        if not _is_shown and "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            _patches.install(seams.METRICS_SEAMS, {"get_prometheus_registry": _registry})
+            _is_shown = True
+    except Exception as error:
+        logger.warning("specplug's metrics are not on /metrics: %s", error)
+
+
+def hide_metrics() -> None:
+    """Put vLLM's own function back."""
+    global _is_shown
+    _patches.undo()
+    _is_shown = False
+
+
+def _registry(original: Callable[[], Any]) -> Any:
+    """With several API servers vLLM makes a registry that knows nothing but its own files."""
+    registry = original()
+    metrics.register(registry, metrics.open_folder())
+    return registry
+
+
+def publish_metrics(snapshot: Callable[[], metrics.Snapshot], vllm_config: Any) -> None:
+    """This worker's counters go where they are looked for, from now until it ends."""
+    folder = os.environ.get(metrics.FOLDER_VARIABLE)
+    name = vllm_config.model_config.served_model_name
+    labels = {
+        "model_name": str(name[0] if isinstance(name, list) else name),
+        "engine": str(vllm_config.parallel_config.data_parallel_index),
+    }
+    try:
+        publisher = metrics.Publisher(snapshot, labels, Path(folder) if folder else None, ray=_is_under_ray())
+        publisher.start()
+    except Exception:
+        logger.exception("specplug's metrics are not published")
+        return
+    atexit.register(publisher.close)
+
+
+def _is_under_ray() -> bool:
+    try:
+        import ray
+    except ImportError:
+        return False
+    return bool(ray.is_initialized())
