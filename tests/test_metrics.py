@@ -69,13 +69,30 @@ def test_what_is_no_file_of_ours_is_passed_over(tmp_path: Path) -> None:
     assert shown(tmp_path) == []
 
 
+def test_a_worker_that_was_killed_is_forgotten(tmp_path: Path, stats: DraftingStats) -> None:
+    publisher = metrics.Publisher(stats.to_dict, LABELS, tmp_path)
+    publisher.publish()
+    (path,) = tmp_path.glob("*.json")
+    long_ago = time.time() - metrics.STALE_S - 10
+    os.utime(path, (long_ago, long_ago))
+    assert shown(tmp_path) == []
+    publisher.publish()  # nothing new, but alive
+    assert shown(tmp_path)
+
+
+def test_the_reference_is_that_of_the_code() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    table = metrics.reference()
+    assert table in page, f"docs/metrics.md: put this in place of its table:\n{table}"
+
+
 def test_only_changes_are_written(tmp_path: Path, stats: DraftingStats) -> None:
     publisher = metrics.Publisher(stats.to_dict, LABELS, tmp_path)
     publisher.publish()
     (path,) = tmp_path.glob("*.json")
-    first = path.stat().st_mtime_ns
+    first = path.stat().st_ino
     publisher.publish()
-    assert path.stat().st_mtime_ns == first
+    assert path.stat().st_ino == first
     stats.steps += 1
     publisher.publish()
     assert json.loads(path.read_text())["snapshot"]["steps"] == 8

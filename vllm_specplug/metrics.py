@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ logger = logging.getLogger("vllm.specplug")
 FOLDER_VARIABLE = "SPECPLUG_METRICS_DIR"
 """Environment variable with the folder of the files: set by the process that reads the configuration, inherited."""
 INTERVAL_S = 1.0
+STALE_S = 60.0
+"""A file that was not touched for so long belongs to a worker that was killed."""
 
 Snapshot = Mapping[str, Any]
 """What :meth:`vllm_specplug.drafting.Drafting.snapshot` returns."""
@@ -154,6 +157,8 @@ class Publisher:
         snapshot = self._snapshot()
         text = json.dumps({"labels": self._labels, "snapshot": snapshot})
         if text == self._last:
+            if self._path is not None:
+                self._path.touch()  # alive, only idle
             return
         if self._path is not None:
             temporary = self._path.with_suffix(".tmp")
@@ -213,11 +218,29 @@ class Collector:
 
 
 def read(folder: Path) -> Iterator[tuple[dict[str, str], Snapshot]]:
-    """(labels, counters) of every worker that left some."""
+    """(labels, counters) of every worker that is alive."""
     for path in sorted(folder.glob("*.json")):
-        with contextlib.suppress(OSError, ValueError):  # it went away, or is no file of ours
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it went away, or is no file of ours
+            if time.time() - path.stat().st_mtime > STALE_S:
+                continue
             found = json.loads(path.read_text())
             yield found["labels"], found["snapshot"]
+
+
+def reference() -> str:
+    """All series as a Markdown table, for the documentation."""
+    labels = {
+        ENGINE_SERIES: "",
+        ENSEMBLE_SERIES: "",
+        PROPOSER_SERIES: ", `proposer`",
+        STORE_SERIES: ", `store`",
+    }
+    lines = ["| series | kind | labels | what it counts |", "| --- | --- | --- | --- |"]
+    for group, more in labels.items():
+        for series in group:
+            name = f"{series.name}_total" if series.kind == "counter" else series.name
+            lines.append(f"| `{name}` | {series.kind} | `model_name`, `engine`{more} | {series.help} |")
+    return "\n".join(lines)
 
 
 _registered: set[int] = set()

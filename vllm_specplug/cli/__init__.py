@@ -103,6 +103,21 @@ def couple(arguments: Annotated[list[str] | None, typer.Argument(metavar="[OPTIO
 
 
 @app.command(
+    name="top",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def top(arguments: Annotated[list[str] | None, typer.Argument(metavar="[URL] [OPTIONS]...")] = None) -> None:
+    """Watch the speculation of a running server, live in the terminal.
+
+    Example: specplug top http://127.0.0.1:8000
+    """
+    from vllm_specplug.cli.top import app as top_app
+
+    top_app(args=arguments or [], prog_name="specplug top")
+
+
+@app.command(
     name="audit",
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
