@@ -137,7 +137,8 @@ def test_it_goes_on_until_it_is_interrupted(answering: Answering) -> None:
     try:
         end = time.monotonic() + 60
         while answering.num_asked < 3:
-            assert program.poll() is None and time.monotonic() < end
+            assert program.poll() is None
+            assert time.monotonic() < end
             time.sleep(0.05)
         answering.stop()
         time.sleep(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -146,3 +147,19 @@ def test_the_folder_goes_with_its_process(tmp_path: Path) -> None:
     given = {**environment, metrics.FOLDER_VARIABLE: str(tmp_path / "given")}
     subprocess.run([sys.executable, "-c", program], env=given, check=True, capture_output=True)
     assert (tmp_path / "given").is_dir()
+
+
+def test_the_dashboard_asks_for_series_that_there_are() -> None:
+    dashboard = json.loads((Path(__file__).parents[1] / "examples" / "grafana" / "specplug.json").read_text())
+    known = {f"{each.name}_total" if each.kind == "counter" else each.name for each in metrics.ALL_SERIES}
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = set(re.findall(r"specplug_\w+", " ".join(queries)))
+    assert len(asked) > 10
+    assert asked <= known
+    cells = [
+        (x, y)
+        for panel in dashboard["panels"]
+        for x in range(panel["gridPos"]["x"], panel["gridPos"]["x"] + panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["y"], panel["gridPos"]["y"] + panel["gridPos"]["h"])
+    ]
+    assert len(cells) == len(set(cells)), "panels overlap"
