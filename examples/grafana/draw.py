@@ -23,6 +23,8 @@ DASHBOARD = Path(__file__).with_name("specplug.json")
 NUM_POINTS = 120
 HEADING = 0.02
 
+Curves = dict[str, list[tuple[float, float]]]
+
 
 def ask(prometheus: str, path: str, **parameters: str) -> Any:
     """Prometheus's answer to one call of its HTTP API."""
@@ -40,7 +42,7 @@ def curves(
     prometheus: str, panel: dict[str, Any], window: str, minutes: float, end: float
 ) -> dict[str, list[tuple[float, float]]]:
     """(seconds before the end, value) of every curve of a panel, by its name."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: Curves = {}
     step = max(1.0, minutes * 60 / NUM_POINTS)
     for target in panel["targets"]:
         query = target["expr"].replace("$__rate_interval", window).replace("$model", ".*")
@@ -68,7 +70,7 @@ def shown(value: float, panel: dict[str, Any]) -> str:
     return f"{value:,.{panel['fieldConfig']['defaults'].get('decimals', 0)}f}"
 
 
-def draw_panel(axes: Any, panel: dict[str, Any], found: dict[str, list[tuple[float, float]]]) -> None:
+def draw_panel(axes: Any, panel: dict[str, Any], found: Curves) -> None:
     """One panel, as a curve or as a number."""
     defaults = panel["fieldConfig"]["defaults"]
     axes.set_title(panel["title"], loc="left", fontsize=10)
