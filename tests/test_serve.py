@@ -166,6 +166,7 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL, "--dtype", "float32"]
     command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
     command += ["--speculative-config", json.dumps(config)]
+    command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     command += ["--worker-extension-cls", "vllm_specplug.hooks.worker.WorkerExtension"]
     environment = {
         **os.environ,
@@ -309,6 +310,31 @@ def test_structured_output(server: Server) -> None:
 
 
 @pytest.mark.engine
+def test_several_answers_to_one_prompt(server: Server) -> None:
+    fast = complete(server, n=3)
+    plain = complete(server, n=3, extra_body={"vllm_xargs": {"specplug_speculate": False}})
+    texts = [choice.text for choice in fast.choices]
+    assert len(set(texts)) == 3
+    assert texts == [choice.text for choice in plain.choices]
+
+
+@pytest.mark.engine
+def test_tool_call(server: Server) -> None:
+    schema = {"type": "object", "properties": {"kind": {"enum": ["list", "dict"]}}, "required": ["kind"]}
+    options = {
+        "tools": [{"type": "function", "function": {"name": "choose", "description": "?", "parameters": schema}}],
+        "tool_choice": {"type": "function", "function": {"name": "choose"}},
+        "max_tokens": 64,
+    }
+    fast = chat(server, **options)
+    (call,) = fast.choices[0].message.tool_calls
+    assert call.function.name == "choose"
+    assert json.loads(call.function.arguments)["kind"] in ("list", "dict")
+    plain = chat(server, **options, extra_body={"vllm_xargs": {"specplug_speculate": False}})
+    assert plain.choices[0].message.tool_calls[0].function.arguments == call.function.arguments
+
+
+@pytest.mark.engine
 def test_metrics_and_counters_agree(server: Server) -> None:
     complete(server, temperature=0)
     stats = server.stats()
@@ -338,6 +364,16 @@ def test_our_series_stand_beside_vllms(server: Server) -> None:
     assert server.metric("specplug_store_tokens") > 10_000
     assert 0 < server.metric("specplug_store_hits_total") <= server.metric("specplug_store_lookups_total")
     assert server.metric("specplug_verify_seconds_total") > 0
+
+
+@pytest.mark.engine
+def test_top_shows_them(server: Server) -> None:
+    complete(server, temperature=0)
+    command = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "top", server.url, "--once"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "COLUMNS": "120"})
+    assert done.returncode == 0, done.stderr
+    for words in (MODEL, "rest", "suffix", "lookahead", "KV cache", "since the server started"):
+        assert words in done.stdout
 
 
 @pytest.mark.engine
