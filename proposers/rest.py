@@ -384,8 +384,8 @@ class RestProposer(Proposer):
             )  # fmt: skip
             if stats is not None:
                 each = stats[name]
-                each.lookups += np.count_nonzero(limits[name]) if name in limits else len(batch)
-                each.hits += np.count_nonzero(drafts.num_tokens)
+                each.lookups += int(np.count_nonzero(limits[name])) if name in limits else len(batch)
+                each.hits += int(np.count_nonzero(drafts.num_tokens))
             if best is None:
                 best = drafts
             else:

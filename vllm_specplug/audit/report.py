@@ -14,6 +14,7 @@ import numpy as np
 
 from vllm_specplug.audit.run import QUESTIONS
 from vllm_specplug.audit.statistics import two_sided
+from vllm_specplug.pages import counted, html_table, markdown_table, page
 
 SURPRISING = 1e-6
 """Binomial p-value below which a token's dot is red, about that of five standard deviations."""
@@ -28,27 +29,11 @@ COLUMNS = (
     "what chance alone makes of it. Logits off by: largest difference to the log-probabilities of an ordinary step. p: "
     "p-values of the number of accepted draft tokens, of the most surprising token, and of all tokens together."
 )
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;background:#fff;color:#1b1f24}
-table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
-td,th{border:1px solid #8884;padding:.2rem .5rem;text-align:left}
-.numbers td,.numbers th{text-align:right}.numbers td:first-child,.numbers th:first-child{text-align:left}
-code,pre{background:#8882;padding:.1rem .3rem;border-radius:3px}
-pre{padding:.6rem;overflow-x:auto}.passed{color:#1a7f37}.failed{color:#cf222e}.none{color:#9a6700}
-img{max-width:100%;background:#fff;border-radius:4px}
-@media(prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}
-.passed{color:#3fb950}.failed{color:#f85149}.none{color:#d29922}}
-"""
 
 
 def word(answer: Mapping[str, Any]) -> str:
     """``passed``, ``failed`` or ``could not run``."""
     return {True: "passed", False: "failed", None: "could not run"}[answer["passed"]]
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and its noun, in the singular where it is one."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def summary(result: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -179,22 +164,6 @@ def _example_note(answer: Mapping[str, Any]) -> str:
     )
 
 
-def _html_table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    head, *body = rows
-    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-    opening = f"<table class={kind}>" if kind else "<table>"
-    return f"{opening}<tr>{cells}</tr>{lines}</table>"
-
-
-def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    head, *body = rows
-    return "\n".join([line(head), line(["---"] * len(head)), *map(line, body)])
-
-
 def _facts(result: Mapping[str, Any]) -> list[list[str]]:
     about = result["about"]
     config = json.dumps(result["speculative_config"]) if result["speculative_config"] else "none"
@@ -255,9 +224,9 @@ def to_html(result: Mapping[str, Any]) -> str:
     kind = {"passed": "passed", "failed": "failed"}.get(verdict, "none")
     parts = [
         f"<h1>Audit: <span class={kind}>{verdict}</span></h1>",
-        _html_table(_facts(result)),
+        html_table(_facts(result)),
         "<h2>Answers</h2>",
-        _html_table([["question", "answer", "promised?", "numbers"], *map(list, summary(result))]),
+        html_table([["question", "answer", "promised?", "numbers"], *map(list, summary(result))]),
     ]
     for key in QUESTIONS:
         answer = result["answers"][key]
@@ -274,26 +243,22 @@ def to_html(result: Mapping[str, Any]) -> str:
                 "red where its exact binomial p-value is below 1e-6. The line is where they should lie, the band four "
                 "standard deviations of chance on either side; tokens that were never drawn lie on the lower edge.</p>"
             )
-            parts.append(_html_table(_place_rows(answer["places"]), "numbers"))
-            parts.append(f"<p>{COLUMNS}</p><h3>Contexts</h3>{_html_table(_context_rows(result))}")
+            parts.append(html_table(_place_rows(answer["places"]), "numbers"))
+            parts.append(f"<p>{COLUMNS}</p><h3>Contexts</h3>{html_table(_context_rows(result))}")
         elif answer["examples"]:
             parts.append(f"<p>{html.escape(_example_note(answer))}</p>")
-            parts.append(_html_table(_example_rows(answer, result["promised"][key])))
+            parts.append(html_table(_example_rows(answer, result["promised"][key])))
         else:
             parts.append(f"<p>All {answer['num_requests']} requests are identical, token for token.</p>")
-    title = html.escape(f"specplug audit of {result['model']}")
-    return (
-        '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
-        f"<title>{title}</title><style>{_STYLE}</style>{''.join(parts)}</html>\n"
-    )
+    return page(f"specplug audit of {result['model']}", parts)
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
     """The same without plots."""
     parts = [
         f"# Audit: {result['verdict']}",
-        _markdown_table(_facts(result)),
-        _markdown_table([["question", "answer", "promised?", "numbers"], *map(list, summary(result))]),
+        markdown_table(_facts(result)),
+        markdown_table([["question", "answer", "promised?", "numbers"], *map(list, summary(result))]),
     ]
     for key in QUESTIONS:
         answer = result["answers"][key]
@@ -302,10 +267,10 @@ def to_markdown(result: Mapping[str, Any]) -> str:
             parts.append(answer["why"])
         elif key == "lossless":
             parts.append("\n".join(f"* {note}" for note in _lossless_notes(answer)))
-            parts.append(_markdown_table(_place_rows(answer["places"])))
-            parts += [COLUMNS, "### Contexts", _markdown_table(_context_rows(result))]
+            parts.append(markdown_table(_place_rows(answer["places"])))
+            parts += [COLUMNS, "### Contexts", markdown_table(_context_rows(result))]
         elif answer["examples"]:
-            parts += [_example_note(answer), _markdown_table(_example_rows(answer, result["promised"][key]))]
+            parts += [_example_note(answer), markdown_table(_example_rows(answer, result["promised"][key]))]
         else:
             parts.append(f"All {answer['num_requests']} requests are identical, token for token.")
     return "\n\n".join(part for part in parts if part) + "\n"

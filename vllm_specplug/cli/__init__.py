@@ -103,6 +103,36 @@ def couple(arguments: Annotated[list[str] | None, typer.Argument(metavar="[OPTIO
 
 
 @app.command(
+    name="bench",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def bench(arguments: Annotated[list[str] | None, typer.Argument(metavar="MODEL [OPTIONS]...")] = None) -> None:
+    """Compare speculation configurations, this plugin's, vLLM's own or none, on the same prompts.
+
+    Example: specplug bench MODEL --datastore code.specstore --report bench.html
+    """
+    from vllm_specplug.cli.bench import app as bench_app
+
+    bench_app(args=arguments or [], prog_name="specplug bench")
+
+
+@app.command(
+    name="tune",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def tune(arguments: Annotated[list[str] | None, typer.Argument(metavar="MODEL [OPTIONS]...")] = None) -> None:
+    """Find the proposers, draft length and token store that serve your prompts best.
+
+    Example: specplug tune MODEL --prompts mine.jsonl --concurrency 8 --datastore code.specstore
+    """
+    from vllm_specplug.cli.tune import app as tune_app
+
+    tune_app(args=arguments or [], prog_name="specplug tune")
+
+
+@app.command(
     name="top",
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},

