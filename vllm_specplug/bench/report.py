@@ -12,9 +12,9 @@ from vllm_specplug.pages import counted, html_table, markdown_table, page
 
 NOTES = (
     "Speed-up: tokens/s over the first configuration's in the same round, median over rounds. Emitted/step: tokens "
-    "that a request gains in one engine step (1 without speculation). Acceptance: share of draft tokens that were kept, "
-    "by vLLM's own counters. TTFT: from a request's start to its first token; TPOT: time between two tokens of a request. "
-    "Identical: share of outputs that are token for token those of the first configuration."
+    "that a request gains in one engine step (1 without speculation). Acceptance: share of draft tokens that were "
+    "kept, by vLLM's own counters. TTFT: from a request's start to its first token; TPOT: time between two tokens of "
+    "a request. Identical: share of outputs that are token for token those of the first configuration."
 )
 HEADINGS = (
     "configuration", "tokens/s", "speed-up", "rounds", "emitted/step", "draft length", "acceptance",

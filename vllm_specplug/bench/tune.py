@@ -98,7 +98,7 @@ def tune(
     if not ups:
         return _chosen(OFF, None, stages, stages[-1])
     winner = best(ups, configs)
-    k = int(configs[winner]["num_speculative_tokens"])
+    k = int((configs[winner] or {})["num_speculative_tokens"])
     kept = list(stores)
     if choices := store_choices(k, stores):
         winner = best({winner: seen[winner], **stage("store", choices)}, configs)
