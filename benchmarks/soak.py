@@ -44,7 +44,7 @@ SCHEMA = {
     "required": ["kind", "sorted"],
     "additionalProperties": False,
 }
-TOOL = {"type": "function", "function": {"name": "choose", "description": "Choose.", "parameters": SCHEMA}}
+TOOL = {"type": "function", "function": {"name": "choose", "parameters": SCHEMA, "strict": True}}
 KINDS = ("completion", "stream", "n", "logprobs", "no drafts", "chat", "chat stream", "json schema", "tool call")
 HANG_UP_EVERY = 10
 MAX_GROWTH = 200 << 20

@@ -322,7 +322,7 @@ def test_several_answers_to_one_prompt(server: Server) -> None:
 def test_tool_call(server: Server) -> None:
     schema = {"type": "object", "properties": {"kind": {"enum": ["list", "dict"]}}, "required": ["kind"]}
     options = {
-        "tools": [{"type": "function", "function": {"name": "choose", "description": "?", "parameters": schema}}],
+        "tools": [{"type": "function", "function": {"name": "choose", "parameters": schema, "strict": True}}],
         "tool_choice": {"type": "function", "function": {"name": "choose"}},
         "max_tokens": 64,
     }

@@ -59,6 +59,14 @@ def rows(result: Mapping[str, Any]) -> list[list[str]]:
     return table
 
 
+def short_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """What fits a terminal of 80 columns."""
+    chosen = ("configuration", "tokens/s", "speed-up", "emitted/step", "acceptance", "TPOT ms, p50", "identical")
+    table = rows(result)
+    columns = [table[0].index(heading) for heading in chosen]
+    return [[row[column] for column in columns] for row in table]
+
+
 def category_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Speed-up and emitted tokens a step by category of prompts."""
     names = list(result["configs"])

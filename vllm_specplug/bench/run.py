@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +63,26 @@ class Options:
     def engine_args(self, name: str) -> dict[str, Any]:
         """Arguments of ``vllm.LLM``."""
         return {
-            "model": self.model,
+            "cli": ["--model", self.model, *self.engine_cli],
             "speculative_config": self.configs[name],
-            "disable_log_stats": False,
-            "cli": list(self.engine_cli),
+            "disable_log_stats": False,  # vLLM's counters of drafts are among them
         }
 
-    def work(self, num_prompts: int | None = None, max_tokens: int | None = None) -> Work:
-        """The requests, or the first few of them."""
+    def work(self) -> Work:
+        """The requests."""
         return Work(
-            [list(prompt) for prompt in self.prompts[:num_prompts]],
-            max_tokens or self.max_tokens,
+            [list(prompt) for prompt in self.prompts],
+            self.max_tokens,
             self.temperature,
             self.seed,
             self.concurrency,
             ignore_eos=self.ignore_eos,
         )
+
+    def warm_up(self) -> Work:
+        """A few others, of the same lengths: prompts backwards, so that no drafter learns what comes later."""
+        prompts = [list(prompt)[::-1] for prompt in self.prompts[:WARM_UP_PROMPTS]]
+        return replace(self.work(), prompts=prompts, max_tokens=WARM_UP_TOKENS)
 
 
 def check(options: Options, progress: Progress) -> None:
@@ -138,7 +142,7 @@ def _run(options: Options, name: str, log: Path, label: str, progress: Progress)
     with Engine(options.engine_args(name), log) as engine:
         engine.wait_until_ready()
         progress(label, 0.0, "warming up")
-        engine.complete(options.work(WARM_UP_PROMPTS, WARM_UP_TOKENS))
+        engine.complete(options.warm_up())
         total = len(options.prompts)
 
         def shown(done: int, tokens: int, elapsed_s: float) -> None:

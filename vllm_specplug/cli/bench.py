@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -189,7 +190,7 @@ def measured_with(command: str, begun: float) -> dict[str, Any]:
 
 def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
     """Rows of texts, the first their heading."""
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for nth, heading in enumerate(rows[0]):
         table.add_column(heading, justify="left" if nth == 0 else "right", overflow="fold")
     for row in rows[1:]:
@@ -290,7 +291,9 @@ def bench(
         result: dict[str, Any] = run.bench(options, shown)
         kept.keep |= bool(result["failed"])
     result |= about(options, source) | measured_with("bench", begun)
-    print_table(f"{len(encoded)} prompts, {concurrency} in flight, temperature {temperature:g}", reports.rows(result))
+    print_table(
+        f"{len(encoded)} prompts, {concurrency} in flight, temperature {temperature:g}", reports.short_rows(result)
+    )
     for name, reason in result["failed"].items():
         Console(stderr=True).print(f"[red]failed:[/red] {escape(name)}: {escape(reason)}", highlight=False)
     if json_out is not None:
