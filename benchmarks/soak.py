@@ -59,7 +59,7 @@ def request_of(kind: str, prompt: str, seed: int, max_tokens: int) -> dict[str, 
     else:
         common["prompt"] = prompt
     if kind == "n":
-        common["n"] = 3
+        common |= {"n": 3, "temperature": 0.8}  # several greedy answers are refused: they would be the same
     elif kind == "logprobs":
         common["logprobs"] = 3
     elif kind == "no drafts":
@@ -122,6 +122,8 @@ class Clients:
             try:
                 await self._ask(kind, which, choose.uniform(0.01, 0.5) if hangs_up else None)
             except Exception as error:
+                if not self.failed:
+                    progress.print(f"failed: {kind}: {error!r}", markup=False)
                 self.failed.append(f"{kind}: {type(error).__name__}: {error}")
                 if len(self.failed) > 100:
                     return
@@ -137,8 +139,6 @@ class Clients:
         texts = await self._said(kind, request, began)
         self.seconds[kind].append(time.monotonic() - began)
         self.answered[kind] += 1
-        if kind in ("json schema", "tool call"):
-            json.loads(texts[0])
         before = self.said.setdefault((kind, which), texts)
         if before is not texts:
             self.repeated += 1
@@ -149,6 +149,8 @@ class Clients:
         api = self._openai.chat.completions if "messages" in request else self._openai.completions
         if not kind.endswith("stream"):
             answer = await api.create(model=self._model, **request)
+            if kind in ("json schema", "tool call") and answer.choices[0].finish_reason == "stop":
+                json.loads(text_of(answer.choices[0]))
             return [text_of(choice) for choice in answer.choices]
         parts: list[str] = []
         chunks = await api.create(model=self._model, stream=True, **request)

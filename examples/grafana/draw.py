@@ -21,7 +21,7 @@ from typing import Any
 
 DASHBOARD = Path(__file__).with_name("specplug.json")
 NUM_POINTS = 120
-HEADING = 0.02
+HEADING = 0.035
 
 Curves = dict[str, list[tuple[float, float]]]
 
@@ -92,7 +92,7 @@ def draw_panel(axes: Any, panel: dict[str, Any], found: Curves) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: shown(value, panel))
     axes.grid(alpha=0.25)
     axes.tick_params(labelsize=8)
-    axes.legend(fontsize=7, loc="upper left", ncols=2)
+    axes.legend(fontsize=7, loc="best", ncols=2)
 
 
 def main() -> None:
@@ -100,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prometheus", default="http://127.0.0.1:9090", help="address of the Prometheus server")
     parser.add_argument("--minutes", type=float, default=10.0, help="how far back")
+    parser.add_argument("--ago", type=float, default=0.0, help="minutes since the end of what is drawn")
     parser.add_argument("--window", default="30s", help="window of rates ($__rate_interval)")
     parser.add_argument("--dashboard", type=Path, default=DASHBOARD)
     parser.add_argument("--out", type=Path, default=Path("dashboard.png"))
@@ -118,13 +119,13 @@ def main() -> None:
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
     figure = pyplot.figure(figsize=(14, height * 0.4))
     figure.suptitle(dashboard["title"], fontsize=13)
-    end, empty = time.time(), []
+    end, empty = time.time() - 60 * arguments.ago, []
     for panel in panels:
         place = panel["gridPos"]
         found = curves(arguments.prometheus, panel, arguments.window, arguments.minutes, end)
         empty += [panel["title"]] if not any(found.values()) else []
         left, bottom = place["x"] / 24, 1 - (place["y"] + place["h"]) / height
-        box = (left + 0.045, bottom * (1 - HEADING) + 0.02, place["w"] / 24 - 0.06, place["h"] / height - 0.045)
+        box = (left + 0.045, bottom * (1 - HEADING) + 0.015, place["w"] / 24 - 0.06, place["h"] / height - 0.045)
         draw_panel(figure.add_axes(box), panel, found)
     figure.savefig(arguments.out, dpi=100)
     print(arguments.out)

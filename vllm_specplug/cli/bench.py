@@ -291,9 +291,8 @@ def bench(
         result: dict[str, Any] = run.bench(options, shown)
         kept.keep |= bool(result["failed"])
     result |= about(options, source) | measured_with("bench", begun)
-    print_table(
-        f"{len(encoded)} prompts, {concurrency} in flight, temperature {temperature:g}", reports.short_rows(result)
-    )
+    title = f"{len(encoded)} prompts, {concurrency} in flight, temperature {temperature:g}"
+    print_table(title, reports.short_rows(result))
     for name, reason in result["failed"].items():
         Console(stderr=True).print(f"[red]failed:[/red] {escape(name)}: {escape(reason)}", highlight=False)
     if json_out is not None:
