@@ -161,6 +161,14 @@ def test_a_wrong_address_is_one_error(answering: Answering) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("url", ["file:///etc", "http://no host", "http://[x", "127.0.0.1:notaport"])
+def test_what_is_no_address_is_one_error(url: str) -> None:
+    done = run(url, "--once")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_server_without_the_plugin_is_one_error() -> None:
     server, thread = start_http_server(0, "127.0.0.1", CollectorRegistry())
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import math
 import time
 import urllib.error
@@ -90,7 +91,7 @@ def fetch(url: str) -> Sample:
     try:
         with urllib.request.urlopen(f"{url}/metrics", timeout=TIMEOUT_S) as answer:
             text = answer.read().decode()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise SpecplugError(f"{url}/metrics: {reason}. Is the server up, and is this its address?") from error
     try:
@@ -250,6 +251,8 @@ def top(
     url = url.rstrip("/").removesuffix("/metrics")
     if "://" not in url:
         url = f"http://{url}"
+    if not url.startswith(("http://", "https://")):
+        raise SpecplugError(f"{url!r} is no address of a server: http://HOST:PORT, by default http://127.0.0.1:8000")
     console = Console()
     tokens_per_s: deque[float] = deque(maxlen=HISTORY)
     now, before = fetch(url), None
