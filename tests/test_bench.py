@@ -14,8 +14,9 @@ import pytest
 
 from vllm_specplug import corpus
 from vllm_specplug.bench import report, run, tune
-from vllm_specplug.cli.bench import chosen, configurations
+from vllm_specplug.cli.bench import configurations
 from vllm_specplug.cli.engines import Completed
+from vllm_specplug.cli.runs import chosen
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.tiny_models import target_path
 
@@ -278,6 +279,8 @@ def specplug(*arguments: str, timeout: float = 600) -> subprocess.CompletedProce
         (["bench", "MODEL", "--prompts", "/no/such/file"], "cannot be read"),
         (["bench", "/no/such/model"], "tokenizer of '/no/such/model' cannot be loaded"),
         (["tune", "MODEL", "--json", "/no/such/folder/x"], "cannot be written"),
+        (["tune", "/no/such/model"], "tokenizer of '/no/such/model' cannot be loaded"),
+        (["tune", "MODEL", "-sc", "{}"], "must be left out"),
     ],
 )
 def test_wrong_arguments_are_one_error(arguments: list[str], told: str) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vllm_specplug.cli import bench as shared
+from vllm_specplug.cli import runs
 from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.cli.progress import Shown, ended_by_signals
 from vllm_specplug.errors import ConfigurationError
@@ -73,13 +73,13 @@ def tune(
     lengths = sorted(set(length or search.DRAFT_LENGTHS))
     stores = [str(path) for path in datastore or ()]
     check_outputs({"--json": json_out})
-    shared.check_installed()
-    tasks, source = shared.load_tasks(prompts or (), num_prompts)
-    encoded = shared.encode(model, tasks, chat)
+    runs.check_installed()
+    tasks, source = runs.load_tasks(prompts or (), num_prompts)
+    encoded = runs.encode(model, tasks, chat)
     options = run.Options(
         model=model,
         configs={search.OFF: None, **search.lengths(stores, lengths)},
-        engine_cli=shared.engine_cli(context.args, concurrency, encoded),
+        engine_cli=runs.engine_cli(context.args, concurrency, encoded),
         prompts=encoded,
         categories=[task.category for task in tasks],
         max_tokens=max_tokens,
@@ -90,12 +90,12 @@ def tune(
         ignore_eos=False,
         log=Path(),
     )
-    with shared.logs(log, "specplug-tune-") as kept, ended_by_signals(), Shown(Console(stderr=True)) as shown:
+    with runs.logs(log, "specplug-tune-") as kept, ended_by_signals(), Shown(Console(stderr=True)) as shown:
         options = replace(options, log=kept.folder)
         run.check(options, shown)
         result: dict[str, Any] = search.tune(search.trial_of(options, shown), stores, lengths, repeats)
-    result |= shared.about(options, source) | shared.measured_with("tune", begun)
-    shared.print_table(
+    result |= runs.about(options, source) | runs.measured_with("tune", begun)
+    runs.print_table(
         f"{len(encoded)} prompts of {source}, {concurrency} in flight, temperature {temperature:g}",
         list(search.rows(result)),
     )
