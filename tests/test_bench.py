@@ -228,7 +228,7 @@ def test_tuning_finds_the_fastest() -> None:
     speeds = {"k=3": 1.2, "k=6": 1.5, "k=12": 1.51, "suffix+rest": 1.8, "no store": 1.1}
     found = tune.tune(trial_with(speeds, calls), ["x.specstore"], rounds=5)
     assert [(stage, rounds) for stage, _, rounds in calls] == [
-        ("draft length", 1), ("store", 1), ("proposers", 1), ("final", 5),
+        ("draft length", 2), ("store", 2), ("proposers", 2), ("final", 5),
     ]  # fmt: skip
     assert all(names[0] == "off" for _, names, _ in calls)
     assert calls[-1][1] == ["off", "k=6", "k=12", "suffix+rest"]

@@ -81,6 +81,29 @@ def test_a_worker_that_was_killed_is_forgotten(tmp_path: Path, stats: DraftingSt
     assert shown(tmp_path)
 
 
+def test_several_api_servers_show_the_same(tmp_path: Path, stats: DraftingStats) -> None:
+    # They have a registry for every answer, filled from files of prometheus_client.
+    metrics.Publisher(stats.to_dict, LABELS, tmp_path).publish()
+    program = (
+        "from prometheus_client import CollectorRegistry, generate_latest, multiprocess\n"
+        "from vllm_specplug.hooks.metrics import hide_metrics, show_metrics\n"
+        "def shown():\n"
+        "    registry = CollectorRegistry()\n"
+        "    multiprocess.MultiProcessCollector(registry)\n"
+        "    return generate_latest(registry).decode().count('specplug_steps_total{')\n"
+        "before = shown(); show_metrics(); show_metrics(); during = shown(); hide_metrics()\n"
+        "print(before, during, shown())"
+    )
+    (tmp_path / "theirs").mkdir()
+    environment = {
+        **os.environ,
+        metrics.FOLDER_VARIABLE: str(tmp_path),
+        "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "theirs"),
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "1", "0"]
+
+
 def test_the_reference_is_that_of_the_code() -> None:
     page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
     table = metrics.reference()

@@ -1,9 +1,9 @@
 """Which proposers, how long a draft, which store: found by trying, on one's own prompts.
 
-A search over one choice at a time, each by one round of :func:`vllm_specplug.bench.run.bench`: the longest draft first,
-then the stores, then the proposers. The best few of all then run against each other, and against no speculation, for
-several rounds, and these numbers are what is expected. Speed-ups nearer than :data:`NOTHING_BETWEEN` count as the same:
-then the choice with fewer stores stays, or the one that was tried earlier.
+A search over one choice at a time, by :data:`STAGE_ROUNDS` of :func:`vllm_specplug.bench.run.bench` each: the longest
+draft first, then the stores, then the proposers. The best few of all then run against each other, and against no
+speculation, for several rounds, and these numbers are what is expected. Speed-ups nearer than :data:`NOTHING_BETWEEN`
+count as the same: then the choice with fewer stores stays, or the one that was tried earlier.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ OFF = "off"
 NOTHING_BETWEEN = 0.02
 DRAFT_LENGTHS = (3, 6, 12)
 NUM_FINALISTS = 3
+STAGE_ROUNDS = 2
+"""One would do on a machine that does nothing else; elsewhere a neighbour can halve the speed of a whole run."""
 
 Config = Mapping[str, Any]
 Trial = Callable[[str, Mapping[str, Config | None], int], dict[str, Any]]
@@ -88,7 +90,7 @@ def tune(
 
     def stage(name: str, choices: Mapping[str, Config]) -> dict[str, float]:
         configs.update(choices)
-        result = trial(name, {OFF: None, **choices}, 1)
+        result = trial(name, {OFF: None, **choices}, STAGE_ROUNDS)
         found = {each: result["configs"][each]["speed_up"] for each in choices if each in result["configs"]}
         seen.update(found)
         stages.append({"stage": name, **result})

@@ -59,8 +59,8 @@ def tune(
 ) -> None:
     """Try draft lengths, token stores and proposers on your prompts, and print the configuration to use.
 
-    All other options go to vLLM's engines, as vllm serve takes them. Some fifteen to twenty-five engines are started
-    one after the other: with the tiny pair that takes about a quarter of an hour on two cores.
+    All other options go to vLLM's engines, as vllm serve takes them. Some thirty engines are started one after
+    the other: with the tiny pair that takes about half an hour on two cores.
 
     Example: specplug tune MODEL --prompts mine.jsonl --concurrency 8 --datastore code.specstore
     """

@@ -25,24 +25,22 @@ def show_metrics() -> None:
 
         metrics.register(REGISTRY, metrics.open_folder())
         if not _is_shown and "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            _patches.install(seams.METRICS_SEAMS, {"get_prometheus_registry": _registry})
+            _patches.install(seams.METRICS_SEAMS, {"MultiProcessCollector.collect": _collect})
             _is_shown = True
     except Exception as error:
         logger.warning("specplug's metrics are not on /metrics: %s", error)
 
 
 def hide_metrics() -> None:
-    """Put vLLM's own function back."""
+    """Put the original back."""
     global _is_shown
     _patches.undo()
     _is_shown = False
 
 
-def _registry(original: Callable[[], Any]) -> Any:
-    """With several API servers vLLM makes a registry that knows nothing but its own files."""
-    registry = original()
-    metrics.register(registry, metrics.open_folder())
-    return registry
+def _collect(original: Callable[[Any], Any], collector: Any) -> list[Any]:
+    """With several API servers the files of ``prometheus_client`` are all that is shown: ours join them."""
+    return [*original(collector), *metrics.Collector(metrics.open_folder()).collect()]
 
 
 def publish_metrics(snapshot: Callable[[], metrics.Snapshot], vllm_config: Any) -> None:

@@ -1,4 +1,4 @@
-"""Every vLLM name this plugin touches: where it is, why, the signature it counts on, and how to undo it."""
+"""Every name this plugin touches, of vLLM or below it: where it is, why, its signature, and how to undo it."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ PROCESS_SEAMS = (
 
 METRICS_SEAMS = (
     Seam(
-        "vllm.entrypoints.serve.instrumentator.metrics",
-        "get_prometheus_registry",
-        (),
-        "with several API servers /metrics shows a registry made for it: our series join there",
+        "prometheus_client.multiprocess",
+        "MultiProcessCollector.collect",
+        ("self",),
+        "with several API servers every answer of /metrics has a registry of its own with this collector in it",
     ),
 )
 """Wrapped in a process that reads our configuration; without it everything works, and /metrics lacks our series."""
