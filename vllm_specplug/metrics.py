@@ -243,16 +243,6 @@ def reference() -> str:
     return "\n".join(lines)
 
 
-_registered: set[int] = set()
-
-
-def register(registry: Any, folder: Path) -> None:
-    """Show the counters in ``registry``, once."""
-    if id(registry) not in _registered:
-        _registered.add(id(registry))
-        registry.register(Collector(folder))
-
-
 class _RaySeries:
     """The same series through ``ray.util.metrics``, which the node's exporter shows with ``ray_`` in front.
 

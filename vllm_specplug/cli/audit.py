@@ -5,12 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
-import shlex
-import shutil
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -23,8 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_specplug import corpus
+from vllm_specplug.cli import runs
 from vllm_specplug.cli.outputs import check_outputs
-from vllm_specplug.cli.progress import Shown, ended_by_signals, versions
+from vllm_specplug.cli.progress import Shown, ended_by_signals
 from vllm_specplug.errors import ConfigurationError, SpecplugError
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
@@ -112,56 +108,41 @@ def audit(
         if importlib.util.find_spec(package) is None:
             raise ConfigurationError(f"{package} is not installed: pip install 'vllm-specplug[cpu]' (or '[cuda]')")
     texts = corpus.held_out_prompts(num_prompts, 600) if prompts is None else corpus.read_prompts(prompts)[:num_prompts]
-    try:
-        if log is not None:
-            log.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="specplug-audit-")) if log is None else log
-    except OSError as error:
-        raise ConfigurationError(f"no folder for vLLM's logs: {error}; give another with --log") from error
-    options = run.Options(
-        model=model,
-        speculative_config=config,
-        engine_cli=list(context.args),
-        prompts=texts,
-        draws=draws,
-        contexts=contexts,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        batch=batch,
-        seed=seed,
-        log=folder,
-    )
-    try:
-        with ended_by_signals(), Shown(Console(stderr=True)) as shown:
-            result = run.audit(options, shown)
-        result |= {
-            "command": shlex.join(["specplug", "audit", *sys.argv[2:]]),
-            "versions": versions(),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-            "date": time.strftime("%Y-%m-%d"),
-            "seconds": time.monotonic() - begun,
-        }
-        table = Table(title=f"Audit: {result['verdict']}", show_lines=True)
-        for heading in ("question", "answer", "promised?", "numbers"):
-            table.add_column(heading, overflow="fold")
-        for row in reports.summary(result):
-            table.add_row(*map(escape, row))
-        Console().print(table)
-        if json_out is not None:
-            json_out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        if report is not None:
-            reports.write(report, result)
-    except SpecplugError:
-        raise  # vLLM's logs, which it may name, stay
-    except Exception:
-        # Whatever went wrong, it is no answer: 1 would be one.
-        traceback.print_exc()
-        print(f"error: the audit itself failed; vLLM's logs are in {folder}", file=sys.stderr)
-        raise typer.Exit(EXIT_STATUS["could not run"]) from None
-    except (KeyboardInterrupt, SystemExit):
-        _remove(folder, log)
-        raise
-    _remove(folder, log)
+    with runs.logs(log, "specplug-audit-") as kept:
+        options = run.Options(
+            model=model,
+            speculative_config=config,
+            engine_cli=list(context.args),
+            prompts=texts,
+            draws=draws,
+            contexts=contexts,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            batch=batch,
+            seed=seed,
+            log=kept.folder,
+        )
+        try:
+            with ended_by_signals(), Shown(Console(stderr=True)) as shown:
+                result = run.audit(options, shown)
+            result |= runs.measured_with("audit", begun)
+            table = Table(title=f"Audit: {result['verdict']}", show_lines=True)
+            for heading in ("question", "answer", "promised?", "numbers"):
+                table.add_column(heading, overflow="fold")
+            for row in reports.summary(result):
+                table.add_row(*map(escape, row))
+            Console().print(table)
+            if json_out is not None:
+                json_out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            if report is not None:
+                reports.write(report, result)
+        except SpecplugError:
+            raise  # vLLM's logs, which it may name, stay
+        except Exception:
+            # Whatever went wrong, it is no answer: 1 would be one.
+            traceback.print_exc()
+            print(f"error: the audit itself failed; vLLM's logs are in {kept.folder}", file=sys.stderr)
+            raise typer.Exit(EXIT_STATUS["could not run"]) from None
     raise typer.Exit(EXIT_STATUS[result["verdict"]])
 
 
@@ -179,8 +160,3 @@ def _check_order(model: str, rest: Sequence[str]) -> None:
         name = argument.lstrip("-").partition("=")[0].partition(".")[0].replace("_", "-")
         if argument.startswith("-") and name in OWN_OPTIONS:
             raise ConfigurationError(f"{argument!r} must be left out: {OWN_OPTIONS[name]}")
-
-
-def _remove(folder: Path, log: Path | None) -> None:
-    if log is None:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -124,28 +124,23 @@ def bench(
     from vllm_specplug.bench import run
 
     begun = time.monotonic()
-    if model.startswith("-"):
-        raise ConfigurationError(f"MODEL comes first, and then the options, not {model!r}")
     configs = configurations(config or (), datastore, k)
     if report is not None and report.suffix not in (".html", ".htm", ".md"):
         raise ConfigurationError(f"--report {report} must end in .html or .md")
     check_outputs({"--json": json_out, "--report": report})
-    runs.check_installed()
-    tasks, source = runs.load_tasks(prompts or (), num_prompts)
-    encoded = runs.encode(model, tasks, chat)
-    options = run.Options(
-        model=model,
-        configs=configs,
-        engine_cli=runs.engine_cli(context.args, concurrency, encoded),
-        prompts=encoded,
-        categories=[task.category for task in tasks],
+    options, source = runs.prepared(
+        model,
+        configs,
+        context.args,
+        prompts or (),
+        num_prompts,
+        chat,
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
         concurrency=concurrency,
         repeats=repeats,
         ignore_eos=ignore_eos,
-        log=Path(),
     )
     with runs.logs(log, "specplug-bench-") as kept, ended_by_signals(), Shown(Console(stderr=True)) as shown:
         options = replace(options, log=kept.folder)
@@ -153,7 +148,7 @@ def bench(
         result: dict[str, Any] = run.bench(options, shown)
         kept.keep |= bool(result["failed"])
     result |= runs.about(options, source) | runs.measured_with("bench", begun)
-    title = f"{len(encoded)} prompts, {concurrency} in flight, temperature {temperature:g}"
+    title = f"{len(options.prompts)} prompts, {concurrency} in flight, temperature {temperature:g}"
     runs.print_table(title, reports.short_rows(result))
     for name, reason in result["failed"].items():
         Console(stderr=True).print(f"[red]failed:[/red] {escape(name)}: {escape(reason)}", highlight=False)

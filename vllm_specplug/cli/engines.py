@@ -340,6 +340,11 @@ def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
     engine = llm.llm_engine
     tokenizer = llm.get_tokenizer()
     longest = llm.model_config.max_model_len - work.max_tokens
+    if longest < 1:
+        raise ValueError(
+            f"{work.max_tokens} output tokens leave no room for a prompt in a context of "
+            f"{llm.model_config.max_model_len}; give fewer (--max-tokens), or a larger --max-model-len"
+        )
     encoded = (tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in work.prompts)
     prompts = [{"prompt_token_ids": ids[:longest]} for ids in encoded]
     token_ids: list[list[int]] = [[] for _ in prompts]

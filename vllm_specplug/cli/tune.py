@@ -14,7 +14,6 @@ from rich.console import Console
 from vllm_specplug.cli import runs
 from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.cli.progress import Shown, ended_by_signals
-from vllm_specplug.errors import ConfigurationError
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
@@ -59,8 +58,8 @@ def tune(
 ) -> None:
     """Try draft lengths, token stores and proposers on your prompts, and print the configuration to use.
 
-    All other options go to vLLM's engines, as vllm serve takes them. Some thirty engines are started one after
-    the other: with the tiny pair that takes about half an hour on two cores.
+    All other options go to vLLM's engines, as vllm serve takes them. Thirty to forty engines are started one
+    after the other; with the tiny pair on two cores each takes half a minute to a minute.
 
     Example: specplug tune MODEL --prompts mine.jsonl --concurrency 8 --datastore code.specstore
     """
@@ -68,27 +67,22 @@ def tune(
     from vllm_specplug.bench import tune as search
 
     begun = time.monotonic()
-    if model.startswith("-"):
-        raise ConfigurationError(f"MODEL comes first, and then the options, not {model!r}")
     lengths = sorted(set(length or search.DRAFT_LENGTHS))
     stores = [str(path) for path in datastore or ()]
     check_outputs({"--json": json_out})
-    runs.check_installed()
-    tasks, source = runs.load_tasks(prompts or (), num_prompts)
-    encoded = runs.encode(model, tasks, chat)
-    options = run.Options(
-        model=model,
-        configs={search.OFF: None, **search.lengths(stores, lengths)},
-        engine_cli=runs.engine_cli(context.args, concurrency, encoded),
-        prompts=encoded,
-        categories=[task.category for task in tasks],
+    options, source = runs.prepared(
+        model,
+        {search.OFF: None, **search.lengths(stores, lengths)},
+        context.args,
+        prompts or (),
+        num_prompts,
+        chat,
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
         concurrency=concurrency,
         repeats=repeats,
         ignore_eos=False,
-        log=Path(),
     )
     with runs.logs(log, "specplug-tune-") as kept, ended_by_signals(), Shown(Console(stderr=True)) as shown:
         options = replace(options, log=kept.folder)
@@ -96,7 +90,7 @@ def tune(
         result: dict[str, Any] = search.tune(search.trial_of(options, shown), stores, lengths, repeats)
     result |= runs.about(options, source) | runs.measured_with("tune", begun)
     runs.print_table(
-        f"{len(encoded)} prompts of {source}, {concurrency} in flight, temperature {temperature:g}",
+        f"{len(options.prompts)} prompts of {source}, {concurrency} in flight, temperature {temperature:g}",
         list(search.rows(result)),
     )
     expected = result["expected"]

@@ -14,28 +14,35 @@ from vllm_specplug.hooks import seams
 
 logger = logging.getLogger("vllm.specplug")
 _patches = seams.Patches()
-_is_shown = False
+_collector: metrics.Collector | None = None
 
 
 def show_metrics() -> None:
     """This process reads the configuration: it, or one that it starts, answers ``/metrics``. Trouble is only logged."""
-    global _is_shown
+    global _collector
     try:
         from prometheus_client import REGISTRY
 
-        metrics.register(REGISTRY, metrics.open_folder())
-        if not _is_shown and "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        folder = metrics.open_folder()
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             _patches.install(seams.METRICS_SEAMS, {"MultiProcessCollector.collect": _collect})
-            _is_shown = True
+        if _collector is None:
+            collector = metrics.Collector(folder)
+            REGISTRY.register(collector)
+            _collector = collector
     except Exception as error:
         logger.warning("specplug's metrics are not on /metrics: %s", error)
 
 
 def hide_metrics() -> None:
-    """Put the original back."""
-    global _is_shown
+    """Take them away again."""
+    global _collector
+    if _collector is not None:
+        from prometheus_client import REGISTRY
+
+        REGISTRY.unregister(_collector)
+        _collector = None
     _patches.undo()
-    _is_shown = False
 
 
 def _collect(original: Callable[[Any], Any], collector: Any) -> list[Any]:
