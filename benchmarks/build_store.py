@@ -33,7 +33,8 @@ from rich.table import Table
 
 from vllm_specplug import corpus
 from vllm_specplug.cli.datastore import load_tokenizer, vocab_size_of
-from vllm_specplug.proposers.datastore import DatastoreWriter, Piece, add_texts, tokenizer_fingerprint
+from vllm_specplug.proposers.datastore import tokenizer_fingerprint
+from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add_texts
 
 TINY_TOKENIZER = str(Path(corpus.__file__).parent / "tiny_models" / "tiny-target")
 

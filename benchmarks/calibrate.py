@@ -30,7 +30,8 @@ from vllm_specplug import corpus
 from vllm_specplug.cli.datastore import load_tokenizer, vocab_size_of
 from vllm_specplug.proposers import ngram, rest
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext
-from vllm_specplug.proposers.datastore import DatastoreWriter, Piece, add_texts, tokenizer_fingerprint
+from vllm_specplug.proposers.datastore import tokenizer_fingerprint
+from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add_texts
 from vllm_specplug.proposers.ensemble import Ensemble
 from vllm_specplug.proposers.ngram import NgramProposer, match_confidence
 from vllm_specplug.proposers.rest import RestProposer, find_candidates, vote_confidence

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from vllm_specplug import corpus
 from vllm_specplug.cli.datastore import load_tokenizer, vocab_size_of
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.datastore import Datastore, DatastoreError, DatastoreWriter, tokenizer_fingerprint
+from vllm_specplug.proposers.datastore import Datastore, DatastoreError, tokenizer_fingerprint
+from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.proposers.ngram import NgramProposer
 from vllm_specplug.proposers.rest import RestProposer
 

@@ -11,35 +11,37 @@ Layout of the file (little-endian, sections start at page boundaries)::
     tokens        uint16 or uint32; a separator, whose id is ``vocab_size``, before, between and after documents
     positions     uint32, relative to the start of their segment, in the order of the suffix array
 
-A *segment* is a run of whole documents that was sorted at one go. Small stores have one; a store larger than the memory
+A *segment* is a run of whole documents that is sorted together. Small stores have one; a store larger than the memory
 that its build was allowed has several, and lookups search each of them.
 
 No context contains the separator, so a match cannot run out of its document, and a draft stops when it meets one.
+
+A *sharded* store is a small JSON file, the manifest, that lists such files (its shards) in the folder beside it named
+like the manifest with :data:`SHARDS_SUFFIX`. Shards are mapped one behind the other, so that lookups see two arrays and
+a list of segments here too. No file of a store changes once it has its name: what changes a store replaces the
+manifest, and whoever has the old one open goes on with it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import ctypes
 import hashlib
 import json
-import math
 import mmap
 import os
 import re
 import struct
-import threading
-import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MAGIC = b"SPECSTOR"
 FORMAT_VERSION = 1
@@ -48,21 +50,15 @@ HEADER_BYTES = 16384
 PAGE_BYTES = 4096
 LARGEST_16_BIT_VOCABULARY = 2**16 - 1
 """Up to this many ids (one more is the separator) a token takes two bytes."""
-SORT_LIMIT_BYTES = 2**31 - 2
-"""Most bytes that the suffix sorter orders at one go."""
-MEMORY_SHARE = 0.6
-"""Part of the available memory that a build uses where it is not told."""
-FIXED_MEMORY_BYTES = 2**30
-"""What a build needs beside the sorter: libraries, tokenizer, and one batch of texts and its token ids.
-
-Measured with transformers and torch loaded: 500 MiB at the start, at the peak 680 to 830 MiB (4096 to 150,000 ids).
-"""
 PREFAULT_SHARE = 0.5
-SMALLEST_SEGMENT_TOKENS = 2**16
 CHUNK_BYTES = 16 * 2**20
-BATCH_CHARS = 4 * 2**20
-PIECE_CHARS = 2**20
+SHARDS_SUFFIX = ".shards"
+MANIFEST_BYTES = 2**24
+"""A manifest is smaller: a shard takes about 200 bytes of it."""
+MANIFEST_TRIES = 5
+"""A reader may meet a manifest whose shards a merge is just replacing: so often it looks again."""
 
+_MAP_FIXED = 0x10  # Linux's and macOS's number; Python's mmap module has no name for it
 _MADV_POPULATE_READ = 22  # Linux's number; Python's mmap module has no name for it
 _REBUILD = "build it again with `specplug datastore build`"
 
@@ -89,7 +85,7 @@ class Section(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class StoreHeader:
+class StoreFacts:
     """What a store says about itself.
 
     Attributes:
@@ -100,8 +96,9 @@ class StoreHeader:
         tokenizer: name or path of the tokenizer, for people to read.
         fingerprint: its :func:`tokenizer_fingerprint`.
         created: UTC time of the build, ISO 8601.
-        segments: one or more, in order.
-        tokens, positions: the two sections.
+        segments: one or more, in order; of a sharded store as :class:`Datastore` maps them.
+        sorted_depth: so many tokens back the suffix array is in order, which bounds the match that can be looked up; 0:
+            no bound.
     """
 
     vocab_size: int
@@ -112,6 +109,17 @@ class StoreHeader:
     fingerprint: str
     created: str
     segments: tuple[Segment, ...]
+    sorted_depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreHeader(StoreFacts):
+    """What the header of a file says.
+
+    Attributes:
+        tokens, positions: the two sections.
+    """
+
     tokens: Section
     positions: Section
 
@@ -119,6 +127,44 @@ class StoreHeader:
     def file_bytes(self) -> int:
         """Size that the file must have."""
         return self.positions.offset + self.positions.num_bytes
+
+
+class Shard(BaseModel):
+    """One file of a sharded store, as the manifest lists it.
+
+    Attributes:
+        file: its name, in the folder of the store's shards.
+        num_tokens, num_documents: what it holds.
+        file_bytes: its size.
+        header_checksum: CRC-32 of its header, so that no other file passes for it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    num_tokens: int = Field(gt=0)
+    num_documents: int = Field(gt=0)
+    file_bytes: int = Field(gt=0)
+    header_checksum: int
+
+
+class Manifest(BaseModel):
+    """A sharded store: which files it consists of.
+
+    Attributes:
+        shards: in the order in which they are searched.
+        created: UTC time of this version, ISO 8601.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["specplug sharded token store"] = "specplug sharded token store"
+    version: Literal[1] = 1
+    vocab_size: int = Field(gt=0, lt=2**24)
+    tokenizer: str
+    fingerprint: str
+    created: str
+    shards: tuple[Shard, ...] = Field(min_length=1)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -142,61 +188,158 @@ def available_memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def sort_bytes_per_token(vocab_size: int) -> int:
-    """Resident memory that sorting takes at most.
-
-    The ids as 2 or 3 big-endian bytes, an int32 for each of these bytes, and the mapped file that the ids are read
-    from, 2 or 4 bytes each.
-    """
-    return 2 + 8 + 2 if vocab_size <= LARGEST_16_BIT_VOCABULARY else 3 + 12 + 4
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Datastore:
-    """A store that is open for lookups: two read-only arrays over a memory map that all processes share.
+    """A store that is open for lookups: two read-only arrays over memory maps that all processes share.
 
     Attributes:
-        path: the file.
-        header: what it says about itself.
-        tokens: ``[num_slots]`` uint16 or uint32, token ids and separators.
+        path: the file, or the manifest of a sharded store.
+        header: what the store says about itself.
+        files: the mapped files with their headers, one or one for each shard.
+        tokens: ``[num_slots]`` uint16 or uint32, token ids and separators; between shards zeros.
         positions: ``[num_positions]`` uint32, see the module's docstring.
         segments: ``[num_segments, 4]`` int64, rows of :class:`Segment`.
+        file_bytes: size of all files together.
     """
 
     def __init__(
-        self, path: Path, header: StoreHeader, mapped: mmap.mmap, tokens: NDArray[Any], positions: NDArray[np.uint32]
+        self,
+        path: Path,
+        header: StoreFacts,
+        files: Sequence[tuple[Path, StoreHeader]],
+        mapped: mmap.mmap,
+        tokens: NDArray[Any],
+        positions: NDArray[np.uint32],
+        identity: tuple[int, ...],
     ) -> None:
         self.path = path
         self.header = header
+        self.files = tuple(files)
         self._mapped = mapped
         self.tokens = tokens
         self.positions = positions
         self.segments: NDArray[np.int64] = np.array(header.segments, dtype=np.int64).reshape(-1, 4)
+        self.file_bytes = sum(each.file_bytes for _, each in files)
+        self._identity = identity
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Datastore:
         """Map a store. Takes milliseconds whatever its size: contents are left to :meth:`verify`.
 
         Raises:
-            DatastoreError: no such file, not a store, another format version, damaged header, or a wrong file size.
+            DatastoreError: no such file, not a store, another format version, damaged header or manifest, a missing
+                shard, or a wrong file size.
         """
         path = Path(path)
-        try:
-            with path.open("rb") as file:
-                header = _read_header(path, file)
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
+        identity: tuple[int, ...] = ()
+        for left in reversed(range(MANIFEST_TRIES)):
+            try:
+                with path.open("rb") as file:
+                    identity = _identity_of(os.fstat(file.fileno()))
+                    if _starts_a_manifest(file):
+                        manifest = read_manifest(path, file)
+                        return cls._map(path, identity, shard_paths(path, manifest), manifest)
+                return cls._map(path, identity, [path])
+            except OSError as error:
+                if left and isinstance(error, FileNotFoundError) and _has_changed(path, identity):
+                    continue  # replaced between its manifest and its shards
+                reason = os.strerror(error.errno) if error.errno else str(error)
+                missing = Path(error.filename) if error.filename else path
+                if missing != path:
+                    raise DatastoreError(
+                        f"cannot open {missing}, a shard of the token store {path}: {reason}; a sharded store is moved "
+                        f"together with its folder {shards_folder(path).name}"
+                    ) from error
+                raise DatastoreError(
+                    f"cannot open the token store {path}: {reason}; `specplug datastore build` makes one"
+                ) from error
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    @classmethod
+    def side_by_side(cls, paths: Sequence[Path]) -> Datastore:
+        """Several files of one tokenizer as one store that has no manifest.
+
+        Raises:
+            DatastoreError, OSError: one of them cannot be opened.
+        """
+        return cls._map(paths[0], (), paths)
+
+    @classmethod
+    def _map(
+        cls, path: Path, identity: tuple[int, ...], paths: Sequence[Path], manifest: Manifest | None = None
+    ) -> Datastore:
+        """Reserve one range of addresses, and lay the files' tokens and then their positions into it."""
+        with contextlib.ExitStack() as stack:
+            files = []
+            for index, each in enumerate(paths):
+                file = stack.enter_context(each.open("rb"))
+                header, checksum = _read_header(each, file)
+                if manifest is not None:
+                    _check_shard(path, each, header, checksum, manifest, manifest.shards[index])
+                files.append((file, each, header))
+            headers = [header for _, _, header in files]
+            token_places, end = _placed([header.tokens.num_bytes for header in headers], 0)
+            position_places, end = _placed([header.positions.num_bytes for header in headers], end)
+            mapped = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+            base = np.frombuffer(mapped, np.uint8).ctypes.data
+            for (file, _, header), token_place in zip(files, token_places, strict=True):
+                _map_fixed(base + token_place, file, header.tokens)
+            for (file, _, header), position_place in zip(files, position_places, strict=True):
+                _map_fixed(base + position_place, file, header.positions)
+        token_bytes = headers[0].token_bytes
+        last, positions_at = headers[-1], position_places[0]
+        num_slots = (token_places[-1] + last.tokens.num_bytes) // token_bytes
+        num_positions = (position_places[-1] + last.positions.num_bytes - positions_at) // 4
+        segments = tuple(
+            Segment(
+                token_place // token_bytes + segment.first_token,
+                token_place // token_bytes + segment.last_token,
+                (position_place - positions_at) // 4 + segment.first_position,
+                (position_place - positions_at) // 4 + segment.last_position,
+            )
+            for header, token_place, position_place in zip(headers, token_places, position_places, strict=True)
+            for segment in header.segments
+        )
+        facts = StoreFacts(
+            vocab_size=last.vocab_size,
+            token_bytes=token_bytes,
+            num_tokens=sum(header.num_tokens for header in headers),
+            num_documents=sum(header.num_documents for header in headers),
+            tokenizer=last.tokenizer if manifest is None else manifest.tokenizer,
+            fingerprint=last.fingerprint,
+            created=last.created if manifest is None else manifest.created,
+            segments=segments,
+            sorted_depth=min((header.sorted_depth for header in headers if header.sorted_depth), default=0),
+        )
+        return cls(
+            path,
+            facts,
+            [(each, header) for _, each, header in files],
+            mapped,
+            np.frombuffer(mapped, f"<u{token_bytes}", num_slots, 0),
+            np.frombuffer(mapped, "<u4", num_positions, positions_at),
+            identity,
+        )
+
+    def is_replaced(self) -> bool:
+        """True when another version of the store lies at its path now."""
+        return _has_changed(self.path, self._identity)
+
+    def check_max_match(self, max_match: int) -> None:
+        """Refuse lookups of longer matches than the store's order reaches.
+
+        Raises:
+            DatastoreError: ``max_match`` is above ``sorted_depth``.
+        """
+        if 0 < self.header.sorted_depth < max_match:
             raise DatastoreError(
-                f"cannot open the token store {path}: {reason}; `specplug datastore build` makes one"
-            ) from error
-        tokens = np.frombuffer(mapped, f"<u{header.token_bytes}", *_count_and_offset(header.tokens, header.token_bytes))
-        positions = np.frombuffer(mapped, "<u4", *_count_and_offset(header.positions, 4))
-        return cls(path, header, mapped, tokens, positions)
+                f"the token store {self.path} was merged and is in order over {self.header.sorted_depth} tokens: "
+                f"max_match may be up to {self.header.sorted_depth}, not {max_match}"
+            )
 
     def check_tokenizer(self, fingerprint: str, vocab_size: int, name: str = "this tokenizer") -> None:
         """Refuse the store when its ids are not those of a given tokenizer.
@@ -231,7 +374,7 @@ class Datastore:
 
         Later lookups then meet no page fault. Reads what is not in the system's page cache yet.
         """
-        if self.header.file_bytes > PREFAULT_SHARE * available_memory_bytes():
+        if self.file_bytes > PREFAULT_SHARE * available_memory_bytes():
             return
         try:
             self._mapped.madvise(_MADV_POPULATE_READ)
@@ -250,41 +393,149 @@ class Datastore:
         Raises:
             DatastoreError: at the first thing that is wrong.
         """
-        total = self.header.tokens.num_bytes + self.header.positions.num_bytes
+        total = sum(header.tokens.num_bytes + header.positions.num_bytes for _, header in self.files)
         done = 0
-        with self.path.open("rb") as file:
-            for name, section in (("tokens", self.header.tokens), ("positions", self.header.positions)):
-                file.seek(section.offset)
-                checksum, left = 0, section.num_bytes
-                while left:
-                    chunk = file.read(min(left, CHUNK_BYTES))
-                    if not chunk:
-                        raise DatastoreError(f"the token store {self.path} ends inside its {name}; {_REBUILD}")
-                    checksum = zlib.crc32(chunk, checksum)
-                    left -= len(chunk)
-                    done += len(chunk)
-                    if on_progress:
-                        on_progress(done, total)
-                if checksum != section.checksum:
-                    raise DatastoreError(
-                        f"the token store {self.path} is corrupted: its {name} have checksum {checksum:08x}, the "
-                        f"header says {section.checksum:08x}; {_REBUILD}"
-                    )
-        # A matching checksum says that the file is what was written; these say that what was written makes sense.
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            if on_progress:
+                on_progress(done, total)
+
+        num_checks = max(1, num_order_checks // len(self.files))
+        for path, header in self.files:
+            # A shard is checked by itself: an error then names the file.
+            each = self if path == self.path else Datastore.open(path)
+            for name, section in (("tokens", header.tokens), ("positions", header.positions)):
+                _check_sum(path, name, section, advance)
+            each._check_contents(num_checks)
+
+    def _check_contents(self, num_order_checks: int) -> None:
+        """A matching checksum says that the file is what was written; this says that what was written makes sense."""
         largest, num_separators = _scan_tokens(self.tokens, self.header.vocab_size)
         if largest > self.header.vocab_size or num_separators != self.header.num_documents + 1:
             raise DatastoreError(f"the token store {self.path} has inconsistent documents; {_REBUILD}")
+        depth = self.header.sorted_depth or 2**62
         for segment in self.header.segments:
             step = max(1, (segment.last_position - segment.first_position) * len(self.segments) // num_order_checks)
-            if not _check_order(self.tokens, self.positions, *segment, step, self.header.vocab_size):
+            if not _check_order(self.tokens, self.positions, *segment, step, self.header.vocab_size, depth):
                 raise DatastoreError(f"the token store {self.path} has a suffix array out of order; {_REBUILD}")
 
 
-def _count_and_offset(section: Section, item_bytes: int) -> tuple[int, int]:
-    return section.num_bytes // item_bytes, section.offset
+def shards_folder(path: Path) -> Path:
+    """Where the shards of a sharded store lie."""
+    return path.with_name(path.name + SHARDS_SUFFIX)
 
 
-def _read_header(path: Path, file: BinaryIO) -> StoreHeader:
+def shard_paths(path: Path, manifest: Manifest) -> list[Path]:
+    """Files of a sharded store, in order."""
+    return [shards_folder(path) / shard.file for shard in manifest.shards]
+
+
+def store_files(path: str | os.PathLike[str]) -> list[Path]:
+    """All files that make up a store, for whoever copies it: relative places to each other must stay.
+
+    Raises:
+        DatastoreError: as :meth:`Datastore.open`.
+    """
+    store = Datastore.open(path)
+    shards = [each for each, _ in store.files if each != store.path]
+    return [*shards, store.path]  # the manifest last: it must not be seen before what it lists
+
+
+def read_manifest(path: Path, file: BinaryIO) -> Manifest:
+    """What a sharded store consists of.
+
+    Raises:
+        DatastoreError: damaged, or of another version.
+    """
+    text = file.read(MANIFEST_BYTES)
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DatastoreError(
+            f"the manifest of the sharded token store {path} is damaged or of another release "
+            f"({f'{where}: ' if where else ''}{first['msg']}); {_REBUILD}"
+        ) from error
+
+
+def _starts_a_manifest(file: BinaryIO) -> bool:
+    start = file.read(1)
+    file.seek(0)
+    return start == b"{"
+
+
+def _check_shard(
+    path: Path, shard_path: Path, header: StoreHeader, checksum: int, manifest: Manifest, shard: Shard
+) -> None:
+    given = header.file_bytes, header.num_tokens, checksum, header.vocab_size, header.fingerprint
+    said = shard.file_bytes, shard.num_tokens, shard.header_checksum, manifest.vocab_size, manifest.fingerprint
+    if given != said:
+        raise DatastoreError(
+            f"{shard_path} is not the shard that the token store {path} lists; {_REBUILD}, or copy both from where "
+            "they came from"
+        )
+
+
+def _identity_of(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _has_changed(path: Path, identity: tuple[int, ...]) -> bool:
+    try:
+        return _identity_of(path.stat()) != identity
+    except OSError:
+        return False  # nothing to change to
+
+
+def _placed(sizes: Sequence[int], start: int) -> tuple[list[int], int]:
+    """Offsets for sections of so many bytes at page boundaries from ``start`` on, and the end of the last."""
+    page = mmap.PAGESIZE
+    places = []
+    for num_bytes in sizes:
+        places.append(start)
+        start += -(-num_bytes // page) * page
+    return places, start
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *([ctypes.c_int] * 3), ctypes.c_long]
+
+
+def _map_fixed(address: int, file: BinaryIO, section: Section) -> None:
+    """Map a section at a page of our own reservation, which unmaps it together with itself."""
+    if not section.num_bytes:
+        return
+    flags = mmap.MAP_SHARED | _MAP_FIXED
+    found = _libc.mmap(address, section.num_bytes, mmap.PROT_READ, flags, file.fileno(), section.offset)
+    if found != address:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), file.name)
+
+
+def _check_sum(path: Path, name: str, section: Section, on_progress: Callable[[int], None]) -> None:
+    checksum, left = 0, section.num_bytes
+    with path.open("rb") as file:
+        file.seek(section.offset)
+        while left:
+            chunk = file.read(min(left, CHUNK_BYTES))
+            if not chunk:
+                raise DatastoreError(f"the token store {path} ends inside its {name}; {_REBUILD}")
+            checksum = zlib.crc32(chunk, checksum)
+            left -= len(chunk)
+            on_progress(len(chunk))
+    if checksum != section.checksum:
+        raise DatastoreError(
+            f"the token store {path} is corrupted: its {name} have checksum {checksum:08x}, the "
+            f"header says {section.checksum:08x}; {_REBUILD}"
+        )
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[StoreHeader, int]:
+    """The header, and its checksum."""
     prefix = file.read(PREFIX.size)
     if len(prefix) < PREFIX.size or not prefix.startswith(MAGIC):
         raise DatastoreError(f"{path} is not a token store; `specplug datastore build` makes one")
@@ -297,18 +548,18 @@ def _read_header(path: Path, file: BinaryIO) -> StoreHeader:
     text = file.read(min(num_bytes, HEADER_BYTES))
     if len(text) != num_bytes or zlib.crc32(text) != checksum:
         raise DatastoreError(f"the header of the token store {path} is truncated or corrupted; {_REBUILD}")
-    fields = json.loads(text)
-    fields["segments"] = tuple(Segment(*segment) for segment in fields["segments"])
-    fields["tokens"] = Section(*fields["tokens"])
-    fields["positions"] = Section(*fields["positions"])
-    header = StoreHeader(**fields)
+    values = {"sorted_depth": 0, **json.loads(text)}
+    values["segments"] = tuple(Segment(*segment) for segment in values["segments"])
+    values["tokens"] = Section(*values["tokens"])
+    values["positions"] = Section(*values["positions"])
+    header = StoreHeader(**values)
     size = os.fstat(file.fileno()).st_size
     if size != header.file_bytes:
         raise DatastoreError(
             f"the token store {path} has {size} bytes, but its header says {header.file_bytes}: it was "
             f"{'truncated' if size < header.file_bytes else 'overwritten'}; {_REBUILD}"
         )
-    return header
+    return header, checksum
 
 
 @njit(cache=True, nogil=True)
@@ -324,8 +575,13 @@ def _scan_tokens(tokens, separator):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _check_order(tokens, positions, first, last, first_position, last_position, step, separator):  # type: ignore[no-untyped-def]
-    """True when positions lie inside their segment and every ``step``-th pair of neighbours is in order."""
+def _check_order(  # type: ignore[no-untyped-def]
+    tokens, positions, first, last, first_position, last_position, step, separator, depth
+):
+    """True when positions lie inside their segment and every ``step``-th pair of neighbours is in order.
+
+    Only the last ``depth`` tokens before a position count.
+    """
     for index in range(first_position, last_position):
         here = first + np.int64(positions[index])
         if here <= first or here >= last:
@@ -335,7 +591,11 @@ def _check_order(tokens, positions, first, last, first_position, last_position, 
             if before <= first or before >= last:
                 return False
             length = 1
-            while tokens[before - length] == tokens[here - length] and tokens[here - length] != separator:
+            while (
+                length < depth
+                and tokens[before - length] == tokens[here - length]
+                and tokens[here - length] != separator
+            ):
                 length += 1
             if tokens[before - length] > tokens[here - length]:
                 return False
@@ -436,360 +696,3 @@ def longest_match(tokens, positions, first_token, low, high, context, limit, at_
             else:
                 bound = middle
     return longest, begin, end
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class DatastoreWriter:
-    """Builds a store beside its final place, and moves it there when it is complete.
-
-    Use as a context manager: leaving it without :meth:`finish` (an error, Ctrl-C) removes the unfinished file. What a
-    killed build left is removed by the next build of the same store.
-
-    Args:
-        path: the store to make.
-        vocab_size: number of token ids; all ids must be below it.
-        fingerprint: :func:`tokenizer_fingerprint` of the tokenizer.
-        tokenizer: its name, for people to read.
-        max_memory_bytes: peak resident memory of the build, mapped files included, by default :data:`MEMORY_SHARE` of
-            what is available. The sorter takes :func:`sort_bytes_per_token` for each token of a segment, the rest
-            :data:`FIXED_MEMORY_BYTES`.
-        overwrite: replace a file that is there.
-        segment_tokens: most tokens of a segment, instead of what ``max_memory_bytes`` allows.
-
-    Raises:
-        DatastoreError: the path is taken or cannot be written, or the memory is too small.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        vocab_size: int,
-        fingerprint: str,
-        tokenizer: str = "",
-        max_memory_bytes: int | None = None,
-        overwrite: bool = False,
-        segment_tokens: int | None = None,
-    ) -> None:
-        if not 0 < vocab_size < 2**24:
-            raise DatastoreError(f"a store takes 1 to {2**24 - 1} token ids, not {vocab_size}")
-        self.path = Path(path)
-        self.vocab_size = vocab_size
-        self.fingerprint = fingerprint
-        self.tokenizer = tokenizer
-        self.segment_tokens = segment_tokens or _segment_tokens(vocab_size, max_memory_bytes)
-        self.num_tokens = 0
-        self.num_documents = 0
-        self.num_split_documents = 0
-        """Documents longer than a segment, which were cut in two or more."""
-        self._dtype = np.dtype("<u2" if vocab_size <= LARGEST_16_BIT_VOCABULARY else "<u4")
-        self._num_slots = 0
-        self._document_start = 0  # slot of the separator before the open document
-        self._segment_starts = [0]
-        self._checksum = 0
-        if self.path.exists() and not overwrite:
-            raise DatastoreError(f"{self.path} exists: give another name, or --force to replace it")
-        if self.path.is_dir():
-            raise DatastoreError(f"{self.path} is a folder: name a file")
-        _remove_stale_partials(self.path)
-        self._partial = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
-        try:
-            self._file = self._partial.open("w+b")
-        except OSError as error:
-            reason = os.strerror(error.errno or errno.EIO)
-            raise DatastoreError(f"cannot write {self._partial}: {reason}") from error
-        self._file.seek(HEADER_BYTES)
-        self._write_slots(np.array([vocab_size], dtype=self._dtype))
-
-    def __enter__(self) -> DatastoreWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.abort()
-
-    def abort(self) -> None:
-        """Remove the unfinished file, if :meth:`finish` has not moved it."""
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
-
-    def add(self, token_ids: Iterable[int] | NDArray[np.integer[Any]], end_document: bool = True) -> None:
-        """Append the next tokens of the open document, and close it unless told otherwise.
-
-        Raises:
-            DatastoreError: an id is not below the vocabulary size.
-        """
-        ids = np.asarray(token_ids if isinstance(token_ids, np.ndarray) else list(token_ids), dtype=np.int64)
-        if len(ids) and not (ids.min() >= 0 and ids.max() < self.vocab_size):
-            raise DatastoreError(
-                f"token id {ids.max() if ids.max() >= self.vocab_size else ids.min()} does not belong to a tokenizer "
-                f"of {self.vocab_size} ids"
-            )
-        narrow = ids.astype(self._dtype)
-        while len(narrow):
-            room = self.segment_tokens - (self._num_slots - self._segment_starts[-1])
-            if len(narrow) > room and self._document_start > self._segment_starts[-1]:
-                self._segment_starts.append(self._document_start)
-            elif room <= 0:
-                self._end_document()
-                self.num_split_documents += 1
-                self._segment_starts.append(self._document_start)
-            else:
-                self._write_slots(narrow[:room])
-                self.num_tokens += len(narrow[:room])
-                narrow = narrow[room:]
-        if end_document:
-            self._end_document()
-
-    def _end_document(self) -> None:
-        if self._num_slots > self._document_start + 1:
-            self._document_start = self._num_slots
-            self._write_slots(np.array([self.vocab_size], dtype=self._dtype))
-            self.num_documents += 1
-
-    def _write_slots(self, slots: NDArray[Any]) -> None:
-        data = slots.tobytes()
-        self._file.write(data)
-        self._checksum = zlib.crc32(data, self._checksum)
-        self._num_slots += len(slots)
-
-    def finish(self, on_progress: Callable[[int, int], None] | None = None) -> StoreHeader:
-        """Sort, write the header, and move the store to its place.
-
-        Args:
-            on_progress: called with (tokens sorted, tokens in all) after each segment.
-
-        Raises:
-            DatastoreError: nothing was added, or the store has too many segments for its header.
-        """
-        self._end_document()
-        if self.num_documents == 0:
-            raise DatastoreError(f"nothing to store in {self.path}: the input has no tokens")
-        tokens_section = Section(HEADER_BYTES, self._num_slots * self._dtype.itemsize, self._checksum)
-        offset = -(-(HEADER_BYTES + tokens_section.num_bytes) // PAGE_BYTES) * PAGE_BYTES
-        self._file.seek(offset)
-        stops = [start + 1 for start in self._segment_starts[1:]] + [self._num_slots]
-        segments: list[Segment] = []
-        checksum = num_positions = 0
-        for start, stop in zip(self._segment_starts, stops, strict=True):
-            tokens = np.memmap(
-                self._partial, self._dtype, "r", HEADER_BYTES + start * self._dtype.itemsize, shape=(stop - start,)
-            )
-            order = sort_positions(tokens, self.vocab_size)
-            segments.append(Segment(start, stop, num_positions, num_positions + len(order)))
-            num_positions += len(order)
-            step = CHUNK_BYTES // 4
-            for index in range(0, len(order), step):
-                data = order[index : index + step].tobytes()
-                self._file.write(data)
-                checksum = zlib.crc32(data, checksum)
-            del order, tokens
-            if on_progress:
-                on_progress(stop, self._num_slots)
-        header = StoreHeader(
-            vocab_size=self.vocab_size,
-            token_bytes=self._dtype.itemsize,
-            num_tokens=self.num_tokens,
-            num_documents=self.num_documents,
-            tokenizer=self.tokenizer[:1024],
-            fingerprint=self.fingerprint,
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            segments=tuple(segments),
-            tokens=tokens_section,
-            positions=Section(offset, num_positions * 4, checksum),
-        )
-        text = json.dumps(asdict(header), separators=(",", ":")).encode()
-        if len(text) > HEADER_BYTES - PREFIX.size:
-            raise DatastoreError(
-                f"{len(segments)} segments are more than a header can list: build {self.path} with more memory "
-                "(--max-memory)"
-            )
-        self._file.truncate(header.file_bytes)
-        self._file.seek(0)
-        self._file.write(PREFIX.pack(MAGIC, FORMAT_VERSION, len(text), zlib.crc32(text)) + text)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        return header
-
-
-def _segment_tokens(vocab_size: int, max_memory_bytes: int | None) -> int:
-    per_token = sort_bytes_per_token(vocab_size)
-    width = 2 if vocab_size <= LARGEST_16_BIT_VOCABULARY else 3
-    memory = int(available_memory_bytes() * MEMORY_SHARE) if max_memory_bytes is None else max_memory_bytes
-    num_tokens = min((memory - FIXED_MEMORY_BYTES) // per_token, SORT_LIMIT_BYTES // width)
-    if num_tokens < SMALLEST_SEGMENT_TOKENS:
-        needed = FIXED_MEMORY_BYTES + SMALLEST_SEGMENT_TOKENS * per_token
-        raise DatastoreError(
-            f"a build needs at least {math.ceil(needed / 2**20)} MiB of memory, and may use {memory // 2**20} MiB; "
-            "raise --max-memory or free some"
-        )
-    return num_tokens
-
-
-def _remove_stale_partials(path: Path) -> None:
-    """Delete what killed builds of this store left: partial files whose process is gone."""
-    for partial in path.parent.glob(f"{_escape_glob(path.name)}.partial-*"):
-        pid = partial.name.rpartition("-")[2]
-        if pid.isdigit() and not _is_running(int(pid)):
-            partial.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's
-    return True
-
-
-def _escape_glob(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
-
-
-def sort_positions(tokens: NDArray[Any], vocab_size: int) -> NDArray[np.uint32]:
-    """Positions of one segment, ordered by the tokens before them read backwards.
-
-    The ids are written backwards as big-endian bytes and sorted by divsufsort; entries that start inside an id are
-    dropped, and so are positions with no token of the same document before or behind them.
-
-    Args:
-        tokens: ``[num_slots]``, starts and ends with a separator (``vocab_size``).
-
-    Returns:
-        ``[num_positions]`` uint32; the position is that of the token that follows.
-    """
-    rank = np.zeros(vocab_size + 1, dtype=np.uint32)
-    for start in range(0, len(tokens), 2**20):
-        rank[np.bincount(tokens[start : start + 2**20], minlength=vocab_size + 1) > 0] = 1
-    # Ids that occur are numbered anew in the same order: often they fit fewer bytes, and the sorter's work with them.
-    rank = np.cumsum(rank, dtype=np.uint32) - rank
-    width = 1 if rank[-1] < 2**8 else 2 if rank[-1] < 2**16 else 3
-    text = np.empty(len(tokens) * width, dtype=np.uint8)
-    _write_reversed_bytes(tokens, rank, width, text)
-    order = _sort_suffixes(text)
-    del text
-    count = _keep_whole_tokens(order, tokens, width, vocab_size)
-    return order[:count].view(np.uint32)
-
-
-def _sort_suffixes(text: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """Suffix array of bytes, in a thread: the caller stays open to Ctrl-C during the long call into C."""
-    from pydivsufsort import divsufsort
-
-    results: list[NDArray[np.int32]] = []
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            results.append(divsufsort(text))
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.1)
-    if errors:
-        raise errors[0]
-    return results.pop()
-
-
-@njit(cache=True, nogil=True)
-def _write_reversed_bytes(tokens, rank, width, text):  # type: ignore[no-untyped-def]
-    at = 0
-    for index in range(len(tokens) - 1, -1, -1):
-        symbol = rank[tokens[index]]
-        for byte in range(width - 1, -1, -1):
-            text[at] = (symbol >> np.uint32(8 * byte)) & np.uint32(255)
-            at += 1
-
-
-@njit(cache=True, nogil=True)
-def _keep_whole_tokens(order, tokens, width, separator):  # type: ignore[no-untyped-def]
-    """Turn byte offsets into the reversed text into token positions, in place; returns how many are left."""
-    count = 0
-    for index in range(len(order)):
-        offset = order[index]
-        if offset % width == 0:
-            position = len(tokens) - offset // width
-            if position < len(tokens) and tokens[position] != separator and tokens[position - 1] != separator:
-                order[count] = position
-                count += 1
-    return count
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text to tokens
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Piece(NamedTuple):
-    """Some text of a document, and whether the document ends with it."""
-
-    text: str
-    ends_document: bool
-
-
-def split_text(read: Callable[[int], str]) -> Iterator[Piece]:
-    """A document in pieces of about :data:`PIECE_CHARS` characters that end at a line, so that memory stays bounded.
-
-    Args:
-        read: returns that many next characters, and fewer only at the end, such as the ``read`` of a text file.
-    """
-    rest = ""
-    while len(chunk := read(PIECE_CHARS)) == PIECE_CHARS:
-        text = rest + chunk
-        cut = text.rfind("\n") + 1 or len(text)
-        yield Piece(text[:cut], False)
-        rest = text[cut:]
-    yield Piece(rest + chunk, True)
-
-
-def add_texts(
-    writer: DatastoreWriter, tokenizer: Any, pieces: Iterable[Piece], on_progress: Callable[[int], None] | None = None
-) -> None:
-    """Tokenize texts on all processors and append them, :data:`BATCH_CHARS` characters at a time.
-
-    Args:
-        tokenizer: a fast tokenizer of transformers (or one of the tokenizers library).
-        on_progress: called with the number of tokens stored so far.
-
-    Raises:
-        DatastoreError: the tokenizer has no fast backend.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    encode = getattr(backend, "encode_batch_fast", None) or getattr(backend, "encode_batch", None)
-    if encode is None:
-        raise DatastoreError(f"{type(tokenizer).__name__} has no fast backend (tokenizer.json): use a fast tokenizer")
-
-    def flush(batch: list[Piece]) -> None:
-        encodings = encode([piece.text for piece in batch], add_special_tokens=False)
-        for piece, encoding in zip(batch, encodings, strict=True):
-            writer.add(np.array(encoding.ids, dtype=np.int64), piece.ends_document)
-        if on_progress:
-            on_progress(writer.num_tokens)
-
-    batch: list[Piece] = []
-    num_chars = 0
-    for piece in pieces:
-        batch.append(piece)
-        num_chars += len(piece.text)
-        if num_chars >= BATCH_CHARS:
-            flush(batch)
-            batch, num_chars = [], 0
-    if batch:
-        flush(batch)

@@ -355,8 +355,9 @@ class RestProposer(Proposer):
         self.stores = {name: Datastore.open(path) for name, path in context.datastores.items()}
         for store in self.stores.values():
             store.check_vocab_size(context.vocab_size)
+            store.check_max_match(int(options["max_match"]))
         self._stats = {
-            name: StoreStats(store.header.num_tokens, store.header.file_bytes) for name, store in self.stores.items()
+            name: StoreStats(store.header.num_tokens, store.file_bytes) for name, store in self.stores.items()
         }
 
     def propose(self, batch: DraftBatch) -> Drafts:

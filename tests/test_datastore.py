@@ -19,20 +19,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_specplug.proposers import datastore
+from vllm_specplug.proposers import datastore, datastore_writer
 from vllm_specplug.proposers.datastore import (
     HEADER_BYTES,
     PREFIX,
     Datastore,
     DatastoreError,
-    DatastoreWriter,
-    add_texts,
     longest_match,
-    sort_positions,
-    split_text,
     tokenizer_fingerprint,
     usable_length,
 )
+from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add_texts, sort_positions, split_text
 
 FINGERPRINT = "f" * 64
 fresh_names = itertools.count()
@@ -159,7 +156,7 @@ def test_memory_of_sorting(tmp_path, vocab_size):
     sort_positions(mapped, vocab_size)
     per_token = (resident_bytes("VmHWM") - before) / num_tokens
     # A few megabytes do not grow with the store: 2 bytes a token here.
-    assert per_token < datastore.sort_bytes_per_token(vocab_size) + 2
+    assert per_token < datastore_writer.sort_bytes_per_token(vocab_size) + 2
 
 
 def test_document_in_parts_is_one_document(tmp_path):
@@ -205,7 +202,7 @@ def test_killed_build_leaves_no_store_and_is_cleaned_up(tmp_path):
     path = tmp_path / "out.specstore"
     program = (
         "import os, signal\n"
-        "from vllm_specplug.proposers.datastore import DatastoreWriter\n"
+        "from vllm_specplug.proposers.datastore_writer import DatastoreWriter\n"
         f"writer = DatastoreWriter({str(path)!r}, vocab_size=4, fingerprint='f')\n"
         "writer.add([1, 2, 3])\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -311,7 +308,7 @@ def test_verify_finds_corruption(tmp_path):
     documents = [[0, 1, 2, 3] * 20]
     for section in ("tokens", "positions"):
         path = write_store(tmp_path, documents)
-        damage(path, getattr(Datastore.open(path).header, section).offset + 8, b"\x03\x01")
+        damage(path, getattr(Datastore.open(path).files[0][1], section).offset + 8, b"\x03\x01")
         store = Datastore.open(path)
         with pytest.raises(DatastoreError, match=f"corrupted: its {section} have checksum"):
             store.verify()
@@ -340,7 +337,7 @@ def rewrite_checksums(path: Path) -> None:
 )
 def test_verify_finds_nonsense_with_right_checksums(tmp_path, section, data, message):
     path = write_store(tmp_path, [[0, 1, 2, 3] * 20])
-    damage(path, getattr(Datastore.open(path).header, section).offset, data)
+    damage(path, getattr(Datastore.open(path).files[0][1], section).offset, data)
     rewrite_checksums(path)
     with pytest.raises(DatastoreError, match=message):
         Datastore.open(path).verify()
@@ -384,7 +381,7 @@ def test_other_tokenizer_is_refused(tmp_path):
 def test_split_text_loses_nothing(text):
     read = io.StringIO(text).read
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datastore, "PIECE_CHARS", 7)
+        patch.setattr(datastore_writer, "PIECE_CHARS", 7)
         pieces = list(split_text(read))
     assert "".join(piece.text for piece in pieces) == text
     assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
@@ -395,11 +392,11 @@ def test_add_texts_in_small_batches(tmp_path, monkeypatch):
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"x": 0, "y": 1, "?": 2}, unk_token="?"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    monkeypatch.setattr(datastore, "BATCH_CHARS", 3)
+    monkeypatch.setattr(datastore_writer, "BATCH_CHARS", 3)
     path = tmp_path / "out"
     counts: list[int] = []
     with DatastoreWriter(path, vocab_size=3, fingerprint=FINGERPRINT) as writer:
-        pieces = [datastore.Piece("x y\n", False), datastore.Piece("y", True), datastore.Piece("x", True)]
+        pieces = [Piece("x y\n", False), Piece("y", True), Piece("x", True)]
         add_texts(writer, tokenizer, pieces, counts.append)
         writer.finish()
     assert Datastore.open(path).tokens.tolist() == [3, 0, 1, 1, 3, 0, 3]

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_specplug import registry
 from vllm_specplug.proposers import DraftBatch, ProposerContext, TargetNoise, Verified
-from vllm_specplug.proposers.datastore import DatastoreWriter
+from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.samplers.noise import MURMUR, NO_NOISE, SPLITMIX
 
 VOCAB = 300

@@ -27,18 +27,16 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.datastore import (
+from vllm_specplug.proposers.datastore import Datastore, DatastoreError, tokenizer_fingerprint
+from vllm_specplug.proposers.datastore_writer import (
     FIXED_MEMORY_BYTES,
     MEMORY_SHARE,
     PIECE_CHARS,
-    Datastore,
-    DatastoreError,
     DatastoreWriter,
     Piece,
     add_texts,
     sort_bytes_per_token,
     split_text,
-    tokenizer_fingerprint,
 )
 from vllm_specplug.proposers.rest import RestProposer
 
@@ -399,14 +397,16 @@ def info(
 ) -> None:
     """Say what a store holds."""
     with _errors_to_stderr():
-        header = Datastore.open(store).header
+        opened = Datastore.open(store)
+    header = opened.header
     values: dict[str, Any] = {
         "path": str(store),
         "tokens": header.num_tokens,
         "documents": header.num_documents,
-        "bytes": header.file_bytes,
-        "bytes_per_token": round(header.file_bytes / header.num_tokens, 3),
+        "bytes": opened.file_bytes,
+        "bytes_per_token": round(opened.file_bytes / header.num_tokens, 3),
         "token_bits": 8 * header.token_bytes,
+        "shards": len(opened.files),
         "segments": len(header.segments),
         "vocab_size": header.vocab_size,
         "tokenizer": header.tokenizer,

@@ -43,7 +43,8 @@ from vllm_specplug.config import (
 )
 from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, read_only
-from vllm_specplug.proposers.datastore import BATCH_CHARS, Datastore, DatastoreError, tokenizer_fingerprint
+from vllm_specplug.proposers.datastore import Datastore, DatastoreError, tokenizer_fingerprint
+from vllm_specplug.proposers.datastore_writer import BATCH_CHARS
 from vllm_specplug.proposers.ensemble import Ensemble
 
 app = typer.Typer(
@@ -713,8 +714,7 @@ def replay(
                 "tokens": sum(map(len, warm_documents)),
             },
             "datastores": {
-                name: {"tokens": store.header.num_tokens, "bytes": store.header.file_bytes}
-                for name, store in stores.items()
+                name: {"tokens": store.header.num_tokens, "bytes": store.file_bytes} for name, store in stores.items()
             },
             "proposers": {name: each.to_dict() for name, each in counts.items()},
             **{name: round(value, 5) for name, value in _ratios(counts).items()},
@@ -758,7 +758,7 @@ def _run_all(
 
             run = Replay(makers.several(members), chooser, k, batch)
             if any(each.name in registry.NEEDS_DATASTORE for each in members):
-                run.counts.store_bytes = sum(store.header.file_bytes for store in stores.values())
+                run.counts.store_bytes = sum(store.file_bytes for store in stores.values())
                 run.counts.store_tokens = sum(store.header.num_tokens for store in stores.values())
             run.remember(history, advance)
             counts[name] = run.decode(requests, prompt_tokens, advance)
