@@ -27,7 +27,6 @@ from numba import njit
 from numpy.typing import NDArray
 
 from vllm_specplug import corpus
-from vllm_specplug.cli.datastore import load_tokenizer, vocab_size_of
 from vllm_specplug.proposers import ngram, rest
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext
 from vllm_specplug.proposers.datastore import tokenizer_fingerprint
@@ -35,6 +34,7 @@ from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add
 from vllm_specplug.proposers.ensemble import Ensemble
 from vllm_specplug.proposers.ngram import NgramProposer, match_confidence
 from vllm_specplug.proposers.rest import RestProposer, find_candidates, vote_confidence
+from vllm_specplug.sources import load_tokenizer, vocab_size_of
 
 EVERY = 4
 SMALLEST_BYTES = 8192

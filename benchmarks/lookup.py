@@ -22,12 +22,12 @@ from numba import njit
 from numpy.typing import NDArray
 
 from vllm_specplug import corpus
-from vllm_specplug.cli.datastore import load_tokenizer, vocab_size_of
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
 from vllm_specplug.proposers.datastore import Datastore, DatastoreError, tokenizer_fingerprint
 from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.proposers.ngram import NgramProposer
 from vllm_specplug.proposers.rest import RestProposer
+from vllm_specplug.sources import load_tokenizer, vocab_size_of
 
 CONTEXT_TOKENS = 256
 MAX_DRAFT = 8

@@ -41,10 +41,10 @@ from numba import njit
 from numpy.typing import NDArray
 
 from vllm_specplug import corpus
-from vllm_specplug.cli.datastore import load_tokenizer, vocab_size_of
 from vllm_specplug.proposers import automaton, suffix
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
 from vllm_specplug.proposers.suffix import SuffixProposer
+from vllm_specplug.sources import load_tokenizer, vocab_size_of
 
 PROMPT_TOKENS = 200
 OUTPUT_TOKENS = 800

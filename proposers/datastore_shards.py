@@ -340,13 +340,13 @@ def _piece_bounds(source: Datastore, runs: NDArray[np.int64]) -> NDArray[np.int6
     """Cut every run at the same tokens: ``[num_pieces + 1, num_runs]`` indices into the positions."""
     longest = runs[np.argmax(runs[:, 3] - runs[:, 2])]
     first_token, _, low, high = (int(value) for value in longest)
-    at = low + (high - low) * np.arange(1, NUM_PIECES) // NUM_PIECES
-    cuts = np.unique(source.tokens[first_token + source.positions[at].astype(np.int64) - 1]) if high > low else []
     rows = [runs[:, 2]]
-    rows += [
-        np.array([_first_with(source.tokens, source.positions, *run[[0, 2, 3]], token) for run in runs])
-        for token in cuts
-    ]
+    if high > low:
+        at = low + (high - low) * np.arange(1, NUM_PIECES) // NUM_PIECES
+        rows += [
+            np.array([_first_with(source.tokens, source.positions, *run[[0, 2, 3]], token) for run in runs])
+            for token in np.unique(source.tokens[first_token + source.positions[at].astype(np.int64) - 1])
+        ]
     return np.stack([*rows, runs[:, 3]]).astype(np.int64)
 
 

@@ -96,7 +96,7 @@ class DatastoreWriter:
         self.vocab_size = vocab_size
         self.fingerprint = fingerprint
         self.tokenizer = tokenizer
-        self.segment_tokens = segment_tokens or _segment_tokens(vocab_size, max_memory_bytes)
+        self.segment_tokens = segment_tokens or segment_tokens_for(vocab_size, max_memory_bytes)
         self.num_tokens = 0
         self.num_documents = 0
         self.num_split_documents = 0
@@ -240,7 +240,12 @@ class DatastoreWriter:
         return header
 
 
-def _segment_tokens(vocab_size: int, max_memory_bytes: int | None) -> int:
+def segment_tokens_for(vocab_size: int, max_memory_bytes: int | None) -> int:
+    """Tokens that can be sorted at one go in so much memory, by default :data:`MEMORY_SHARE` of what is available.
+
+    Raises:
+        DatastoreError: too little.
+    """
     per_token = sort_bytes_per_token(vocab_size)
     width = 2 if vocab_size <= LARGEST_16_BIT_VOCABULARY else 3
     memory = int(available_memory_bytes() * MEMORY_SHARE) if max_memory_bytes is None else max_memory_bytes

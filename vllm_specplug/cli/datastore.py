@@ -2,43 +2,58 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import glob
-import gzip
-import io
 import json
 import re
 import signal
-import sys
 import time
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
-import zstandard
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from vllm_specplug.building import (
+    Plan,
+    UnitDone,
+    UnitProgress,
+    base_of,
+    default_workers,
+    finish,
+    missing,
+    plan,
+    run_here,
+    run_in_processes,
+    run_on_ray,
+    shards_at,
+    version_of,
+)
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.datastore import Datastore, DatastoreError, tokenizer_fingerprint
+from vllm_specplug.proposers.datastore import (
+    Datastore,
+    DatastoreError,
+    Shard,
+    available_memory_bytes,
+    shards_folder,
+    tokenizer_fingerprint,
+)
+from vllm_specplug.proposers.datastore_shards import merge as merge_stores
+from vllm_specplug.proposers.datastore_shards import remove_unlisted, shard_of, writing
 from vllm_specplug.proposers.datastore_writer import (
     FIXED_MEMORY_BYTES,
     MEMORY_SHARE,
-    PIECE_CHARS,
     DatastoreWriter,
-    Piece,
     add_texts,
+    segment_tokens_for,
     sort_bytes_per_token,
-    split_text,
 )
 from vllm_specplug.proposers.rest import RestProposer
+from vllm_specplug.sources import Slice, Sources, find_paths, load_tokenizer, plan_units, size_of, vocab_size_of, whole
 
 app = typer.Typer(
     help="Build, inspect, check and try token stores for the rest proposer.",
@@ -46,13 +61,12 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+DEFAULT_SHARD_SIZE = "1GiB"
 EXIT_CORRUPTED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
-RECORD_SUFFIXES = (".jsonl", ".ndjson")
-COMPRESSION_SUFFIXES = (".gz", ".zst")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -102,204 +116,6 @@ def parse_bytes(text: str) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inputs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Sources:
-    """The texts of a build, read one after the other, and how far reading has come.
-
-    Attributes:
-        paths: files in order; None is standard input.
-        field: name of the text field of JSON lines and Parquet.
-        num_bytes: size of all files as they lie on disk.
-        bytes_done: bytes of them that were read.
-        num_skipped: files that were left out because they are not UTF-8 text, or unreadable.
-    """
-
-    paths: list[Path | None]
-    field: str
-    num_bytes: int = 0
-    bytes_done: int = 0
-    num_skipped: int = 0
-
-    def pieces(self) -> Iterator[Piece]:
-        """Every document's text, in pieces."""
-        for path in self.paths:
-            before = self.bytes_done
-            if path is None:
-                yield from self._standard_input()
-                continue
-            yield from self._file(path, before)
-            self.bytes_done = before + path.stat().st_size
-
-    def _standard_input(self) -> Iterator[Piece]:
-        try:
-            yield from _plain(sys.stdin.buffer)
-        except UnicodeDecodeError as error:
-            raise DatastoreError(f"standard input is not UTF-8 text: {error}") from error
-
-    def _file(self, path: Path, bytes_before: int) -> Iterator[Piece]:
-        kind = kind_of(path)
-        if kind == "parquet":
-            yield from _parquet_texts(path, self.field)
-            return
-        if kind == "text" and not is_text(path):
-            self.num_skipped += 1
-            return
-        with _open(path) as (raw, stream):
-            pieces = _json_lines(path, stream, self.field) if kind == "jsonl" else _plain(stream)
-            for piece in pieces:
-                self.bytes_done = bytes_before + raw.tell()
-                yield piece
-
-
-_READ_ERRORS = (UnicodeDecodeError, OSError, EOFError, zlib.error, zstandard.ZstdError)
-
-
-def kind_of(path: Path) -> str:
-    """What a file's name says, without a suffix of compression: "parquet", "jsonl" or "text"."""
-    name = path.name.lower()
-    for suffix in COMPRESSION_SUFFIXES:
-        name = name.removesuffix(suffix)
-    return "parquet" if name.endswith(".parquet") else "jsonl" if name.endswith(RECORD_SUFFIXES) else "text"
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The file as it lies on disk, and the same decompressed."""
-    with path.open("rb") as raw:
-        if path.suffix.lower() == ".gz":
-            with gzip.open(raw) as stream:
-                yield raw, cast("IO[bytes]", stream)
-        elif path.suffix.lower() == ".zst":
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False) as stream:
-                yield raw, io.BufferedReader(stream)
-        else:
-            yield raw, raw
-
-
-def is_text(path: Path) -> bool:
-    """True for UTF-8 text without null characters; reads the whole file, so that no half of one gets into a store."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with _open(path) as (_, stream):
-            while chunk := stream.read(PIECE_CHARS):
-                if "\0" in decoder.decode(chunk):
-                    return False
-            decoder.decode(b"", final=True)
-    except _READ_ERRORS:
-        return False
-    return True
-
-
-def _plain(stream: IO[bytes]) -> Iterator[Piece]:
-    # newline="": line ends are part of the text, and tokens must be those that the model saw.
-    reader = io.TextIOWrapper(stream, encoding="utf-8", newline="")
-    try:
-        yield from split_text(reader.read)
-    finally:
-        reader.detach()
-
-
-def _json_lines(path: Path, stream: IO[bytes], field: str) -> Iterator[Piece]:
-    try:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DatastoreError(f"{path} line {number} is not JSON: {error}") from error
-            texts = {k: v for k, v in record.items() if isinstance(v, str)} if isinstance(record, dict) else {}
-            if field not in texts:
-                raise DatastoreError(
-                    f"{path} line {number} has no text in field {field!r}; fields with text: "
-                    f"{', '.join(texts) or 'none'} (choose one with --field)"
-                )
-            yield from split_text(io.StringIO(texts[field], newline="").read)
-    except _READ_ERRORS as error:
-        raise DatastoreError(f"cannot read {path}: {error}") from error
-
-
-def _parquet_texts(path: Path, field: str) -> Iterator[Piece]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise DatastoreError(
-                    f"{path} has no column {field!r}; it has: {', '.join(file.schema_arrow.names)} "
-                    "(choose one with --field)"
-                )
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for value in batch.column(0):
-                    text = value.as_py()
-                    if text is not None and not isinstance(text, str):
-                        raise DatastoreError(f"column {field!r} of {path} holds {value.type}, not text")
-                    yield from split_text(io.StringIO(text or "", newline="").read)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DatastoreError(f"cannot read {path}: {error}") from error
-
-
-def find_sources(inputs: list[str], pattern: str, field: str) -> Sources:
-    """The files that ``inputs`` (files, folders, globs, "-") stand for, each once, in order.
-
-    Args:
-        pattern: which files of a folder are read, at any depth; hidden files and folders are left out.
-
-    Raises:
-        DatastoreError: an input stands for nothing.
-    """
-    paths: dict[Path | None, None] = {}
-    for name in inputs:
-        found: list[Path | None]
-        path = Path(name)
-        if name == "-":
-            found = [None]
-        elif path.is_dir():
-            found = [
-                each
-                for each in sorted(path.rglob(pattern))
-                if each.is_file() and not any(part.startswith(".") for part in each.relative_to(path).parts)
-            ]
-        elif path.is_file():
-            found = [path]
-        else:
-            found = [Path(each) for each in sorted(glob.glob(name, recursive=True)) if Path(each).is_file()]
-        if not found:
-            what = f"no file of the folder {name} matches {pattern!r}" if path.is_dir() else f"there is no file {name}"
-            raise DatastoreError(f"{what}: nothing to read")
-        paths.update(dict.fromkeys(found))
-    sizes = (path.stat().st_size for path in paths if path is not None)
-    return Sources(list(paths), field, num_bytes=sum(sizes))
-
-
-def load_tokenizer(name: str) -> Any:
-    """A tokenizer by folder or Hugging Face name.
-
-    Raises:
-        DatastoreError: transformers is missing, or cannot load it.
-    """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise DatastoreError("tokenizers are loaded with transformers, which comes with vLLM: install it") from error
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # damaged tokenizer files raise nothing more special
-        reason = str(error).strip().partition("\n")[0]
-        raise DatastoreError(f"cannot load tokenizer {name!r} (a folder or a Hugging Face name): {reason}") from error
-
-
-def vocab_size_of(tokenizer: Any) -> int:
-    """One more than the largest id."""
-    return int(max(tokenizer.get_vocab().values())) + 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Commands
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -313,29 +129,82 @@ class _Rate(ProgressColumn):
         return Text(f"{num_tokens:,} tokens  {rate:,.0f}/s")
 
 
+InputsArgument = Annotated[list[str], typer.Argument(help="Files, folders, globs, or - for standard input.")]
+FieldOption = Annotated[str, typer.Option(help="Text field of JSON lines (.jsonl) and Parquet.")]
+GlobOption = Annotated[str, typer.Option("--glob", help="Which files of a folder to read, at any depth.")]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Peak resident memory of all processes, such as 8GiB; by default {MEMORY_SHARE:.0%} of what is available."
+    ),
+]
+ShardSizeOption = Annotated[
+    str, typer.Option(help="Text that becomes one shard. Larger inputs are built shard by shard, and can go on.")
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="Processes; by default as many as processors and memory allow.")
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Build on this Ray cluster, whose nodes see the same files: its address, or 'auto' for the one around.",
+        metavar="ADDRESS",
+    ),
+]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Throw away what an unfinished build of the same store left.")
+]
+
+
 @app.command()
 def build(
     out: Annotated[Path, typer.Argument(help="The store to make.")],
-    inputs: Annotated[list[str], typer.Argument(help="Files, folders, globs, or - for standard input.")],
+    inputs: InputsArgument,
     tokenizer: Annotated[str, typer.Option(help="The served model's tokenizer: a folder or a Hugging Face name.")],
-    field: Annotated[str, typer.Option(help="Text field of JSON lines (.jsonl) and Parquet.")] = "text",
-    pattern: Annotated[str, typer.Option("--glob", help="Which files of a folder to read, at any depth.")] = "*",
-    max_memory: Annotated[
-        str | None,
-        typer.Option(help=f"Peak resident memory, such as 8GiB; by default {MEMORY_SHARE:.0%} of what is available."),
-    ] = None,
+    field: FieldOption = "text",
+    pattern: GlobOption = "*",
+    max_memory: MemoryOption = None,
+    shard_size: ShardSizeOption = DEFAULT_SHARD_SIZE,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
+    restart: RestartOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Build a token store from text, one document a file (plain text) or a record (JSON lines, Parquet).
 
     Files may be compressed (.gz, .zst); those that are not UTF-8 text are left out and counted. OUT appears only when
-    it is complete.
+    it is complete; servers that have an older one open keep it until they are told to look again.
+
+    Inputs of more than one --shard-size become several shards, in a folder beside OUT, built in several processes or on
+    a Ray cluster. Whatever stops such a build: the same command goes on with the shards that are missing.
     """
     console = Console(stderr=True)
     started = time.monotonic()
     with _errors_to_stderr(), _stops_cleanly(console, f"{out} was not written"):
-        sources = find_sources(inputs, pattern, field)
+        paths = find_paths(inputs, pattern)
+        if out.exists() and not force:
+            raise DatastoreError(f"{out} exists: give another name, or --force to replace it")
+        if out.is_dir():
+            raise DatastoreError(f"{out} is a folder: name a file")
+        unit_bytes = _shard_bytes(shard_size)
+        if None in paths and len(paths) > 1:
+            raise DatastoreError("- reads standard input, and other inputs are given with it: give one or the other")
+        files = [path for path in paths if path is not None]
+        units = plan_units(files, unit_bytes)
         loaded = load_tokenizer(tokenizer)
+        if len(units) > 1 or ray is not None:
+            if files and ray is None:
+                _check_memory(vocab_size_of(loaded), max_memory)
+            with writing(out) as folder:
+                made = _plan(
+                    units, folder, loaded, tokenizer, tokenizer, field, max_memory, workers, unit_bytes,
+                    version_of(out), listed=shards_at(out), restart=restart,
+                )  # fmt: skip
+                _run(console, made, loaded, workers, ray)
+                finish(made, out)
+            _say_built(console, out, started, made.finished.values())
+            return
+        sources = whole(paths, field)
         vocab_size = vocab_size_of(loaded)
         with DatastoreWriter(
             out,
@@ -353,25 +222,220 @@ def build(
                 highlight=False,
             )
             _tokenize_and_sort(console, sources, writer, loaded)
+        if shards_folder(out).is_dir():  # of a sharded store that this one took the place of
+            with writing(out):
+                remove_unlisted(out, None)
+    _say_built(
+        console,
+        out,
+        started,
+        [UnitDone(shard=None, num_skipped=sources.num_skipped, num_split_documents=writer.num_split_documents)],
+    )
+
+
+@app.command()
+def add(
+    store: Annotated[Path, typer.Argument(help="The store that grows.")],
+    inputs: InputsArgument,
+    tokenizer: Annotated[str | None, typer.Option(help="By default the one that the store was built with.")] = None,
+    field: FieldOption = "text",
+    pattern: GlobOption = "*",
+    max_memory: MemoryOption = None,
+    shard_size: ShardSizeOption = DEFAULT_SHARD_SIZE,
+    workers: WorkersOption = None,
+    ray: RayOption = None,
+    restart: RestartOption = False,
+) -> None:
+    """Add text to a store, as further shards: what is there is neither read nor written.
+
+    Servers that have the store open keep the old version, and look up the new one when they are told to look again (see
+    specplug's documentation on stores) or start anew. A store of one file becomes a sharded one. Each shard is searched
+    by itself: merge them when there are many.
+    """
+    console = Console(stderr=True)
+    started = time.monotonic()
+    with _errors_to_stderr(), _stops_cleanly(console, f"{store} was not changed"):
+        opened = Datastore.open(store)
+        paths = find_paths(inputs, pattern)
+        if None in paths:
+            raise DatastoreError("add reads files, and - stands for standard input: write it to a file first")
+        unit_bytes = _shard_bytes(shard_size)
+        units = plan_units([path for path in paths if path is not None], unit_bytes)
+        name = tokenizer or opened.header.tokenizer
+        loaded = load_tokenizer(name)
+        opened.check_tokenizer(tokenizer_fingerprint(loaded), opened.header.vocab_size, repr(name))
+        _check_memory(opened.header.vocab_size, max_memory)
+        with writing(store) as folder:
+            version = version_of(store)
+            made = _plan(
+                units, folder, loaded, name, opened.header.tokenizer, field, max_memory, workers, unit_bytes, version,
+                base=base_of(store), restart=restart,
+            )  # fmt: skip
+            _run(console, made, loaded, workers, ray)
+            if not any(done.shard for done in made.finished.values()):
+                raise DatastoreError(f"nothing to add to {store}: the input has no tokens")
+            finish(made, store)
+    _say_built(console, store, started, made.finished.values())
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="The store to make; may be one of STORES, with --force.")],
+    stores: Annotated[list[Path], typer.Argument(help="Stores of one tokenizer.")],
+    threads: Annotated[int | None, typer.Option(min=1, help="By default one for each processor.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Make one store of several, and one segment of many: every lookup then searches once.
+
+    Nothing is tokenized or sorted again; the suffix arrays are merged, with little memory (the tokens, 2 or 4 bytes
+    each, should fit the system's page cache). merge --force STORE STORE tidies a store that grew by add, while servers
+    go on reading it.
+    """
+    console = Console(stderr=True)
+    started = time.monotonic()
+    with _errors_to_stderr(), _stops_cleanly(console, f"{out} was not written"):
+        if out.exists() and not force:
+            raise DatastoreError(f"{out} exists: give another name, or --force to replace it")
+        opened = [Datastore.open(path) for path in dict.fromkeys(stores)]
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn())
+        with writing(out) as folder, Progress(*columns, console=console) as progress:
+            task = progress.add_task("merging", total=None)
+            version = f"{time.time_ns():x}"
+            merged = merge_stores(
+                opened,
+                lambda number: folder / f"merged-{version}-{number:05d}.specstore",
+                num_threads=threads,
+                on_progress=lambda done, of: progress.update(task, completed=done, total=of, num_tokens=done),
+            )
+            made = Plan([], folder, base=[shard_of(path) for path in merged])
+            finish(made, out)
+    _say_built(console, out, started, [])
+
+
+def _shard_bytes(text: str) -> int:
+    unit_bytes = parse_bytes(text)
+    if unit_bytes < 1:
+        raise DatastoreError(f"--shard-size {text}: a shard takes at least one byte of text")
+    return unit_bytes
+
+
+def _memory(max_memory: str | None) -> int:
+    return int(available_memory_bytes() * MEMORY_SHARE) if max_memory is None else parse_bytes(max_memory)
+
+
+def _check_memory(vocab_size: int, max_memory: str | None) -> None:
+    segment_tokens_for(vocab_size, _memory(max_memory))
+
+
+def _plan(
+    units: list[list[Slice]],
+    folder: Path,
+    loaded: Any,
+    tokenizer: str,
+    tokenizer_name: str,
+    field: str,
+    max_memory: str | None,
+    workers: int | None,
+    unit_bytes: int,
+    version: str,
+    base: Sequence[Shard] = (),
+    listed: Sequence[Shard] = (),
+    restart: bool = False,
+) -> Plan:
+    vocab_size = vocab_size_of(loaded)
+    num_workers = workers or default_workers(len(units), unit_bytes, vocab_size, _memory(max_memory))
+    return plan(
+        units,
+        folder,
+        field=field,
+        tokenizer=str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else tokenizer,
+        tokenizer_name=tokenizer_name,
+        vocab_size=vocab_size,
+        fingerprint=tokenizer_fingerprint(loaded),
+        max_memory_bytes=_memory(max_memory) // num_workers,
+        num_workers=num_workers,
+        version=version,
+        base=base,
+        listed=listed,
+        restart=restart,
+    )
+
+
+def _run(console: Console, made: Plan, loaded: Any, workers: int | None, ray: str | None) -> None:
+    """Do what is missing, with a bar."""
+    left = missing(made)
+    sizes = {number: sum(map(size_of, made.units[number].slices)) for number in range(len(made.units))}
+    if made.finished:
+        console.print(
+            f"going on: {len(made.finished):,} of {len(made.units):,} shards are done already", highlight=False
+        )
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn())
+    reports: dict[int, UnitProgress] = {}
+    with Progress(*columns, console=console) as progress:
+        total = max(sum(sizes[number] for number in left), 1)
+        task = progress.add_task("", total=total)
+
+        def report(state: UnitProgress) -> None:
+            reports[state.unit] = state
+            sorting = sum(each.is_sorting and each.unit not in made.finished for each in reports.values())
+            # Reading is some two thirds of the work, sorting the rest.
+            bytes_done = sum(
+                sizes[number] if number in made.finished else 0.65 * each.bytes_done for number, each in reports.items()
+            )
+            progress.update(
+                task,
+                description=f"{len(made.finished)}/{len(made.units)} shards{f', {sorting} sorting' if sorting else ''}",
+                completed=bytes_done,
+                num_tokens=sum(each.num_tokens for each in reports.values()),
+            )
+
+        try:
+            if ray is not None:
+                run_on_ray(made, report, ray)
+            elif made.num_workers == 1 or len(left) == 1:
+                run_here(made, report, loaded)
+            else:
+                run_in_processes(made, report, made.num_workers)
+        except KeyboardInterrupt:
+            console.print(
+                f"{len(made.finished):,} of {len(made.units):,} shards are done: give the same command again to go on",
+                highlight=False,
+            )
+            raise
+        progress.update(task, completed=total)
+
+
+def _say_built(console: Console, out: Path, started: float, units: Iterable[UnitDone]) -> None:
     seconds = time.monotonic() - started
-    size = out.stat().st_size
-    skipped = f"; left out {sources.num_skipped:,} files that are not UTF-8 text" if sources.num_skipped else ""
-    num_split = writer.num_split_documents
+    store = Datastore.open(out)
+    header, size = store.header, store.file_bytes
+    done = list(units)
+    num_skipped = sum(each.num_skipped for each in done)
+    num_split = sum(each.num_split_documents for each in done)
+    skipped = f"; left out {num_skipped:,} files that are not UTF-8 text" if num_skipped else ""
     split = f"; cut {num_split:,} documents longer than a segment" if num_split else ""
+    shards = f" in {len(store.files):,} shards" if len(store.files) > 1 else ""
     console.print(
-        f"{escape(str(out))}: {writer.num_tokens:,} tokens of {writer.num_documents:,} documents, {size:,} bytes "
-        f"({size / writer.num_tokens:.2f} a token), in {seconds:.1f} s ({writer.num_tokens / seconds:,.0f} tokens/s)"
+        f"{escape(str(out))}: {header.num_tokens:,} tokens of {header.num_documents:,} documents{shards}, "
+        f"{size:,} bytes ({size / header.num_tokens:.2f} a token), in {seconds:.1f} s ({header.num_tokens / seconds:,.0f} tokens/s)"
         f"{skipped}{split}",
         highlight=False,
         soft_wrap=True,
     )
+    if len(store.segments) > 1:
+        console.print(
+            f"a lookup searches {len(store.segments):,} segments; specplug datastore merge --force {escape(str(out))} "
+            f"{escape(str(out))} makes one of them",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _tokenize_and_sort(console: Console, sources: Sources, writer: DatastoreWriter, tokenizer: Any) -> None:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         # Of standard input nobody knows the size: no total, no ETA.
-        total = None if None in sources.paths else max(sources.num_bytes, 1)
+        total = None if None in sources.slices else max(sources.num_bytes, 1)
         task = progress.add_task("tokenizing", total=total)
         add_texts(
             writer,
@@ -381,8 +445,8 @@ def _tokenize_and_sort(console: Console, sources: Sources, writer: DatastoreWrit
         )
         progress.update(task, total=total or 1, completed=total or 1)
         # One segment is one call: there is nothing to report before it is done.
-        whole = writer.num_tokens if writer.num_tokens > writer.segment_tokens else None
-        sorting = progress.add_task("sorting", total=whole)
+        num_tokens = writer.num_tokens if writer.num_tokens > writer.segment_tokens else None
+        sorting = progress.add_task("sorting", total=num_tokens)
 
         def on_progress(done: int, of: int) -> None:
             progress.update(sorting, total=of, completed=done, num_tokens=done)

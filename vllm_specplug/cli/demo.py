@@ -214,10 +214,10 @@ def build_store(display: Display, model: Path, path: Path) -> Path:
     with display.phase("token store of the standard library") as phase:
         import io
 
-        from vllm_specplug.cli.datastore import load_tokenizer, vocab_size_of
         from vllm_specplug.corpus import standard_library_sources, without_copies_of_held_out
         from vllm_specplug.proposers.datastore import DatastoreError, tokenizer_fingerprint
         from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add_texts, split_text
+        from vllm_specplug.sources import load_tokenizer, vocab_size_of
 
         sources = standard_library_sources()
         num_bytes = sum(source.stat().st_size for source in sources)

@@ -32,7 +32,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vllm_specplug import __version__, registry
-from vllm_specplug.cli.datastore import Sources, find_sources, is_text, kind_of, load_tokenizer, vocab_size_of
 from vllm_specplug.config import (
     DEFAULT_SPECULATIVE_TOKENS,
     ENSEMBLE,
@@ -46,6 +45,16 @@ from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerC
 from vllm_specplug.proposers.datastore import Datastore, DatastoreError, tokenizer_fingerprint
 from vllm_specplug.proposers.datastore_writer import BATCH_CHARS
 from vllm_specplug.proposers.ensemble import Ensemble
+from vllm_specplug.sources import (
+    Slice,
+    Sources,
+    find_paths,
+    is_text,
+    kind_of,
+    load_tokenizer,
+    vocab_size_of,
+    whole,
+)
 
 app = typer.Typer(
     help="Decode text that is already written with proposers, without an engine.", rich_markup_mode="markdown"
@@ -180,10 +189,10 @@ def sources_of(inputs: Sequence[str], pattern: str, field: str) -> Sources:
     Raises:
         DatastoreError: an input stands for nothing, or a file that is named is not UTF-8 text.
     """
-    sources = find_sources(list(inputs), pattern, field)
+    sources = whole(find_paths(inputs, pattern), field)
     for name in inputs:
         path = Path(name)
-        if path.is_file() and kind_of(path) == "text" and not is_text(path):
+        if path.is_file() and kind_of(path) == "text" and not is_text(Slice(path)):
             raise DatastoreError(f"cannot read {name}: it is not UTF-8 text, or it may not be read")
     return sources
 
@@ -652,7 +661,7 @@ def replay(
     try:
         sources = sources_of(inputs, pattern, field)
         warm_sources = sources_of(warm or (), pattern, field)
-        if None in sources.paths and None in warm_sources.paths:
+        if None in sources.slices and None in warm_sources.slices:
             raise ConfigurationError("standard input can be read once: - stands for FILES and for --warm")
         stores = {name: Datastore.open(path) for name, path in (settings.datastore or {}).items()}
         loaded = load_tokenizer(tokenizer)
@@ -673,7 +682,7 @@ def replay(
             f"nothing to decode: none of {len(documents)} documents has more than {prompt_tokens} tokens "
             "(--prompt-tokens)"
         )
-    if both := set(sources.paths) & set(warm_sources.paths):
+    if both := set(sources.slices) & set(warm_sources.slices):
         console.print(
             f"[yellow]note:[/yellow] {len(both)} files are decoded and, with --warm, known before", highlight=False
         )
@@ -699,7 +708,7 @@ def replay(
                 "proposers": [entry.model_dump() for entry in settings.proposers],
             },
             "inputs": {
-                "files": len(sources.paths) - sources.num_skipped,
+                "files": len(sources.slices) - sources.num_skipped,
                 "skipped_files": sources.num_skipped,
                 "documents": len(documents),
                 "short_documents": sum(len(each) <= prompt_tokens for each in documents),
@@ -708,7 +717,7 @@ def replay(
                 "output_tokens": num_outputs,
             },
             "warm": {
-                "files": len(warm_sources.paths) - warm_sources.num_skipped,
+                "files": len(warm_sources.slices) - warm_sources.num_skipped,
                 "skipped_files": warm_sources.num_skipped,
                 "documents": len(warm_documents),
                 "tokens": sum(map(len, warm_documents)),

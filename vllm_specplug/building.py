@@ -1,0 +1,435 @@
+"""Building large token stores: units of input become shards, in parallel, and a killed build goes on where it was.
+
+A *unit* is a part of the input that is tokenized, sorted and written by itself, as one shard. Whether a unit is done
+is written beside its shard, under a name that stands for the whole build (inputs with their sizes and times, tokenizer,
+cuts, and the store that is added to). So the same command, given again, takes up what is finished, and what another
+command left is never mixed in.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import ctypes
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vllm_specplug.proposers.datastore import Datastore, DatastoreError, Shard
+from vllm_specplug.proposers.datastore_shards import LOCK_NAME, adopt, publish, remove_unlisted, shard_of
+from vllm_specplug.proposers.datastore_writer import (
+    FIXED_MEMORY_BYTES,
+    DatastoreWriter,
+    add_texts,
+    sort_bytes_per_token,
+)
+from vllm_specplug.sources import Slice, Sources, load_tokenizer, size_of
+
+_PR_SET_PDEATHSIG = 1  # Linux's prctl
+_POLL_S = 0.2
+SHARD_SUFFIX = ".specstore"
+DONE_SUFFIX = ".done"
+
+
+class UnitDone(BaseModel):
+    """What became of a unit, kept beside its shard.
+
+    Attributes:
+        shard: None where the unit had no text.
+        num_skipped: files that are not text.
+        num_split_documents: documents longer than a segment, which were cut.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard: Shard | None
+    num_skipped: int = 0
+    num_split_documents: int = 0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One shard to make, as it is sent to the process that makes it.
+
+    Attributes:
+        shard: where the shard goes; what became of it is written beside it.
+        slices: what to read.
+        field: name of the text field of JSON lines and Parquet.
+        tokenizer: folder or name.
+        tokenizer_name: what the store calls it.
+        vocab_size, fingerprint: of that tokenizer.
+        max_memory_bytes: peak resident memory of the process.
+    """
+
+    shard: Path
+    slices: tuple[Slice, ...]
+    field: str
+    tokenizer: str
+    tokenizer_name: str
+    vocab_size: int
+    fingerprint: str
+    max_memory_bytes: int
+
+    @property
+    def done(self) -> Path:
+        return self.shard.with_suffix(DONE_SUFFIX)
+
+
+class UnitProgress(NamedTuple):
+    """How far a unit is.
+
+    Attributes:
+        unit: its number.
+        bytes_done: bytes of its input that were read.
+        num_tokens: tokens stored so far.
+        is_sorting: True once all input is read.
+    """
+
+    unit: int
+    bytes_done: int
+    num_tokens: int
+    is_sorting: bool = False
+
+
+Report = Callable[[UnitProgress], None]
+
+
+@dataclass
+class Plan:
+    """A build that may have been begun before.
+
+    Attributes:
+        units: all of them, in order.
+        folder: where shards are made.
+        base: shards that stay in front.
+        num_workers: processes that work at the same time.
+        finished: what became of units that are done, by number.
+    """
+
+    units: list[Unit]
+    folder: Path
+    base: list[Shard] = field(default_factory=list)
+    num_workers: int = 1
+    finished: dict[int, UnitDone] = field(default_factory=dict)
+
+    @property
+    def shards(self) -> list[Shard]:
+        """What the store consists of when all units are done."""
+        done = (self.finished[number].shard for number in range(len(self.units)))
+        return [*self.base, *(shard for shard in done if shard is not None)]
+
+
+def plan(
+    units: Sequence[Sequence[Slice]],
+    folder: Path,
+    *,
+    field: str,
+    tokenizer: str,
+    tokenizer_name: str,
+    vocab_size: int,
+    fingerprint: str,
+    max_memory_bytes: int,
+    num_workers: int,
+    version: str,
+    base: Sequence[Shard] = (),
+    listed: Sequence[Shard] = (),
+    restart: bool = False,
+) -> Plan:
+    """What is to be done, and what of it was done by an earlier call that did not come to its end.
+
+    The caller holds the store's lock.
+
+    Args:
+        units: slices of each.
+        num_workers: processes that work at the same time.
+        folder: of the store's shards.
+        version: stands for what lies at the store's place now; another version is another build.
+        base: shards that stay in front of the new ones.
+        listed: shards that belong to what lies at the store's place now.
+        restart: throw away what an earlier call left, whatever it was.
+        field, tokenizer, tokenizer_name, vocab_size, fingerprint, max_memory_bytes: as in :class:`Unit`.
+
+    Raises:
+        DatastoreError: finished shards of another build are in the way.
+    """
+    states = [
+        [str(part.path.resolve()), part.start, part.stop, (status := part.path.stat()).st_size, status.st_mtime_ns]
+        for unit in units
+        for part in unit
+    ]
+    described = {
+        "units": [len(unit) for unit in units],
+        "slices": states,
+        "field": field,
+        "fingerprint": fingerprint,
+        "vocab_size": vocab_size,
+        "version": version,
+    }
+    name = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
+    keep = {shard.file for shard in (*listed, *base)}
+    made = Plan(
+        [
+            Unit(
+                folder / f"{name}-{number:05d}{SHARD_SUFFIX}", tuple(unit), field, tokenizer, tokenizer_name,
+                vocab_size, fingerprint, max_memory_bytes,
+            )
+            for number, unit in enumerate(units)
+        ],
+        folder,
+        list(base),
+        num_workers,
+    )  # fmt: skip
+    others = [each for each in folder.iterdir() if each.name not in keep and each.name != LOCK_NAME]
+    if not restart:
+        others = [each for each in others if not each.name.startswith(f"{name}-")]
+        num_finished = sum(each.suffix == DONE_SUFFIX for each in others)
+        if num_finished:
+            raise DatastoreError(
+                f"{folder} holds {num_finished} finished shards of a build that did not come to its end, of other "
+                "inputs (or they changed since), another tokenizer or shard size: give the command that began it, or "
+                "--restart to throw them away"
+            )
+    for each in others:
+        each.unlink(missing_ok=True)
+    for number, unit in enumerate(made.units):
+        if (done := _done(unit)) is not None:
+            made.finished[number] = done
+    return made
+
+
+def _done(unit: Unit) -> UnitDone | None:
+    try:
+        done = UnitDone.model_validate_json(unit.done.read_bytes())
+        if done.shard is None or shard_of(unit.shard) == done.shard:
+            return done
+    except (OSError, ValidationError, DatastoreError):
+        pass  # not begun, or not come to its end
+    return None
+
+
+def build_unit(unit: Unit, number: int, report: Report, tokenizer: Any = None) -> UnitDone:
+    """Tokenize, sort and write one shard, and note that it is done.
+
+    Args:
+        tokenizer: loaded already; by default it is loaded here.
+
+    Raises:
+        DatastoreError: input that cannot be read, or too little memory.
+    """
+    if tokenizer is None:
+        tokenizer = load_tokenizer(unit.tokenizer)
+    sources = Sources(unit.slices, unit.field, num_bytes=sum(map(size_of, unit.slices)))
+    with DatastoreWriter(
+        unit.shard,
+        vocab_size=unit.vocab_size,
+        fingerprint=unit.fingerprint,
+        tokenizer=unit.tokenizer_name,
+        max_memory_bytes=unit.max_memory_bytes,
+        overwrite=True,
+    ) as writer:
+        add_texts(
+            writer,
+            tokenizer,
+            sources.pieces(),
+            lambda num_tokens: report(UnitProgress(number, sources.bytes_done, num_tokens)),
+        )
+        report(UnitProgress(number, sources.num_bytes, writer.num_tokens, is_sorting=True))
+        if writer.num_tokens:
+            writer.finish()
+    done = UnitDone(
+        shard=shard_of(unit.shard) if writer.num_tokens else None,
+        num_skipped=sources.num_skipped,
+        num_split_documents=writer.num_split_documents,
+    )
+    partial = unit.done.with_name(f"{unit.done.name}.partial-{os.getpid()}")
+    partial.write_text(done.model_dump_json())
+    os.replace(partial, unit.done)
+    return done
+
+
+def missing(made: Plan) -> list[int]:
+    """Numbers of the units that are still to be done."""
+    return [number for number in range(len(made.units)) if number not in made.finished]
+
+
+def run_here(made: Plan, report: Report, tokenizer: Any) -> None:
+    """Do what is missing, unit after unit, in this process."""
+    for number in missing(made):
+        made.finished[number] = build_unit(made.units[number], number, report, tokenizer)
+
+
+def run_in_processes(made: Plan, report: Report, num_workers: int) -> None:
+    """Do what is missing in several processes of this machine.
+
+    Processes end with this one, however that ends.
+
+    Raises:
+        DatastoreError: what a unit raised, or one of the processes was killed.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    reports = context.SimpleQueue()
+    with concurrent.futures.ProcessPoolExecutor(
+        num_workers, mp_context=context, initializer=_start_worker, initargs=(reports, os.getpid())
+    ) as pool:
+        futures = {pool.submit(_work, made.units[number], number): number for number in missing(made)}
+        try:
+            for number, done in _completed(futures, reports, report):
+                made.finished[number] = done
+        except BrokenProcessPool as error:
+            raise DatastoreError(
+                f"a process of the build was killed, perhaps for lack of memory ({len(made.finished)} of "
+                f"{len(made.units)} shards are done); give the same command again to go on, with fewer --workers or "
+                "a smaller --max-memory"
+            ) from error
+        except BaseException:
+            _end(pool)
+            raise
+
+
+def _completed(
+    futures: dict[concurrent.futures.Future[UnitDone], int], reports: Any, report: Report
+) -> Iterator[tuple[int, UnitDone]]:
+    waiting = set(futures)
+    while waiting:
+        done, waiting = concurrent.futures.wait(waiting, _POLL_S, concurrent.futures.FIRST_COMPLETED)
+        while not reports.empty():
+            report(reports.get())
+        for future in done:
+            yield futures[future], future.result()
+
+
+def _end(pool: concurrent.futures.ProcessPoolExecutor) -> None:
+    """Stop the processes at once: what they were at is made again next time."""
+    processes = list((getattr(pool, "_processes", None) or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        with contextlib.suppress(OSError, ValueError):
+            process.terminate()
+
+
+_reports: Any = None
+
+
+def _start_worker(reports: Any, parent: int) -> None:
+    global _reports
+    _reports = reports
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the parent ends the build
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it was killed before this could be asked for
+
+
+def _work(unit: Unit, number: int) -> UnitDone:
+    return build_unit(unit, number, _reports.put)
+
+
+def run_on_ray(made: Plan, report: Report, address: str | None) -> None:
+    """Do what is missing as tasks of a Ray cluster, whose nodes all see inputs and store under the same paths.
+
+    A task whose node is lost is tried again on another. A task asks for one processor.
+
+    Args:
+        address: of the cluster; None: the one that the environment names, or one made on this machine.
+
+    Raises:
+        DatastoreError: Ray is missing, no cluster answers, a unit raised, or its shard is not to be seen here.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise DatastoreError("Ray is not installed: pip install 'vllm-specplug[ray]'") from error
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        try:
+            ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise DatastoreError(f"no Ray cluster answers at {address}: {error}") from error
+    try:
+        task = ray.remote(num_cpus=1, max_retries=3)(_work_on_ray)
+        waiting = {task.remote(made.units[number], number): number for number in missing(made)}
+        while waiting:
+            done, _ = ray.wait(list(waiting), timeout=_POLL_S)
+            for reference in done:
+                number = waiting.pop(reference)
+                try:
+                    ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    cause = error.cause if isinstance(error.cause, DatastoreError) else error
+                    raise DatastoreError(f"a task of the build failed: {cause}") from error
+                except ray.exceptions.RayError as error:
+                    raise DatastoreError(f"a task of the build was lost: {error}") from error
+                unit = made.units[number]
+                if (seen := _done(unit)) is None:
+                    raise DatastoreError(
+                        f"a task made {unit.shard}, and it is not to be seen here: the nodes of the cluster must share "
+                        "the folder of the store"
+                    )
+                made.finished[number] = seen
+                num_tokens = seen.shard.num_tokens if seen.shard else 0
+                report(UnitProgress(number, sum(map(size_of, unit.slices)), num_tokens, is_sorting=True))
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def _work_on_ray(unit: Unit, number: int) -> None:
+    build_unit(unit, number, lambda _: None)
+
+
+def finish(made: Plan, out: Path) -> None:
+    """All units are done: make their shards the store, at one stroke.
+
+    One shard alone becomes a store of one file.
+
+    Raises:
+        DatastoreError: no unit had text.
+    """
+    shards = made.shards
+    if not shards:
+        raise DatastoreError(f"nothing to store in {out}: the input has no tokens")
+    if len(shards) == 1:
+        os.replace(made.folder / shards[0].file, out)
+        remove_unlisted(out, None)
+    else:
+        publish(out, shards)
+
+
+def version_of(out: Path) -> str:
+    """Stands for what lies at a store's place: "" for nothing, otherwise something that changes with it."""
+    try:
+        store = Datastore.open(out)
+    except DatastoreError:
+        return ""
+    return hashlib.sha256(json.dumps([asdict(header) for _, header in store.files]).encode()).hexdigest()
+
+
+def shards_at(out: Path) -> list[Shard]:
+    """Shards of the sharded store at ``out``; none where there is no such store."""
+    try:
+        store = Datastore.open(out)
+    except DatastoreError:
+        return []
+    return [] if store.files[0][0] == store.path else [shard_of(path) for path, _ in store.files]
+
+
+def base_of(out: Path) -> list[Shard]:
+    """Shards of a store that is added to, a single file adopted."""
+    return adopt(Datastore.open(out))
+
+
+def default_workers(num_units: int, unit_bytes: int, vocab_size: int, memory_bytes: int) -> int:
+    """As many processes as there are processors, units, and memory to sort a unit at one go in each."""
+    num_tokens = unit_bytes // 3  # text has about so many bytes a token, and often more
+    each = FIXED_MEMORY_BYTES + num_tokens * sort_bytes_per_token(vocab_size)
+    return max(1, min(os.cpu_count() or 1, num_units, memory_bytes // each))

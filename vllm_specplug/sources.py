@@ -1,0 +1,350 @@
+"""Texts for token stores: plain text, JSON lines and Parquet, compressed or not, whole files or parts of large ones."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import glob
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import zstandard
+
+from vllm_specplug.proposers.datastore import DatastoreError
+from vllm_specplug.proposers.datastore_writer import PIECE_CHARS, Piece, split_text
+
+RECORD_SUFFIXES = (".jsonl", ".ndjson")
+COMPRESSION_SUFFIXES = (".gz", ".zst")
+EXPANSION = 4
+"""Bytes of text for a byte of a compressed file, about: only to cut work into parts of similar size."""
+
+_READ_ERRORS = (UnicodeDecodeError, OSError, EOFError, zlib.error, zstandard.ZstdError)
+
+
+class Slice(NamedTuple):
+    """A part of a file: the lines that start in these bytes, or these row groups of Parquet.
+
+    Attributes:
+        path: the file.
+        start: first byte or row group.
+        stop: the one behind the last; None: to the end.
+    """
+
+    path: Path
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass
+class Sources:
+    """The texts of some slices, read one after the other, and how far reading has come.
+
+    Attributes:
+        slices: in order; None is standard input.
+        field: name of the text field of JSON lines and Parquet.
+        num_bytes: size of all slices as they lie on disk.
+        bytes_done: bytes of them that were read.
+        num_skipped: files, or slices of them, that were left out because they are not UTF-8 text, or unreadable.
+    """
+
+    slices: Sequence[Slice | None]
+    field: str
+    num_bytes: int = 0
+    bytes_done: int = 0
+    num_skipped: int = 0
+
+    def pieces(self) -> Iterator[Piece]:
+        """Every document's text, in pieces."""
+        for part in self.slices:
+            before = self.bytes_done
+            if part is None:
+                yield from self._standard_input()
+                continue
+            yield from self._slice(part, before)
+            self.bytes_done = before + size_of(part)
+
+    def _standard_input(self) -> Iterator[Piece]:
+        try:
+            yield from _plain(sys.stdin.buffer)
+        except UnicodeDecodeError as error:
+            raise DatastoreError(f"standard input is not UTF-8 text: {error}") from error
+
+    def _slice(self, part: Slice, bytes_before: int) -> Iterator[Piece]:
+        kind = kind_of(part.path)
+        if kind == "parquet":
+            yield from _parquet_texts(part, self.field)
+            return
+        if kind == "text" and not is_text(part):
+            self.num_skipped += 1
+            return
+        with _open(part) as (raw, stream):
+            pieces = _json_lines(part, stream, self.field) if kind == "jsonl" else _plain(stream)
+            for piece in pieces:
+                self.bytes_done = bytes_before + raw.tell() - part.start
+                yield piece
+
+
+def kind_of(path: Path) -> str:
+    """What a file's name says, without a suffix of compression: "parquet", "jsonl" or "text"."""
+    name = path.name.lower()
+    for suffix in COMPRESSION_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return "parquet" if name.endswith(".parquet") else "jsonl" if name.endswith(RECORD_SUFFIXES) else "text"
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the file must be decompressed from its start."""
+    return path.suffix.lower() in COMPRESSION_SUFFIXES
+
+
+def size_of(part: Slice) -> int:
+    """Bytes on disk, about: of Parquet's row groups, their share of the file."""
+    if part.start == 0 and part.stop is None:
+        return part.path.stat().st_size
+    if kind_of(part.path) == "parquet":
+        import pyarrow.parquet
+
+        metadata = pyarrow.parquet.read_metadata(part.path)
+        stop = metadata.num_row_groups if part.stop is None else part.stop
+        return sum(metadata.row_group(index).total_byte_size for index in range(part.start, stop))
+    return (part.path.stat().st_size if part.stop is None else part.stop) - part.start
+
+
+def plan_units(paths: Sequence[Path], unit_bytes: int) -> list[list[Slice]]:
+    """Cut files into units of about ``unit_bytes`` bytes of text each, in order.
+
+    Text and JSON lines are cut between lines and Parquet between row groups; compressed files stay whole, and so does a
+    line.
+
+    Args:
+        paths: files to read, each once.
+
+    Raises:
+        DatastoreError: a Parquet file cannot be read.
+    """
+    units: list[list[Slice]] = [[]]
+    room = unit_bytes
+    for part, num_bytes in _parts(paths, unit_bytes):
+        if units[-1] and num_bytes > room:
+            units.append([])
+            room = unit_bytes
+        units[-1].append(part)
+        room -= num_bytes
+    return [unit for unit in units if unit]
+
+
+def _parts(paths: Sequence[Path], unit_bytes: int) -> Iterator[tuple[Slice, int]]:
+    """Slices no larger than a unit, where the file can be cut, with their bytes of text."""
+    for path in paths:
+        size = path.stat().st_size
+        if kind_of(path) == "parquet":
+            yield from _row_groups(path, unit_bytes)
+        elif is_compressed(path):
+            yield Slice(path), size * EXPANSION
+        elif size <= unit_bytes:
+            yield Slice(path), size
+        else:
+            count = -(-size // unit_bytes)
+            cuts = [size * index // count for index in range(count)]
+            for start, stop in zip(cuts, [*cuts[1:], None], strict=True):
+                yield Slice(path, start, stop), (size if stop is None else stop) - start
+
+
+def _row_groups(path: Path, unit_bytes: int) -> Iterator[tuple[Slice, int]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DatastoreError(f"cannot read {path}: {error}") from error
+    start = num_bytes = 0
+    for index in range(metadata.num_row_groups):
+        group_bytes = metadata.row_group(index).total_byte_size
+        if num_bytes and num_bytes + group_bytes > unit_bytes:
+            yield Slice(path, start, index), num_bytes
+            start, num_bytes = index, 0
+        num_bytes += group_bytes
+    yield Slice(path, start, None) if start else Slice(path), num_bytes
+
+
+class _Part(io.RawIOBase):
+    """So many bytes of a file from where it stands."""
+
+    def __init__(self, file: IO[bytes], num_bytes: int) -> None:
+        self._file = file
+        self._left = num_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(min(len(buffer), self._left))
+        buffer[: len(data)] = data
+        self._left -= len(data)
+        return len(data)
+
+
+def _line_start(file: IO[bytes], at: int) -> int:
+    """Where the first line begins that does not begin before ``at``."""
+    if at == 0:
+        return 0
+    file.seek(at - 1)
+    file.readline()
+    return file.tell()
+
+
+@contextlib.contextmanager
+def _open(part: Slice) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The file as it lies on disk, and the slice of it decompressed."""
+    with part.path.open("rb") as raw:
+        suffix = part.path.suffix.lower()
+        if suffix == ".gz":
+            with gzip.open(raw) as stream:
+                yield raw, cast("IO[bytes]", stream)
+        elif suffix == ".zst":
+            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False) as stream:
+                yield raw, io.BufferedReader(stream)
+        elif part.start == 0 and part.stop is None:
+            yield raw, raw
+        else:
+            stop = raw.seek(0, io.SEEK_END) if part.stop is None else _line_start(raw, part.stop)
+            start = _line_start(raw, part.start)
+            raw.seek(start)
+            yield raw, io.BufferedReader(_Part(raw, max(stop - start, 0)))
+
+
+def is_text(part: Slice) -> bool:
+    """True for UTF-8 text without null characters; reads all of it, so that no half of one gets into a store."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with _open(part) as (_, stream):
+            while chunk := stream.read(PIECE_CHARS):
+                if "\0" in decoder.decode(chunk):
+                    return False
+            decoder.decode(b"", final=True)
+    except _READ_ERRORS:
+        return False
+    return True
+
+
+def _plain(stream: IO[bytes]) -> Iterator[Piece]:
+    # newline="": line ends are part of the text, and tokens must be those that the model saw.
+    reader = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+    try:
+        yield from split_text(reader.read)
+    finally:
+        reader.detach()
+
+
+def _json_lines(part: Slice, stream: IO[bytes], field: str) -> Iterator[Piece]:
+    # Only a slice from the start knows the number of a line.
+    def place(number: int) -> str:
+        return f"{part.path} line {number}" if part.start == 0 else f"{part.path} line {number} from byte {part.start}"
+
+    try:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DatastoreError(f"{place(number)} is not JSON: {error}") from error
+            texts = {k: v for k, v in record.items() if isinstance(v, str)} if isinstance(record, dict) else {}
+            if field not in texts:
+                raise DatastoreError(
+                    f"{place(number)} has no text in field {field!r}; fields with text: "
+                    f"{', '.join(texts) or 'none'} (choose one with --field)"
+                )
+            yield from split_text(io.StringIO(texts[field], newline="").read)
+    except _READ_ERRORS as error:
+        raise DatastoreError(f"cannot read {part.path}: {error}") from error
+
+
+def _parquet_texts(part: Slice, field: str) -> Iterator[Piece]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(part.path) as file:
+            if field not in file.schema_arrow.names:
+                raise DatastoreError(
+                    f"{part.path} has no column {field!r}; it has: {', '.join(file.schema_arrow.names)} "
+                    "(choose one with --field)"
+                )
+            groups = range(part.start, file.num_row_groups if part.stop is None else part.stop)
+            for batch in file.iter_batches(batch_size=256, columns=[field], row_groups=list(groups)):
+                for value in batch.column(0):
+                    text = value.as_py()
+                    if text is not None and not isinstance(text, str):
+                        raise DatastoreError(f"column {field!r} of {part.path} holds {value.type}, not text")
+                    yield from split_text(io.StringIO(text or "", newline="").read)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DatastoreError(f"cannot read {part.path}: {error}") from error
+
+
+def find_paths(inputs: Sequence[str], pattern: str) -> list[Path | None]:
+    """The files that ``inputs`` (files, folders, globs, "-") stand for, each once, in order; None is standard input.
+
+    Args:
+        pattern: which files of a folder are read, at any depth; hidden files and folders are left out.
+
+    Raises:
+        DatastoreError: an input stands for nothing.
+    """
+    paths: dict[Path | None, None] = {}
+    for name in inputs:
+        found: list[Path | None]
+        path = Path(name)
+        if name == "-":
+            found = [None]
+        elif path.is_dir():
+            found = [
+                each
+                for each in sorted(path.rglob(pattern))
+                if each.is_file() and not any(part.startswith(".") for part in each.relative_to(path).parts)
+            ]
+        elif path.is_file():
+            found = [path]
+        else:
+            found = [Path(each) for each in sorted(glob.glob(name, recursive=True)) if Path(each).is_file()]
+        if not found:
+            what = f"no file of the folder {name} matches {pattern!r}" if path.is_dir() else f"there is no file {name}"
+            raise DatastoreError(f"{what}: nothing to read")
+        paths.update(dict.fromkeys(found))
+    return list(paths)
+
+
+def whole(paths: Sequence[Path | None], field: str) -> Sources:
+    """All of these files."""
+    sizes = (path.stat().st_size for path in paths if path is not None)
+    return Sources([None if path is None else Slice(path) for path in paths], field, num_bytes=sum(sizes))
+
+
+def load_tokenizer(name: str) -> Any:
+    """A tokenizer by folder or Hugging Face name.
+
+    Raises:
+        DatastoreError: transformers is missing, or cannot load it.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise DatastoreError("tokenizers are loaded with transformers, which comes with vLLM: install it") from error
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # damaged tokenizer files raise nothing more special
+        reason = str(error).strip().partition("\n")[0]
+        raise DatastoreError(f"cannot load tokenizer {name!r} (a folder or a Hugging Face name): {reason}") from error
+
+
+def vocab_size_of(tokenizer: Any) -> int:
+    """One more than the largest id."""
+    return int(max(tokenizer.get_vocab().values())) + 1
