@@ -417,8 +417,8 @@ def _say_built(console: Console, out: Path, started: float, units: Iterable[Unit
     shards = f" in {len(store.files):,} shards" if len(store.files) > 1 else ""
     console.print(
         f"{escape(str(out))}: {header.num_tokens:,} tokens of {header.num_documents:,} documents{shards}, "
-        f"{size:,} bytes ({size / header.num_tokens:.2f} a token), in {seconds:.1f} s ({header.num_tokens / seconds:,.0f} tokens/s)"
-        f"{skipped}{split}",
+        f"{size:,} bytes ({size / header.num_tokens:.2f} a token), in {seconds:.1f} s "
+        f"({header.num_tokens / seconds:,.0f} tokens/s){skipped}{split}",
         highlight=False,
         soft_wrap=True,
     )
