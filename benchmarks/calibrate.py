@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 from vllm_specplug import corpus
 from vllm_specplug.proposers import ngram, rest
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext
-from vllm_specplug.proposers.datastore import tokenizer_fingerprint
+from vllm_specplug.proposers.datastore import search_batch, spread_candidates, tokenizer_fingerprint
 from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add_texts
 from vllm_specplug.proposers.ensemble import Ensemble
 from vllm_specplug.proposers.ngram import NgramProposer, match_confidence
-from vllm_specplug.proposers.rest import RestProposer, find_candidates, vote_confidence
+from vllm_specplug.proposers.rest import RestProposer, vote_confidence
 from vllm_specplug.sources import load_tokenizer, vocab_size_of
 
 EVERY = 4
@@ -174,7 +174,15 @@ def replay(
 def _trace_votes(tokens, positions, segments, vocab_size, context, draft, max_match, max_votes, evidence):  # type: ignore[no-untyped-def]
     """Into ``evidence[depth]`` of one draft: matched tokens, occurrences that agree, occurrences that voted."""
     candidates = np.empty(max_votes, dtype=np.int64)
-    length, num_votes, _ = find_candidates(tokens, positions, segments, vocab_size, context, max_match, 1, candidates)
+    lengths = np.empty(1, dtype=np.int64)
+    ranges = np.empty((1, len(segments), 2), dtype=np.int64)
+    table = context.reshape((1, -1))
+    one = np.ones(1, dtype=np.int64)
+    search_batch(
+        tokens, positions, segments, vocab_size, table, one - 1, one * len(context), one, max_match, 1, lengths, ranges
+    )
+    length = lengths[0]
+    num_votes, _ = spread_candidates(positions, segments, ranges[0], candidates)
     for depth in range(len(draft)):
         num_agreeing = 0
         for index in range(num_votes):

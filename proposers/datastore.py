@@ -630,43 +630,22 @@ def usable_length(context, max_match, vocab_size):  # type: ignore[no-untyped-de
 
 
 @njit(cache=True, nogil=True)
-def longest_match(tokens, positions, first_token, low, high, context, limit, at_least):  # type: ignore[no-untyped-def]
-    """Longest suffix of ``context`` in one segment, and where it occurs.
+def matches_around(  # type: ignore[no-untyped-def]
+    tokens, positions, first_token, start, stop, low, is_before, is_behind, context, longest
+):
+    """The entries of one segment that match ``longest`` tokens, which are neighbours of the place ``low``.
 
     Args:
-        tokens: ``[num_slots]``, the store's tokens.
-        positions: ``[num_positions]``, the store's suffix array.
-        first_token, low, high: the segment's first token and its range of positions.
-        context: ``[num_context]`` token ids; the last ``limit`` of them are below the vocabulary size.
-        limit: longest match to look for.
-        at_least: a shorter match is of no use: (its length, 0, 0) is answered.
+        start, stop: the segment's range of positions.
+        is_before, is_behind: whether those before and behind the place match.
 
     Returns:
-        (length, begin, end): all matches of that length are at ``first_token + positions[begin:end]``, each the
-        position of the token that follows the match.
+        (begin, end): all matches of that length are at ``first_token + positions[begin:end]``, each the position of the
+        token that follows the match.
     """
-    start, stop = low, high
-    num_context = len(context)
-    # The match with each end of the interval bounds the match with everything between: compare from there.
-    low_length = 0
-    high_length = 0
-    while low < high:
-        middle = (low + high) >> 1
-        position = first_token + np.int64(positions[middle])
-        length = match_length(tokens, position, context, limit, min(low_length, high_length))
-        if length < limit and tokens[position - 1 - length] < context[num_context - 1 - length]:
-            low = middle + 1
-            low_length = length
-        else:
-            high = middle
-            high_length = length
-    longest = max(low_length, high_length)
-    if longest == 0 or longest < at_least:
-        return longest, 0, 0
-
     # Matches of that length surround ``low``: stride out on both sides until one is shorter, then close in.
     begin = low
-    if low_length == longest:
+    if is_before:
         stride = 1
         while begin - stride >= start and (
             match_length(tokens, first_token + np.int64(positions[begin - stride]), context, longest, 0) == longest
@@ -681,7 +660,7 @@ def longest_match(tokens, positions, first_token, low, high, context, limit, at_
             else:
                 bound = middle
     end = low
-    if high_length == longest:
+    if is_behind:
         stride = 1
         while end + stride <= stop and (
             match_length(tokens, first_token + np.int64(positions[end + stride - 1]), context, longest, 0) == longest
@@ -695,4 +674,108 @@ def longest_match(tokens, positions, first_token, low, high, context, limit, at_
                 end = middle
             else:
                 bound = middle
-    return longest, begin, end
+    return begin, end
+
+
+@njit(cache=True, nogil=True)
+def search_batch(  # type: ignore[no-untyped-def]
+    tokens, positions, segments, vocab_size, table, rows, num_tokens, wanted, max_match, min_match, longest, ranges
+):
+    """Occurrences of the longest suffix of each context, in all segments.
+
+    All contexts take a step of the binary search before one takes the next: what a step reads lies anywhere in the
+    store, and the processor fetches for many contexts at once what it would otherwise wait for one by one.
+
+    Args:
+        wanted: ``[num_requests]``, 0 where nothing is to be looked up.
+        longest: ``[num_requests]`` int64, filled with the length of each match, 0 where there is none.
+        ranges: ``[num_requests, num_segments, 2]`` int64, filled with begin and end of its occurrences in each
+            segment, as :func:`matches_around` answers them.
+    """
+    num_requests = len(rows)
+    limits = np.zeros(num_requests, dtype=np.int64)
+    for i in range(num_requests):
+        longest[i] = 0
+        if wanted[i] > 0:
+            limit = usable_length(table[rows[i], : num_tokens[i]], max_match, vocab_size)
+            limits[i] = limit if limit >= min_match else 0
+    low = np.empty(num_requests, dtype=np.int64)
+    high = np.empty(num_requests, dtype=np.int64)
+    low_length = np.empty(num_requests, dtype=np.int64)
+    high_length = np.empty(num_requests, dtype=np.int64)
+    place = np.empty(num_requests, dtype=np.int64)
+    read = np.empty(num_requests, dtype=tokens.dtype)
+    for segment in range(len(segments)):
+        first_token, _, start, stop = segments[segment]
+        num_open = 0
+        for i in range(num_requests):
+            low[i] = start
+            high[i] = stop if limits[i] > 0 else start
+            low_length[i] = 0
+            high_length[i] = 0
+            ranges[i, segment] = 0
+            num_open += low[i] < high[i]
+        while num_open:
+            for i in range(num_requests):
+                # A search that has ended reads a place of its segment again.
+                place[i] = first_token + np.int64(positions[min((low[i] + high[i]) >> 1, stop - 1)])
+            for i in range(num_requests):
+                read[i] = tokens[place[i] - 1]
+            num_open = 0
+            for i in range(num_requests):
+                if low[i] == high[i]:
+                    continue
+                middle = (low[i] + high[i]) >> 1
+                end = num_tokens[i]
+                context = table[rows[i], :end]
+                length = min(low_length[i], high_length[i])
+                if length > 0 or read[i] == context[end - 1]:
+                    length = match_length(tokens, place[i], context, limits[i], max(length, 1))
+                # Where the whole limit matches, the search goes on before this entry, to the first such.
+                if length < limits[i] and tokens[place[i] - 1 - length] < context[end - 1 - length]:
+                    low[i] = middle + 1
+                    low_length[i] = length
+                else:
+                    high[i] = middle
+                    high_length[i] = length
+                num_open += low[i] < high[i]
+        for i in range(num_requests):
+            length = max(low_length[i], high_length[i])
+            if length >= max(longest[i], min_match) and length > 0:
+                if length > longest[i]:
+                    longest[i] = length
+                    ranges[i, :segment] = 0  # the matches of the segments before were shorter: they have no vote
+                ranges[i, segment] = matches_around(
+                    tokens, positions, first_token, start, stop, low[i], low_length[i] == length,
+                    high_length[i] == length, table[rows[i], : num_tokens[i]], length,
+                )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def spread_candidates(positions, segments, ranges, candidates):  # type: ignore[no-untyped-def]
+    """Positions of the tokens that follow some of the occurrences in ``ranges``, evenly spread over all of them.
+
+    Args:
+        ranges: ``[num_segments, 2]``.
+        candidates: int64, filled from its start.
+
+    Returns:
+        (number of candidates, number of occurrences).
+    """
+    total = 0
+    for index in range(len(ranges)):
+        total += ranges[index, 1] - ranges[index, 0]
+    num_candidates = min(total, len(candidates))
+    nth = 0
+    passed = 0
+    for index in range(len(segments) if total else 0):
+        first_token = segments[index, 0]
+        begin, end = ranges[index]
+        while nth < num_candidates:
+            at = begin + nth * total // num_candidates - passed
+            if at >= end:
+                break
+            candidates[nth] = first_token + np.int64(positions[at])
+            nth += 1
+        passed += end - begin
+    return num_candidates, total

@@ -45,7 +45,7 @@ from .base import (
     check_whole,
     kernel_input,
 )
-from .datastore import Datastore, longest_match, usable_length
+from .datastore import Datastore, search_batch, spread_candidates
 
 DEFAULT_OPTIONS: Mapping[str, int | float] = {
     "max_match": 32,
@@ -67,6 +67,8 @@ sharpness: factor of the logarithm of votes at temperature 1, where drafts are d
 PARALLEL_BATCH = 64
 """From this many requests on, a batch goes to all of numba's threads. Below, one thread needs less than half a
 millisecond, and waiting for threads that the machine has not free costs more than they save."""
+CHUNK_REQUESTS = 32
+"""Requests that one thread searches for side by side: more than a processor fetches for at the same time."""
 
 
 @njit(cache=True, nogil=True)
@@ -164,69 +166,21 @@ def _race(choices, counts, num_choices, separator, kind, key, scale):  # type: i
 
 
 @njit(cache=True, nogil=True)
-def find_candidates(tokens, positions, segments, vocab_size, context, max_match, min_match, candidates):  # type: ignore[no-untyped-def]
-    """Occurrences of the longest suffix of ``context``, from all segments, as many as ``candidates`` has room for.
-
-    Returns:
-        (match length, number of candidates, number of occurrences); ``candidates`` then holds the positions of the
-        tokens that follow, evenly spread over all occurrences.
-    """
-    limit = usable_length(context, max_match, vocab_size)
-    longest = 0
-    ranges = np.empty((len(segments), 2), dtype=np.int64)
-    total = 0
-    if limit >= min_match:
-        for index in range(len(segments)):
-            first_token, _, low, high = segments[index]
-            length, begin, end = longest_match(
-                tokens, positions, first_token, low, high, context, limit, max(longest, min_match)
-            )
-            if length > longest and end > begin:
-                # The matches of the segments before were shorter: they have no vote.
-                longest = length
-                total = 0
-                ranges[:index] = 0
-            ranges[index] = begin, end
-            total += end - begin
-    num_candidates = min(total, len(candidates))
-    nth = 0
-    passed = 0
-    for index in range(len(segments) if total else 0):
-        first_token = segments[index, 0]
-        begin, end = ranges[index]
-        while nth < num_candidates:
-            at = begin + nth * total // num_candidates - passed
-            if at >= end:
-                break
-            candidates[nth] = first_token + np.int64(positions[at])
-            nth += 1
-        passed += end - begin
-    return longest, num_candidates, total
-
-
-@njit(cache=True, nogil=True)
 def draft_one(  # type: ignore[no-untyped-def]
-    tokens, positions, segments, vocab_size, context, max_draft, settings, min_confidence, kind, keys, scale,
-    out_tokens, out_confidence, out_votes,
+    tokens, vocab_size, length, candidates, num_candidates, max_draft, min_confidence, kind, keys, scale,
+    choices, counts, out_tokens, out_confidence, out_votes,
 ):  # fmt: skip
-    """Draft for one context into the last three arrays.
+    """Draft for one request into the last three arrays.
 
     Args:
-        settings: ``[3]`` int64, max_match, min_match and max_votes.
+        length: of the match.
+        candidates: positions of what may follow, the first ``num_candidates`` of them; those who are outvoted go.
         kind, keys, scale: the target's noise; ``keys`` is ``[max_draft]`` uint64, and ``scale`` 0 takes the heaviest.
+        choices, counts: ``[max_votes]`` int64, for use in here.
 
     Returns:
-        (length of the draft, length of the match): 0, 0 where there is none.
+        Length of the draft.
     """
-    if max_draft < 1:
-        return 0, 0
-    max_match, min_match, max_votes = settings
-    candidates = np.empty(max_votes, dtype=np.int64)
-    length, num_candidates, _ = find_candidates(
-        tokens, positions, segments, vocab_size, context, max_match, min_match, candidates
-    )
-    choices = np.empty(max_votes, dtype=np.int64)
-    counts = np.empty(max_votes, dtype=np.int64)
     chance = 1.0
     depth = 0
     while depth < max_draft and num_candidates > 0:
@@ -256,7 +210,7 @@ def draft_one(  # type: ignore[no-untyped-def]
                     kept += 1
             num_candidates = kept
         depth += 1
-    return depth, length if depth > 0 else 0
+    return depth
 
 
 @njit(cache=True, nogil=True)
@@ -264,13 +218,38 @@ def draft_batch(  # type: ignore[no-untyped-def]
     tokens, positions, segments, vocab_size, table, rows, num_tokens, max_drafts, settings, min_confidence,
     kind, keys, scales, out_tokens, out_num_tokens, out_confidence, out_match_length, out_votes,
 ):  # fmt: skip
-    """:func:`draft_one` for each request of a batch, one after the other."""
-    for i in range(len(rows)):
-        out_num_tokens[i], out_match_length[i] = draft_one(
-            tokens, positions, segments, vocab_size, table[rows[i], : num_tokens[i]],
-            min(max_drafts[i], out_tokens.shape[1]), settings, min_confidence, kind, keys[i], scales[i],
-            out_tokens[i], out_confidence[i], out_votes[i],
+    """Search for all requests of a batch, then draft for one after the other.
+
+    Args:
+        settings: ``[3]`` int64, max_match, min_match and max_votes.
+        kind, keys, scales: as in :func:`draft_one`, for each request.
+    """
+    num_requests = len(rows)
+    max_match, min_match, max_votes = settings
+    ranges = np.empty((num_requests, len(segments), 2), dtype=np.int64)
+    lengths = np.empty(num_requests, dtype=np.int64)
+    wanted = np.minimum(max_drafts, out_tokens.shape[1])
+    search_batch(
+        tokens, positions, segments, vocab_size, table, rows, num_tokens, wanted, max_match, min_match, lengths, ranges
+    )
+    candidates = np.empty((num_requests, max_votes), dtype=np.int64)
+    num_candidates = np.empty(num_requests, dtype=np.int64)
+    for i in range(num_requests):
+        num_candidates[i] = spread_candidates(positions, segments, ranges[i], candidates[i])[0]
+    # What follows the candidates is fetched for all of them at once too, and is at hand when they vote.
+    fetched = 0
+    for i in range(num_requests):
+        for index in range(num_candidates[i]):
+            fetched ^= np.int64(tokens[candidates[i, index]])
+    choices = np.empty(max_votes, dtype=np.int64)
+    counts = np.empty(max_votes, dtype=np.int64)
+    for i in range(num_requests):
+        out_num_tokens[i] = draft_one(
+            tokens, vocab_size, lengths[i], candidates[i], num_candidates[i], wanted[i], min_confidence, kind, keys[i],
+            scales[i], choices, counts, out_tokens[i], out_confidence[i], out_votes[i],
         )  # fmt: skip
+        out_match_length[i] = lengths[i] if out_num_tokens[i] > 0 else 0
+    return fetched  # or the compiler would find that nobody wants it
 
 
 # A function of its own: numba's cache on disk does not tell two compilations of one function apart.
@@ -279,12 +258,16 @@ def draft_batch_parallel(  # type: ignore[no-untyped-def]
     tokens, positions, segments, vocab_size, table, rows, num_tokens, max_drafts, settings, min_confidence,
     kind, keys, scales, out_tokens, out_num_tokens, out_confidence, out_match_length, out_votes,
 ):  # fmt: skip
-    """:func:`draft_one` for each request of a batch, on all of numba's threads."""
-    for i in prange(len(rows)):
-        out_num_tokens[i], out_match_length[i] = draft_one(
-            tokens, positions, segments, vocab_size, table[rows[i], : num_tokens[i]],
-            min(max_drafts[i], out_tokens.shape[1]), settings, min_confidence, kind, keys[i], scales[i],
-            out_tokens[i], out_confidence[i], out_votes[i],
+    """:func:`draft_batch` on all of numba's threads, :data:`CHUNK_REQUESTS` requests at a time."""
+    num_chunks = -(-len(rows) // CHUNK_REQUESTS)
+    for chunk in prange(num_chunks):
+        start = chunk * CHUNK_REQUESTS
+        stop = min(start + CHUNK_REQUESTS, len(rows))
+        draft_batch(
+            tokens, positions, segments, vocab_size, table, rows[start:stop], num_tokens[start:stop],
+            max_drafts[start:stop], settings, min_confidence, kind, keys[start:stop], scales[start:stop],
+            out_tokens[start:stop], out_num_tokens[start:stop], out_confidence[start:stop],
+            out_match_length[start:stop], out_votes[start:stop],
         )  # fmt: skip
 
 
@@ -417,16 +400,20 @@ class RestProposer(Proposer):
 
     def longest_match(self, context: NDArray[np.int32]) -> tuple[int, int]:
         """Length of the longest suffix of ``context`` that drafts come from, and how often the stores have it."""
-        max_match, min_match, max_votes = self._settings
+        max_match, min_match, _ = self._settings
         longest, total = 0, 0
         for store in self.stores.values():
-            length, _, num_matches = find_candidates(
-                store.tokens, store.positions, store.segments, store.header.vocab_size, context, max_match, min_match,
-                np.empty(max_votes, dtype=np.int64),
+            lengths = np.zeros(1, dtype=np.int64)
+            ranges = np.zeros((1, len(store.segments), 2), dtype=np.int64)
+            search_batch(
+                store.tokens, store.positions, store.segments, store.header.vocab_size, context[None, :],
+                np.zeros(1, dtype=np.int64), np.array([len(context)]), np.ones(1, dtype=np.int64), max_match, min_match,
+                lengths, ranges,
             )  # fmt: skip
+            length, num_matches = int(lengths[0]), int((ranges[0, :, 1] - ranges[0, :, 0]).sum())
             if num_matches and length >= longest:
-                total = int(num_matches) + (total if length == longest else 0)
-                longest = int(length)
+                total = num_matches + (total if length == longest else 0)
+                longest = length
         return longest, total
 
     def warm_up(self) -> None:

@@ -25,9 +25,8 @@ from vllm_specplug.proposers.datastore import (
     PREFIX,
     Datastore,
     DatastoreError,
-    longest_match,
+    search_batch,
     tokenizer_fingerprint,
-    usable_length,
 )
 from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add_texts, sort_positions, split_text
 
@@ -66,16 +65,30 @@ def naive_longest(documents: Sequence[Sequence[int]], context: Sequence[int], ma
     return (best, sorted(followers)) if best else (0, [])
 
 
-def store_longest(store: Datastore, context: Sequence[int], max_match: int) -> tuple[int, list[int]]:
-    ids = np.array(context, dtype=np.int32)
-    limit = usable_length(ids, max_match, store.header.vocab_size)
-    best, followers = 0, []
-    for first_token, _, low, high in store.segments:
-        length, begin, end = longest_match(store.tokens, store.positions, first_token, low, high, ids, limit, best)
-        if length > best:
-            best, followers = length, []
-        followers += store.tokens[first_token + store.positions[begin:end].astype(np.int64)].tolist()
-    return best, sorted(followers)
+def store_longest(
+    store: Datastore, contexts: Sequence[Sequence[int]], max_match: int, min_match: int = 1
+) -> list[tuple[int, list[int]]]:
+    """What :func:`naive_longest` answers for each context, searched for all of them at once."""
+    table = np.full((len(contexts), max(map(len, contexts)) + 1), -7, dtype=np.int32)
+    for row, context in zip(table, contexts, strict=True):
+        row[: len(context)] = context
+    rows = np.arange(len(contexts))
+    num_tokens = np.array([len(context) for context in contexts])
+    longest = np.full(len(contexts), -1)
+    ranges = np.full((len(contexts), len(store.segments), 2), -1)
+    search_batch(
+        store.tokens, store.positions, store.segments, store.header.vocab_size, table, rows, num_tokens,
+        np.ones(len(contexts), dtype=np.int64), max_match, min_match, longest, ranges,
+    )  # fmt: skip
+    found = []
+    for length, here in zip(longest.tolist(), ranges.tolist(), strict=True):
+        followers = [
+            int(store.tokens[first_token + int(position)])
+            for (first_token, _, _, _), (begin, end) in zip(store.segments.tolist(), here, strict=True)
+            for position in store.positions[begin:end]
+        ]
+        found.append((length, sorted(followers)))
+    return found
 
 
 documents_strategy = st.lists(st.lists(st.integers(0, 3), max_size=30), min_size=1, max_size=8).filter(
@@ -96,8 +109,12 @@ def test_longest_match_equals_naive_search(tmp_path, documents, contexts, max_ma
     store.verify()
     assert store.header.num_documents == sum(map(bool, documents))
     assert store.header.num_tokens == sum(map(len, documents))
-    for context in contexts:
-        assert store_longest(store, context, max_match) == naive_longest(documents, context, max_match)
+    naive = [naive_longest(documents, context, max_match) for context in contexts]
+    assert store_longest(store, contexts, max_match) == naive
+    # A shorter match than min_match is none.
+    assert store_longest(store, contexts, max_match, min_match=2) == [
+        found if found[0] >= 2 else (0, []) for found in naive
+    ]
 
 
 @pytest.mark.parametrize("num_distinct", [200, 60_000, 70_000])
