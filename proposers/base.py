@@ -292,6 +292,23 @@ class Proposer(abc.ABC):
         """Counters of the token stores that it drafts from, by name."""
         return {}
 
+    def open_stores(self) -> Mapping[str, Any]:
+        """Open newer versions of its token stores beside those in use, which stay in use.
+
+        Called from a thread of its own, while drafting goes on, and may take long.
+
+        Returns:
+            Those stores that were replaced since they were opened, by name, as :meth:`take_stores` wants them; each
+            has a ``version``, a string that two processes with the same content agree in.
+
+        Raises:
+            ValueError: a new version cannot be used.
+        """
+        return {}
+
+    def take_stores(self, stores: Mapping[str, Any]) -> None:  # noqa: B027 - an optional hook, empty on purpose
+        """Draft from these, opened by :meth:`open_stores`, from the next call on."""
+
     def describe(self) -> str:
         """A few words for the start-up line, such as the store's size."""
         return ""

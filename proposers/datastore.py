@@ -329,6 +329,12 @@ class Datastore:
         """True when another version of the store lies at its path now."""
         return _has_changed(self.path, self._identity)
 
+    @property
+    def version(self) -> str:
+        """Stands for the content: the same wherever the same files are open."""
+        said = [[header.created, header.num_tokens, *header.tokens, *header.positions] for _, header in self.files]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
     def check_max_match(self, max_match: int) -> None:
         """Refuse lookups of longer matches than the store's order reaches.
 

@@ -237,7 +237,7 @@ def draft_batch(  # type: ignore[no-untyped-def]
     for i in range(num_requests):
         num_candidates[i] = spread_candidates(positions, segments, ranges[i], candidates[i])[0]
     # What follows the candidates is fetched for all of them at once too, and is at hand when they vote.
-    fetched = 0
+    fetched = np.int64(0)
     for i in range(num_requests):
         for index in range(num_candidates[i]):
             fetched ^= np.int64(tokens[candidates[i, index]])
@@ -422,6 +422,24 @@ class RestProposer(Proposer):
             self._run(kernel, batch)
         for store in self.stores.values():
             store.prefault()
+
+    def open_stores(self) -> Mapping[str, Datastore]:
+        opened = {}
+        for name, store in self.stores.items():
+            if not store.is_replaced():
+                continue
+            newer = Datastore.open(store.path)
+            newer.check_tokenizer(store.header.fingerprint, self.context.vocab_size, f"the store in use ({name})")
+            newer.check_max_match(int(self._settings[0]))
+            newer.prefault()
+            opened[name] = newer
+        return opened
+
+    def take_stores(self, stores: Mapping[str, Any]) -> None:
+        self.stores = {name: stores.get(name, store) for name, store in self.stores.items()}
+        for name, store in stores.items():
+            self._stats[name].tokens = store.header.num_tokens
+            self._stats[name].bytes = store.file_bytes
 
     def store_stats(self) -> Mapping[str, StoreStats]:
         return self._stats

@@ -114,7 +114,7 @@ def test_long_documents_are_read_in_pieces(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "d.txt").write_bytes(text.encode() + b"\xff")
     monkeypatch.setattr("vllm_specplug.proposers.datastore_writer.PIECE_CHARS", 1000)
     monkeypatch.setattr("vllm_specplug.proposers.datastore_writer.BATCH_CHARS", 3000)
-    monkeypatch.setattr(cli, "PIECE_CHARS", 1001)  # cuts through characters of several bytes
+    monkeypatch.setattr("vllm_specplug.sources.PIECE_CHARS", 1001)  # cuts through characters of several bytes
     result = build(tmp_path / "out", *sorted(tmp_path.iterdir()))
     assert result.exit_code == 0, result.stderr
     assert texts_of(tmp_path / "out", tokenizer) == [text] * 3

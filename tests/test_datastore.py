@@ -134,8 +134,8 @@ def test_16_bit_ids_up_to_the_separator(tmp_path):
     narrow = Datastore.open(write_store(tmp_path, [[65_534, 1, 65_534, 2]], vocab_size=65_535))
     wide = Datastore.open(write_store(tmp_path, [[65_535, 1, 65_535, 2]], vocab_size=65_536))
     assert (narrow.tokens.dtype, wide.tokens.dtype) == (np.uint16, np.uint32)
-    assert store_longest(narrow, [65_534], 4) == (1, [1, 2])
-    assert store_longest(wide, [65_535], 4) == (1, [1, 2])
+    assert store_longest(narrow, [[65_534]], 4) == [(1, [1, 2])]
+    assert store_longest(wide, [[65_535]], 4) == [(1, [1, 2])]
 
 
 def test_size_and_opening_time(tmp_path):

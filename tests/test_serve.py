@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ class Server:
 
     url: str
     client: Any
+    pid: int
 
     def stats(self) -> dict[str, Any]:
         """The plugin's counters in the worker."""
@@ -167,12 +169,12 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
     command += ["--speculative-config", json.dumps(config)]
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    command += ["--worker-extension-cls", "vllm_specplug.hooks.worker.WorkerExtension"]
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_PLUGINS": "specplug,specplug_stores",
         "VLLM_SERVER_DEV_MODE": "1",
     }
     with log_path.open("wb") as log:
@@ -182,7 +184,7 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
             if process.poll() is not None or not started:
                 pytest.fail(f"the server did not start:\n{log_path.read_text(errors='replace')[-4000:]}")
             with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
-                yield Server(url, client)
+                yield Server(url, client, process.pid)
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -388,3 +390,59 @@ def test_aborted_clients_leave_nothing_behind(server: Server) -> None:
     assert wait_until(lambda: server.metric("vllm:num_requests_running") == 0, 60)
     complete(server, max_tokens=2)
     assert wait_until(lambda: server.stats()["live_requests"] <= 1, 60), server.stats()
+
+
+def reload_stores(server: Server) -> tuple[int, dict[str, Any]]:
+    """Status and answer of the endpoint."""
+    request = urllib.request.Request(f"{server.url}/specplug/reload_stores", method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.mark.engine
+def test_a_grown_store_is_taken_up_without_a_restart(server: Server, store: Path, tmp_path: Path) -> None:
+    """By the endpoint and by SIGHUP, while requests run; what they say does not change."""
+    before = complete(server, temperature=0).choices[0].text
+    assert reload_stores(server) == (200, {"reloaded": []})
+    add = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "datastore", "add", str(store)]
+
+    def grow(number: int) -> None:
+        text = tmp_path / f"{number}.py"
+        text.write_text(f"{PROMPT}{before}\n" * 3)
+        subprocess.run([*add, str(text)], check=True, timeout=300)
+
+    def tokens() -> int:
+        return int(server.stats()["proposers"]["rest"]["stores"]["small"]["tokens"])
+
+    in_store = tokens()
+    grow(1)
+    assert tokens() == in_store  # not before it is told
+    stream = complete(server, temperature=0, stream=True)
+    first = next(stream)
+    assert reload_stores(server) == (200, {"reloaded": ["small"]})
+    assert first.choices[0].text + "".join(chunk.choices[0].text for chunk in stream) == before
+    in_grown_store = tokens()
+    assert in_grown_store > in_store
+
+    grow(2)
+    os.kill(server.pid, signal.SIGHUP)
+    assert wait_until(lambda: tokens() > in_grown_store, 60)
+    accepted = server.metric("vllm:spec_decode_num_accepted_tokens_total")
+    drafted = server.metric("vllm:spec_decode_num_draft_tokens_total")
+    xargs = {"vllm_xargs": {"specplug_proposers": "rest"}}
+    assert complete(server, temperature=0, extra_body=xargs).choices[0].text == before
+    accepted = server.metric("vllm:spec_decode_num_accepted_tokens_total") - accepted
+    drafted = server.metric("vllm:spec_decode_num_draft_tokens_total") - drafted
+    assert accepted > 0.9 * drafted > 0  # the answer itself is in the store now
+
+    good = store.read_bytes()
+    (tmp_path / "wrong").write_bytes(good[:-30])
+    os.replace(tmp_path / "wrong", store)
+    status, answer = reload_stores(server)
+    assert status == 409
+    assert "the stores in use stay in use" in answer["error"]
+    store.write_bytes(good)
+    assert complete(server, temperature=0).choices[0].text == before

@@ -18,6 +18,7 @@ __all__ = [
     "SpecplugError",
     "UnsupportedVersionError",
     "__version__",
+    "reload_stores",
 ]
 
 _LAZY = {
@@ -27,6 +28,7 @@ _LAZY = {
     "Settings": ".config",
     "SpecplugError": ".errors",
     "UnsupportedVersionError": ".errors",
+    "reload_stores": ".reloading",
 }
 
 

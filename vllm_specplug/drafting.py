@@ -32,6 +32,7 @@ from vllm_specplug.proposers.base import (
     read_only,
 )
 from vllm_specplug.proposers.ensemble import Ensemble, EnsembleStats
+from vllm_specplug.reloading import StoreSwitch
 
 logger = logging.getLogger("vllm.specplug")  # under vLLM's logger, so that its handlers and levels apply
 
@@ -125,6 +126,7 @@ class Drafting:
         for entry in settings.host_proposers:
             self._proposers[entry.name] = self._build(entry.name, entry.options)
             self.stats.proposers[entry.name] = ProposerStats()
+        self.stores = StoreSwitch(self._proposers)
         self._observers = [n for n, each in self._proposers.items() if type(each).observe is not Proposer.observe]
         self.native = native
         self.can_shorten = can_shorten

@@ -187,14 +187,13 @@ def build(
         if out.is_dir():
             raise DatastoreError(f"{out} is a folder: name a file")
         unit_bytes = _shard_bytes(shard_size)
-        if None in paths and len(paths) > 1:
-            raise DatastoreError("- reads standard input, and other inputs are given with it: give one or the other")
-        files = [path for path in paths if path is not None]
-        units = plan_units(files, unit_bytes)
+        if None in paths and ray is not None:
+            raise DatastoreError("nodes of a Ray cluster do not see the standard input that - stands for: give files")
+        # Standard input cannot be read again where a build stopped: it goes into one file as it comes.
+        units = [] if None in paths else plan_units([path for path in paths if path is not None], unit_bytes)
         loaded = load_tokenizer(tokenizer)
         if len(units) > 1 or ray is not None:
-            if files and ray is None:
-                _check_memory(vocab_size_of(loaded), max_memory)
+            _check_memory(vocab_size_of(loaded), max_memory)
             with writing(out) as folder:
                 made = _plan(
                     units, folder, loaded, tokenizer, tokenizer, field, max_memory, workers, unit_bytes,

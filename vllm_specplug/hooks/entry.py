@@ -31,6 +31,7 @@ from vllm_specplug.config import (
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.hooks import seams
 from vllm_specplug.hooks.metrics import hide_metrics, show_metrics
+from vllm_specplug.hooks.worker import extend
 from vllm_specplug.proposers.base import ProposerContext
 from vllm_specplug.registry import NEEDS_DATASTORE, PROPOSERS, nearest
 
@@ -408,6 +409,7 @@ def _init_device(original: Callable[..., Any], self: Any, *args: Any, **kwargs: 
         else:
             from vllm_specplug.hooks import v1 as hooks  # type: ignore[no-redef]
         hooks.install()
+        extend(self.worker)
         settings = settings_of(config.additional_config)
         # Both say the same unless something between the processes rebuilt vLLM's configuration without our mark.
         if settings is not None and settings.is_coupled != is_coupled(config.speculative_config):

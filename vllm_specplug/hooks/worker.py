@@ -1,12 +1,13 @@
-"""Counters of a running engine, for ``llm.collective_rpc("specplug_stats")`` and tests."""
+"""What can be asked of a worker of a running engine by ``collective_rpc``."""
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker by ``worker_extension_cls="vllm_specplug.hooks.worker.WorkerExtension"``."""
+    """Methods that every worker with our settings has; may also be named as vLLM's ``worker_extension_cls``."""
 
     model_runner: Any
 
@@ -15,8 +16,43 @@ class WorkerExtension:
 
         ``live_requests`` is the number of requests that hold state in proposers or verifier: 0 once all have ended.
         """
-        runner = self.model_runner
-        attached = getattr(runner, "_specplug", None) or getattr(runner, "speculator", None)
-        attached = getattr(attached, "_specplug", attached)  # ours beside one of vLLM's own (V2)
-        snapshot = getattr(attached, "snapshot", None)
+        snapshot = getattr(_attached(self), "snapshot", None)
         return None if snapshot is None else snapshot()
+
+    def specplug_open_stores(self) -> bool:
+        """Begin to open new versions of token stores; False where this worker drafts from none on the host."""
+        switch = _store_switch(self)
+        if switch is not None:
+            switch.open()
+        return switch is not None
+
+    def specplug_opened_stores(self) -> dict[str, Any] | None:
+        """How far that is; see ``vllm_specplug.reloading.StoreSwitch.look``."""
+        switch = _store_switch(self)
+        return None if switch is None else switch.look()
+
+    def specplug_take_stores(self) -> list[str] | None:
+        """Draft from the new versions from the next step on, and name them."""
+        switch = _store_switch(self)
+        return None if switch is None else switch.take()
+
+
+METHODS = ("specplug_stats", "specplug_open_stores", "specplug_opened_stores", "specplug_take_stores")
+
+
+def extend(worker: Any) -> None:
+    """Give a worker these methods, where it does not have them by ``worker_extension_cls``."""
+    for name in METHODS:
+        if not hasattr(worker, name):
+            setattr(worker, name, types.MethodType(getattr(WorkerExtension, name), worker))
+
+
+def _attached(worker: Any) -> Any:
+    runner = worker.model_runner
+    attached = getattr(runner, "_specplug", None) or getattr(runner, "speculator", None)
+    return getattr(attached, "_specplug", attached)  # ours beside one of vLLM's own (V2)
+
+
+def _store_switch(worker: Any) -> Any:
+    drafting = getattr(_attached(worker), "drafting", None)
+    return None if drafting is None or not drafting.settings.datastore else drafting.stores

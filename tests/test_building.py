@@ -1,0 +1,526 @@
+"""Large stores: inputs cut into units, builds that are killed and go on, additions, merges, and the switch to a new version."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from vllm_specplug.proposers.base import DraftBatch, ProposerContext
+from vllm_specplug.proposers.datastore import Datastore, shards_folder
+from vllm_specplug.proposers.rest import RestProposer
+from vllm_specplug.reloading import ReloadError, StoreSwitch, reload_stores
+from vllm_specplug.sources import Sources, load_tokenizer, plan_units
+from vllm_specplug.tiny_models import target_path
+
+cli = importlib.import_module("vllm_specplug.cli.datastore")  # the package has a command of the same name
+TOKENIZER = str(target_path())
+PROGRAM = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "datastore"]
+MAX_MEMORY = ("--max-memory", "4GiB")
+
+
+def run(*arguments: object, stdin: bytes | None = None) -> Any:
+    return CliRunner().invoke(cli.app, [str(each) for each in arguments], input=stdin)
+
+
+def build(out: Path, *arguments: object) -> Any:
+    return run("build", out, *arguments, "--tokenizer", TOKENIZER, *MAX_MEMORY)
+
+
+def texts_of(path: Path) -> list[str]:
+    """Documents of a store, in order."""
+    store = Datastore.open(path)
+    tokenizer = load_tokenizer(TOKENIZER)
+    texts = []
+    for first, last, _, _ in store.segments:
+        tokens = store.tokens[first:last]
+        separators = np.flatnonzero(tokens == store.header.vocab_size)
+        texts += [tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(separators)]
+    return texts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty files of text, all different, some 100 KB."""
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        lines = [
+            f"def function_{number}_{line}(argument):\n    return argument + {line * number}\n" for line in range(40)
+        ]
+        (folder / f"{number:02d}.py").write_text("".join(lines))
+    return folder
+
+
+def contents(folder: Path) -> list[str]:
+    return [path.read_text() for path in sorted(folder.iterdir())]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Units
+# ---------------------------------------------------------------------------------------------------------------------
+
+lines = st.lists(st.text(st.sampled_from("aé \r"), max_size=20), max_size=30)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(files=st.lists(lines, min_size=1, max_size=4), unit_bytes=st.integers(1, 200), ends=st.booleans())
+def test_units_are_the_whole_text_once(tmp_path, files, unit_bytes, ends):
+    """Cut wherever: every line is in exactly one slice, in order."""
+    paths = []
+    for number, each in enumerate(files):
+        path = tmp_path / f"{number}.txt"
+        path.write_bytes(("\n".join(each) + "\n" * ends).encode())
+        paths.append(path)
+    units = plan_units(paths, unit_bytes)
+    read = "".join(piece.text for unit in units for piece in Sources(unit, "text").pieces())
+    assert read == "".join(path.read_bytes().decode() for path in paths)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(st.text(st.sampled_from("aé \n"), max_size=40), min_size=1, max_size=30),
+    unit_bytes=st.integers(1, 400),
+    per_group=st.integers(1, 10),
+)
+def test_records_are_cut_between_records(tmp_path, texts, unit_bytes, per_group):
+    as_lines, as_parquet = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    as_lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), as_parquet, row_group_size=per_group)
+    for path in (as_lines, as_parquet):
+        units = plan_units([path], unit_bytes)
+        documents, open_document = [], ""
+        for piece in (piece for unit in units for piece in Sources(unit, "text").pieces()):
+            open_document += piece.text
+            if piece.ends_document:
+                documents.append(open_document)
+                open_document = ""
+        assert documents == texts
+    assert len(plan_units([as_lines], 10**9)) == len(plan_units([as_parquet], 10**9)) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Builds that are stopped
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out.specstore"
+    result = build(out, folder, "--shard-size", "12KB", "--workers", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "a lookup searches" in result.stderr
+    return out
+
+
+def same_store(left: Path, right: Path) -> bool:
+    a, b = Datastore.open(left), Datastore.open(right)
+    return (
+        a.segments.tolist() == b.segments.tolist()
+        and np.array_equal(a.tokens, b.tokens)
+        and np.array_equal(a.positions, b.positions)
+    )
+
+
+def test_shards_hold_the_text(folder, uninterrupted):
+    assert texts_of(uninterrupted) == contents(folder)
+    assert len(Datastore.open(uninterrupted).files) > 5
+    Datastore.open(uninterrupted).verify()
+
+
+def files_in(out: Path, suffix: str) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return sum(suffix in each.name for each in shards_folder(out).iterdir())
+    return 0
+
+
+def killed_when(arguments: Sequence[object], condition: Callable[[], bool]) -> int | None:
+    """Start a build, kill it with all its processes' parent as soon as a condition holds; its status, if it ended."""
+    process = subprocess.Popen(
+        [*PROGRAM, *map(str, arguments)],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+    )
+    children: list[psutil.Process] = []
+    try:
+        end = time.monotonic() + 180
+        while process.poll() is None and not condition():
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        if process.poll() is None:
+            children = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.kill()
+        process.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive, "processes of a killed build go on"
+    return process.returncode if process.returncode >= 0 else None
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_builds_go_on(tmp_path, folder, uninterrupted, workers):
+    out = tmp_path / "out.specstore"
+    arguments = [
+        "build",
+        out,
+        folder,
+        "--tokenizer",
+        TOKENIZER,
+        "--shard-size",
+        "12KB",
+        "--workers",
+        workers,
+        *MAX_MEMORY,
+    ]
+    moments: list[Callable[[], bool]] = [
+        lambda: files_in(out, "lock") > 0,
+        lambda: files_in(out, ".partial") > 0,
+        lambda: files_in(out, ".done") > 0,
+        lambda: files_in(out, ".done") > 3,
+    ]
+    for moment in moments:
+        assert killed_when(arguments, moment) is None
+        assert not out.exists()  # never half a store
+    num_done = files_in(out, ".done")
+    assert num_done >= 3
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert f"going on: {num_done} of" in result.stderr
+    assert same_store(out, uninterrupted)
+    left = sorted(each.name for each in shards_folder(out).iterdir())
+    assert left == sorted([*(path.name for path, _ in Datastore.open(out).files), "lock"])
+
+
+def test_a_killed_process_of_a_build_is_one_clear_error(tmp_path, folder, uninterrupted):
+    out = tmp_path / "out.specstore"
+    arguments = ["build", out, folder, "--tokenizer", TOKENIZER, "--shard-size", "12KB", "--workers", 2, *MAX_MEMORY]
+    process = subprocess.Popen([*PROGRAM, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+    while files_in(out, ".done") == 0:
+        assert process.poll() is None
+        time.sleep(0.01)
+    workers = [
+        each for each in psutil.Process(process.pid).children() if "resource_tracker" not in " ".join(each.cmdline())
+    ]
+    workers[0].kill()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "a process of the build was killed" in stderr
+    assert "give the same command again" in stderr
+    assert not out.exists()
+    assert run(*arguments).exit_code == 0
+    assert same_store(out, uninterrupted)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_builds_say_how_to_go_on(tmp_path, folder, stop):
+    out = tmp_path / "out.specstore"
+    arguments = ["build", out, folder, "--tokenizer", TOKENIZER, "--shard-size", "12KB", "--workers", 2, *MAX_MEMORY]
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from vllm_specplug.cli import main"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{program}; main()", "datastore", *map(str, arguments)],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while files_in(out, ".done") == 0:
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(stop)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + stop
+    assert "give the same command again to go on" in stderr
+    assert "Traceback" not in stderr
+    assert not psutil.wait_procs(children, timeout=20)[1]
+    assert files_in(out, ".done") > 0
+
+
+def test_what_another_build_left_is_not_mixed_in(tmp_path, folder):
+    out = tmp_path / "out.specstore"
+    arguments = ["build", out, folder, "--tokenizer", TOKENIZER, "--shard-size", "12KB", "--workers", 1, *MAX_MEMORY]
+    assert killed_when(arguments, lambda: files_in(out, ".done") > 0) is None
+    other = [*arguments, "--glob", "0*.py"]
+    result = run(*other)
+    assert result.exit_code == 2
+    assert "finished shards of a build that did not come to its end" in result.stderr
+    assert "--restart" in result.stderr
+    assert files_in(out, ".done") > 0  # nothing lost
+    assert run(*other, "--restart").exit_code == 0
+    assert texts_of(out) == contents(folder)[:10]
+
+
+def test_a_file_that_changed_is_read_again(tmp_path, folder):
+    copied = tmp_path / "text"
+    copied.mkdir()
+    for path in sorted(folder.iterdir())[:12]:
+        (copied / path.name).write_text(path.read_text())
+    out = tmp_path / "out.specstore"
+    arguments = ["build", out, copied, "--tokenizer", TOKENIZER, "--shard-size", "12KB", "--workers", 1, *MAX_MEMORY]
+    assert killed_when(arguments, lambda: files_in(out, ".done") > 0) is None
+    (copied / "00.py").write_text("something else\n")
+    assert "or they changed since" in run(*arguments).stderr
+    assert run(*arguments, "--restart").exit_code == 0
+    assert texts_of(out)[0] == "something else\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shard-size", "0"], "at least one byte"),
+        (["--shard-size", "large"], "is not a size in bytes"),
+        (["--max-memory", "900MB", "--shard-size", "1KB"], "a build needs at least"),
+        (["--ray", "127.0.0.1:1", "-"], "do not see the standard input"),
+    ],
+)
+def test_bad_input_is_refused_before_work(tmp_path, folder, arguments, message):
+    out = tmp_path / "out.specstore"
+    result = run("build", out, folder, "--tokenizer", TOKENIZER, *MAX_MEMORY, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_units_without_text_leave_no_shard(tmp_path, folder):
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for number in range(6):
+        (mixed / f"{number}.bin").write_bytes(b"\0" * 3000)
+    out = tmp_path / "out.specstore"
+    result = build(out, mixed, "--shard-size", "4KB", "--workers", 1)
+    assert result.exit_code == 2
+    assert "nothing to store" in result.stderr
+    (mixed / "3.bin").write_text("text at last\n")
+    result = build(out, mixed, "--shard-size", "4KB", "--workers", 1, "--restart")
+    assert result.exit_code == 0, result.stderr
+    assert "left out 5 files that are not UTF-8 text" in result.stderr
+    assert texts_of(out) == ["text at last\n"]
+    assert not shards_folder(out).exists()  # one shard alone is a store of one file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stores that grow
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_add_and_merge(tmp_path, folder):
+    out = tmp_path / "out.specstore"
+    files = sorted(folder.iterdir())
+    assert build(out, *files[:10]).exit_code == 0
+    for more, shard_size in ((files[10:25], "1GiB"), (files[25:], "12KB")):
+        result = run("add", out, *more, "--shard-size", shard_size, *MAX_MEMORY)
+        assert result.exit_code == 0, result.stderr
+    assert texts_of(out) == contents(folder)
+    assert len(Datastore.open(out).files) > 4
+    Datastore.open(out).verify()
+    result = run("merge", "--force", out, out)
+    assert result.exit_code == 0, result.stderr
+    assert len(Datastore.open(out).segments) == 1
+    assert not shards_folder(out).exists()
+    Datastore.open(out).verify()
+    assert texts_of(out) == contents(folder)
+    again = tmp_path / "twice.specstore"
+    assert run("merge", again, out, out).exit_code == 0  # named twice, taken once
+    assert texts_of(again) == contents(folder)
+
+
+def test_adding_the_same_text_again_is_not_mistaken_for_going_on(tmp_path, folder):
+    out = tmp_path / "out.specstore"
+    first = sorted(folder.iterdir())[0]
+    assert build(out, first).exit_code == 0
+    for _ in range(2):
+        assert run("add", out, first, *MAX_MEMORY).exit_code == 0
+    assert texts_of(out) == [first.read_text()] * 3
+
+
+def test_killed_additions_go_on_and_change_nothing_before(tmp_path, folder):
+    out = tmp_path / "out.specstore"
+    files = sorted(folder.iterdir())
+    assert build(out, *files[:5]).exit_code == 0
+    arguments = ["add", out, *files[5:], "--shard-size", "12KB", "--workers", 1, *MAX_MEMORY]
+    assert killed_when(arguments, lambda: files_in(out, ".done") > 1) is None
+    assert texts_of(out) == contents(folder)[:5]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "going on: " in result.stderr
+    assert texts_of(out) == contents(folder)
+
+
+def test_additions_that_cannot_be_made(tmp_path, folder):
+    out = tmp_path / "out.specstore"
+    files = sorted(folder.iterdir())
+    assert build(out, files[0]).exit_code == 0
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    for arguments, message in (
+        ([tmp_path / "none.specstore", files[1]], "cannot open the token store"),
+        ([out, empty], "nothing to add"),
+        ([out, "-"], "add reads files"),
+        ([out, tmp_path / "nothing-*.txt"], "there is no file"),
+        ([out, files[1], "--tokenizer", "nowhere"], "cannot load tokenizer"),
+    ):
+        result = run("add", *arguments, *MAX_MEMORY)
+        assert result.exit_code == 2
+        assert message in result.stderr
+    assert texts_of(out) == [files[0].read_text()]
+    assert run("merge", out, out).exit_code == 2  # without --force
+    Datastore.open(out).verify()
+
+
+def test_a_store_of_one_file_takes_the_place_of_a_sharded_one(tmp_path, folder):
+    out = tmp_path / "out.specstore"
+    assert build(out, folder, "--shard-size", "30KB", "--workers", 1).exit_code == 0
+    before = Datastore.open(out)
+    first = sorted(folder.iterdir())[0]
+    assert build(out, first, "--force").exit_code == 0
+    assert texts_of(out) == [first.read_text()]
+    assert not shards_folder(out).exists()
+    assert before.tokens.max() == before.header.vocab_size  # its files are gone, and it can still be read
+
+
+def test_info_names_shards(tmp_path, folder):
+    out = tmp_path / "out.specstore"
+    assert build(out, folder, "--shard-size", "30KB", "--workers", 1).exit_code == 0
+    values = json.loads(run("info", out, "--json").stdout)
+    assert values["shards"] == values["segments"] == len(Datastore.open(out).files) > 1
+    assert values["bytes"] == sum(path.stat().st_size for path, _ in Datastore.open(out).files)
+    assert run("verify", out).exit_code == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers that stay
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A worker of an engine, as far as the switch goes: the real one is in test_serve.py."""
+
+    def __init__(self, proposers: dict[str, RestProposer]) -> None:
+        self.switch = StoreSwitch(proposers)  # type: ignore[arg-type]
+        self.calls = {
+            "specplug_open_stores": lambda: self.switch.open() is None,
+            "specplug_opened_stores": self.switch.look,
+            "specplug_take_stores": self.switch.take,
+        }
+
+
+class Engine:
+    def __init__(self, *workers: Worker) -> None:
+        self.workers = workers
+        self.before: Callable[[str], None] = lambda _: None
+
+    def collective_rpc(self, method: str) -> list[Any]:
+        self.before(method)
+        return [worker.calls[method]() for worker in self.workers]
+
+
+def proposer_of(out: Path) -> RestProposer:
+    header = Datastore.open(out).header
+    return RestProposer(ProposerContext(header.vocab_size, 8, datastores={"code": str(out)}))
+
+
+def drafted(proposer: RestProposer, text: str) -> str:
+    tokenizer = load_tokenizer(TOKENIZER)
+    batch = DraftBatch.from_contexts([tokenizer.encode(text, add_special_tokens=False)], 8)
+    drafts = proposer.propose(batch)
+    return str(tokenizer.decode(drafts.token_ids[0, : drafts.num_tokens[0]].tolist()))
+
+
+def test_proposers_take_a_new_version_when_told(tmp_path, folder):
+    out, more = tmp_path / "out.specstore", tmp_path / "more.py"
+    assert build(out, sorted(folder.iterdir())[0]).exit_code == 0
+    more.write_text("the capital of nowhere is Somewhere, and so on\n" * 5)
+    proposers = [proposer_of(out), proposer_of(out)]
+    engine = Engine(*(Worker({"rest": proposer}) for proposer in proposers))
+    assert reload_stores(engine) == []  # nothing has changed
+    assert run("add", out, more, *MAX_MEMORY).exit_code == 0
+    assert [drafted(proposer, "the capital of nowhere is") for proposer in proposers] == ["", ""]
+    assert reload_stores(engine) == ["code"]
+    for proposer in proposers:
+        assert drafted(proposer, "the capital of nowhere is").startswith(" Somewhere")
+        assert drafted(proposer, "def function_0_3(argument):\n    ").startswith("return argument")
+        assert proposer.store_stats()["code"].tokens == Datastore.open(out).header.num_tokens
+    assert reload_stores(engine) == []
+
+
+def test_a_bad_new_version_leaves_the_old_one_in_use(tmp_path, folder):
+    out = tmp_path / "out.specstore"
+    assert build(out, sorted(folder.iterdir())[0]).exit_code == 0
+    proposer = proposer_of(out)
+    engine = Engine(Worker({"rest": proposer}))
+    good = out.read_bytes()
+    for wrong, message in ((b"no store", "is not a token store"), (good[: len(good) // 2], "truncated")):
+        (tmp_path / "wrong").write_bytes(wrong)
+        os.replace(tmp_path / "wrong", out)
+        with pytest.raises(ReloadError, match=f"the stores in use stay in use: .*{message}"):
+            reload_stores(engine)
+        assert drafted(proposer, "def function_0_3(argument):\n    ").startswith("return argument")
+    out.unlink()
+    assert reload_stores(engine) == []
+
+
+def test_workers_that_see_different_versions_switch_together_or_not_at_all(tmp_path, folder):
+    out = tmp_path / "out.specstore"
+    files = sorted(folder.iterdir())
+    assert build(out, files[0]).exit_code == 0
+    first, second = proposer_of(out), proposer_of(out)
+    workers = [Worker({"rest": first}), Worker({"rest": second})]
+    engine = Engine(*workers)
+    build_more = iter([lambda: run("add", out, files[1], *MAX_MEMORY), lambda: run("add", out, files[2], *MAX_MEMORY)])
+
+    def between(method: str) -> None:
+        """The store changes twice: before the first worker looks, and before the second one does."""
+        if method == "specplug_open_stores":
+            assert next(build_more)().exit_code == 0
+            workers[0].switch.open()
+            while not workers[0].switch.look()["is_ready"]:
+                time.sleep(0.01)
+            assert next(build_more)().exit_code == 0
+            workers[0].calls["specplug_open_stores"] = lambda: True
+
+    engine.before = between
+    with pytest.raises(ReloadError, match="workers found different versions"):
+        reload_stores(engine)
+    assert [len(each.stores["code"].files) for each in (first, second)] == [1, 1]
+
+
+def test_engines_without_stores_say_so():
+    worker = Worker({})
+    worker.calls["specplug_open_stores"] = lambda: False
+    with pytest.raises(ReloadError, match="no token store that can be replaced"):
+        reload_stores(Engine(worker))
+
+
+def test_standard_input_goes_into_one_file(tmp_path, folder):
+    out = tmp_path / "out.specstore"
+    text = "".join(contents(folder))
+    result = run(
+        "build",
+        out,
+        "-",
+        "--tokenizer",
+        TOKENIZER,
+        "--shard-size",
+        "1KB",
+        *MAX_MEMORY,
+        stdin=io.BytesIO(text.encode()).read(),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert texts_of(out) == [text]
