@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import mmap
@@ -272,24 +273,28 @@ class Datastore:
     def _map(
         cls, path: Path, identity: tuple[int, ...], paths: Sequence[Path], manifest: Manifest | None = None
     ) -> Datastore:
-        """Reserve one range of addresses, and lay the files' tokens and then their positions into it."""
-        with contextlib.ExitStack() as stack:
-            files = []
-            for index, each in enumerate(paths):
-                file = stack.enter_context(each.open("rb"))
+        """Reserve one range of addresses, and lay the files' tokens and then their positions into it.
+
+        Files are opened one at a time: there may be more of them than a process may have open.
+        """
+        headers, identities = [], []
+        for index, each in enumerate(paths):
+            with each.open("rb") as file:
+                identities.append(_identity_of(os.fstat(file.fileno())))
                 header, checksum = _read_header(each, file)
-                if manifest is not None:
-                    _check_shard(path, each, header, checksum, manifest, manifest.shards[index])
-                files.append((file, each, header))
-            headers = [header for _, _, header in files]
-            token_places, end = _placed([header.tokens.num_bytes for header in headers], 0)
-            position_places, end = _placed([header.positions.num_bytes for header in headers], end)
-            mapped = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
-            base = np.frombuffer(mapped, np.uint8).ctypes.data
-            for (file, _, header), token_place in zip(files, token_places, strict=True):
-                _map_fixed(base + token_place, file, header.tokens)
-            for (file, _, header), position_place in zip(files, position_places, strict=True):
-                _map_fixed(base + position_place, file, header.positions)
+            if manifest is not None:
+                _check_shard(path, each, header, checksum, manifest, manifest.shards[index])
+            headers.append(header)
+        token_places, end = _placed([header.tokens.num_bytes for header in headers], 0)
+        position_places, end = _placed([header.positions.num_bytes for header in headers], end)
+        mapped = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+        base = np.frombuffer(mapped, np.uint8).ctypes.data
+        for index, (each, header) in enumerate(zip(paths, headers, strict=True)):
+            with each.open("rb") as file:
+                if _identity_of(os.fstat(file.fileno())) != identities[index]:
+                    raise FileNotFoundError(errno.ENOENT, "it was replaced meanwhile", str(each))
+                _map_fixed(base + token_places[index], file, header.tokens)
+                _map_fixed(base + position_places[index], file, header.positions)
         token_bytes = headers[0].token_bytes
         last, positions_at = headers[-1], position_places[0]
         num_slots = (token_places[-1] + last.tokens.num_bytes) // token_bytes
@@ -318,7 +323,7 @@ class Datastore:
         return cls(
             path,
             facts,
-            [(each, header) for _, each, header in files],
+            list(zip(paths, headers, strict=True)),
             mapped,
             np.frombuffer(mapped, f"<u{token_bytes}", num_slots, 0),
             np.frombuffer(mapped, "<u4", num_positions, positions_at),
