@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vllm_specplug import corpus
@@ -202,6 +204,42 @@ def test_reports(tmp_path: Path) -> None:
     assert "http" not in page, "nothing is loaded from elsewhere"
     assert "prefers-color-scheme:dark" in page
     assert "| <fast> | 4.0 | 2.00x | 2.00-2.00 | 1.60 | 3.0 | 33.3% |" in text
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def screenshot(page: Path, scheme: int) -> Any:
+    """What headless Chromium shows, ``[height, width, 3]`` uint8; ``scheme`` 0 is dark, 1 light."""
+    from PIL import Image
+
+    picture = page.with_suffix(f".{scheme}.png")
+    subprocess.run(
+        [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+            "--window-size=1100,1300", f"--user-data-dir={page.parent / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}",
+            f"--screenshot={picture}", page.as_uri(),
+        ],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    with Image.open(picture) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_report_can_be_read_in_light_and_dark(tmp_path: Path) -> None:
+    report.write(tmp_path / "bench.html", made_result())
+    light, dark = (screenshot(tmp_path / "bench.html", scheme) for scheme in (1, 0))
+    for picture, background in ((light, (255, 255, 255)), (dark, (13, 17, 23))):
+        assert picture.shape == (1300, 1100, 3)
+        assert tuple(picture[3, 3]) == background
+        # Text stands out: of what is not background enough is far from it.
+        contrast = np.abs(picture.astype(int) - np.array(background)).max(axis=2)
+        assert 0.005 < (contrast > 120).mean() < 0.5
+        # Nothing runs out of the page at its right.
+        assert (contrast[:, -8:] == 0).all()
+    assert light.mean() > 200
+    assert dark[:200].mean() < 70
 
 
 # ---------------------------------------------------------------------------------------------------------------------
