@@ -217,8 +217,8 @@ def screenshot(page: Path, scheme: int) -> Any:
     subprocess.run(
         [
             str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-            "--window-size=1100,1300", f"--user-data-dir={page.parent / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}",
-            f"--screenshot={picture}", page.as_uri(),
+            "--window-size=1100,1300", f"--user-data-dir={page.parent / 'profile'}",
+            f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={picture}", page.as_uri(),
         ],
         check=True, capture_output=True, timeout=120,
     )  # fmt: skip
