@@ -9,8 +9,8 @@ names throughout, and one line in fifty is left out. Lookups come from the held-
 Then the rows: the first shards side by side for growing stores, and all of the text in one and in four segments.
 "cold" is the first batch after the files were dropped from the system's page cache, in a fresh process.
 
-Everything is kept in DIR (3 bytes a token for the text, and 6 for each of the store, the one segment and the four): another
-run measures without building again.
+Everything is kept in DIR (3 bytes a token for the text, and 6 for each of the store, the one segment and the four):
+another run measures without building again.
 """
 
 from __future__ import annotations
