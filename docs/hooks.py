@@ -28,7 +28,9 @@ COPIES = "files"
 """Folder of the site with copies of files that pages link to."""
 
 GENERATED = re.compile(
-    r"<!-- generated: (?P<name>[\w-]+)(?: (?P<argument>[^\n]+?))? -->\n?(?:.*?<!-- end of generated -->)?", re.S
+    r"<!-- generated: (?P<name>[\w-]+)(?: (?P<argument>[^\n<>]+?))? -->"
+    r"(?:(?:(?!<!-- generated:).)*?<!-- end of generated -->)?",
+    re.S,
 )
 LINK = re.compile(r"(?<=\]\()(?P<target>[^)\s#:]+)(?P<anchor>#[^)\s]*)?(?=\))")
 PICTURE = re.compile(r"^!\[(?P<text>[^\]]*)\]\((?P<path>[^)\s]+\.svg)\)$", re.M)

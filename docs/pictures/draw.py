@@ -211,7 +211,7 @@ def suffix_array() -> None:
     picture.text(14, middle + 4, "one binary", 12, faint=True)
     picture.text(14, middle + 20, "search", 12, faint=True)
     picture.line([(82, middle), (114, middle)], GREEN, arrow=True)
-    found = f"Longest match: {length} tokens (“{' '.join(context[-length:])}”). All places with it lie side by side, because"
+    found = f"Longest match: {length} tokens (“{' '.join(context[-length:])}”). All places with it lie side by side:"
     picture.text(14, y + 14, found, 12.5, faint=True)
     more = "they are sorted by what stands before them. The winner goes on to vote for the next draft token."
     picture.text(14, y + 32, more, 12.5, faint=True)
