@@ -1,4 +1,5 @@
-"""Draws the pictures of the concepts page: ``python docs/pictures/draw.py`` writes the SVG files beside this one.
+"""Draws the pictures of the concepts page: ``python docs/pictures/draw.py`` writes the SVG files beside this one
+(or into the folder that is given).
 
 What a picture says is computed here (the sorted text, the races with noise, the curves), not put in by hand. Text and
 lines have the colour of what is around them, so that a picture reads on light and on dark paper.
@@ -7,6 +8,7 @@ lines have the colour of what is around them, so that a picture reads on light a
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
@@ -17,7 +19,7 @@ import numpy as np
 from vllm_specplug.samplers import theory
 from vllm_specplug.samplers.gumbel import gumbel_noise
 
-HERE = Path(__file__).parent
+OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
 BLUE, ORANGE, GREEN, RED = "#4a86d8", "#dd8433", "#3a9d6a", "#d05555"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 MONO = "ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace"
@@ -68,7 +70,7 @@ class Picture:
 
     def save(self, name: str) -> None:
         body = "\n".join(self.parts)
-        (HERE / f"{name}.svg").write_text(
+        (OUT / f"{name}.svg").write_text(
             f'<svg class="picture" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
             f'role="img" aria-label="{escape(self.title)}">\n{STYLE}\n{body}\n</svg>\n'
         )

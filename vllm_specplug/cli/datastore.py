@@ -258,7 +258,7 @@ def find_sources(inputs: list[str], pattern: str, field: str) -> Sources:
     paths: dict[Path | None, None] = {}
     for name in inputs:
         found: list[Path | None]
-        path = Path(name)
+        path = Path(name).expanduser()  # a glob in quotes keeps its ~ from the shell
         if name == "-":
             found = [None]
         elif path.is_dir():
@@ -270,7 +270,7 @@ def find_sources(inputs: list[str], pattern: str, field: str) -> Sources:
         elif path.is_file():
             found = [path]
         else:
-            found = [Path(each) for each in sorted(glob.glob(name, recursive=True)) if Path(each).is_file()]
+            found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True)) if Path(each).is_file()]
         if not found:
             what = f"no file of the folder {name} matches {pattern!r}" if path.is_dir() else f"there is no file {name}"
             raise DatastoreError(f"{what}: nothing to read")
