@@ -177,6 +177,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pyarrow.parquet.write_table(pyarrow.table({"text": [text[:2000] for text in texts[28:30]]}), home / "more.parquet")
     (home / "big.txt").write_text(texts[30])
     subprocess.run(["gzip", "big.txt"], cwd=home, check=True)
+    (home / "programs").mkdir()  # where Python looks first; in the home itself it would find half of this package
     (home / "examples").symlink_to(ROOT / "examples")
     (home / "vllm_specplug" / "tiny_models").mkdir(parents=True)
     (home / "vllm_specplug" / "tiny_models" / "tiny-target").symlink_to(target_path())
@@ -211,8 +212,8 @@ def test_shell_examples(block: Block, home: Path) -> None:
 
 @of("python")
 def test_python_examples(block: Block, home: Path) -> None:
-    (home / "example.py").write_text(for_real(block.code))
-    run([sys.executable, "example.py"], home, PYTHONPATH="examples")
+    (home / "programs" / "example.py").write_text(for_real(block.code))
+    run([sys.executable, "programs/example.py"], home, PYTHONPATH="examples")
 
 
 @of("toml")
@@ -228,8 +229,8 @@ def test_the_proposer_of_the_page_is_the_one_in_examples() -> None:
 
 def test_the_numbers_of_the_sampler_example(home: Path) -> None:
     (block,) = (each for each in RUN if each.page.name == "own-sampler.md" and "chisquare" in each.code)
-    (home / "example.py").write_text(block.code)
-    printed = re.findall(r"\d\.\d{3}", run([sys.executable, "example.py"], home))
+    (home / "programs" / "example.py").write_text(block.code)
+    printed = re.findall(r"\d\.\d{3}", run([sys.executable, "programs/example.py"], home))
     assert len(printed) == 4
     assert "It prints {} against {}, {} and {}".format(*printed) in block.page.read_text()
 
@@ -348,12 +349,12 @@ if __name__ == "__main__":
 def test_python_examples_with_an_engine(home: Path) -> None:
     wanted = [block for block in BLOCKS if "run with an engine" in block.marks]
     assert len(wanted) >= 3
-    (home / "all.py").write_text(ONE_ENGINE)
+    (home / "programs" / "all.py").write_text(ONE_ENGINE)
     names = []
     for number, block in enumerate(wanted):
-        names.append(f"example{number}.py")
+        names.append(f"programs/example{number}.py")
         (home / names[-1]).write_text(for_real(block.code))
-    printed = run([sys.executable, "all.py", *names], home)
+    printed = run([sys.executable, "programs/all.py", *names], home)
     for name, block in zip(names, wanted, strict=True):
         assert f"ended well: {name}" in printed, block
 
@@ -385,8 +386,8 @@ def test_the_quick_start_serves(home: Path) -> None:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30).close()
             answer = json.loads(run(["bash", "-c", curl], home))
             assert answer["choices"][0]["text"]
-            (home / "example.py").write_text(python)
-            assert answer["choices"][0]["text"].strip() == run([sys.executable, "example.py"], home).strip()
+            (home / "programs" / "example.py").write_text(python)
+            assert answer["choices"][0]["text"].strip() == run([sys.executable, "programs/example.py"], home).strip()
             assert "suffix" in run(["bash", "-c", top], home)
         finally:
             with contextlib.suppress(ProcessLookupError):
