@@ -166,16 +166,16 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     home = tmp_path_factory.mktemp("home")
     texts = [text for path in standard_library_sources()[:40] if (text := read_text(path))]
-    for name, some in (("src", texts[:20]), ("new-project", texts[20:24])):
+    for name, some in (("src", texts[:8]), ("new-project", texts[20:23])):
         (home / name).mkdir()
         for number, text in enumerate(some):
-            (home / name / f"m{number}.py").write_text(text[:20_000])
+            (home / name / f"m{number}.py").write_text(text[:6000])
     (home / "notes" / "more").mkdir(parents=True)
     (home / "notes" / "more" / "a.md").write_text("# A note\n\nThat for name in os.listdir works.\n" * 20)
     records = "".join(json.dumps({"text": text[:2000]}) + "\n" for text in texts[24:28])
     (home / "chats-1.jsonl.zst").write_bytes(zstandard.compress(records.encode()))
     pyarrow.parquet.write_table(pyarrow.table({"text": [text[:2000] for text in texts[28:30]]}), home / "more.parquet")
-    (home / "big.txt").write_text(texts[30])
+    (home / "big.txt").write_text(texts[30][:6000])
     subprocess.run(["gzip", "big.txt"], cwd=home, check=True)
     (home / "programs").mkdir()  # where Python looks first; in the home itself it would find half of this package
     (home / "examples").symlink_to(ROOT / "examples")
