@@ -14,7 +14,6 @@ import itertools
 import json
 import posixpath
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,10 +112,9 @@ def on_post_build(config: Any) -> None:
         for url in FETCHED_BY_THE_THEME:
             text = text.replace(url, "")
         path.write_text(text)
-    # Maps from the theme's scripts to sources that are not here; twice as large as everything else together.
+    # Maps of the theme's scripts to sources that are not here.
     for path in Path(config.site_dir, "assets").rglob("*.map"):
         path.unlink()
-    shutil.rmtree(Path(config.site_dir, "assets", "images", "social"), ignore_errors=True)
 
 
 def _outside(uri: str, target: str) -> Path | None:
@@ -188,6 +186,15 @@ def docstring_after(module: Any, name: str) -> str:
     raise PluginError(f"{module.__name__} has no {name} with a docstring behind it")
 
 
+JSON_KINDS = {
+    "num_speculative_tokens": "whole number",
+    "proposers": "list",
+    "datastore": "path, list of paths, or object of paths by name",
+    "sampler": "name",
+}
+"""What each key of ``speculative_config`` may be."""
+
+
 def settings() -> str:
     """Keys of ``speculative_config``, from the model that checks them."""
     from vllm_specplug.config import METHOD, Settings, parse_settings
@@ -205,14 +212,6 @@ def settings() -> str:
         kind = JSON_KINDS[name] + (f", {', '.join(bounds)}" if bounds else "")
         rows.append([f"`{name}`", kind, code(defaults[name]), prose(texts[name])])
     return table(["key", "value", "default", "meaning"], rows)
-
-
-JSON_KINDS = {
-    "num_speculative_tokens": "whole number",
-    "proposers": "list",
-    "datastore": "path, list of paths, or object of paths by name",
-    "sampler": "name",
-}
 
 
 def proposers() -> str:

@@ -92,8 +92,22 @@ def blocks() -> Iterator[Block]:
 
 
 BLOCKS = list(blocks())
-# What stands on two pages is run once.
-RUN = list({block.code: block for block in BLOCKS if "run" in block.marks}.values())
+
+
+def to_run() -> Iterator[Block]:
+    """Blocks that are to be run here; what stands on two pages, once."""
+    seen: set[str] = set()
+    for block in BLOCKS:
+        if "run" in block.marks:
+            commands = {block.code}
+            if block.language == "bash":
+                commands = {re.sub(r"\s+#.*", "", line) for line in block.code.splitlines()}
+            if not commands <= seen:
+                yield block
+            seen |= commands
+
+
+RUN = list(to_run())
 
 
 def of(*languages: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
