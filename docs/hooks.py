@@ -200,6 +200,10 @@ def settings() -> str:
     from vllm_specplug.config import METHOD, Settings, parse_settings
 
     texts, defaults = attributes_of(Settings), parse_settings({}).to_dict()
+    if differing := {*Settings.model_fields} ^ {*JSON_KINDS} | {*Settings.model_fields} - {*texts}:
+        raise PluginError(
+            f"docs/hooks.py: JSON_KINDS or the docstring of Settings lacks {', '.join(sorted(differing))}"
+        )
     defaults["proposers"] = [entry["name"] for entry in defaults["proposers"]]
     rows = [["`method`", code(METHOD), "", "this plugin drafts and verifies"]]
     for name, field in Settings.model_fields.items():
@@ -249,28 +253,34 @@ def sources() -> Iterator[Path]:
 def variables_read() -> dict[str, set[str]]:
     """Environment variables that the package reads or sets, and the files that do."""
     found: dict[str, set[str]] = {}
-    constants: dict[str, str] = {}
     trees = {path: ast.parse(path.read_text()) for path in sources()}
-    for tree in trees.values():
-        for statement in tree.body:
-            if (
-                isinstance(statement, ast.Assign)
-                and isinstance(statement.value, ast.Constant)
-                and isinstance(statement.value.value, str)
-            ):
-                constants.update(
-                    {target.id: statement.value.value for target in statement.targets if isinstance(target, ast.Name)}
-                )
+    of_module = {path: _constants(tree) for path, tree in trees.items()}
+    of_all = {name: value for constants in of_module.values() for name, value in constants.items()}
     for path, tree in trees.items():
         for key in filter(None, map(_environment_key, ast.walk(tree))):
             if isinstance(key, ast.Constant):
                 name = key.value
+            elif (constant := key.attr if isinstance(key, ast.Attribute) else getattr(key, "id", "")).isupper():
+                name = of_module[path].get(constant, of_all.get(constant))
             else:
-                name = constants.get(key.attr if isinstance(key, ast.Attribute) else getattr(key, "id", ""))
+                continue  # a name out of a table, which is shown as such
             if not isinstance(name, str):
                 raise PluginError(f"{path}:{key.lineno}: cannot tell which environment variable is read")
             found.setdefault(name, set()).add(path.relative_to(ROOT).as_posix())
     return found
+
+
+def _constants(tree: ast.Module) -> dict[str, str]:
+    """Names that a module gives to strings."""
+    return {
+        target.id: statement.value.value
+        for statement in tree.body
+        if isinstance(statement, ast.Assign)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
 
 
 def _environment_key(node: ast.AST) -> ast.expr | None:
@@ -327,7 +337,7 @@ def commands() -> str:
 
     parts = []
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
-        module = importlib.import_module(f"vllm_specplug.cli.{name}")
+        module = importlib.import_module(f"vllm_specplug.cli.{name.replace('-', '_')}")
         # Most subcommands are apps of their own behind one that hands everything on.
         own = typer.main.get_command(module.app) if hasattr(module, "app") else command
         parts.append(f"## specplug {name}\n\n{_help(own)}")
