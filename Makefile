@@ -7,7 +7,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := torch==2.13.0+cpu
 DEMO_OPTIONS ?=
 
-.PHONY: demo test setup lint types
+.PHONY: demo test setup lint types docs
 
 demo: setup
 	$(BIN)/specplug demo $(DEMO_OPTIONS)
@@ -36,3 +36,7 @@ types: setup
 	rm -rf build/types
 	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
 	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p vllm_specplug
+
+# The site, in build/site; nothing is fetched. Without the variable every build advertises another generator.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -16,6 +16,7 @@ LONGEST = (
     "test_native_drafters.py",
     "test_example_training.py",
     "test_acceptance.py",
+    "test_docs.py",
     "test_serve.py",
 )
 

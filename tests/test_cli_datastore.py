@@ -106,6 +106,13 @@ def test_several_inputs_each_once(tmp_path, files, tokenizer):
     assert texts_of(out, tokenizer) == TEXTS[1:]
 
 
+def test_a_home_is_found_behind_quotes(tmp_path, files, tokenizer, monkeypatch):
+    monkeypatch.setenv("HOME", str(files["folder"].parent))  # the shell leaves a ~ alone that stands in quotes
+    for name in ("~/folder", "~/folder/**/*.py"):
+        assert build(tmp_path / "out", name, "--force").exit_code == 0
+        assert texts_of(tmp_path / "out", tokenizer) == TEXTS
+
+
 def test_long_documents_are_read_in_pieces(tmp_path, tokenizer, monkeypatch):
     text = "".join(f"line {i} of a longer text, with ä and € in it\n" for i in range(400))
     for name, data in (("a.txt", text.encode()), ("b.txt.gz", gzip.compress(text.encode()))):
