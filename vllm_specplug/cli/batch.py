@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vllm_specplug.cli.clusters import connected, json_object
+from vllm_specplug.cli.clusters import connect, json_object, released
 from vllm_specplug.cli.progress import Shown, ended_by_signals
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
@@ -78,7 +78,7 @@ def batch(
     paths, rest = split(inputs)
     more = json_object("--sampling", sampling) or {}
     console = Console(stderr=True)
-    with ended_by_signals(), connected("data", address, temp_dir), Shown(console) as shown:
+    with ended_by_signals(), released(), Shown(console) as shown:
 
         def on_progress(done: int, total: int, rows_per_s: float, tokens_per_s: float) -> None:
             status = f"{done:,}/{total:,} rows, {rows_per_s:.1f} rows/s, {tokens_per_s:,.0f} tokens/s"
@@ -98,6 +98,7 @@ def batch(
             gpus_per_replica=gpus_per_replica,
             rows_per_part=rows_per_part,
             may_grow=may_grow,
+            connect=lambda: connect(address, temp_dir),
             on_progress=on_progress,
         )
     _print(console, result)

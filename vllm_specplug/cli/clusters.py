@@ -6,41 +6,50 @@ import contextlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.ray.environment import require_ray
+
+
+def connect(address: str | None, temp_dir: Path | None, metrics_port: int | None = None) -> None:
+    """Use a cluster that is there, or start one on this machine that ends with this process.
+
+    Args:
+        address: of a running cluster; None starts one.
+        temp_dir: for the files of a cluster that is started.
+        metrics_port: of Ray's exporter on a cluster that is started.
+
+    Raises:
+        ConfigurationError: there is none at this address, or it does not start.
+    """
+    import ray
+
+    for name in ("ray.data", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    how: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    try:
+        if address is not None:
+            ray.init(address=address, **how)
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if temp_dir is not None:
+            how["_temp_dir"] = str(temp_dir.resolve())
+        ray.init(include_dashboard=False, _metrics_export_port=metrics_port, **how)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise ConfigurationError(f"no Ray cluster: {error}") from error
 
 
 @contextlib.contextmanager
-def connected(part: str, address: str | None, temp_dir: Path | None) -> Iterator[None]:
-    """A cluster that is there, or one of this machine that ends with this process.
-
-    Args:
-        part: of Ray, that is needed.
-        address: of a running cluster; None starts one.
-        temp_dir: for the files of a cluster that is started.
-    """
-    require_ray(part)
-    import ray
-
-    try:
-        if address is not None:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        else:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            where = {} if temp_dir is None else {"_temp_dir": str(temp_dir.resolve())}
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING, **where)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise ConfigurationError(f"no Ray cluster: {error}") from error
-    for name in ("ray.data", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+def released() -> Iterator[None]:
+    """Whatever cluster was connected to inside is let go at the end; one that was started here ends."""
     try:
         yield
     finally:
-        ray.shutdown()
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
 
 
 def json_object(option: str, text: str | None) -> dict[str, Any] | None:

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_specplug.cli.clusters import connected, json_object
+from vllm_specplug.cli.clusters import connect, json_object, released
 from vllm_specplug.errors import SpecplugError
+from vllm_specplug.ray.environment import require_ray
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
@@ -37,6 +38,12 @@ def ray_serve(
     temp_dir: Annotated[
         Path | None, typer.Option(help="For the files of a cluster that is started, its logs too.", show_default=False)
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            help="Of Ray's Prometheus exporter, for a cluster that is started.", min=1, max=65535, show_default=False
+        ),
+    ] = None,
     may_grow: Annotated[
         bool, typer.Option("--may-grow", help="The cluster has an autoscaler: wait for nodes.")
     ] = False,
@@ -53,7 +60,9 @@ def ray_serve(
 
     console = Console(stderr=True)
     stopped = threading.Event()
-    with connected("serve", address, temp_dir):
+    require_ray("serve")
+    with released():
+        connect(address, temp_dir, metrics_port)
         from ray import serve
 
         application = deployment(

@@ -126,6 +126,7 @@ def generate(
     rows_per_part: int | None = None,
     env: Mapping[str, str] | None = None,
     may_grow: bool = False,
+    connect: Callable[[], object] | None = None,
     on_progress: Progress | None = None,
 ) -> BatchResult:
     """Complete every row of the inputs; run again, it completes what is missing.
@@ -147,6 +148,7 @@ def generate(
         rows_per_part: rows of an output file, the unit of work and of what is lost with a replica.
         env: environment variables of the replicas.
         may_grow: an autoscaler adds nodes: wait for them.
+        connect: called where Ray is needed and this process has no connection; by default ``ray.init``.
         on_progress: called with rows done, rows in all, rows a second and output tokens a second of this run.
 
     Raises:
@@ -155,8 +157,6 @@ def generate(
         BatchError: replicas did not start, or died too often.
     """
     environment.require_ray("data")
-    import ray
-
     started = time.monotonic()
     out = Path(out)
     share = environment.share(cpus_per_replica, gpus_per_replica, engine_args or {}, options)
@@ -173,8 +173,10 @@ def generate(
         output = _Output(folder, parts, rows_per_part, on_progress)
         missing = output.missing()
         if missing:
+            import ray
+
             if not ray.is_initialized():
-                ray.init()
+                (connect or ray.init)()
             environment.check_fits(replicas, share, ray.nodes(), may_grow)
             _run(job, share, min(replicas, len(missing)), missing, found.schema, dict(env or {}), output)
         return output.result(time.monotonic() - started)

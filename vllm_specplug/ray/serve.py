@@ -75,14 +75,14 @@ def deployment(
         ConfigurationError: settings are wrong, or the cluster cannot hold the replicas.
     """
     environment.require_ray("serve")
-    import ray
-    from ray import serve
-
     share = environment.share(cpus_per_replica, gpus_per_replica, engine_args or {}, options)
     job = Job(
         stores.absolute(model), stores.located(speculative_config), dict(engine_args or {}), tuple(options)
     )  # fmt: skip
     _check_options(job)
+    import ray
+    from ray import serve
+
     if not ray.is_initialized():
         ray.init()
     environment.check_fits(replicas, share, ray.nodes(), may_grow)

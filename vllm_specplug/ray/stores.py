@@ -117,6 +117,12 @@ class StoreSource:
         """Up to :data:`CHUNK_BYTES` of a file."""
         return os.pread(self._files[path][name].fileno(), CHUNK_BYTES, offset)
 
+    def close(self) -> None:
+        """Let the files go."""
+        for files in self._files.values():
+            for file in files.values():
+                file.close()
+
 
 def _opened(path: Path) -> dict[str, BinaryIO]:
     if path.is_dir():
