@@ -26,10 +26,12 @@ def connect(address: str | None, temp_dir: Path | None, metrics_port: int | None
         ConfigurationError: there is none at this address, or it does not start.
     """
     import ray
+    import ray.data
 
-    for name in ("ray.data", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    how: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    # Ray Data's own words about an error are long; ours is one line, and the whole is in Ray's logs.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    how: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is not None:
             ray.init(address=address, **how)

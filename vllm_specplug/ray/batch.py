@@ -14,10 +14,12 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
 import uuid
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,11 +44,15 @@ PARTS_PER_REPLICA = 8
 SMALLEST_PART, LARGEST_PART = 16, 512
 PARTS_IN_FLIGHT = 2
 """Of a replica: while the last rows of one part end, those of the next fill the engine's batch."""
+NODE_LABEL = "ray.io/node-id"
 MAX_DEATHS = 4
 """A replica that died so often on the way is not started again, nor is a part given out again that saw so many die."""
 SEED_BITS = 53
 """What any JSON reader can hold."""
 NO_SPECULATION = "gumbel"
+
+_RAISED = re.compile(r"^(?P<name>[\w.]+(?:Error|Exception|Exit|Interrupt)): .+$", re.MULTILINE)
+_WRAPPERS = ("SystemException", "UserCodeException", "RayTaskError", "ActorDiedError")
 
 Progress = Callable[[int, int, float, float], None]
 
@@ -254,8 +260,9 @@ def _plain(value: Any) -> Any:
 def _begin(folder: Path, wanted: dict[str, Any], rows_per_part: int | None, replicas: int) -> int:
     """Write the manifest, or compare with the one that is there; the size of parts."""
     path = folder / MANIFEST
-    if not path.exists():
-        if any(folder.glob("*.parquet")):
+    has_parts = any(folder.glob("*.parquet"))
+    if not path.exists() or not has_parts:
+        if has_parts:
             raise ConfigurationError(f"{folder} has Parquet files and no {MANIFEST}: give a folder of its own")
         num_rows = sum(each["num_rows"] for each in wanted["inputs"])
         share = -(-num_rows // (replicas * PARTS_PER_REPLICA))
@@ -309,7 +316,7 @@ class _Output:
         self._waiting: dict[int, dict[int, pa.Table]] = {}
         self._done: set[int] = set()
         self._num_kept = self._num_errors = self._num_tokens = 0
-        self._first: float | None = None
+        self._first: tuple[float, int, int] | None = None
 
     def _path(self, number: int) -> Path:
         return self._folder / f"part-{number:06d}.parquet"
@@ -334,7 +341,6 @@ class _Output:
 
     def add(self, table: pa.Table) -> None:
         """Rows that a replica has done, those of one part together or in pieces; a part that is whole is stored."""
-        self._first = self._first or time.monotonic()
         for row, row_id in enumerate(table[inputs.ROW_ID].to_pylist()):
             number = row_id // self._rows_per_part
             if number in self._done:
@@ -351,23 +357,26 @@ class _Output:
         self._num_errors += len(table) - table["error"].null_count
         self._num_tokens += sum(len(each) for each in table["output_token_ids"].to_pylist())
         self._tell()
+        if self._first is None:
+            self._first = (time.monotonic(), self.num_done, self._num_tokens)
 
     def _tell(self) -> None:
         if self._on_progress is None:
             return
-        elapsed_s = time.monotonic() - self._first if self._first else 0.0
-        done, total = self.num_done, sum(part.num_rows for part in self._parts.values())
-        rate = 1 / elapsed_s if elapsed_s else 0.0
-        self._on_progress(done, total, (done - self._num_kept) * rate, self._num_tokens * rate)
+        total = sum(part.num_rows for part in self._parts.values())
+        if self._first is None:
+            self._on_progress(self.num_done, total, 0.0, 0.0)
+            return
+        began, rows, tokens = self._first  # without the start of the engines
+        elapsed_s = max(time.monotonic() - began, 1e-9)
+        self._on_progress(
+            self.num_done, total, (self.num_done - rows) / elapsed_s, (self._num_tokens - tokens) / elapsed_s
+        )
 
     @property
     def num_done(self) -> int:
         """Rows in the folder."""
         return sum(self._parts[number].num_rows for number in self._done)
-
-    def start_clock(self) -> None:
-        """Rates count from here."""
-        self._first = time.monotonic()
 
     def result(self, elapsed_s: float) -> BatchResult:
         """After the end."""
@@ -393,29 +402,37 @@ def _run(
     import ray
 
     numbered = {part.number: part for part in missing}
-    here = environment.where_driver_is()
     rows = ray.data.from_items([{"part": number} for number in numbered], override_num_blocks=len(numbered))
     rows.context.enable_progress_bars = False
     read = rows.map_batches(
-        _read, fn_kwargs={"parts": numbered, "schema": schema}, batch_size=None, batch_format="pyarrow",
-        num_cpus=0, scheduling_strategy=here,
-    )  # fmt: skip
-    source = stores.start_source(job.speculative_config)
-    done = read.map_batches(
-        Replica,
-        fn_constructor_kwargs={"job": job, "share": share, "source": source},
+        _read,
+        fn_kwargs={"parts": numbered, "schema": schema},
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=share.cpus,
-        num_gpus=share.gpus or None,
-        compute=ray.data.ActorPoolStrategy(size=replicas, max_tasks_in_flight_per_actor=PARTS_IN_FLIGHT),
-        max_concurrency=PARTS_IN_FLIGHT,
-        max_restarts=MAX_DEATHS,
-        max_task_retries=MAX_DEATHS,
-        runtime_env={"env_vars": env} if env else None,
-        scheduling_strategy="SPREAD",
+        num_cpus=0,  # the replicas may have all
+        compute=ray.data.TaskPoolStrategy(size=1),
+        label_selector={NODE_LABEL: ray.get_runtime_context().get_node_id()},  # where the files are
     )
-    output.start_clock()
+    source = stores.start_source(job.speculative_config)
+    with warnings.catch_warnings():
+        # Ray 2.60 to 2.63 have no other way to limit restarts, and warn that this one will go.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*", category=DeprecationWarning)
+        done = read.map_batches(
+            Replica,
+            fn_constructor_kwargs={"job": job, "share": share, "source": source},
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=share.cpus,
+            num_gpus=share.gpus or None,
+            compute=ray.data.ActorPoolStrategy(
+                size=replicas,
+                max_tasks_in_flight_per_actor=PARTS_IN_FLIGHT,
+                max_concurrent_calls_per_actor=PARTS_IN_FLIGHT,
+            ),
+            runtime_env={"env_vars": env} if env else None,
+            max_restarts=MAX_DEATHS,
+            max_task_retries=MAX_DEATHS,
+        )
     try:
         for table in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             output.add(table)
@@ -435,12 +452,16 @@ def _read(batch: pa.Table, parts: Mapping[int, inputs.Part], schema: pa.Schema) 
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong inside of a replica, in one line."""
-    inner: BaseException = error
-    while (next_ := getattr(inner, "cause", None) or inner.__cause__) is not None and next_ is not inner:
-        inner = next_
-    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
-    return f"{type(inner).__name__}: {lines[-1] if lines else 'no message'}"
+    """What went wrong inside of a replica, in one line: Ray wraps it several times, and its traceback is only text."""
+    chain = [error]
+    while (inner := getattr(chain[-1], "cause", None) or chain[-1].__cause__) is not None and inner not in chain:
+        chain.append(inner)
+    for each in reversed(chain):
+        found = [match for match in _RAISED.finditer(str(each)) if match["name"].rpartition(".")[2] not in _WRAPPERS]
+        if found:
+            return found[0][0].strip()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 class Replica:
@@ -460,11 +481,10 @@ class Replica:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         config = stores.placed(job.speculative_config, source)
-        arguments = {"model": job.model, "disable_log_stats": True, **_unsplit(job), **job.engine_args}
+        arguments = {"disable_log_stats": True, **_unsplit(job), **job.engine_args}
         if config is not None:
             arguments["speculative_config"] = config
-        if job.options:
-            arguments["cli"] = list(job.options)
+        arguments["cli"] = ["--model", job.model, *job.options]
         self._sampling: Callable[[int], Any] = lambda seed: SamplingParams(
             **job.sampling, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY
         )
@@ -498,14 +518,14 @@ class Replica:
             given = await self._prompt(prompt)
             async for output in self._engine.generate(given, self._sampling(seed), uuid.uuid4().hex):
                 done = output.outputs[0]
-        except (ValueError, TypeError) as error:  # this row's own trouble: too long, say
-            return _Outcome("", [], None, str(error) or type(error).__name__)
-        except Exception:
+        except Exception as error:
             if self._engine.errored:
                 # Nothing can come from here any more. Another process starts in its place, and gets the same rows.
                 logger.exception("the engine died")
                 os._exit(1)
-            raise
+            # This row's own trouble: too long, say.
+            cause = error if str(error) else error.__cause__ or error
+            return _Outcome("", [], None, str(cause) or type(cause).__name__)
         return _Outcome(done.text, list(done.token_ids), done.finish_reason, None)
 
     async def _prompt(self, prompt: Any) -> Any:
