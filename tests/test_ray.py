@@ -39,7 +39,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",
 }
 
 
@@ -307,7 +307,7 @@ def test_paths_hold_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_store_of_many_files_is_copied_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(stores, "CHUNK_BYTES", 1000)  # also when it is read for its checksums
     folder = tmp_path / "big.specstore"
     (folder / "sub").mkdir(parents=True)
     (folder / "store.json").write_text("{}")
@@ -316,7 +316,7 @@ def test_a_store_of_many_files_is_copied_whole(tmp_path: Path, monkeypatch: pyte
     source = stores.StoreSource([str(folder)])
     files = source.files(str(folder))
     assert [(each.name, each.num_bytes) for each in files] == [("empty", 0), ("store.json", 2), ("sub/0.shard", 4321)]
-    pieces = [source.read(str(folder), "sub/0.shard", offset) for offset in range(0, 4321, 1000)]
+    pieces = [source.read(str(folder), "sub/0.shard", offset, 1000) for offset in range(0, 4321, 1000)]
     assert b"".join(pieces) == (folder / "sub" / "0.shard").read_bytes()
     source.close()
     assert stores._has_sizes(folder, files)
@@ -359,7 +359,7 @@ def is_gone(process: psutil.Process) -> bool:
 @pytest.fixture
 def ray_files() -> Iterator[Path]:
     """A folder for Ray, whose sockets need a short path."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -410,7 +410,7 @@ def test_batch_survives_its_driver_and_its_replicas(store: Path, tmp_path: Path,
     shutil.copy(store, tmp_path / "small.specstore")
     out = tmp_path / "out"
     config = {"method": "specplug", "datastore": "small.specstore", "num_speculative_tokens": 4}
-    arguments = ["batch", "in.jsonl", "--out", "out", "--model", str(target_path()), "--replicas", "2"]
+    arguments = ["batch", "in.jsonl", "--out", "out", "--model", str(target_path())]
     arguments += ["--speculative-config", json.dumps(config), "--max-tokens", "96", "--temperature", "0.8"]
     arguments += ["--seed", "11", "--rows-per-part", "4", "--sampling", '{"ignore_eos": true}']
     arguments += ["--temp-dir", str(ray_files), *ENGINE_OPTIONS]
@@ -419,17 +419,17 @@ def test_batch_survives_its_driver_and_its_replicas(store: Path, tmp_path: Path,
     def parts() -> list[Path]:
         return sorted(out.glob("part-*.parquet"))
 
-    with running(arguments, log, tmp_path) as process:
+    with running([*arguments, "--replicas", "1"], log, tmp_path) as process:
         wait_until(lambda: parts() or process.poll() is not None, START_TIMEOUT_S)
         assert process.poll() is None, log.read_text()[-4000:]
-        started = [each for title in ("ray::", "VLLM") for each in below(process, title)]
-        assert len(started) >= 6
+        started = [each for title in ("ray::MapWorker", "VLLM") for each in below(process, title)]
+        assert len(started) == 3  # the replica, its engine core, the core's worker
         process.kill()
         wait_until(lambda: all(map(is_gone, started)), 60)
     kept = {path.name: path.stat().st_mtime_ns for path in parts()}
     assert 0 < len(kept) < 18
 
-    with running(arguments, log, tmp_path) as process:
+    with running([*arguments, "--replicas", "2"], log, tmp_path) as process:
         wait_until(lambda: len(parts()) > len(kept) or process.poll() is not None, START_TIMEOUT_S)
         assert process.poll() is None, log.read_text()[-4000:]
         replicas = wait_until(lambda: len(found := below(process, "ray::MapWorker")) == 2 and found)
@@ -461,8 +461,8 @@ def test_batch_survives_its_driver_and_its_replicas(store: Path, tmp_path: Path,
     ]  # fmt: skip
     with Engine({"speculative_config": None, "max_num_batched_tokens": 16384}, plugin=False) as plain:
         expected = plain.generate(requests)
-    assert [row["output_token_ids"] for row in done] == [output["token_ids"] for output in expected]
-    assert [row["output_text"] for row in done] == [output["text"] for output in expected]
+    assert [row["output_token_ids"] for row in done] == [output["outputs"][0]["token_ids"] for output in expected]
+    assert [row["output_text"] for row in done] == [output["outputs"][0]["text"] for output in expected]
 
 
 def _free_port() -> int:
@@ -559,8 +559,8 @@ def test_a_store_comes_to_a_node_once(store: Path, tmp_path: Path, ray_files: Pa
     shutil.copy(store, copy)
     program = Path(__file__).parent / "engine" / "two_nodes.py"
     done = subprocess.run(
-        [sys.executable, str(program), str(copy), str(tmp_path / "caches"), str(ray_files)],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=240,
+        [sys.executable, str(program), str(copy), str(tmp_path / "caches")],
+        env={**ENVIRONMENT, "RAY_TMPDIR": str(ray_files)}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])

@@ -1,6 +1,6 @@
 """Two nodes of a Ray cluster on this machine, each with a cache of its own, fetch one store; prints what they got.
 
-Arguments: the store, a folder for the caches, a folder for Ray's files.
+Arguments: the store, a folder for the caches.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class CountingSource(stores.StoreSource):
         super().__init__(paths)
         self.num_reads = 0
 
-    def read(self, path: str, name: str, offset: int) -> bytes:
+    def read(self, path: str, name: str, offset: int, num_bytes: int) -> bytes:
         self.num_reads += 1
-        return super().read(path, name, offset)
+        return super().read(path, name, offset, num_bytes)
 
     def count(self) -> int:
         return self.num_reads
@@ -51,13 +51,12 @@ class Replica:
         return {"path": path, "names": list(placed["datastore"]), "inode": os.stat(path).st_ino, "tokens": len(tokens)}
 
 
-def main(store: Path, caches: Path, files: Path) -> dict[str, Any]:
+def main(store: Path, caches: Path) -> dict[str, Any]:
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
             "num_cpus": NUM_ACTORS,
             "include_dashboard": False,
-            "temp_dir": str(files),
             "env_vars": {stores.CACHE_VARIABLE: str(caches / "one")},
         },
     )

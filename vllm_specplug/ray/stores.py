@@ -113,9 +113,9 @@ class StoreSource:
                 self._listed[path] = [_listed(name, file) for name, file in sorted(self._files[path].items())]
             return self._listed[path]
 
-    def read(self, path: str, name: str, offset: int) -> bytes:
-        """Up to :data:`CHUNK_BYTES` of a file."""
-        return os.pread(self._files[path][name].fileno(), CHUNK_BYTES, offset)
+    def read(self, path: str, name: str, offset: int, num_bytes: int) -> bytes:
+        """Part of a file."""
+        return os.pread(self._files[path][name].fileno(), num_bytes, offset)
 
     def close(self) -> None:
         """Let the files go."""
@@ -247,7 +247,7 @@ def _fetch(source: Any, path: str, files: list[StoreFile], to: Path) -> None:
         digest = hashlib.sha256()
         with target.open("wb") as out:
             for offset in range(0, each.num_bytes, CHUNK_BYTES):
-                chunk = ray.get(source.read.remote(path, each.name, offset))
+                chunk = ray.get(source.read.remote(path, each.name, offset, CHUNK_BYTES))
                 digest.update(chunk)
                 out.write(chunk)
             out.flush()
