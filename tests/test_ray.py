@@ -26,6 +26,7 @@ import pytest
 import zstandard
 from harness import Engine
 
+from vllm_specplug import lifeline
 from vllm_specplug.corpus import held_out_prompts
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.ray import batch, environment, inputs, serve, settings, stores
@@ -400,6 +401,54 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_processes_end_with_the_one_that_started_them(is_wanted: bool, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing, os, time\n"
+        "from vllm_specplug import lifeline\n"
+        "def child(channel):\n"
+        "    lifeline.hold()\n"
+        "    lifeline.hold()\n"
+        "    channel.send(os.getpid())\n"
+        "    time.sleep(300)\n"
+        "if __name__ == '__main__':\n"
+        "    lifeline.hold()\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    here, there = context.Pipe()\n"
+        "    context.Process(target=child, args=(there,)).start()\n"
+        "    print(here.recv(), flush=True)\n"
+        "    time.sleep(300)\n"
+    )
+    environment = {**os.environ, lifeline.VARIABLE: "1" if is_wanted else "0"}
+    with subprocess.Popen([sys.executable, str(program)], env=environment, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        parent.wait()
+        if is_wanted:
+            wait_until(lambda: is_gone(child), 30)
+        else:
+            time.sleep(2)
+            assert not is_gone(child)
+            child.kill()
+
+
+def test_the_reason_is_told_without_what_ray_says_around_it() -> None:
+    told = (
+        "\x1b[36mray::MapWorker.submit()\x1b[39m (pid=7, ip=192.0.2.1)\n"
+        '  File "batch.py", line 1, in __init__\n'
+        "vllm_specplug.errors.ConfigurationError: there is no sampler 'gumbl'.\n\n"
+        "The above exception was the direct cause of the following exception:\n\n"
+        "ray.exceptions.UserCodeException: UDF failed to process a data block.\n"
+    )
+    error = RuntimeError("task failed")
+    error.__cause__ = ValueError(told)
+    assert batch.reason(error) == "vllm_specplug.errors.ConfigurationError: there is no sampler 'gumbl'."
+    assert batch.reason(KeyError("x")) == "KeyError: 'x'"
+    assert batch.reason(RuntimeError("")) == "RuntimeError: no message"
+
+
 @pytest.mark.engine
 def test_batch_survives_its_driver_and_its_replicas(store: Path, tmp_path: Path, ray_files: Path) -> None:
     prompts = held_out_prompts(72, 300)
@@ -529,6 +578,7 @@ def test_replicas_serve_the_same_tokens(store: Path, tmp_path: Path, ray_files: 
         assert "ray_specplug_proposer_drafted_tokens_total{" in str(_get(page))
         assert 'proposer="rest"' in str(_get(page))
         assert 'store="small"' in str(_get(page))
+        assert "ray_vllm_spec_decode_num_accepted_tokens" in str(_get(page))
 
         engines = replicas[0].children(recursive=True)
         assert engines
