@@ -150,6 +150,7 @@ def refuse_to_connect() -> None:
 
 def test_a_complete_folder_needs_no_cluster(mixed: Path, tmp_path: Path) -> None:
     arguments = begun(tmp_path / "out", mixed)
+    (tmp_path / "out" / "_tmp-part-000000.parquet").write_bytes(b"left by a run that was killed")
     told: list[tuple[int, int]] = []
     result = batch.generate(
         [mixed], tmp_path / "out", **arguments, connect=refuse_to_connect,
@@ -599,8 +600,11 @@ def test_replicas_serve_the_same_tokens(store: Path, tmp_path: Path, ray_files: 
             return len(now) == 2 and all(any("VLLM" in " ".join(c.cmdline()) for c in each.children()) for each in now)
 
         wait_until(is_replaced, 120, 1)
+        engines = below(process, "VLLM")
+        assert len(engines) == 4
         process.terminate()
         assert process.wait(90) == 0
+        wait_until(lambda: all(map(is_gone, engines)), 30)
 
 
 @pytest.mark.engine

@@ -56,7 +56,7 @@ def ray_serve(
 
     Example: specplug ray-serve MODEL --replicas 2 --speculative-config '{"method": "specplug"}'
     """
-    from vllm_specplug.ray.serve import NAME, deployment
+    from vllm_specplug.ray.serve import NAME, deployment, shutdown
 
     console = Console(stderr=True)
     stopped = threading.Event()
@@ -65,9 +65,10 @@ def ray_serve(
         connect(address, temp_dir, metrics_port)
         from ray import serve
 
+        config = json_object("--speculative-config", speculative_config)
         application = deployment(
             model,
-            speculative_config=json_object("--speculative-config", speculative_config),
+            speculative_config=config,
             options=context.args,
             replicas=replicas,
             cpus_per_replica=cpus_per_replica,
@@ -83,4 +84,4 @@ def ray_serve(
             signal.signal(number, lambda *_: stopped.set())
         console.print(f"{replicas} replicas at http://{host}:{port}/v1", highlight=False, soft_wrap=True)
         stopped.wait()
-        serve.shutdown()
+        shutdown(config)

@@ -220,7 +220,10 @@ def _owned(out: Path) -> Iterator[Path]:
 def _scratch(folder: Path) -> Iterator[Path]:
     """A folder for temporary files, gone at the end; those of runs that were killed go too."""
     for left in folder.glob("_tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
     made = Path(tempfile.mkdtemp(prefix="_tmp-", dir=folder))
     try:
         yield made
@@ -442,8 +445,7 @@ def _run(
             "goes on from there. What replicas print is in Ray's logs, by default under /tmp/ray/session_latest/logs)"
         ) from error
     finally:
-        if source is not None:
-            ray.kill(source)
+        stores.stop_source(source)
 
 
 def _read(batch: pa.Table, parts: Mapping[int, inputs.Part], schema: pa.Schema) -> pa.Table:

@@ -97,6 +97,14 @@ def deployment(
     return wrapped.bind(job, share, source)
 
 
+def shutdown(speculative_config: Mapping[str, Any] | None = None) -> None:
+    """End Ray Serve with all of its applications, and the actor that the stores of this configuration came from."""
+    from ray import serve
+
+    serve.shutdown()
+    stores.stop_source(stores.detached_source(speculative_config))
+
+
 def _check_options(job: Job) -> None:
     names = [each.lstrip("-").partition("=")[0].replace("_", "-") for each in job.options if each.startswith("-")]
     names += [key.replace("_", "-") for key in job.engine_args]

@@ -93,6 +93,5 @@ def _variables(
 ) -> dict[str, str]:
     """Environment of an engine, without what is set here already: that, Ray's workers inherit or the user knows."""
     wanted = environment.wanted(share, float(os.cpu_count() or 1), engine_args)
-    if not share.gpus:
-        wanted |= intel_openmp()
-    return {**{name: os.environ.get(name, value) for name, value in wanted.items()}, **(env or {})}
+    made = {name: os.environ.get(name, value) for name, value in wanted.items()}
+    return {**made, **({} if share.gpus else intel_openmp()), **(env or {})}

@@ -154,16 +154,46 @@ def start_source(speculative_config: Mapping[str, Any] | None, is_detached: bool
     stores = stores_of(speculative_config)
     if not stores:
         return None
-    paths = sorted({str(Path(path).resolve()) for path in stores.values()})
+    paths = _paths(stores)
     for path in paths:
         if not Path(path).exists():
             raise StoreError(f"there is no token store {path}; `specplug datastore build` makes one")
     how: dict[str, Any] = {}
     if is_detached:
-        name = "stores-" + hashlib.sha256("\0".join(paths).encode()).hexdigest()[:DIGEST_CHARS]
-        how = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+        how = {"name": _name(paths), "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
     actor = ray.remote(StoreSource).options(num_cpus=0, max_concurrency=4, scheduling_strategy=where_driver_is(), **how)
     return actor.remote(paths)
+
+
+def _paths(stores: Mapping[str, str]) -> list[str]:
+    return sorted({str(Path(path).resolve()) for path in stores.values()})
+
+
+def _name(paths: list[str]) -> str:
+    """Of a detached source; a store that was replaced is another one."""
+    known = repr([(path, os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in paths])
+    return "stores-" + hashlib.sha256(known.encode()).hexdigest()[:DIGEST_CHARS]
+
+
+def detached_source(speculative_config: Mapping[str, Any] | None) -> Any:
+    """The detached actor that :func:`start_source` made for these stores, None where there is none."""
+    import ray
+
+    paths = _paths(stores_of(speculative_config))
+    try:
+        return ray.get_actor(_name(paths), NAMESPACE) if paths else None
+    except (OSError, ValueError):  # the store is gone, or nobody made one
+        return None
+
+
+def stop_source(source: Any) -> None:
+    """End what :func:`start_source` returned."""
+    if source is None:
+        return
+    import ray
+
+    with contextlib.suppress(Exception):  # it may be gone, and so may the cluster
+        ray.kill(source)
 
 
 def placed(speculative_config: Mapping[str, Any] | None, source: Any) -> dict[str, Any] | None:
