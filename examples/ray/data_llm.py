@@ -13,6 +13,7 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 from vllm_specplug.corpus import held_out_prompts
 from vllm_specplug.ray import data_llm
 from vllm_specplug.ray.batch import row_seed
+from vllm_specplug.ray.settings import STAGE_CPUS
 from vllm_specplug.tiny_models import target_path
 
 
@@ -37,6 +38,9 @@ def main() -> None:
             "sampling_params": {"max_tokens": 24, "temperature": 0.8, "seed": row_seed(0, row["id"])},
         },
         postprocess=lambda row: {"id": row["id"], "text": row["generated_text"]},
+        # The engines may have all CPUs of a small machine.
+        preprocess_map_kwargs={"num_cpus": STAGE_CPUS},
+        postprocess_map_kwargs={"num_cpus": STAGE_CPUS},
     )
     rows = [{"id": i, "prompt": text} for i, text in enumerate(held_out_prompts(24, 400))]
     for row in sorted(process(ray.data.from_items(rows)).take_all(), key=lambda row: int(row["id"]))[:4]:

@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve.llm import LLMConfig, build_openai_app
 
 from vllm_specplug.ray import serve_llm
+from vllm_specplug.ray.settings import STAGE_CPUS
 from vllm_specplug.tiny_models import target_path
 
 
@@ -31,7 +32,9 @@ def main() -> None:
         replicas=options.replicas,
     )
     serve.start(http_options={"host": "127.0.0.1", "port": options.port})
-    serve.run(build_openai_app({"llm_configs": [LLMConfig(**settings)]}))
+    # The engines may have all CPUs of a small machine.
+    ingress = {"ray_actor_options": {"num_cpus": STAGE_CPUS}}
+    serve.run(build_openai_app({"llm_configs": [LLMConfig(**settings)], "ingress_deployment_config": ingress}))
     with openai.OpenAI(base_url=f"http://127.0.0.1:{options.port}/v1", api_key="none") as client:
         answer = client.completions.create(model="tiny", prompt="def main(", max_tokens=24, temperature=0.8, seed=7)
         print(repr(answer.choices[0].text))

@@ -14,6 +14,9 @@ from typing import Any
 from vllm_specplug.cli.engines import intel_openmp
 from vllm_specplug.ray import environment, stores
 
+STAGE_CPUS = 0.01
+"""Of each stage around the engine: by default it takes a whole one, and waits for ever where engines have all."""
+
 
 def data_llm(
     model: str,
@@ -27,6 +30,9 @@ def data_llm(
     **settings: Any,
 ) -> dict[str, Any]:
     """Keyword arguments of ``ray.data.llm.vLLMEngineProcessorConfig``.
+
+    On CPUs give ``build_processor`` the arguments ``preprocess_map_kwargs={"num_cpus": STAGE_CPUS}`` and
+    ``postprocess_map_kwargs`` likewise: these are not in that class, and wait for a whole CPU too.
 
     Args:
         model, speculative_config: as vLLM takes them; every node needs folders and stores at the same paths.
@@ -45,6 +51,7 @@ def data_llm(
     }
     if not share.gpus:
         made["accelerator_type"] = None
+        made |= {f"{stage}_stage": {"num_cpus": STAGE_CPUS} for stage in ("chat_template", "tokenize", "detokenize")}
         made["placement_group_config"] = {"bundles": [{"CPU": share.cpus}]}
         made["engine_kwargs"].setdefault("distributed_executor_backend", "mp")
     return {**made, **settings}
@@ -64,6 +71,9 @@ def serve_llm(
 ) -> dict[str, Any]:
     """Keyword arguments of ``ray.serve.llm.LLMConfig``; the others are those of :func:`data_llm`.
 
+    On CPUs give ``build_openai_app`` ``{"ingress_deployment_config": {"ray_actor_options": {"num_cpus": STAGE_CPUS}}}``
+    beside the configurations: the ingress takes a whole CPU by default, and waits for one where engines have all.
+
     Args:
         model_id: name that clients ask for; by default the last part of the model's.
     """
@@ -76,6 +86,7 @@ def serve_llm(
     }
     if not share.gpus:
         made["accelerator_config"] = {"kind": "cpu"}
+        made["deployment_config"]["ray_actor_options"] = {"num_cpus": 0}  # the bundle's are added to these
         made["placement_group_config"] = {"bundles": [{"CPU": share.cpus}]}
         made["engine_kwargs"].setdefault("distributed_executor_backend", "mp")
     return {**made, **settings}
