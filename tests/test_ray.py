@@ -251,6 +251,22 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not names & environment.wanted(environment.Share(1, 1), 8, {}).keys()
 
 
+def test_without_ray_one_sentence_says_what_to_install(tmp_path: Path) -> None:
+    program = (
+        "import importlib.util\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *more: None if name == 'ray' else find(name, *more)\n"
+        "from vllm_specplug.cli import main\n"
+        "main()\n"
+    )
+    for arguments in (["batch", "in.jsonl", "--out", "out", "--model", "m"], ["ray-serve", "m"]):
+        command = [sys.executable, "-c", program, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "pip install 'vllm-specplug[ray]'" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "is_cpu_wheel", lambda: False)
     assert environment.share(None, None, {"tensor_parallel_size": 2}, ["-pp=2"]) == environment.Share(1, 4)
