@@ -611,13 +611,9 @@ def test_replicas_serve_the_same_tokens(store: Path, tmp_path: Path, ray_files: 
 
         assert set(clients.map(retried, range(16))) == {expected}
 
-        def is_replaced() -> bool:
-            now = below(process, "ray::ServeReplica:specplug")
-            return len(now) == 2 and all(any("VLLM" in " ".join(c.cmdline()) for c in each.children()) for each in now)
-
-        wait_until(is_replaced, 120, 1)
-        engines = below(process, "VLLM")
-        assert len(engines) == 4
+        # An engine is a core and its worker.
+        engines = wait_until(lambda: len(found := below(process, "VLLM")) == 4 and found, 120, 1)
+        assert len(below(process, "ray::ServeReplica:specplug")) == 2
         process.terminate()
         assert process.wait(90) == 0
         wait_until(lambda: all(map(is_gone, engines)), 30)
