@@ -12,6 +12,7 @@ LONGEST = (
     "test_v2.py",
     "test_identity.py",
     "test_audit.py",
+    "test_ray.py",
     "test_minhash.py",
     "test_native_drafters.py",
     "test_example_training.py",

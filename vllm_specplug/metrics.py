@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -26,6 +27,8 @@ logger = logging.getLogger("vllm.specplug")
 
 FOLDER_VARIABLE = "SPECPLUG_METRICS_DIR"
 """Environment variable with the folder of the files: set by the process that reads the configuration, inherited."""
+OWNER_VARIABLE = "SPECPLUG_METRICS_OWNER"
+"""Environment variable that names the process whose workers these are, where several share a folder; inherited."""
 INTERVAL_S = 1.0
 STALE_S = 60.0
 """A file that was not touched for so long belongs to a worker that was killed."""
@@ -133,7 +136,7 @@ class Publisher:
         snapshot: gives the counters.
         labels: of every series of this worker, such as the model's name.
         folder: for the file; None writes none.
-        ray: True sets series of ``ray.util.metrics`` as well.
+        ray: True sets series of ``ray.util.metrics`` from here: nobody else does it.
     """
 
     def __init__(
@@ -142,7 +145,7 @@ class Publisher:
         self._snapshot = snapshot
         self._labels = dict(labels)
         self._path = None if folder is None else folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.json"
-        self._ray = _RaySeries(self._labels) if ray else None
+        self._ray = RaySeries() if ray else None
         self._last: str | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="specplug-metrics", daemon=True)
@@ -155,7 +158,8 @@ class Publisher:
     def publish(self) -> None:
         """Write the counters where they changed. Trouble is told once in the log and ends publishing, no more."""
         snapshot = self._snapshot()
-        text = json.dumps({"labels": self._labels, "snapshot": snapshot})
+        owner = "" if self._ray else os.environ.get(OWNER_VARIABLE, "")
+        text = json.dumps({"labels": self._labels, "owner": owner, "snapshot": snapshot})
         if text == self._last:
             if self._path is not None:
                 self._path.touch()  # alive, only idle
@@ -165,7 +169,7 @@ class Publisher:
             temporary.write_text(text)
             temporary.replace(self._path)
         if self._ray is not None:
-            self._ray.set(snapshot)
+            self._ray.set("", self._labels, snapshot)
         self._last = text
 
     def close(self) -> None:
@@ -219,12 +223,19 @@ class Collector:
 
 def read(folder: Path) -> Iterator[tuple[dict[str, str], Snapshot]]:
     """(labels, counters) of every worker that is alive."""
+    for _, found in _read_files(folder):
+        yield found["labels"], found["snapshot"]
+
+
+def _read_files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, contents) of every file of a worker that is alive."""
     for path in sorted(folder.glob("*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it went away, or is no file of ours
             if time.time() - path.stat().st_mtime > STALE_S:
                 continue
             found = json.loads(path.read_text())
-            yield found["labels"], found["snapshot"]
+            if {"labels", "snapshot"} <= found.keys():
+                yield path.name, found
 
 
 def reference() -> str:
@@ -243,17 +254,20 @@ def reference() -> str:
     return "\n".join(lines)
 
 
-class _RaySeries:
+class RaySeries:
     """The same series through ``ray.util.metrics``, which the node's exporter shows with ``ray_`` in front.
 
-    Ray's counters are told increments; what was told is kept here.
+    Ray's counters are told increments; what was told is kept here. They have one label more, the process that tells:
+    Ray may add up what has the same labels, and replicas of one model would.
     """
 
-    def __init__(self, labels: Mapping[str, str]) -> None:
+    LABELS = ("model_name", "engine", "process")
+
+    def __init__(self) -> None:
         from ray.util import metrics as ray_metrics
 
-        self._labels = dict(labels)
-        self._told: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._process = f"{socket.gethostname()}/{os.getpid()}"
+        self._told: dict[tuple[str, str, tuple[str, ...]], float] = {}
         self._metrics: dict[str, Any] = {}
         for group, more in (
             ((*ENGINE_SERIES, *ENSEMBLE_SERIES), ()), (PROPOSER_SERIES, ("proposer",)), (STORE_SERIES, ("store",)),
@@ -261,16 +275,61 @@ class _RaySeries:
             for series in group:
                 make = ray_metrics.Counter if series.kind == "counter" else ray_metrics.Gauge
                 name = f"{series.name}_total" if series.kind == "counter" else series.name
-                self._metrics[series.name] = make(name, description=series.help, tag_keys=(*self._labels, *more))
+                self._metrics[series.name] = make(name, description=series.help, tag_keys=(*self.LABELS, *more))
 
-    def set(self, snapshot: Snapshot) -> None:
+    def set(self, worker: str, labels: Mapping[str, str], snapshot: Snapshot) -> None:
+        """Tell Ray how far a worker's counters are.
+
+        Args:
+            worker: which one, of those whose counters this process tells.
+        """
         for series, more, value in rows(snapshot):
-            tags = {**self._labels, **more}
+            tags = {**labels, "process": self._process, **more}
             metric = self._metrics[series.name]
             if series.kind == "gauge":
                 metric.set(value, tags=tags)
                 continue
-            key = (series.name, tuple(more.values()))
+            key = (worker, series.name, tuple(more.values()))
             if value > self._told.get(key, 0.0):
                 metric.inc(value - self._told.get(key, 0.0), tags=tags)
                 self._told[key] = value
+
+
+class RayBridge:
+    """Hands the counters of an engine's workers on to Ray, from the process that starts the engine.
+
+    Workers are ordinary processes that know no Ray; the actor that starts them does.
+
+    Args:
+        folder: of the workers' files.
+        owner: value of :data:`OWNER_VARIABLE` in the workers to tell about.
+    """
+
+    def __init__(self, folder: Path, owner: str) -> None:
+        self._folder = folder
+        self._owner = owner
+        self._series = RaySeries()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="specplug-ray-metrics", daemon=True)
+
+    def start(self) -> None:
+        """From now on, once a second."""
+        self._thread.start()
+
+    def tell(self) -> None:
+        """Once."""
+        for worker, found in _read_files(self._folder):
+            if found.get("owner") == self._owner:
+                self._series.set(worker, found["labels"], found["snapshot"])
+
+    def close(self) -> None:
+        """No more."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(INTERVAL_S):
+            try:
+                self.tell()
+            except Exception:
+                logger.exception("specplug's metrics are no longer on Ray's exporter")
+                return

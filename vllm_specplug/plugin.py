@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from vllm_specplug import lifeline
 from vllm_specplug.errors import UnsupportedVersionError
 from vllm_specplug.hooks import guard, seams
 
@@ -17,6 +18,7 @@ def register() -> None:
     our settings would be read: asking for this plugin then ends in one clear error, and vLLM without our settings works
     as if the plugin were not installed.
     """
+    lifeline.hold()
     try:
         version = seams.installed_version()
         seams.check_version(version)

@@ -162,6 +162,38 @@ def audit(arguments: Annotated[list[str] | None, typer.Argument(metavar="MODEL [
     audit_app(args=arguments or [], prog_name="specplug audit")
 
 
+@app.command(
+    name="batch",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def batch(
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="INPUTS... --out DIR --model MODEL")] = None,
+) -> None:
+    """Complete files of prompts with replicas on Ray: Parquet out, and resumable.
+
+    Example: specplug batch prompts.jsonl --out done --model MODEL --replicas 2 --max-tokens 256
+    """
+    from vllm_specplug.cli.batch import app as batch_app
+
+    batch_app(args=arguments or [], prog_name="specplug batch")
+
+
+@app.command(
+    name="ray-serve",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+def ray_serve(arguments: Annotated[list[str] | None, typer.Argument(metavar="MODEL [OPTIONS]...")] = None) -> None:
+    """Serve a model with replicas on Ray Serve, behind one address that speaks the OpenAI API.
+
+    Example: specplug ray-serve MODEL --replicas 2 --speculative-config '{"method": "specplug"}'
+    """
+    from vllm_specplug.cli.ray_serve import app as ray_serve_app
+
+    ray_serve_app(args=arguments or [], prog_name="specplug ray-serve")
+
+
 def main() -> None:
     """Entry point of the ``specplug`` script: errors made on purpose become one line and exit status 2."""
     try:

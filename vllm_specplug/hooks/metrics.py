@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,22 @@ from vllm_specplug.hooks import seams
 logger = logging.getLogger("vllm.specplug")
 _patches = seams.Patches()
 _collector: metrics.Collector | None = None
+_bridge: metrics.RayBridge | None = None
 
 
 def show_metrics() -> None:
     """This process reads the configuration: it, or one that it starts, answers ``/metrics``. Trouble is only logged."""
-    global _collector
+    global _bridge, _collector
     try:
         from prometheus_client import REGISTRY
 
         folder = metrics.open_folder()
+        owner = f"{socket.gethostname()}/{os.getpid()}"
+        os.environ[metrics.OWNER_VARIABLE] = owner
+        if _bridge is None and _is_under_ray():
+            bridge = metrics.RayBridge(folder, owner)
+            bridge.start()
+            _bridge = bridge
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             _patches.install(seams.METRICS_SEAMS, {"MultiProcessCollector.collect": _collect})
         if _collector is None:
@@ -36,7 +44,10 @@ def show_metrics() -> None:
 
 def hide_metrics() -> None:
     """Take them away again."""
-    global _collector
+    global _bridge, _collector
+    if _bridge is not None:
+        _bridge.close()
+        _bridge = None
     if _collector is not None:
         from prometheus_client import REGISTRY
 
@@ -59,12 +70,17 @@ def publish_metrics(snapshot: Callable[[], metrics.Snapshot], vllm_config: Any) 
         "engine": str(vllm_config.parallel_config.data_parallel_index),
     }
     try:
-        publisher = metrics.Publisher(snapshot, labels, Path(folder) if folder else None, ray=_is_under_ray())
+        publisher = metrics.Publisher(snapshot, labels, Path(folder) if folder else None, ray=_tells_ray())
         publisher.start()
     except Exception:
         logger.exception("specplug's metrics are not published")
         return
     atexit.register(publisher.close)
+
+
+def _tells_ray() -> bool:
+    """Whether this worker is an actor of Ray itself, which the starting process does not speak for."""
+    return _bridge is None and _is_under_ray()
 
 
 def _is_under_ray() -> bool:

@@ -1,0 +1,71 @@
+"""What ``specplug batch`` and ``specplug ray-serve`` share: a connection to Ray, and JSON on the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vllm_specplug.errors import ConfigurationError
+
+
+def connect(address: str | None, temp_dir: Path | None, metrics_port: int | None = None) -> None:
+    """Use a cluster that is there, or start one on this machine that ends with this process.
+
+    Args:
+        address: of a running cluster; None starts one.
+        temp_dir: for the files of a cluster that is started.
+        metrics_port: of Ray's exporter on a cluster that is started.
+
+    Raises:
+        ConfigurationError: there is none at this address, or it does not start.
+    """
+    import ray
+    import ray.data
+
+    # Ray Data's own words about an error are long; ours is one line, and the whole is in Ray's logs.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    how: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address is not None:
+            ray.init(address=address, **how)
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if temp_dir is not None:
+            how["_temp_dir"] = str(temp_dir.resolve())
+        ray.init(include_dashboard=False, _metrics_export_port=metrics_port, **how)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise ConfigurationError(f"no Ray cluster: {error}") from error
+
+
+@contextlib.contextmanager
+def released() -> Iterator[None]:
+    """Whatever cluster was connected to inside is let go at the end; one that was started here ends."""
+    try:
+        yield
+    finally:
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+
+
+def json_object(option: str, text: str | None) -> dict[str, Any] | None:
+    """What an option says in JSON, None where it is absent or null.
+
+    Raises:
+        ConfigurationError: no JSON, or no object.
+    """
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{option}: no JSON ({error}): {text!r}") from error
+    if found is not None and not isinstance(found, dict):
+        raise ConfigurationError(f"{option} must be a JSON object, not {text!r}")
+    return found

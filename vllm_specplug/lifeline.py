@@ -1,0 +1,32 @@
+"""Engine processes that end with the process that started them.
+
+A replica that is killed outright leaves vLLM's engine core behind: nobody tells it, and it keeps its memory, or its
+GPU. Where :data:`VARIABLE` is set, the plugin, which vLLM loads in each of its processes, waits for the parent's end.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+
+VARIABLE = "SPECPLUG_END_WITH_PARENT"
+"""Environment variable: "1" ties the processes of an engine to the one that starts it."""
+
+_is_held = False
+
+
+def hold() -> None:
+    """Tie this process to its parent where that is wanted; in the process that starts an engine it does nothing."""
+    global _is_held
+    parent = multiprocessing.parent_process()
+    if _is_held or parent is None or os.environ.get(VARIABLE) != "1":
+        return
+    _is_held = True
+
+    def wait() -> None:
+        parent.join()  # on a pipe that the parent holds open as long as it lives
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, name="specplug-lifeline", daemon=True).start()

@@ -1,0 +1,30 @@
+"""vLLM with this plugin on Ray: batch generation over Ray Data, replicas over Ray Serve. Thin, and only public API.
+
+``batch.generate`` and ``serve.run`` are the two ways in; ``settings`` has what ``ray.data.llm`` and ``ray.serve.llm``
+need to know for this plugin.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = ["BatchResult", "data_llm", "deployment", "generate", "serve_llm"]
+
+_LAZY = {
+    "BatchResult": ".batch",
+    "data_llm": ".settings",
+    "deployment": ".serve",
+    "generate": ".batch",
+    "serve_llm": ".settings",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,295 @@
+"""Token stores where replicas are: one copy on each node, which all replicas of the node map.
+
+A store that a node has at the path that was given is used as it is. Elsewhere the first replica fetches it from the
+driver's node, in chunks through one small actor, and the others of that node wait for it and find it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vllm_specplug.config import METHOD, parse_settings
+from vllm_specplug.errors import SpecplugError
+from vllm_specplug.ray.environment import where_driver_is
+
+logger = logging.getLogger("vllm.specplug")
+
+CACHE_VARIABLE = "SPECPLUG_CACHE_DIR"
+"""Environment variable of a node: the folder of fetched stores."""
+CHUNK_BYTES = 16 * 2**20
+DIGEST_CHARS = 16
+NAMESPACE = "specplug"
+_KEY = "datastore"
+
+
+class StoreError(SpecplugError):
+    """A store cannot be brought to a node; the message says which one, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class StoreFile:
+    """One file of a store.
+
+    Attributes:
+        name: below the store's folder; "" where the store is one file.
+        num_bytes: its size.
+        digest: SHA-256 (hex) of its contents.
+    """
+
+    name: str
+    num_bytes: int
+    digest: str
+
+
+def stores_of(speculative_config: Mapping[str, Any] | None) -> dict[str, str]:
+    """The token stores that a ``speculative_config`` names, as paths by name; {} where there are none.
+
+    Raises:
+        ConfigurationError: something else stands there.
+    """
+    given = dict(speculative_config or {})
+    if given.get("method") == METHOD:
+        return dict(parse_settings({key: value for key, value in given.items() if key != "method"}).datastore or {})
+    if given.get(_KEY) is None:
+        return {}
+    return dict(parse_settings({_KEY: given[_KEY]}).datastore or {})
+
+
+def absolute(path: str) -> str:
+    """The same file or folder from every working directory; what is neither, such as a model's name, is left alone."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+def located(speculative_config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The same configuration for processes with other working directories, its stores by name.
+
+    Raises:
+        ConfigurationError: what is given for the stores, or this plugin, is wrong.
+    """
+    if speculative_config is None:
+        return None
+    config = dict(speculative_config)
+    if isinstance(config.get("model"), str):
+        config["model"] = absolute(config["model"])
+    if stores := stores_of(config):
+        config[_KEY] = {name: str(Path(path).resolve()) for name, path in stores.items()}
+    return config
+
+
+def cache_folder() -> Path:
+    """Where this node keeps what was fetched."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given) if given else Path.home() / ".cache" / "vllm-specplug" / "stores"
+
+
+class StoreSource:
+    """Reads stores for other nodes; lives as an actor on the driver's node.
+
+    The files stay open, so that what is read is what was there at the start, also after a store was replaced.
+
+    Args:
+        paths: of stores, each a file or a folder of files.
+    """
+
+    def __init__(self, paths: list[str]) -> None:
+        self._files: dict[str, dict[str, BinaryIO]] = {path: _opened(Path(path)) for path in paths}
+        self._listed: dict[str, list[StoreFile]] = {}
+        self._lock = threading.Lock()
+
+    def files(self, path: str) -> list[StoreFile]:
+        """What the store at ``path`` consists of; reads all of it the first time."""
+        with self._lock:
+            if path not in self._listed:
+                self._listed[path] = [_listed(name, file) for name, file in sorted(self._files[path].items())]
+            return self._listed[path]
+
+    def read(self, path: str, name: str, offset: int, num_bytes: int) -> bytes:
+        """Part of a file."""
+        return os.pread(self._files[path][name].fileno(), num_bytes, offset)
+
+    def close(self) -> None:
+        """Let the files go."""
+        for files in self._files.values():
+            for file in files.values():
+                file.close()
+
+
+def _opened(path: Path) -> dict[str, BinaryIO]:
+    if path.is_dir():
+        inside = [each for each in sorted(path.rglob("*")) if each.is_file()]
+        return {each.relative_to(path).as_posix(): each.open("rb") for each in inside}
+    return {"": path.open("rb")}
+
+
+def _listed(name: str, file: BinaryIO) -> StoreFile:
+    digest = hashlib.sha256()
+    num_bytes = os.fstat(file.fileno()).st_size
+    for offset in range(0, num_bytes, CHUNK_BYTES):
+        digest.update(os.pread(file.fileno(), CHUNK_BYTES, offset))
+    return StoreFile(name, num_bytes, digest.hexdigest())
+
+
+def start_source(speculative_config: Mapping[str, Any] | None, is_detached: bool = False) -> Any:
+    """An actor on this node that other nodes fetch stores from, or None where no store is named.
+
+    Args:
+        is_detached: it outlives this driver, as an application of Ray Serve does; there is one for the same stores.
+
+    Raises:
+        ConfigurationError: the configuration is wrong.
+        StoreError: a store is not here.
+    """
+    import ray
+
+    stores = stores_of(speculative_config)
+    if not stores:
+        return None
+    paths = _paths(stores)
+    for path in paths:
+        if not Path(path).exists():
+            raise StoreError(f"there is no token store {path}; `specplug datastore build` makes one")
+    how: dict[str, Any] = {}
+    if is_detached:
+        how = {"name": _name(paths), "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+    actor = ray.remote(StoreSource).options(num_cpus=0, max_concurrency=4, scheduling_strategy=where_driver_is(), **how)
+    return actor.remote(paths)
+
+
+def _paths(stores: Mapping[str, str]) -> list[str]:
+    return sorted({str(Path(path).resolve()) for path in stores.values()})
+
+
+def _name(paths: list[str]) -> str:
+    """Of a detached source; a store that was replaced is another one."""
+    known = repr([(path, os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in paths])
+    return "stores-" + hashlib.sha256(known.encode()).hexdigest()[:DIGEST_CHARS]
+
+
+def detached_source(speculative_config: Mapping[str, Any] | None) -> Any:
+    """The detached actor that :func:`start_source` made for these stores, None where there is none."""
+    import ray
+
+    paths = _paths(stores_of(speculative_config))
+    try:
+        return ray.get_actor(_name(paths), NAMESPACE) if paths else None
+    except (OSError, ValueError):  # the store is gone, or nobody made one
+        return None
+
+
+def stop_source(source: Any) -> None:
+    """End what :func:`start_source` returned."""
+    if source is None:
+        return
+    import ray
+
+    with contextlib.suppress(Exception):  # it may be gone, and so may the cluster
+        ray.kill(source)
+
+
+def placed(speculative_config: Mapping[str, Any] | None, source: Any) -> dict[str, Any] | None:
+    """The same configuration with the paths of stores on this node; fetches those that are missing here.
+
+    Args:
+        source: what :func:`start_source` returned; None fetches nothing.
+
+    Raises:
+        StoreError: a store is neither here nor could be fetched.
+    """
+    if speculative_config is None:
+        return None
+    stores = stores_of(speculative_config)
+    if not stores:
+        return dict(speculative_config)
+    return {**speculative_config, _KEY: {name: str(place(path, source)) for name, path in stores.items()}}
+
+
+def place(path: str, source: Any, cache: Path | None = None) -> Path:
+    """A path on this node under which the store can be opened.
+
+    Args:
+        path: of the store on the driver's node.
+        source: see :func:`placed`.
+        cache: folder of fetched stores; by default :func:`cache_folder`.
+    """
+    whole = Path(path).resolve()
+    if whole.exists():
+        return whole
+    if source is None:
+        raise StoreError(f"there is no token store {path} on this node, and nobody to fetch it from")
+    import ray
+
+    files = ray.get(source.files.remote(str(whole)))
+    cache = cache or cache_folder()
+    digest = hashlib.sha256(repr(files).encode()).hexdigest()[:DIGEST_CHARS]
+    cache.mkdir(parents=True, exist_ok=True)
+    final = cache / digest / whole.name
+    with _only_one(cache / f"{digest}.lock"):
+        if not _has_sizes(final, files):
+            _check_space(cache, files, path)
+            temporary = cache / f"{digest}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            logger.info("fetching token store %s (%d bytes)", path, sum(each.num_bytes for each in files))
+            _fetch(source, str(whole), files, temporary / whole.name)
+            shutil.rmtree(final.parent, ignore_errors=True)
+            temporary.rename(final.parent)
+        _check_opens(final)
+    return final
+
+
+@contextlib.contextmanager
+def _only_one(lock: Path) -> Iterator[None]:
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing releases it, and so does the death of the process
+
+
+def _has_sizes(store: Path, files: list[StoreFile]) -> bool:
+    paths = [(store / each.name if each.name else store, each) for each in files]
+    return all(path.is_file() and path.stat().st_size == each.num_bytes for path, each in paths)
+
+
+def _check_space(cache: Path, files: list[StoreFile], path: str) -> None:
+    needed, free = sum(each.num_bytes for each in files), shutil.disk_usage(cache).free
+    if needed > free:
+        raise StoreError(
+            f"token store {path} has {needed:,} bytes, and {cache} on this node {free:,} free; give another folder "
+            f"in {CACHE_VARIABLE}, or put the store on this node at the same path"
+        )
+
+
+def _fetch(source: Any, path: str, files: list[StoreFile], to: Path) -> None:
+    import ray
+
+    for each in files:
+        target = to / each.name if each.name else to
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        with target.open("wb") as out:
+            for offset in range(0, each.num_bytes, CHUNK_BYTES):
+                chunk = ray.get(source.read.remote(path, each.name, offset, CHUNK_BYTES))
+                digest.update(chunk)
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+        if digest.hexdigest() != each.digest:
+            raise StoreError(f"token store {path} arrived damaged ({each.name or 'its file'}): start again")
+
+
+def _check_opens(store: Path) -> None:
+    from vllm_specplug.proposers.datastore import Datastore, DatastoreError
+
+    try:
+        Datastore.open(store)
+    except DatastoreError as error:
+        raise StoreError(str(error)) from error
