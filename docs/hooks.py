@@ -53,6 +53,21 @@ ENVIRONMENT = {
         "numba's own: where compiled code is kept. Set to a temporary folder where neither the installation nor the "
         "home can be written to."
     ),
+    "SPECPLUG_METRICS_OWNER": (
+        "Names the process that started a worker, which hands the worker's counters on to Ray's exporter. Set by the "
+        "plugin and inherited."
+    ),
+    "SPECPLUG_CACHE_DIR": (
+        "Folder of a node for token stores that replicas on Ray fetch from the driver's node; by default "
+        "`~/.cache/vllm-specplug/stores`."
+    ),
+    "SPECPLUG_END_WITH_PARENT": (
+        "`1`: the processes of an engine end when the process that started it does, however that ends. Set for "
+        "replicas on Ray."
+    ),
+    "RAY_USAGE_STATS_ENABLED": (
+        "Ray's own: `specplug batch` and `ray-serve` set it to 0 for clusters that they start, unless it is set."
+    ),
     "LD_PRELOAD": (
         "Read by `specplug demo`, `bench`, `tune` and `audit`: their engines get Intel's OpenMP (`libiomp5.so`, which "
         "comes with vLLM's CPU wheel) put in front, unless it is there already."

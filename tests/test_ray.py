@@ -29,6 +29,9 @@ from harness import Engine
 from vllm_specplug import lifeline
 from vllm_specplug.corpus import held_out_prompts
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.proposers.datastore import Datastore
+from vllm_specplug.proposers.datastore_shards import publish, shard_of, writing
+from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.ray import batch, environment, inputs, serve, settings, stores
 from vllm_specplug.tiny_models import target_path
 
@@ -326,20 +329,29 @@ def test_paths_hold_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_store_of_many_files_is_copied_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "CHUNK_BYTES", 1000)  # also when it is read for its checksums
-    folder = tmp_path / "big.specstore"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "store.json").write_text("{}")
-    (folder / "sub" / "0.shard").write_bytes(os.urandom(4321))
-    (folder / "empty").touch()
-    source = stores.StoreSource([str(folder)])
-    files = source.files(str(folder))
-    assert [(each.name, each.num_bytes) for each in files] == [("empty", 0), ("store.json", 2), ("sub/0.shard", 4321)]
-    pieces = [source.read(str(folder), "sub/0.shard", offset, 1000) for offset in range(0, 4321, 1000)]
-    assert b"".join(pieces) == (folder / "sub" / "0.shard").read_bytes()
+    path = tmp_path / "here" / "big.specstore"
+    path.parent.mkdir()
+    with writing(path) as folder:
+        for number in range(2):
+            with DatastoreWriter(folder / f"{number}.specstore", vocab_size=9, fingerprint="f") as writer:
+                writer.add([number, 1, 2, 3] * 100)
+                writer.finish()
+        publish(path, [shard_of(folder / f"{number}.specstore") for number in range(2)])
+    source = stores.StoreSource([str(path)])
+    files = source.files(str(path))
+    names = ["big.specstore.shards/0.specstore", "big.specstore.shards/1.specstore", "big.specstore"]
+    assert [each.name for each in files] == names  # the list of shards behind the shards
+    copy = tmp_path / "there" / "big.specstore"
+    for each in files:
+        to = copy.parent / each.name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        pieces = [source.read(str(path), each.name, offset, 1000) for offset in range(0, each.num_bytes, 1000)]
+        to.write_bytes(b"".join(pieces))
     source.close()
-    assert stores._has_sizes(folder, files)
-    os.truncate(folder / "sub" / "0.shard", 4320)
-    assert not stores._has_sizes(folder, files)
+    assert stores._has_sizes(copy, files)
+    assert Datastore.open(copy).tokens.tolist() == Datastore.open(path).tokens.tolist()
+    os.truncate(copy.parent / files[0].name, 4320)
+    assert not stores._has_sizes(copy, files)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -643,3 +655,32 @@ def test_a_store_comes_to_a_node_once(store: Path, tmp_path: Path, ray_files: Pa
     assert found["again"][0]["tokens"] == first["tokens"]
     assert found["again"][2] == other_node
     assert "nobody to fetch it from" in found["without source"]["error"]
+
+
+@pytest.mark.engine
+def test_a_store_is_built_by_ray_tasks(tmp_path: Path, ray_files: Path) -> None:
+    """The same shards as without Ray, whoever makes them."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(6):
+        (text / f"{number}.py").write_text("".join(f"def f_{number}_{n}():\n    return {n}\n" for n in range(60)))
+    arguments = [str(text), "--tokenizer", str(target_path()), "--shard-size", "2KB", "--workers", "1"]
+    arguments += ["--max-memory", "4GiB"]
+    plain, by_ray = tmp_path / "plain.specstore", tmp_path / "ray.specstore"
+    subprocess.run([*COMMAND, "datastore", "build", str(plain), *arguments], check=True, timeout=300, env=ENVIRONMENT)
+    environment = {**ENVIRONMENT, "RAY_TMPDIR": str(ray_files)}
+    command = [*COMMAND, "datastore", "build", str(by_ray), *arguments, "--ray", "local"]
+    subprocess.run(command, check=True, timeout=300, env=environment)
+    one, other = Datastore.open(plain), Datastore.open(by_ray)
+    assert len(one.files) > 3
+    assert one.segments.tolist() == other.segments.tolist()
+    assert one.tokens.tolist() == other.tokens.tolist()
+    assert one.positions.tolist() == other.positions.tolist()
+    (text / "0.py").unlink()
+    wrong = subprocess.run(
+        [*COMMAND, "datastore", "build", str(tmp_path / "x"), *arguments, "--ray", "127.0.0.1:1"],
+        timeout=300, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert wrong.returncode == 2
+    assert "no Ray cluster answers" in wrong.stderr
+    assert not (tmp_path / "x").exists()

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from vllm_specplug.config import METHOD, parse_settings
 from vllm_specplug.errors import SpecplugError
+from vllm_specplug.proposers.datastore import Datastore, DatastoreError, store_files
 from vllm_specplug.ray.environment import where_driver_is
 
 logger = logging.getLogger("vllm.specplug")
@@ -41,7 +42,7 @@ class StoreFile:
     """One file of a store.
 
     Attributes:
-        name: below the store's folder; "" where the store is one file.
+        name: below the folder that the store lies in.
         num_bytes: its size.
         digest: SHA-256 (hex) of its contents.
     """
@@ -98,7 +99,10 @@ class StoreSource:
     The files stay open, so that what is read is what was there at the start, also after a store was replaced.
 
     Args:
-        paths: of stores, each a file or a folder of files.
+        paths: of stores, of one file or with shards beside it.
+
+    Raises:
+        DatastoreError: one of them cannot be opened.
     """
 
     def __init__(self, paths: list[str]) -> None:
@@ -110,7 +114,7 @@ class StoreSource:
         """What the store at ``path`` consists of; reads all of it the first time."""
         with self._lock:
             if path not in self._listed:
-                self._listed[path] = [_listed(name, file) for name, file in sorted(self._files[path].items())]
+                self._listed[path] = [_listed(name, file) for name, file in self._files[path].items()]
             return self._listed[path]
 
     def read(self, path: str, name: str, offset: int, num_bytes: int) -> bytes:
@@ -125,10 +129,7 @@ class StoreSource:
 
 
 def _opened(path: Path) -> dict[str, BinaryIO]:
-    if path.is_dir():
-        inside = [each for each in sorted(path.rglob("*")) if each.is_file()]
-        return {each.relative_to(path).as_posix(): each.open("rb") for each in inside}
-    return {"": path.open("rb")}
+    return {each.relative_to(path.parent).as_posix(): each.open("rb") for each in store_files(path)}
 
 
 def _listed(name: str, file: BinaryIO) -> StoreFile:
@@ -156,8 +157,7 @@ def start_source(speculative_config: Mapping[str, Any] | None, is_detached: bool
         return None
     paths = _paths(stores)
     for path in paths:
-        if not Path(path).exists():
-            raise StoreError(f"there is no token store {path}; `specplug datastore build` makes one")
+        _check_opens(Path(path))
     how: dict[str, Any] = {}
     if is_detached:
         how = {"name": _name(paths), "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
@@ -240,7 +240,7 @@ def place(path: str, source: Any, cache: Path | None = None) -> Path:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             logger.info("fetching token store %s (%d bytes)", path, sum(each.num_bytes for each in files))
-            _fetch(source, str(whole), files, temporary / whole.name)
+            _fetch(source, str(whole), files, temporary)
             shutil.rmtree(final.parent, ignore_errors=True)
             temporary.rename(final.parent)
         _check_opens(final)
@@ -255,7 +255,7 @@ def _only_one(lock: Path) -> Iterator[None]:
 
 
 def _has_sizes(store: Path, files: list[StoreFile]) -> bool:
-    paths = [(store / each.name if each.name else store, each) for each in files]
+    paths = [(store.parent / each.name, each) for each in files]
     return all(path.is_file() and path.stat().st_size == each.num_bytes for path, each in paths)
 
 
@@ -272,7 +272,7 @@ def _fetch(source: Any, path: str, files: list[StoreFile], to: Path) -> None:
     import ray
 
     for each in files:
-        target = to / each.name if each.name else to
+        target = to / each.name
         target.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
         with target.open("wb") as out:
@@ -283,12 +283,10 @@ def _fetch(source: Any, path: str, files: list[StoreFile], to: Path) -> None:
             out.flush()
             os.fsync(out.fileno())
         if digest.hexdigest() != each.digest:
-            raise StoreError(f"token store {path} arrived damaged ({each.name or 'its file'}): start again")
+            raise StoreError(f"token store {path} arrived damaged ({each.name}): start again")
 
 
 def _check_opens(store: Path) -> None:
-    from vllm_specplug.proposers.datastore import Datastore, DatastoreError
-
     try:
         Datastore.open(store)
     except DatastoreError as error:
