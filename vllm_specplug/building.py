@@ -334,53 +334,39 @@ def _work(unit: Unit, number: int) -> UnitDone:
     return build_unit(unit, number, _reports.put)
 
 
-def run_on_ray(made: Plan, report: Report, address: str | None) -> None:
-    """Do what is missing as tasks of a Ray cluster, whose nodes all see inputs and store under the same paths.
+def run_on_ray(made: Plan, report: Report) -> None:
+    """Do what is missing as tasks of the Ray cluster that this process is connected to.
 
-    A task whose node is lost is tried again on another. A task asks for one processor.
-
-    Args:
-        address: of the cluster; None: the one that the environment names, or one made on this machine.
+    All of its nodes see inputs and store under the same paths. A task whose node is lost is tried again on another;
+    each asks for one processor.
 
     Raises:
-        DatastoreError: Ray is missing, no cluster answers, a unit raised, or its shard is not to be seen here.
+        DatastoreError: what a unit raised, a task was lost, or its shard is not to be seen here.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise DatastoreError("Ray is not installed: pip install 'vllm-specplug[ray]'") from error
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        try:
-            ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise DatastoreError(f"no Ray cluster answers at {address}: {error}") from error
-    try:
-        task = ray.remote(num_cpus=1, max_retries=3)(_work_on_ray)
-        waiting = {task.remote(made.units[number], number): number for number in missing(made)}
-        while waiting:
-            done, _ = ray.wait(list(waiting), timeout=_POLL_S)
-            for reference in done:
-                number = waiting.pop(reference)
-                try:
-                    ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    cause = error.cause if isinstance(error.cause, DatastoreError) else error
-                    raise DatastoreError(f"a task of the build failed: {cause}") from error
-                except ray.exceptions.RayError as error:
-                    raise DatastoreError(f"a task of the build was lost: {error}") from error
-                unit = made.units[number]
-                if (seen := _done(unit)) is None:
-                    raise DatastoreError(
-                        f"a task made {unit.shard}, and it is not to be seen here: the nodes of the cluster must share "
-                        "the folder of the store"
-                    )
-                made.finished[number] = seen
-                num_tokens = seen.shard.num_tokens if seen.shard else 0
-                report(UnitProgress(number, sum(map(size_of, unit.slices)), num_tokens, is_sorting=True))
-    finally:
-        if is_ours:
-            ray.shutdown()
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=3)(_work_on_ray)
+    waiting = {task.remote(made.units[number], number): number for number in missing(made)}
+    while waiting:
+        done, _ = ray.wait(list(waiting), timeout=_POLL_S)
+        for reference in done:
+            number = waiting.pop(reference)
+            try:
+                ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                cause = error.cause if isinstance(error.cause, DatastoreError) else error
+                raise DatastoreError(f"a task of the build failed: {cause}") from error
+            except ray.exceptions.RayError as error:
+                raise DatastoreError(f"a task of the build was lost: {error}") from error
+            unit = made.units[number]
+            if (seen := _done(unit)) is None:
+                raise DatastoreError(
+                    f"a task made {unit.shard}, and it is not to be seen here: the nodes of the cluster must share "
+                    "the folder of the store"
+                )
+            made.finished[number] = seen
+            num_tokens = seen.shard.num_tokens if seen.shard else 0
+            report(UnitProgress(number, sum(map(size_of, unit.slices)), num_tokens, is_sorting=True))
 
 
 def _work_on_ray(unit: Unit, number: int) -> None:

@@ -6,12 +6,15 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vllm_specplug.errors import ConfigurationError
+
+CONNECT_TIMEOUT_S = 10.0
 
 
 def connect(address: str | None, temp_dir: Path | None, metrics_port: int | None = None) -> None:
@@ -25,6 +28,7 @@ def connect(address: str | None, temp_dir: Path | None, metrics_port: int | None
     Raises:
         ConfigurationError: there is none at this address, or it does not start.
     """
+    _check_reachable(address)
     import ray
     import ray.data
 
@@ -42,6 +46,18 @@ def connect(address: str | None, temp_dir: Path | None, metrics_port: int | None
         ray.init(include_dashboard=False, _metrics_export_port=metrics_port, **how)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise ConfigurationError(f"no Ray cluster: {error}") from error
+
+
+def _check_reachable(address: str | None) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise ConfigurationError(
+                f"no Ray cluster answers at {address} ({error}): give the address that `ray start --head` printed"
+            ) from error
 
 
 @contextlib.contextmanager

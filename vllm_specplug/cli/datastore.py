@@ -33,6 +33,8 @@ from vllm_specplug.building import (
     shards_at,
     version_of,
 )
+from vllm_specplug.cli.clusters import connect, released
+from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
 from vllm_specplug.proposers.datastore import (
     Datastore,
@@ -53,6 +55,7 @@ from vllm_specplug.proposers.datastore_writer import (
     sort_bytes_per_token,
 )
 from vllm_specplug.proposers.rest import RestProposer
+from vllm_specplug.ray.environment import require_ray
 from vllm_specplug.sources import Slice, Sources, find_paths, load_tokenizer, plan_units, size_of, vocab_size_of, whole
 
 app = typer.Typer(
@@ -147,7 +150,8 @@ WorkersOption = Annotated[
 RayOption = Annotated[
     str | None,
     typer.Option(
-        help="Build on this Ray cluster, whose nodes see the same files: its address, or 'auto' for the one around.",
+        help="Build on this Ray cluster, whose nodes see the same files: its address, auto for the one around, or "
+        "local for one on this machine.",
         metavar="ADDRESS",
     ),
 ]
@@ -180,15 +184,16 @@ def build(
     """
     console = Console(stderr=True)
     started = time.monotonic()
-    with _errors_to_stderr(), _stops_cleanly(console, f"{out} was not written"):
+    if ray is not None and "-" in inputs:
+        with _errors_to_stderr():
+            raise DatastoreError("nodes of a Ray cluster do not see the standard input that - stands for: give files")
+    with _errors_to_stderr(), _stops_cleanly(console, f"{out} was not written"), _cluster(ray):
         paths = find_paths(inputs, pattern)
         if out.exists() and not force:
             raise DatastoreError(f"{out} exists: give another name, or --force to replace it")
         if out.is_dir():
             raise DatastoreError(f"{out} is a folder: name a file")
         unit_bytes = _shard_bytes(shard_size)
-        if None in paths and ray is not None:
-            raise DatastoreError("nodes of a Ray cluster do not see the standard input that - stands for: give files")
         # Standard input cannot be read again where a build stopped: it goes into one file as it comes.
         units = [] if None in paths else plan_units([path for path in paths if path is not None], unit_bytes)
         loaded = load_tokenizer(tokenizer)
@@ -253,7 +258,7 @@ def add(
     """
     console = Console(stderr=True)
     started = time.monotonic()
-    with _errors_to_stderr(), _stops_cleanly(console, f"{store} was not changed"):
+    with _errors_to_stderr(), _stops_cleanly(console, f"{store} was not changed"), _cluster(ray):
         opened = Datastore.open(store)
         paths = find_paths(inputs, pattern)
         if None in paths:
@@ -309,6 +314,21 @@ def merge(
             made = Plan([], folder, base=[shard_of(path) for path in merged])
             finish(made, out)
     _say_built(console, out, started, [])
+
+
+@contextlib.contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    """Connected to a Ray cluster where there is one to be used."""
+    if address is None:
+        yield
+        return
+    try:
+        require_ray("data")
+        with released():
+            connect(None if address == "local" else address, None)
+            yield
+    except ConfigurationError as error:
+        raise DatastoreError(str(error)) from error
 
 
 def _shard_bytes(text: str) -> int:
@@ -390,7 +410,7 @@ def _run(console: Console, made: Plan, loaded: Any, workers: int | None, ray: st
 
         try:
             if ray is not None:
-                run_on_ray(made, report, ray)
+                run_on_ray(made, report)
             elif made.num_workers == 1 or len(left) == 1:
                 run_here(made, report, loaded)
             else:
