@@ -641,51 +641,68 @@ def usable_length(context, max_match, vocab_size):  # type: ignore[no-untyped-de
 
 
 @njit(cache=True, nogil=True)
-def matches_around(  # type: ignore[no-untyped-def]
-    tokens, positions, first_token, start, stop, low, is_before, is_behind, context, longest
+def _widen(  # type: ignore[no-untyped-def]
+    tokens, positions, first_token, start, stop, table, rows, num_tokens, longest, inside, outside, place
 ):
-    """The entries of one segment that match ``longest`` tokens, which are neighbours of the place ``low``.
+    """Find both ends of the entries of one segment that match, for all contexts side by side.
+
+    Strides out from an entry that matches until one does not, then closes in.
 
     Args:
         start, stop: the segment's range of positions.
-        is_before, is_behind: whether those before and behind the place match.
-
-    Returns:
-        (begin, end): all matches of that length are at ``first_token + positions[begin:end]``, each the position of the
-        token that follows the match.
+        longest: ``[num_requests]`` tokens that must match; 0 where nothing is to be found.
+        inside: ``[num_requests, 2]`` an entry that matches, nearest the lower and the upper end; changed to the first
+            and the last one that match.
+        outside: ``[num_requests, 2]``, filled with the entries beside them.
+        place: ``[num_requests, 2]`` int64, for use in here.
     """
-    # Matches of that length surround ``low``: stride out on both sides until one is shorter, then close in.
-    begin = low
-    if is_before:
-        stride = 1
-        while begin - stride >= start and (
-            match_length(tokens, first_token + np.int64(positions[begin - stride]), context, longest, 0) == longest
-        ):
-            begin -= stride
-            stride *= 2
-        bound = max(begin - stride, start - 1)
-        while begin - bound > 1:
-            middle = (begin + bound) >> 1
-            if match_length(tokens, first_token + np.int64(positions[middle]), context, longest, 0) == longest:
-                begin = middle
-            else:
-                bound = middle
-    end = low
-    if is_behind:
-        stride = 1
-        while end + stride <= stop and (
-            match_length(tokens, first_token + np.int64(positions[end + stride - 1]), context, longest, 0) == longest
-        ):
-            end += stride
-            stride *= 2
-        bound = min(end + stride, stop + 1)
-        while bound - end > 1:
-            middle = (end + bound) >> 1
-            if match_length(tokens, first_token + np.int64(positions[middle - 1]), context, longest, 0) == longest:
-                end = middle
-            else:
-                bound = middle
-    return begin, end
+    num_requests = len(rows)
+    stride = 1
+    fetched = np.int64(0)
+    for i in range(num_requests):
+        outside[i, 0] = start - 1
+        outside[i, 1] = stop
+    is_striding = np.ones((num_requests, 2), dtype=np.bool_)
+    num_open = 1
+    while num_open:
+        num_open = 0
+        for i in range(num_requests):
+            for side in range(2):
+                place[i, side] = -1
+                if longest[i] == 0 or abs(outside[i, side] - inside[i, side]) <= 1:
+                    continue
+                if is_striding[i, side]:
+                    probe = inside[i, side] - stride if side == 0 else inside[i, side] + stride
+                    if probe <= start - 1 or probe >= stop:
+                        is_striding[i, side] = False
+                        probe = (inside[i, side] + outside[i, side]) >> 1
+                else:
+                    probe = (inside[i, side] + outside[i, side]) >> 1
+                place[i, side] = probe
+                num_open += 1
+        stride *= 2
+        # All that this round compares is fetched before the first is looked at.
+        for i in range(num_requests):
+            for side in range(2):
+                if place[i, side] >= 0:
+                    fetched ^= np.int64(positions[place[i, side]])
+        for i in range(num_requests):
+            for side in range(2):
+                if place[i, side] >= 0:
+                    fetched ^= np.int64(tokens[first_token + np.int64(positions[place[i, side]]) - 1])
+        for i in range(num_requests):
+            for side in range(2):
+                if place[i, side] < 0:
+                    continue
+                probe = place[i, side]
+                position = first_token + np.int64(positions[probe])
+                context = table[rows[i], : num_tokens[i]]
+                if match_length(tokens, position, context, longest[i], 0) == longest[i]:
+                    inside[i, side] = probe
+                else:
+                    outside[i, side] = probe
+                    is_striding[i, side] = False
+    return fetched  # or the compiler would find that nobody wants it
 
 
 @njit(cache=True, nogil=True)
@@ -701,7 +718,7 @@ def search_batch(  # type: ignore[no-untyped-def]
         wanted: ``[num_requests]``, 0 where nothing is to be looked up.
         longest: ``[num_requests]`` int64, filled with the length of each match, 0 where there is none.
         ranges: ``[num_requests, num_segments, 2]`` int64, filled with begin and end of its occurrences in each
-            segment, as :func:`matches_around` answers them.
+            segment: all are at ``first_token + positions[begin:end]``, each the position of the token that follows.
     """
     num_requests = len(rows)
     limits = np.zeros(num_requests, dtype=np.int64)
@@ -716,6 +733,10 @@ def search_batch(  # type: ignore[no-untyped-def]
     high_length = np.empty(num_requests, dtype=np.int64)
     place = np.empty(num_requests, dtype=np.int64)
     read = np.empty(num_requests, dtype=tokens.dtype)
+    found = np.empty(num_requests, dtype=np.int64)
+    inside = np.empty((num_requests, 2), dtype=np.int64)
+    outside = np.empty((num_requests, 2), dtype=np.int64)
+    probes = np.empty((num_requests, 2), dtype=np.int64)
     for segment in range(len(segments)):
         first_token, _, start, stop = segments[segment]
         num_open = 0
@@ -752,14 +773,19 @@ def search_batch(  # type: ignore[no-untyped-def]
                 num_open += low[i] < high[i]
         for i in range(num_requests):
             length = max(low_length[i], high_length[i])
-            if length >= max(longest[i], min_match) and length > 0:
-                if length > longest[i]:
-                    longest[i] = length
-                    ranges[i, :segment] = 0  # the matches of the segments before were shorter: they have no vote
-                ranges[i, segment] = matches_around(
-                    tokens, positions, first_token, start, stop, low[i], low_length[i] == length,
-                    high_length[i] == length, table[rows[i], : num_tokens[i]], length,
-                )  # fmt: skip
+            found[i] = length if length >= max(longest[i], min_match) else 0
+            # The matches of that length surround ``low``: at least one of its neighbours is one.
+            inside[i, 0] = low[i] - 1 if low_length[i] == length else low[i]
+            inside[i, 1] = low[i] if high_length[i] == length else low[i] - 1
+        _widen(tokens, positions, first_token, start, stop, table, rows, num_tokens, found, inside, outside, probes)
+        for i in range(num_requests):
+            if found[i] == 0:
+                continue
+            if found[i] > longest[i]:
+                longest[i] = found[i]
+                ranges[i, :segment] = 0  # the matches of the segments before were shorter: they have no vote
+            ranges[i, segment, 0] = inside[i, 0]
+            ranges[i, segment, 1] = inside[i, 1] + 1
 
 
 @njit(cache=True, nogil=True)
