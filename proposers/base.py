@@ -292,6 +292,10 @@ class Proposer(abc.ABC):
         """Counters of the token stores that it drafts from, by name."""
         return {}
 
+    def held_stores(self) -> Mapping[str, Any]:
+        """The token stores that it drafts from now, by name; each has a ``version``, see :meth:`open_stores`."""
+        return {}
+
     def open_stores(self) -> Mapping[str, Any]:
         """Open newer versions of its token stores beside those in use, which stay in use.
 

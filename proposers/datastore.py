@@ -387,10 +387,10 @@ class Datastore:
         """
         if self.file_bytes > PREFAULT_SHARE * available_memory_bytes():
             return
-        try:
-            self._mapped.madvise(_MADV_POPULATE_READ)
-        except OSError:  # before Linux 5.14
-            self._mapped.madvise(mmap.MADV_WILLNEED)
+        # By ctypes: Python's own madvise holds the interpreter's lock, and an engine's other threads would stand still.
+        base = np.frombuffer(self._mapped, np.uint8).ctypes.data
+        if _libc.madvise(base, len(self._mapped), _MADV_POPULATE_READ):  # before Linux 5.14
+            _libc.madvise(base, len(self._mapped), mmap.MADV_WILLNEED)
 
     def verify(self, on_progress: Callable[[int, int], None] | None = None, num_order_checks: int = 200_000) -> None:
         """Check everything that :meth:`open` takes on trust.
@@ -434,7 +434,8 @@ class Datastore:
 
 
 def shards_folder(path: Path) -> Path:
-    """Where the shards of a sharded store lie."""
+    """Where the shards of a sharded store lie: beside the manifest itself, not beside a link to it."""
+    path = path.resolve() if path.is_symlink() else path
     return path.with_name(path.name + SHARDS_SUFFIX)
 
 
@@ -514,6 +515,7 @@ def _placed(sizes: Sequence[int], start: int) -> tuple[list[int], int]:
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *([ctypes.c_int] * 3), ctypes.c_long]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def _map_fixed(address: int, file: BinaryIO, section: Section) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import mmap
 import os
 import shutil
 import time
@@ -25,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numba import njit
@@ -47,6 +47,7 @@ from .datastore import (
     shard_paths,
     shards_folder,
 )
+from .datastore_writer import is_running
 
 MERGE_DEPTH = 256
 """Tokens over which a merged suffix array is in order: no longer match can be looked up in it."""
@@ -80,10 +81,28 @@ def writing(path: Path) -> Iterator[Path]:
                 f"somebody else is changing the token store {path} (lock {folder / LOCK_NAME}): wait for it to end"
             ) from error
         try:
+            if not _is_at(lock, folder / LOCK_NAME):  # its last holder took it away before we had it
+                raise DatastoreError(f"somebody else has just changed the token store {path}: try again")
+            _remove_stale_partials(folder)
             yield folder
         finally:
             if [each.name for each in folder.iterdir()] == [LOCK_NAME]:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
+
+
+def _remove_stale_partials(folder: Path) -> None:
+    """Delete half-written files whose process is gone."""
+    for each in folder.glob("*.partial-*"):
+        pid = each.name.rpartition("-")[2]
+        if pid.isdecimal() and not is_running(int(pid)):
+            each.unlink(missing_ok=True)
 
 
 def shard_of(path: Path) -> Shard:
@@ -269,17 +288,16 @@ def _merge_group(
             tokens = Section(HEADER_BYTES, num_slots * token_bytes, tokens_checksum)
             offset = -(-(HEADER_BYTES + tokens.num_bytes) // PAGE_BYTES) * PAGE_BYTES
             num_positions = int((runs[:, 3] - runs[:, 2]).sum())
-            file.truncate(offset + 4 * num_positions)
             file.flush()
+            # Not a hole: on a full disk, writing into one through memory would kill the process.
+            os.posix_fallocate(file.fileno(), 0, offset + 4 * num_positions)
             checksum = 0
             if num_positions:
-                with mmap.mmap(file.fileno(), 4 * num_positions, offset=offset) as mapped:
-                    _merge_positions(
-                        source, runs, np.array(starts), np.frombuffer(mapped, np.uint32), num_threads, advance
-                    )
-                    mapped.flush()
-                    for start in range(0, len(mapped), CHUNK_BYTES):
-                        checksum = zlib.crc32(mapped[start : start + CHUNK_BYTES], checksum)
+                out = np.memmap(file, np.uint32, "r+", offset, (num_positions,))
+                _merge_positions(source, runs, np.array(starts), out, num_threads, advance)
+                out.flush()
+                for start in range(0, num_positions, CHUNK_BYTES // 4):
+                    checksum = zlib.crc32(out[start : start + CHUNK_BYTES // 4].tobytes(), checksum)
             depths = [source.header.sorted_depth or MERGE_DEPTH, MERGE_DEPTH]
             header = StoreHeader(
                 vocab_size=separator,

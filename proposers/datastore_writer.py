@@ -130,8 +130,12 @@ class DatastoreWriter:
 
     def abort(self) -> None:
         """Remove the unfinished file, if :meth:`finish` has not moved it."""
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        try:
+            self._file.close()
+        except OSError:
+            pass  # what could not be written goes now: a full disk must not stay full
+        finally:
+            self._partial.unlink(missing_ok=True)
 
     def add(self, token_ids: Iterable[int] | NDArray[np.integer[Any]], end_document: bool = True) -> None:
         """Append the next tokens of the open document, and close it unless told otherwise.
@@ -263,11 +267,12 @@ def _remove_stale_partials(path: Path) -> None:
     """Delete what killed builds of this store left: partial files whose process is gone."""
     for partial in path.parent.glob(f"{_escape_glob(path.name)}.partial-*"):
         pid = partial.name.rpartition("-")[2]
-        if pid.isdigit() and not _is_running(int(pid)):
+        if pid.isdigit() and not is_running(int(pid)):
             partial.unlink(missing_ok=True)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
     try:
         os.kill(pid, 0)  # sends nothing
     except ProcessLookupError:

@@ -423,6 +423,9 @@ class RestProposer(Proposer):
         for store in self.stores.values():
             store.prefault()
 
+    def held_stores(self) -> Mapping[str, Datastore]:
+        return self.stores
+
     def open_stores(self) -> Mapping[str, Datastore]:
         opened = {}
         for name, store in self.stores.items():

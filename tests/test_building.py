@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
 from vllm_specplug.proposers.datastore import Datastore, shards_folder
+from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.proposers.rest import RestProposer
 from vllm_specplug.reloading import ReloadError, StoreSwitch, reload_stores
 from vllm_specplug.sources import Sources, load_tokenizer, plan_units
@@ -400,8 +402,8 @@ class Worker:
 
     def __init__(self, proposers: dict[str, RestProposer]) -> None:
         self.switch = StoreSwitch(proposers)  # type: ignore[arg-type]
-        self.calls = {
-            "specplug_open_stores": lambda: self.switch.open() is None,
+        self.calls: dict[str, Callable[..., Any]] = {
+            "specplug_open_stores": lambda name: self.switch.open(name) is None,
             "specplug_opened_stores": self.switch.look,
             "specplug_take_stores": self.switch.take,
         }
@@ -412,9 +414,9 @@ class Engine:
         self.workers = workers
         self.before: Callable[[str], None] = lambda _: None
 
-    def collective_rpc(self, method: str) -> list[Any]:
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         self.before(method)
-        return [worker.calls[method]() for worker in self.workers]
+        return [worker.calls[method](*args) for worker in self.workers]
 
 
 def proposer_of(out: Path) -> RestProposer:
@@ -469,29 +471,215 @@ def test_workers_that_see_different_versions_switch_together_or_not_at_all(tmp_p
     first, second = proposer_of(out), proposer_of(out)
     workers = [Worker({"rest": first}), Worker({"rest": second})]
     engine = Engine(*workers)
-    build_more = iter([lambda: run("add", out, files[1], *MAX_MEMORY), lambda: run("add", out, files[2], *MAX_MEMORY)])
+    more = iter(files[1:])
 
-    def between(method: str) -> None:
-        """The store changes twice: before the first worker looks, and before the second one does."""
-        if method == "specplug_open_stores":
-            assert next(build_more)().exit_code == 0
-            workers[0].switch.open()
-            while not workers[0].switch.look()["is_ready"]:
-                time.sleep(0.01)
-            assert next(build_more)().exit_code == 0
-            workers[0].calls["specplug_open_stores"] = lambda: True
+    def open_late(name: str) -> bool:
+        """The store changes after the first worker looked, and before the second one does."""
+        while not workers[0].switch.look(name)["is_ready"]:
+            time.sleep(0.01)
+        assert run("add", out, next(more), *MAX_MEMORY).exit_code == 0
+        workers[1].switch.open(name)
+        return True
 
-    engine.before = between
+    assert run("add", out, next(more), *MAX_MEMORY).exit_code == 0
+    usual = workers[1].calls["specplug_open_stores"]
+    workers[1].calls["specplug_open_stores"] = open_late
     with pytest.raises(ReloadError, match="workers found different versions"):
         reload_stores(engine)
     assert [len(each.stores["code"].files) for each in (first, second)] == [1, 1]
+    workers[1].calls["specplug_open_stores"] = usual
+    assert reload_stores(engine) == ["code"]
+    assert [len(each.stores["code"].files) for each in (first, second)] == [3, 3]
+
+
+def test_two_reloads_at_once_do_not_split_workers(tmp_path, folder):
+    out = tmp_path / "out.specstore"
+    files = sorted(folder.iterdir())
+    assert build(out, files[0]).exit_code == 0
+    proposers = [proposer_of(out), proposer_of(out)]
+    engine = Engine(*(Worker({"rest": proposer}) for proposer in proposers))
+    assert run("add", out, files[1], *MAX_MEMORY).exit_code == 0
+
+    def other_client(method: str) -> None:
+        if method == "specplug_take_stores":
+            for worker in engine.workers:
+                worker.switch.open("the other client's")
+
+    engine.before = other_client
+    with pytest.raises(ReloadError, match="another reload"):
+        reload_stores(engine)
+    assert [len(each.stores["code"].files) for each in proposers] == [1, 1]
+    engine.before = lambda _: None
+    # A worker that switched alone, as when an engine was lost in the middle, is caught up with.
+    proposers[0].take_stores(proposers[0].open_stores())
+    assert reload_stores(engine) == ["code"]
+    assert [len(each.stores["code"].files) for each in proposers] == [2, 2]
+    assert reload_stores(engine) == []
+
+
+def test_reading_ahead_lets_other_threads_run(tmp_path):
+    """An engine goes on while a new version is read."""
+    random = np.random.default_rng(0)
+    path = tmp_path / "large.specstore"
+    with DatastoreWriter(path, vocab_size=60_000, fingerprint="f") as writer:
+        writer.add(random.integers(0, 60_000, 8_000_000))
+        writer.finish()
+    store = Datastore.open(path)
+    beats: list[float] = []
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.is_set():
+            beats.append(time.perf_counter())
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    time.sleep(0.05)
+    began = time.perf_counter()
+    store.prefault()
+    ended = time.perf_counter()
+    done.set()
+    thread.join()
+    within = sum(began < each < ended for each in beats)
+    # A call that held the interpreter's lock would leave room for one beat at each end, however long it takes.
+    assert within > 2 or ended - began < 0.005
 
 
 def test_engines_without_stores_say_so():
     worker = Worker({})
-    worker.calls["specplug_open_stores"] = lambda: False
-    with pytest.raises(ReloadError, match="no token store that can be replaced"):
+    worker.calls["specplug_open_stores"] = lambda name: False
+    with pytest.raises(ReloadError, match="cannot be replaced while it runs"):
         reload_stores(Engine(worker))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What users run into
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_among_its_own_inputs(tmp_path, folder):
+    for path in sorted(folder.iterdir())[:12]:
+        (tmp_path / path.name).write_text(path.read_text())
+    out = tmp_path / "out.specstore"
+    arguments = build_arguments(out, tmp_path, 1)
+    assert killed_when(arguments, lambda: files_in(out, ".done") > 1) is None
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "going on: " in result.stderr
+    assert texts_of(out) == contents(folder)[:12]
+    assert run("add", out, tmp_path, "--shard-size", "12KB", *MAX_MEMORY).exit_code == 0
+    assert texts_of(out) == contents(folder)[:12] * 2
+    assert run("add", out, out, *MAX_MEMORY).exit_code == 2
+
+
+def test_what_failed_is_not_in_the_way(tmp_path, folder):
+    out, empty, first = tmp_path / "out.specstore", tmp_path / "empty.txt", sorted(folder.iterdir())[0]
+    empty.touch()
+    assert build(out, first).exit_code == 0
+    assert run("add", out, empty, *MAX_MEMORY).exit_code == 2
+    assert run("add", out, first, *MAX_MEMORY).exit_code == 0
+    assert texts_of(out) == [first.read_text()] * 2
+
+
+def test_a_call_that_was_stopped_while_it_tidied_up_is_not_done_twice(tmp_path, folder, monkeypatch):
+    out, first = tmp_path / "out.specstore", sorted(folder.iterdir())[0]
+    assert build(out, first).exit_code == 0
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vllm_specplug.proposers.datastore_shards.remove_unlisted", stop)
+        assert run("add", out, first, *MAX_MEMORY).exit_code == 130
+    again = run("add", out, first, *MAX_MEMORY)
+    assert again.exit_code == 2
+    assert "this has been done already" in again.stderr
+    assert texts_of(out) == [first.read_text()] * 2
+    assert run("add", out, first, *MAX_MEMORY).exit_code == 0  # said once more, meant once more
+    assert texts_of(out) == [first.read_text()] * 3
+
+
+def test_finished_shards_are_not_thrown_away_by_another_command(tmp_path, folder):
+    out = tmp_path / "out.specstore"
+    files = sorted(folder.iterdir())
+    assert build(out, files[0]).exit_code == 0
+    arguments = ["add", out, *files[1:], "--shard-size", "12KB", "--workers", 1, *MAX_MEMORY]
+    assert killed_when(arguments, lambda: files_in(out, ".done") > 1) is None
+    for other in (["merge", "--force", out, out], ["build", out, files[0], "--tokenizer", TOKENIZER, "--force"]):
+        result = run(*other)
+        assert result.exit_code == 2
+        assert "finished shards of a build that did not come to its end" in result.stderr
+    assert run(*arguments).exit_code == 0
+    assert texts_of(out) == contents(folder)
+
+
+def test_a_full_disk_is_one_error_and_nothing_stays(tmp_path, folder):
+    """The limit on a file's size stands for the disk."""
+    one, out = tmp_path / "one.specstore", tmp_path / "out.specstore"
+    assert build(one, folder, "--shard-size", "30KB", "--workers", 1).exit_code == 0
+    program = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    program += "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); from vllm_specplug.cli import main; main()"
+    for arguments in (["merge", out, one], ["build", out, folder, "--tokenizer", TOKENIZER]):
+        command = [sys.executable, "-c", program, "datastore", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert "File too large" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not out.exists()
+        assert not shards_folder(out).exists()
+
+
+def test_merging_can_be_stopped(tmp_path, folder, monkeypatch):
+    one = tmp_path / "one.specstore"
+    assert build(one, folder, "--shard-size", "30KB", "--workers", 1).exit_code == 0
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vllm_specplug.proposers.datastore_shards._piece_bounds", stop)
+    result = run("merge", tmp_path / "out.specstore", one)
+    assert result.exit_code == 130
+    assert "was not written" in result.stderr
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["one.specstore", "one.specstore.shards"]
+
+
+def test_links_to_stores(tmp_path, folder):
+    real = tmp_path / "v1.specstore"
+    link = tmp_path / "current.specstore"
+    link.symlink_to(real.name)
+    files = sorted(folder.iterdir())
+    assert build(real, *files[:20], "--shard-size", "12KB", "--workers", 1).exit_code == 0
+    assert texts_of(link) == contents(folder)[:20]
+    assert run("add", link, *files[20:], *MAX_MEMORY).exit_code == 0
+    assert link.is_symlink()
+    assert texts_of(link) == texts_of(real) == contents(folder)
+
+
+def test_text_that_utf8_cannot_hold(tmp_path):
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"text": "abc \\ud800 def"}\n{"text": "whole: \\ud83d\\ude00"}\n')
+    out = tmp_path / "out.specstore"
+    assert build(out, odd).exit_code == 0
+    assert texts_of(out)[1] == "whole: \U0001f600"
+    assert "abc" in texts_of(out)[0]
+
+
+def test_inputs_named_twice_are_read_once(tmp_path, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    out = tmp_path / "out.specstore"
+    first = sorted(folder.iterdir())[0]
+    assert build(out, first.name, first).exit_code == 0
+    assert texts_of(out) == [first.read_text()]
+
+
+def test_a_line_longer_than_a_unit_is_not_read_for_each(tmp_path):
+    path = tmp_path / "line.txt"
+    path.write_text("x" * 5_000_000 + "\nend\n")
+    units = plan_units([path], 1_000_000)
+    assert len(units) == 6
+    texts = ["".join(piece.text for piece in Sources(unit, "text").pieces()) for unit in units]
+    assert [len(text) for text in texts] == [5_000_001, 0, 0, 0, 0, 4]
 
 
 def test_standard_input_goes_into_one_file(tmp_path, folder):

@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -172,10 +172,19 @@ def plan(
         "field": field,
         "fingerprint": fingerprint,
         "vocab_size": vocab_size,
-        "version": version,
     }
-    name = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
+    what = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
+    name = what + hashlib.sha256(version.encode()).hexdigest()[:4]
     keep = {shard.file for shard in (*listed, *base)}
+    left = [file for file in keep if file.startswith(what) and (folder / file).with_suffix(DONE_SUFFIX).exists()]
+    if left and not restart:
+        # Only a call that was stopped between its last two acts leaves these beside shards that are listed.
+        for file in left:
+            (folder / file).with_suffix(DONE_SUFFIX).unlink(missing_ok=True)
+        raise DatastoreError(
+            "this has been done already, by a call that was stopped while it tidied up; give the command once more to "
+            "do it once more"
+        )
     made = Plan(
         [
             Unit(
@@ -188,22 +197,38 @@ def plan(
         list(base),
         num_workers,
     )  # fmt: skip
+    clear(folder, keep, restart, keep_prefix=f"{name}-")
+    for number, unit in enumerate(made.units):
+        if (done := _done(unit)) is not None:
+            made.finished[number] = done
+    return made
+
+
+def clear(folder: Path, keep: Collection[str], restart: bool, keep_prefix: str = "") -> None:
+    """Remove what lies in the folder of a store's shards and is not needed. The caller holds the store's lock.
+
+    Args:
+        keep: files that stay.
+        restart: throw away finished shards of unfinished builds too.
+        keep_prefix: of the build that is to go on, where there is one.
+
+    Raises:
+        DatastoreError: there are such shards, of another build, and ``restart`` is False.
+    """
     others = [each for each in folder.iterdir() if each.name not in keep and each.name != LOCK_NAME]
     if not restart:
-        others = [each for each in others if not each.name.startswith(f"{name}-")]
-        num_finished = sum(each.suffix == DONE_SUFFIX for each in others)
-        if num_finished:
+        others = [each for each in others if not (keep_prefix and each.name.startswith(keep_prefix))]
+        finished = [
+            each for each in others if each.suffix == DONE_SUFFIX and each.with_suffix(SHARD_SUFFIX).name not in keep
+        ]
+        if finished:
             raise DatastoreError(
-                f"{folder} holds {num_finished} finished shards of a build that did not come to its end, of other "
+                f"{folder} holds {len(finished)} finished shards of a build that did not come to its end, of other "
                 "inputs (or they changed since), another tokenizer or shard size: give the command that began it, or "
                 "--restart to throw them away"
             )
     for each in others:
         each.unlink(missing_ok=True)
-    for number, unit in enumerate(made.units):
-        if (done := _done(unit)) is not None:
-            made.finished[number] = done
-    return made
 
 
 def _done(unit: Unit) -> UnitDone | None:
@@ -382,8 +407,11 @@ def finish(made: Plan, out: Path) -> None:
         DatastoreError: no unit had text.
     """
     shards = made.shards
-    if not shards:
-        raise DatastoreError(f"nothing to store in {out}: the input has no tokens")
+    if len(shards) == len(made.base) and made.units:
+        keep = {shard.file for shard in shards_at(out)}
+        clear(made.folder, keep, restart=True)
+        what = "add to" if made.base else "store in"
+        raise DatastoreError(f"nothing to {what} {out}: the input has no tokens")
     if len(shards) == 1:
         os.replace(made.folder / shards[0].file, out)
         remove_unlisted(out, None)

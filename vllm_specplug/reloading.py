@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from typing import Any
 
@@ -16,8 +17,10 @@ from vllm_specplug.errors import SpecplugError
 from vllm_specplug.proposers.base import Proposer
 
 OPEN, LOOK, TAKE = "specplug_open_stores", "specplug_opened_stores", "specplug_take_stores"
-"""Methods of each worker, called in this order; LOOK as often as it takes."""
+"""Methods of each worker, called in this order; LOOK as often as it takes. All take the name of the reload."""
 LOOK_INTERVAL_S = 0.1
+
+Call = tuple[str, tuple[Any, ...]]
 
 
 class ReloadError(SpecplugError):
@@ -34,66 +37,91 @@ class StoreSwitch:
     def __init__(self, proposers: Mapping[str, Proposer]) -> None:
         self._proposers = proposers
         self._thread: threading.Thread | None = None
+        self._name = ""
         self._opened: dict[str, Mapping[str, Any]] = {}
         self._error = ""
 
-    def open(self) -> None:
-        """Begin to open what was replaced; does nothing while that is under way."""
-        if self._thread is not None and self._thread.is_alive():
-            return
+    def open(self, name: str) -> None:
+        """Begin to open what was replaced, for the reload of this name; an earlier one that is not taken yet is off."""
+        before, self._name = self._thread, name
         self._opened, self._error = {}, ""
-        self._thread = threading.Thread(target=self._open, name="specplug stores", daemon=True)
+        self._thread = threading.Thread(target=self._open, args=(name, before), name="specplug stores", daemon=True)
         self._thread.start()
 
-    def _open(self) -> None:
+    def _open(self, name: str, before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()  # one store is read at a time, and what is on disk now is looked at last
+        opened: dict[str, Mapping[str, Any]] = {}
+        error = ""
         try:
-            self._opened = {name: proposer.open_stores() for name, proposer in dict(self._proposers).items()}
-        except Exception as error:
-            self._error = f"{error}" or type(error).__name__
+            opened = {each: proposer.open_stores() for each, proposer in dict(self._proposers).items()}
+        except Exception as raised:
+            error = f"{raised}" or type(raised).__name__
+        if name == self._name:
+            self._opened, self._error = opened, error
 
-    def look(self) -> dict[str, Any]:
-        """How far it is: ``is_ready``, ``error`` (empty without one), and the new ``versions`` by store."""
-        is_ready = self._thread is not None and not self._thread.is_alive()
-        versions = {name: store.version for stores in self._opened.values() for name, store in stores.items()}
-        return {"is_ready": is_ready, "error": self._error, "versions": versions if is_ready else {}}
+    def look(self, name: str) -> dict[str, Any]:
+        """How far it is: ``is_ready``, ``error`` (empty without one), and the ``versions`` that would be in use then.
 
-    def take(self) -> list[str]:
-        """Switch, and name the stores that are new."""
+        Versions are those of all stores, replaced or not: workers that agree in them will draft the same.
+        """
+        if name != self._name:
+            return {"is_ready": True, "error": "another reload has begun meanwhile", "versions": {}}
+        if self._thread is None or self._thread.is_alive():
+            return {"is_ready": False, "error": "", "versions": {}}
+        versions = {
+            store: self._opened.get(each, {}).get(store, held).version
+            for each, proposer in dict(self._proposers).items()
+            for store, held in proposer.held_stores().items()
+        }
+        return {"is_ready": True, "error": self._error, "versions": versions}
+
+    def take(self, name: str, versions: Mapping[str, str]) -> list[str] | None:
+        """Switch, and name the stores that are new; None, and nothing is done, where ``versions`` would not result."""
+        state = self.look(name)
+        if not state["is_ready"] or state["error"] or state["versions"] != dict(versions):
+            return None
         opened, self._opened = self._opened, {}
-        for name, stores in opened.items():
-            if stores and name in self._proposers:
-                self._proposers[name].take_stores(stores)
-        return sorted({name for stores in opened.values() for name in stores})
+        for each, stores in opened.items():
+            if stores and each in self._proposers:
+                self._proposers[each].take_stores(stores)
+        return sorted({store for stores in opened.values() for store in stores})
 
 
-def _steps(timeout_s: float) -> Generator[str, list[Any], list[str]]:
-    """Names of worker methods to call, each answered with what all workers returned; "" is a short wait."""
+def _steps(timeout_s: float) -> Generator[Call | None, list[Any], list[str]]:
+    """Worker methods to call with their arguments, each answered with what all workers returned; None: a short wait."""
+    name = uuid.uuid4().hex
     end = time.monotonic() + timeout_s
-    began = yield OPEN
-    if not any(began):
-        raise ReloadError("this engine has no token store that can be replaced while it runs")
+    began = yield OPEN, (name,)
+    if not any(began):  # stages of a pipeline that do not draft have none
+        raise ReloadError(
+            "the token stores of this engine cannot be replaced while it runs: it has none on the host, or several "
+            "data parallel ranks, of which only one would answer"
+        )
     while True:
-        states = [state for state in (yield LOOK) if state is not None]
+        states = [state for state in (yield LOOK, (name,)) if state is not None]
         if all(state["is_ready"] for state in states):
             break
         if time.monotonic() > end:
             raise ReloadError(f"the new token stores were not open after {timeout_s:.0f} s; they may be next time")
-        yield ""
+        yield None
     for state in states:
         if state["error"]:
             raise ReloadError(f"the stores in use stay in use: {state['error']}")
-    versions = [state["versions"] for state in states]
-    if any(each != versions[0] for each in versions):
+    versions = states[0]["versions"]
+    if any(state["versions"] != versions for state in states):
         raise ReloadError("workers found different versions of a token store, which is being written: try again")
-    taken = [names for names in (yield TAKE) if names is not None]
-    return list(taken[0])
+    taken = yield TAKE, (name, versions)
+    if any(names is None for names in taken):
+        raise ReloadError("another reload began at the same time: try again")
+    return sorted({each for names in taken for each in names})
 
 
 def reload_stores(engine: Any, timeout_s: float = 600.0) -> list[str]:
     """Let a running ``LLM`` draft from the token stores as they are on disk now.
 
     Args:
-        engine: anything with vLLM's ``collective_rpc(method) -> list``.
+        engine: anything with vLLM's ``collective_rpc(method, args=...) -> list``.
         timeout_s: how long opening may take.
 
     Returns:
@@ -104,23 +132,27 @@ def reload_stores(engine: Any, timeout_s: float = 600.0) -> list[str]:
     """
     steps = _steps(timeout_s)
     try:
-        method = next(steps)
+        call = next(steps)
         while True:
-            if not method:
+            if call is None:
                 time.sleep(LOOK_INTERVAL_S)
-            method = steps.send(engine.collective_rpc(method) if method else [])
+                call = steps.send([])
+            else:
+                call = steps.send(engine.collective_rpc(call[0], args=call[1]))
     except StopIteration as end:
         return list(end.value)
 
 
-async def reload_stores_async(rpc: Callable[[str], Awaitable[list[Any]]], timeout_s: float = 600.0) -> list[str]:
+async def reload_stores_async(rpc: Callable[..., Awaitable[list[Any]]], timeout_s: float = 600.0) -> list[str]:
     """:func:`reload_stores` for ``AsyncLLM``, whose ``collective_rpc`` is ``rpc``."""
     steps = _steps(timeout_s)
     try:
-        method = next(steps)
+        call = next(steps)
         while True:
-            if not method:
+            if call is None:
                 await asyncio.sleep(LOOK_INTERVAL_S)
-            method = steps.send(await rpc(method) if method else [])
+                call = steps.send([])
+            else:
+                call = steps.send(await rpc(call[0], args=call[1]))
     except StopIteration as end:
         return list(end.value)

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple, cast
 
 import zstandard
 
-from vllm_specplug.proposers.datastore import DatastoreError
+from vllm_specplug.proposers.datastore import DatastoreError, shards_folder
 from vllm_specplug.proposers.datastore_writer import PIECE_CHARS, Piece, split_text
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson")
@@ -197,7 +197,9 @@ def _line_start(file: IO[bytes], at: int) -> int:
     if at == 0:
         return 0
     file.seek(at - 1)
-    file.readline()
+    while chunk := file.read(PIECE_CHARS):  # not readline: a file may be one line, larger than memory
+        if (found := chunk.find(b"\n")) >= 0:
+            return file.tell() - len(chunk) + found + 1
     return file.tell()
 
 
@@ -255,7 +257,7 @@ def _json_lines(part: Slice, stream: IO[bytes], field: str) -> Iterator[Piece]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DatastoreError(f"{place(number)} is not JSON: {error}") from error
             texts = {k: v for k, v in record.items() if isinstance(v, str)} if isinstance(record, dict) else {}
             if field not in texts:
@@ -263,9 +265,18 @@ def _json_lines(part: Slice, stream: IO[bytes], field: str) -> Iterator[Piece]:
                     f"{place(number)} has no text in field {field!r}; fields with text: "
                     f"{', '.join(texts) or 'none'} (choose one with --field)"
                 )
-            yield from split_text(io.StringIO(texts[field], newline="").read)
+            yield from split_text(io.StringIO(_whole_characters(texts[field]), newline="").read)
     except _READ_ERRORS as error:
         raise DatastoreError(f"cannot read {part.path}: {error}") from error
+
+
+def _whole_characters(text: str) -> str:
+    """Halves of surrogate pairs, which JSON can spell and UTF-8 cannot, become replacement characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _parquet_texts(part: Slice, field: str) -> Iterator[Piece]:
@@ -290,16 +301,17 @@ def _parquet_texts(part: Slice, field: str) -> Iterator[Piece]:
         raise DatastoreError(f"cannot read {part.path}: {error}") from error
 
 
-def find_paths(inputs: Sequence[str], pattern: str) -> list[Path | None]:
+def find_paths(inputs: Sequence[str], pattern: str, out: Path | None = None) -> list[Path | None]:
     """The files that ``inputs`` (files, folders, globs, "-") stand for, each once, in order; None is standard input.
 
     Args:
         pattern: which files of a folder are read, at any depth; hidden files and folders are left out.
+        out: the store that is made of them: its own files are left out too, where they lie among the inputs.
 
     Raises:
         DatastoreError: an input stands for nothing.
     """
-    paths: dict[Path | None, None] = {}
+    paths: dict[Path | None, Path | None] = {}
     for name in inputs:
         found: list[Path | None]
         path = Path(name).expanduser()  # a glob in quotes keeps its ~ from the shell
@@ -318,8 +330,19 @@ def find_paths(inputs: Sequence[str], pattern: str) -> list[Path | None]:
         if not found:
             what = f"no file of the folder {name} matches {pattern!r}" if path.is_dir() else f"there is no file {name}"
             raise DatastoreError(f"{what}: nothing to read")
-        paths.update(dict.fromkeys(found))
-    return list(paths)
+        for each in found:
+            if each is None or out is None or not _belongs_to(each, out):
+                paths.setdefault(None if each is None else each.resolve(), each)
+    if not paths:
+        raise DatastoreError(f"{', '.join(inputs)}: only files of the store {out} itself, nothing to read")
+    return list(paths.values())
+
+
+def _belongs_to(path: Path, out: Path) -> bool:
+    whole, store = path.resolve(), out.resolve()
+    if whole == store or whole.parent == shards_folder(store):
+        return True
+    return whole.parent == store.parent and whole.name.startswith(f"{store.name}.partial-")
 
 
 def whole(paths: Sequence[Path | None], field: str) -> Sources:

@@ -51,9 +51,9 @@ def connect(address: str | None, temp_dir: Path | None, metrics_port: int | None
 def _check_reachable(address: str | None) -> None:
     """Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
+    if host and port.isascii() and port.isdecimal():
         try:
-            socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
         except OSError as error:
             raise ConfigurationError(
                 f"no Ray cluster answers at {address} ({error}): give the address that `ray start --head` printed"

@@ -23,6 +23,7 @@ from vllm_specplug.building import (
     UnitDone,
     UnitProgress,
     base_of,
+    clear,
     default_workers,
     finish,
     missing,
@@ -41,7 +42,6 @@ from vllm_specplug.proposers.datastore import (
     DatastoreError,
     Shard,
     available_memory_bytes,
-    shards_folder,
     tokenizer_fingerprint,
 )
 from vllm_specplug.proposers.datastore_shards import merge as merge_stores
@@ -188,18 +188,18 @@ def build(
         with _errors_to_stderr():
             raise DatastoreError("nodes of a Ray cluster do not see the standard input that - stands for: give files")
     with _errors_to_stderr(), _stops_cleanly(console, f"{out} was not written"), _cluster(ray):
-        paths = find_paths(inputs, pattern)
-        if out.exists() and not force:
-            raise DatastoreError(f"{out} exists: give another name, or --force to replace it")
-        if out.is_dir():
-            raise DatastoreError(f"{out} is a folder: name a file")
+        out = _target(out)
+        paths = find_paths(inputs, pattern, out)
+        _check_free(out, force)
         unit_bytes = _shard_bytes(shard_size)
         # Standard input cannot be read again where a build stopped: it goes into one file as it comes.
         units = [] if None in paths else plan_units([path for path in paths if path is not None], unit_bytes)
         loaded = load_tokenizer(tokenizer)
+        tokenizer = _everywhere(tokenizer)
         if len(units) > 1 or ray is not None:
             _check_memory(vocab_size_of(loaded), max_memory)
             with writing(out) as folder:
+                _check_free(out, force)
                 made = _plan(
                     units, folder, loaded, tokenizer, tokenizer, field, max_memory, workers, unit_bytes,
                     version_of(out), listed=shards_at(out), restart=restart,
@@ -210,25 +210,26 @@ def build(
             return
         sources = whole(paths, field)
         vocab_size = vocab_size_of(loaded)
-        with DatastoreWriter(
-            out,
-            vocab_size=vocab_size,
-            fingerprint=tokenizer_fingerprint(loaded),
-            tokenizer=tokenizer,
-            max_memory_bytes=None if max_memory is None else parse_bytes(max_memory),
-            overwrite=force,
-        ) as writer:
-            peak = FIXED_MEMORY_BYTES + writer.segment_tokens * sort_bytes_per_token(vocab_size)
-            console.print(
-                f"memory: up to {sort_bytes_per_token(vocab_size)} bytes a token and "
-                f"{FIXED_MEMORY_BYTES // 2**20} MiB, mapped files included, at most {peak / 2**30:.1f} GiB; "
-                f"more tokens than {writer.segment_tokens:,} are sorted in several segments",
-                highlight=False,
-            )
-            _tokenize_and_sort(console, sources, writer, loaded)
-        if shards_folder(out).is_dir():  # of a sharded store that this one took the place of
-            with writing(out):
-                remove_unlisted(out, None)
+        with writing(out) as folder:
+            _check_free(out, force)
+            clear(folder, {shard.file for shard in shards_at(out)}, restart)
+            with DatastoreWriter(
+                out,
+                vocab_size=vocab_size,
+                fingerprint=tokenizer_fingerprint(loaded),
+                tokenizer=tokenizer,
+                max_memory_bytes=None if max_memory is None else parse_bytes(max_memory),
+                overwrite=force,
+            ) as writer:
+                peak = FIXED_MEMORY_BYTES + writer.segment_tokens * sort_bytes_per_token(vocab_size)
+                console.print(
+                    f"memory: up to {sort_bytes_per_token(vocab_size)} bytes a token and "
+                    f"{FIXED_MEMORY_BYTES // 2**20} MiB, mapped files included, at most {peak / 2**30:.1f} GiB; "
+                    f"more tokens than {writer.segment_tokens:,} are sorted in several segments",
+                    highlight=False,
+                )
+                _tokenize_and_sort(console, sources, writer, loaded)
+            remove_unlisted(out, None)  # of a sharded store that this one took the place of
     _say_built(
         console,
         out,
@@ -259,8 +260,9 @@ def add(
     console = Console(stderr=True)
     started = time.monotonic()
     with _errors_to_stderr(), _stops_cleanly(console, f"{store} was not changed"), _cluster(ray):
+        store = _target(store)
         opened = Datastore.open(store)
-        paths = find_paths(inputs, pattern)
+        paths = find_paths(inputs, pattern, store)
         if None in paths:
             raise DatastoreError("add reads files, and - stands for standard input: write it to a file first")
         unit_bytes = _shard_bytes(shard_size)
@@ -276,8 +278,6 @@ def add(
                 base=base_of(store), restart=restart,
             )  # fmt: skip
             _run(console, made, loaded, workers, ray)
-            if not any(done.shard for done in made.finished.values()):
-                raise DatastoreError(f"nothing to add to {store}: the input has no tokens")
             finish(made, store)
     _say_built(console, store, started, made.finished.values())
 
@@ -298,11 +298,16 @@ def merge(
     console = Console(stderr=True)
     started = time.monotonic()
     with _errors_to_stderr(), _stops_cleanly(console, f"{out} was not written"):
-        if out.exists() and not force:
-            raise DatastoreError(f"{out} exists: give another name, or --force to replace it")
-        opened = [Datastore.open(path) for path in dict.fromkeys(stores)]
+        out = _target(out)
+        _check_free(out, force)
+        for path in stores:
+            Datastore.open(path)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn())
         with writing(out) as folder, Progress(*columns, console=console) as progress:
+            # Opened under the lock: what was added until now is merged too.
+            _check_free(out, force)
+            opened = [Datastore.open(path) for path in dict.fromkeys(path.resolve() for path in stores)]
+            clear(folder, {shard.file for shard in shards_at(out)}, restart=False)
             task = progress.add_task("merging", total=None)
             version = f"{time.time_ns():x}"
             merged = merge_stores(
@@ -329,6 +334,23 @@ def _cluster(address: str | None) -> Iterator[None]:
             yield
     except ConfigurationError as error:
         raise DatastoreError(str(error)) from error
+
+
+def _target(path: Path) -> Path:
+    """Where a store is written: what a link points to, not the link."""
+    return path.resolve() if path.is_symlink() else path
+
+
+def _check_free(out: Path, force: bool) -> None:
+    if out.is_dir():
+        raise DatastoreError(f"{out} is a folder: name a file")
+    if out.exists() and not force:
+        raise DatastoreError(f"{out} exists: give another name, or --force to replace it")
+
+
+def _everywhere(tokenizer: str) -> str:
+    """A tokenizer's folder as it is called in every working directory; a name stays."""
+    return str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else tokenizer
 
 
 def _shard_bytes(text: str) -> int:
@@ -367,7 +389,7 @@ def _plan(
         units,
         folder,
         field=field,
-        tokenizer=str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else tokenizer,
+        tokenizer=_everywhere(tokenizer),
         tokenizer_name=tokenizer_name,
         vocab_size=vocab_size,
         fingerprint=tokenizer_fingerprint(loaded),
@@ -522,7 +544,7 @@ def query(
     store: Annotated[Path, typer.Argument(help="A token store.")],
     text: Annotated[str, typer.Argument(help="Text that a request has so far.")],
     tokenizer: Annotated[str | None, typer.Option(help="By default the one that the store was built with.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest draft.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest draft.")] = 16,
     min_confidence: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="The rest proposer's option of that name.")
     ] = None,

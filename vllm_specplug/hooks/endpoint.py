@@ -54,6 +54,8 @@ class StoresEndpoint:
                 logger.warning("specplug: SIGHUP does not reload token stores here: %s", error)
 
     async def _reload(self) -> list[str]:
+        if self._engine is None:
+            raise ReloadError("this server has no engine, and so no token stores")
         async with self._lock:
             names = await reload_stores_async(self._engine.collective_rpc)
         logger.info("specplug: token stores reloaded: %s", ", ".join(names) or "none has changed")

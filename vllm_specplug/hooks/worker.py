@@ -10,6 +10,7 @@ class WorkerExtension:
     """Methods that every worker with our settings has; may also be named as vLLM's ``worker_extension_cls``."""
 
     model_runner: Any
+    vllm_config: Any
 
     def specplug_stats(self) -> dict[str, Any] | None:
         """Counters of this worker (see ``vllm_specplug.drafting.DraftingStats``); None where our drafter is not active.
@@ -19,22 +20,22 @@ class WorkerExtension:
         snapshot = getattr(_attached(self), "snapshot", None)
         return None if snapshot is None else snapshot()
 
-    def specplug_open_stores(self) -> bool:
-        """Begin to open new versions of token stores; False where this worker drafts from none on the host."""
+    def specplug_open_stores(self, name: str) -> bool:
+        """Begin to open new versions of token stores; False where this worker has none that it could replace."""
         switch = _store_switch(self)
         if switch is not None:
-            switch.open()
+            switch.open(name)
         return switch is not None
 
-    def specplug_opened_stores(self) -> dict[str, Any] | None:
+    def specplug_opened_stores(self, name: str) -> dict[str, Any] | None:
         """How far that is; see ``vllm_specplug.reloading.StoreSwitch.look``."""
         switch = _store_switch(self)
-        return None if switch is None else switch.look()
+        return None if switch is None else switch.look(name)
 
-    def specplug_take_stores(self) -> list[str] | None:
-        """Draft from the new versions from the next step on, and name them."""
+    def specplug_take_stores(self, name: str, versions: dict[str, str]) -> list[str] | None:
+        """Draft from the new versions from the next step on, and name them; see ``StoreSwitch.take``."""
         switch = _store_switch(self)
-        return None if switch is None else switch.take()
+        return [] if switch is None else switch.take(name, versions)
 
 
 METHODS = ("specplug_stats", "specplug_open_stores", "specplug_opened_stores", "specplug_take_stores")
@@ -55,4 +56,7 @@ def _attached(worker: Any) -> Any:
 
 def _store_switch(worker: Any) -> Any:
     drafting = getattr(_attached(worker), "drafting", None)
-    return None if drafting is None or not drafting.settings.datastore else drafting.stores
+    if drafting is None or not drafting.settings.datastore:
+        return None
+    # With data parallelism a call reaches all ranks, and only one of them answers: they could not be kept together.
+    return None if worker.vllm_config.parallel_config.data_parallel_size > 1 else drafting.stores

@@ -275,7 +275,7 @@ def _begin(folder: Path, wanted: dict[str, Any], rows_per_part: int | None, repl
     try:
         begun = json.loads(path.read_text())
         size = int(begun.pop("rows_per_part"))
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path} is damaged: {error}; give another folder") from error
     differing = [key for key in {**begun, **wanted} if _compared(begun, key) != _compared(wanted, key)]
     if differing:
@@ -498,7 +498,9 @@ class Replica:
         ids = table[inputs.ROW_ID].to_pylist()
         given = table[inputs.SEED].to_pylist() if inputs.SEED in table.column_names else [None] * len(ids)
         seeds = [
-            row_seed(self._job.seed, row_id) if seed is None else seed for row_id, seed in zip(ids, given, strict=True)
+            # -1 is vLLM's word for no seed; such a row too has tokens that can be had again.
+            row_seed(self._job.seed, row_id) if seed is None or seed < 0 else seed
+            for row_id, seed in zip(ids, given, strict=True)
         ]
         prompts = table[self._job.field].to_pylist()
         outputs = await asyncio.gather(*map(self._complete, prompts, seeds))

@@ -235,9 +235,9 @@ def place(path: str, source: Any, cache: Path | None = None) -> Path:
     final = cache / digest / whole.name
     with _only_one(cache / f"{digest}.lock"):
         if not _has_sizes(final, files):
-            _check_space(cache, files, path)
             temporary = cache / f"{digest}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)  # of a fetch that was killed
+            _check_space(cache, files, path)
             temporary.mkdir()
             logger.info("fetching token store %s (%d bytes)", path, sum(each.num_bytes for each in files))
             _fetch(source, str(whole), files, temporary)
