@@ -110,6 +110,11 @@ def test_inputs_can_be_globs_and_are_read_once(mixed: Path, tmp_path: Path) -> N
         ("a.jsonl.gz", "no gzip", "cannot be read"),
         ("a.parquet", "no parquet", "cannot be read"),
         ("a.csv", "prompt\nx\n", "unknown kind"),
+        ("a.jsonl", '{"prompt": "a", "meta": {}}\n', "'meta' of the inputs holds objects without any field"),
+        ("a.jsonl", '{"prompt": "a", "meta": [{"b": {}}]}\n', "'meta' of the inputs holds objects without any field"),
+        ("a.jsonl", '{"prompt": "a\\ud800"}\n', "half of a surrogate pair"),
+        pytest.param("a.jsonl", "[" * 5000 + "\n", "a.jsonl", id="deep"),
+        ("a.jsonl", '{"prompt": "a", "seed": 9223372036854775808}\n', r"below 2\*\*63"),
     ],
 )
 def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path, name: str, contents: str, told: str) -> None:

@@ -226,7 +226,7 @@ def _readable(path: Path, to: Path) -> Path:
     if is_list:
         try:
             rows = json.loads(readable.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigurationError(f"{path} is no JSON: {error}") from error
         to.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return to
@@ -267,7 +267,7 @@ def _row(path: Path, number: int, line: bytes, kind: str) -> Mapping[str, Any]:
     try:
         text = line.decode("utf-8")
         row = {"prompt": text.rstrip("\r\n")} if kind == "text" else json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} line {number} cannot be read: {error}") from error
     if not isinstance(row, dict):
         raise ConfigurationError(f'{path} line {number} must be a JSON object, such as {{"prompt": "def main():"}}')
@@ -278,6 +278,8 @@ def _schema(path: Path, rows: Sequence[Mapping[str, Any]]) -> pa.Schema:
     names = dict.fromkeys(name for row in rows for name in row)
     try:
         return pa.schema([(name, pa.array([row.get(name) for row in rows]).type) for name in names])
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(f"{path} has text with half of a surrogate pair, which UTF-8 cannot hold") from error
     except (pa.ArrowException, TypeError, OverflowError) as error:
         raise ConfigurationError(f"{path} has a column whose values are of different types: {error}") from error
 
@@ -293,7 +295,21 @@ def _unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
         )
     if SEED in schema.names and not (pa.types.is_integer(kind := schema.field(SEED).type) or pa.types.is_null(kind)):
         raise ConfigurationError(f"the column 'seed' of the inputs must hold whole numbers, not {kind}")
+    if SEED in schema.names and pa.types.is_uint64(kind):
+        raise ConfigurationError("the column 'seed' of the inputs must hold numbers below 2**63: store them as int64")
+    for column in schema:
+        if _has_empty_struct(column.type):
+            raise ConfigurationError(
+                f"the column {column.name!r} of the inputs holds objects without any field, which Parquet cannot "
+                "store: leave it out"
+            )
     return schema
+
+
+def _has_empty_struct(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind) and kind.num_fields == 0:
+        return True
+    return any(_has_empty_struct(kind.field(index).type) for index in range(kind.num_fields))
 
 
 def _field(schema: pa.Schema, field: str | None) -> str:
