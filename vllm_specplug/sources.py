@@ -333,7 +333,7 @@ def find_paths(inputs: Sequence[str], pattern: str, out: Path | None = None) -> 
         for each in found:
             if each is None or out is None or not _belongs_to(each, out):
                 paths.setdefault(None if each is None else each.resolve(), each)
-    if not paths:
+    if inputs and not paths:
         raise DatastoreError(f"{', '.join(inputs)}: only files of the store {out} itself, nothing to read")
     return list(paths.values())
 
