@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import itertools
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -27,7 +28,6 @@ from typer.testing import CliRunner
 
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
 from vllm_specplug.proposers.datastore import Datastore, shards_folder
-from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.proposers.rest import RestProposer
 from vllm_specplug.reloading import ReloadError, StoreSwitch, reload_stores
 from vllm_specplug.sources import Sources, load_tokenizer, plan_units
@@ -517,14 +517,10 @@ def test_two_reloads_at_once_do_not_split_workers(tmp_path, folder):
     assert reload_stores(engine) == []
 
 
-def test_reading_ahead_lets_other_threads_run(tmp_path):
+def test_reading_ahead_lets_other_threads_run(tmp_path, folder):
     """An engine goes on while a new version is read."""
-    random = np.random.default_rng(0)
-    path = tmp_path / "large.specstore"
-    with DatastoreWriter(path, vocab_size=60_000, fingerprint="f") as writer:
-        writer.add(random.integers(0, 60_000, 8_000_000))
-        writer.finish()
-    store = Datastore.open(path)
+    out = tmp_path / "out.specstore"
+    assert build(out, sorted(folder.iterdir())[0]).exit_code == 0
     beats: list[float] = []
     done = threading.Event()
 
@@ -535,15 +531,23 @@ def test_reading_ahead_lets_other_threads_run(tmp_path):
 
     thread = threading.Thread(target=beat)
     thread.start()
-    time.sleep(0.05)
-    began = time.perf_counter()
-    store.prefault()
-    ended = time.perf_counter()
+    within = 0
+    for attempt in range(5):  # on a busy machine the other thread may get no processor for a while
+        store = Datastore.open(out)
+        with (tmp_path / f"large-{attempt}").open("w+b") as file:  # takes longer to read than the store does
+            file.truncate(400 * 2**20)
+            store._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        began = time.perf_counter()
+        store.prefault()
+        ended = time.perf_counter()
+        within = max(within, sum(began < each < ended for each in list(beats)))
+        os.unlink(tmp_path / f"large-{attempt}")
+        if within > 2:
+            break
     done.set()
     thread.join()
-    within = sum(began < each < ended for each in beats)
     # A call that held the interpreter's lock would leave room for one beat at each end, however long it takes.
-    assert within > 2 or ended - began < 0.005
+    assert within > 2
 
 
 def test_engines_without_stores_say_so():
