@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_specplug.proposers.datastore import Datastore, DatastoreError, Shard
-from vllm_specplug.proposers.datastore_shards import LOCK_NAME, adopt, publish, remove_unlisted, shard_of
+from vllm_specplug.proposers.datastore_shards import LOCK_NAME, publish, remove_unlisted, shard_of
 from vllm_specplug.proposers.datastore_writer import (
     FIXED_MEMORY_BYTES,
     DatastoreWriter,
@@ -435,11 +435,6 @@ def shards_at(out: Path) -> list[Shard]:
     except DatastoreError:
         return []
     return [] if store.files[0][0] == store.path else [shard_of(path) for path, _ in store.files]
-
-
-def base_of(out: Path) -> list[Shard]:
-    """Shards of a store that is added to, a single file adopted."""
-    return adopt(Datastore.open(out))
 
 
 def default_workers(num_units: int, unit_bytes: int, vocab_size: int, memory_bytes: int) -> int:

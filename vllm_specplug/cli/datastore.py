@@ -22,7 +22,6 @@ from vllm_specplug.building import (
     Plan,
     UnitDone,
     UnitProgress,
-    base_of,
     clear,
     default_workers,
     finish,
@@ -44,8 +43,8 @@ from vllm_specplug.proposers.datastore import (
     available_memory_bytes,
     tokenizer_fingerprint,
 )
+from vllm_specplug.proposers.datastore_shards import adopt, remove_unlisted, shard_of, writing
 from vllm_specplug.proposers.datastore_shards import merge as merge_stores
-from vllm_specplug.proposers.datastore_shards import remove_unlisted, shard_of, writing
 from vllm_specplug.proposers.datastore_writer import (
     FIXED_MEMORY_BYTES,
     MEMORY_SHARE,
@@ -275,7 +274,7 @@ def add(
             version = version_of(store)
             made = _plan(
                 units, folder, loaded, name, opened.header.tokenizer, field, max_memory, workers, unit_bytes, version,
-                base=base_of(store), restart=restart,
+                base=adopt(Datastore.open(store)), restart=restart,
             )  # fmt: skip
             _run(console, made, loaded, workers, ray)
             finish(made, store)
