@@ -88,6 +88,7 @@ class DraftBatch:
         options: ``[num_requests]``, each request's own ``extra_args``.
         noise: the noise of the coming tokens; None where the verifier's is not known (every request then counts as
             greedy).
+        num_chains: most continuations of a request that are of use: see ``Drafts.others``.
     """
 
     request_ids: Sequence[str]
@@ -98,6 +99,7 @@ class DraftBatch:
     max_draft_tokens: NDArray[np.int64]
     options: Sequence[Mapping[str, Any]] = ()
     noise: TargetNoise | None = None
+    num_chains: int = 1
 
     def __len__(self) -> int:
         return len(self.request_ids)
@@ -121,6 +123,7 @@ class DraftBatch:
             max_draft_tokens=self.max_draft_tokens[at],
             options=[self.options[index] for index in indices] if self.options else (),
             noise=noise,
+            num_chains=self.num_chains,
         )
 
     def noise_inputs(self, sharpness: float) -> tuple[int, NDArray[np.uint64], NDArray[np.float64]]:
@@ -174,6 +177,9 @@ class Drafts:
         match_length: ``[num_requests]`` int32, tokens of context that the draft was found by; None where the proposer
             matches nothing. Evidence for whoever weighs this draft against another.
         votes: ``[num_requests, max_tokens]`` int32, places that chose each draft token; None where nobody votes.
+        others: further continuations, best first, at most ``batch.num_chains - 1``: each is a Drafts for the same
+            requests, whose drafts may begin like those before it (a tree, one path an entry) but differ from each of
+            them. They are verified beside the first where that pays.
     """
 
     DEFAULT_CONFIDENCE: ClassVar[float] = 0.5
@@ -183,6 +189,7 @@ class Drafts:
     confidence: NDArray[np.float32]
     match_length: NDArray[np.int32] | None = None
     votes: NDArray[np.int32] | None = None
+    others: tuple[Drafts, ...] = ()
 
     @classmethod
     def empty(cls, num_requests: int, max_tokens: int) -> Drafts:
@@ -220,12 +227,15 @@ class Verified:
 
     Attributes:
         request_ids: ``[num_requests]``.
-        draft_token_ids: the draft that was verified, ``[num_requests]`` lists (empty: an ordinary step).
+        draft_token_ids: the draft that was verified, ``[num_requests]`` lists (empty: an ordinary step). Of several
+            chains the one that got furthest.
         target_token_ids: the target's tokens, ``[num_requests]`` lists. The first ``num_emitted`` of them were emitted.
             Where the verifier drew all positions at once, the tokens behind them follow: the target's choice after the
             rejected draft tokens, up to one more than the draft is long.
         num_emitted: ``[num_requests]``, accepted drafts plus one.
         num_unsettled: requests that took part in the step without emitting: still in their prompts.
+        further: other chains of each request that were verified beside ``draft_token_ids``, ``[num_requests]`` lists of
+            lists of tokens; empty where no request had any.
     """
 
     request_ids: list[str]
@@ -233,6 +243,7 @@ class Verified:
     target_token_ids: list[list[int]]
     num_emitted: list[int]
     num_unsettled: int = 0
+    further: list[list[list[int]]] = field(default_factory=list)
 
 
 @dataclass

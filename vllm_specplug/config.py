@@ -42,6 +42,9 @@ MAX_SPECULATIVE_TOKENS = 128
 
 DEFAULT_SPECULATIVE_TOKENS = 8
 
+MAX_CHAINS = 8
+"""Most chains of a request that one step verifies."""
+
 
 ON_DEVICE = "on_device"
 """Option of a proposer that can draft on the device."""
@@ -84,6 +87,10 @@ class Settings(BaseModel):
             one path or a list of paths, whose names then are the files' without folder and suffix.
         sampler: ``gumbel`` (drafter-invariant: seeded output as without speculation), ``minhash`` (drafter-invariant:
             seeded output as with ``minhash`` and no proposers) or ``rejection`` (vLLM's own).
+        num_chains: most drafts of a request that one step verifies side by side, as far as rows and memory are idle
+            and it pays. 1: one draft.
+        scratch_blocks: most blocks of the KV cache that are set aside for chains beyond the first. Default: a
+            twentieth of the cache.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -92,6 +99,8 @@ class Settings(BaseModel):
     proposers: tuple[ProposerSettings, ...] = ()
     datastore: dict[str, str] | None = None
     sampler: str = "gumbel"
+    num_chains: int = Field(default=1, ge=1, le=MAX_CHAINS)
+    scratch_blocks: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -190,6 +199,18 @@ class Settings(BaseModel):
                     f"proposers: {entry.name!r} with {ON_DEVICE} drafts from one store, and datastore names "
                     f"{', '.join(self.datastore or ())}; give one, or leave {ON_DEVICE} out"
                 )
+            if entry.on_device and self.num_chains > 1:
+                raise ValueError(
+                    f"proposers: {entry.name!r} with {ON_DEVICE} drafts one chain, and num_chains is "
+                    f"{self.num_chains}; leave one of the two out"
+                )
+        if self.num_chains > 1 and not self.is_coupled:
+            raise ValueError(
+                f"num_chains {self.num_chains} needs a coupled sampler, whose tokens do not depend on who drafted; "
+                f"sampler is {self.sampler!r}. Give \"sampler\": \"gumbel\", or leave num_chains out"
+            )
+        if self.scratch_blocks is not None and self.num_chains == 1:
+            raise ValueError("scratch_blocks is for chains beyond the first; give num_chains (2 to 8) too")
         return self
 
     @property

@@ -143,6 +143,8 @@ class Drafting:
         self._has_drafted = False
         self._is_resting = False
         self._settled: list[str] = []
+        self.further: dict[str, list[list[int]]] = {}
+        """Chains of the latest drafts beyond the first, by request id, the most promising first; none is longer."""
 
     def _build(self, name: str, options: dict[str, Any]) -> Proposer:
         try:
@@ -195,6 +197,7 @@ class Drafting:
         limit: int,
         noise: Callable[[Sequence[int], int], TargetNoise] | None = None,
         native: NDArray[np.int32] | None = None,
+        max_forks: int = 0,
     ) -> list[list[int]]:
         """One draft for each request that emitted tokens in this step, empty for those that want or need none.
 
@@ -207,7 +210,10 @@ class Drafting:
             noise: gives the target's noise for some of the requests (by index) and so many coming tokens; None where
                 it is not known.
             native: ``[num_running, k]`` drafts of the engine's own drafter.
+            max_forks: most chains beyond the first, over all requests, that the next step has room for; they are left
+                in :attr:`further`.
         """
+        self.further = {}
         if not self.has_proposers:
             return [[] for _ in requests]
         now = time.perf_counter()
