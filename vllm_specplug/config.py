@@ -207,7 +207,7 @@ class Settings(BaseModel):
         if self.num_chains > 1 and not self.is_coupled:
             raise ValueError(
                 f"num_chains {self.num_chains} needs a coupled sampler, whose tokens do not depend on who drafted; "
-                f"sampler is {self.sampler!r}. Give \"sampler\": \"gumbel\", or leave num_chains out"
+                f'sampler is {self.sampler!r}. Give "sampler": "gumbel", or leave num_chains out'
             )
         if self.scratch_blocks is not None and self.num_chains == 1:
             raise ValueError("scratch_blocks is for chains beyond the first; give num_chains (2 to 8) too")

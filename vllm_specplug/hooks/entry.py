@@ -67,11 +67,19 @@ def install() -> None:
             "_rebind_kernels": _rebind_kernels,
         },
     )
+    if "vllm.v1.engine.core" in sys.modules:  # an engine core loads plugins before it does anything else
+        _watch_scheduler()
+
+
+def _watch_scheduler() -> None:
+    from vllm_specplug.hooks.chains import watch_scheduler
+
+    watch_scheduler()
 
 
 def uninstall() -> None:
     """Put vLLM's own functions back, the model runner's too where they were wrapped in this process."""
-    for module in ("vllm_specplug.hooks.v1", "vllm_specplug.hooks.v2"):
+    for module in ("vllm_specplug.hooks.v1", "vllm_specplug.hooks.v2", "vllm_specplug.hooks.chains"):
         runner_hooks = sys.modules.get(module)
         if runner_hooks is not None:
             runner_hooks.patches.undo()
@@ -356,8 +364,11 @@ def _unfit_v2(config: Any) -> str:
 def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     config = original(self, *args, **kwargs)
     check_engine(config)
-    if settings_of(config.additional_config) is not None:
+    settings = settings_of(config.additional_config)
+    if settings is not None:
         show_metrics()
+        if settings.num_chains > 1:
+            _watch_scheduler()  # in case the engine core runs in this process, where plugins are loaded already
     if config.use_v2_model_runner and is_coupled(config.speculative_config):
         setattr(config.speculative_config, _V2_MARK, True)
     return config

@@ -91,6 +91,22 @@ METRICS_SEAMS = (
 )
 """Wrapped in a process that reads our configuration; without it everything works, and /metrics lacks our series."""
 
+SCHEDULER_SEAMS = (
+    Seam(
+        "vllm.v1.engine.core",
+        "EngineCore._initialize_kv_caches",
+        ("self", "vllm_config"),
+        "says whose KV cache is being sized while the next one is called",
+    ),
+    Seam(
+        "vllm.v1.engine.core",
+        "generate_scheduler_kv_cache_config",
+        ("kv_cache_configs",),
+        "the scheduler hears of fewer blocks than the workers have: the others are scratch for further chains",
+    ),
+)
+"""Wrapped in the process that schedules, before it sizes its KV cache; idle unless ``num_chains`` is above 1."""
+
 V1_SEAMS = (
     Seam(
         "vllm.v1.worker.gpu_model_runner",

@@ -1,0 +1,289 @@
+"""Several chains of one request in one forward pass: what both model runners share.
+
+Every chain beyond a request's first is one more row of the batch, a *fork*. Its block table begins with the request's
+own blocks; the last, partly filled one and those of its drafts are *scratch*: blocks at the end of the KV cache that
+the scheduler is never told of, so that prefix caching and preemption know nothing of them either. What the cache holds
+of the partly filled block is copied in before the forward pass; where a fork wins, its blocks are copied over the
+request's own afterwards. Attention backends see rows only, and a token's slot still follows from its position, so that
+positional encodings and windows stay right.
+
+The scheduler knows one draft a request, the longest chain; the others stay in the worker.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    MLAAttentionSpec,
+    SlidingWindowMLASpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+
+from vllm_specplug.config import Settings, settings_of
+from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.hooks import seams
+
+logger = init_logger("vllm.specplug")
+patches = seams.Patches()
+
+DEFAULT_SHARE = 20
+"""One in so many blocks of the KV cache is set aside where the settings do not say how many."""
+
+_KNOWN_SPECS = (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec, SlidingWindowMLASpec, UniformTypeKVCacheSpecs)
+"""Kinds of layers whose cache is nothing but blocks of tokens; compared exactly, since subclasses may hold more."""
+_FROM_HIDDEN_STATES = ("eagle", "eagle3", "mtp", "medusa")
+"""Drafters of vLLM's that read the hidden states of the rows of the scheduled draft, which are not the winner's."""
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """The blocks that are set aside for forks; the same in the scheduler's process and in every worker.
+
+    Attributes:
+        num_rows: forks of a step, at most.
+        blocks_per_row: blocks of a fork, by KV-cache group.
+        first_block: id of the first one, and so the number of blocks that are left to the scheduler.
+    """
+
+    num_rows: int
+    blocks_per_row: tuple[int, ...]
+    first_block: int
+
+    @property
+    def num_blocks(self) -> int:
+        """All blocks set aside."""
+        return self.num_rows * sum(self.blocks_per_row)
+
+    def blocks_of(self, fork: int) -> list[range]:
+        """Ids of a fork's blocks, by KV-cache group; blocks of two groups share memory, so that no id is in both."""
+        start = self.first_block + fork * sum(self.blocks_per_row)
+        blocks = []
+        for count in self.blocks_per_row:
+            blocks.append(range(start, start + count))
+            start += count
+        return blocks
+
+
+def why_single(vllm_config: Any, kv_cache_config: KVCacheConfig) -> str:
+    """What keeps every request of this engine to one chain, "" where nothing does."""
+    config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    speculative = vllm_config.speculative_config
+    odd = {type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups} - {
+        spec.__name__ for spec in _KNOWN_SPECS
+    }
+    for reason, applies in (
+        (f"layers of {', '.join(sorted(odd))} hold more than blocks of tokens", odd),
+        ("the model has no KV cache", not kv_cache_config.kv_cache_groups),
+        (f"vLLM's {speculative.method} drafts from hidden states", speculative.method in _FROM_HIDDEN_STATES),
+        ("LoRA adapters are enabled", vllm_config.lora_config is not None),
+        ("a KV connector is configured", vllm_config.kv_transfer_config is not None),
+        ("the model is an encoder-decoder", config.is_encoder_decoder),
+        ("the model takes more than text", config.is_multimodal_model or config.enable_prompt_embeds),
+        ("the model's positions have several dimensions", config.uses_mrope),
+        ("context parallelism is on", _context_parallel(parallel)),
+        ("pipeline parallelism is on", parallel.pipeline_parallel_size > 1),
+        ("data parallelism is on", parallel.data_parallel_size > 1),
+        ("kv_sharing_fast_prefill is on", vllm_config.cache_config.kv_sharing_fast_prefill),
+    ):
+        if applies:
+            return reason
+    return ""
+
+
+def _context_parallel(parallel_config: Any) -> bool:
+    return any(
+        getattr(parallel_config, name, 1) > 1
+        for name in ("decode_context_parallel_size", "prefill_context_parallel_size")
+    )
+
+
+def plan_scratch(vllm_config: Any, kv_cache_config: KVCacheConfig) -> Scratch | None:
+    """How many blocks to set aside; None where every request keeps one chain.
+
+    Args:
+        vllm_config: vLLM's configuration, with our settings in it.
+        kv_cache_config: of a worker: with all blocks there are.
+
+    Raises:
+        ConfigurationError: ``scratch_blocks`` is less than one fork takes.
+    """
+    settings = settings_of(vllm_config.additional_config)
+    if settings is None or settings.num_chains == 1 or vllm_config.speculative_config is None:
+        return None
+    if why_single(vllm_config, kv_cache_config):
+        return None
+    num_draft = int(vllm_config.speculative_config.num_speculative_tokens)
+    sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
+    per_row = tuple(1 + cdiv(num_draft, size) for size in sizes)
+    # The scheduler must still be able to run one request of full length; block 0 is nobody's.
+    longest = sum(cdiv(int(vllm_config.model_config.max_model_len), size) for size in sizes)
+    free = max(kv_cache_config.num_blocks - 1 - longest, 0)
+    wanted = (settings.num_chains - 1) * int(vllm_config.scheduler_config.max_num_seqs)
+    given = settings.scratch_blocks
+    if given is not None and given < sum(per_row):
+        raise ConfigurationError(
+            f"speculative_config: scratch_blocks is {given}, and a chain beyond the first takes {sum(per_row)} blocks "
+            f"of the KV cache (of {', '.join(map(str, sizes))} tokens, for {num_draft} draft tokens). Give at least "
+            "that many, or leave it out."
+        )
+    bound = max(kv_cache_config.num_blocks // DEFAULT_SHARE, sum(per_row)) if given is None else given
+    num_rows = min(wanted, min(bound, free) // sum(per_row))
+    if num_rows == 0:
+        return None
+    scratch = Scratch(num_rows, per_row, 0)
+    return Scratch(num_rows, per_row, kv_cache_config.num_blocks - scratch.num_blocks)
+
+
+def describe_scratch(vllm_config: Any, kv_cache_config: KVCacheConfig, scratch: Scratch | None) -> str:
+    """What was set aside, or why nothing was, for the log; "" where nobody asked for several chains."""
+    settings = settings_of(vllm_config.additional_config)
+    if settings is None or settings.num_chains == 1:
+        return ""
+    if scratch is None:
+        reason = why_single(vllm_config, kv_cache_config) or "the KV cache has no blocks to spare"
+        return f"every request keeps one chain (num_chains is {settings.num_chains}): {reason}"
+    size = sum(tensor.size for tensor in kv_cache_config.kv_cache_tensors) / kv_cache_config.num_blocks
+    return (
+        f"up to {settings.num_chains} chains a request, {scratch.num_rows} beyond the first in a step; "
+        f"{scratch.num_blocks} of {kv_cache_config.num_blocks} KV-cache blocks "
+        f"({scratch.num_blocks * size / 2**20:.1f} MiB) are set aside for them"
+    )
+
+
+# -- The scheduler's side ---------------------------------------------------------------------------------------------
+
+_initializing: list[Any] = []
+"""The configuration of the engine that sizes its KV cache just now."""
+
+
+def watch_scheduler() -> None:
+    """Wrap where the scheduler learns how many blocks there are. Idempotent."""
+    patches.install(
+        seams.SCHEDULER_SEAMS,
+        {
+            "EngineCore._initialize_kv_caches": _initialize_kv_caches,
+            "generate_scheduler_kv_cache_config": _generate_scheduler_kv_cache_config,
+        },
+    )
+
+
+def _initialize_kv_caches(original: Callable[..., Any], self: Any, vllm_config: Any) -> Any:
+    _initializing.append(vllm_config)
+    try:
+        return original(self, vllm_config)
+    finally:
+        _initializing.pop()
+
+
+def _generate_scheduler_kv_cache_config(original: Callable[..., Any], kv_cache_configs: Sequence[Any]) -> Any:
+    config = original(kv_cache_configs)
+    if _initializing:
+        vllm_config = _initializing[-1]
+        scratch = plan_scratch(vllm_config, kv_cache_configs[0])
+        if told := describe_scratch(vllm_config, kv_cache_configs[0], scratch):
+            logger.info("specplug: %s", told)
+        if scratch is not None:
+            config.num_blocks = scratch.first_block
+    return config
+
+
+# -- Chains of a step -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fork:
+    """A chain beyond a request's first, in the batch of one step.
+
+    Attributes:
+        request_id: whose it is.
+        tokens: the whole chain.
+        parent: the chain that it begins like: 0 the request's first, ``n`` the ``n``-th fork of this request.
+        head: tokens that it has in common with that chain, and with the first one at least as many as ``main_head``.
+        main_head: tokens that it has in common with the request's first chain.
+    """
+
+    request_id: str
+    tokens: list[int]
+    parent: int
+    head: int
+    main_head: int
+
+
+def shared_head(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two chains begin with in common."""
+    length = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def plan_forks(
+    drafts: Mapping[str, Sequence[int]], further: Mapping[str, Sequence[Sequence[int]]], max_rows: int, max_tokens: int
+) -> list[Fork]:
+    """The forks of a step: those that have room and say something that no chain before them says.
+
+    Args:
+        drafts: the first chain of each request, as the scheduler has it.
+        further: more of them, none longer: what is longer is cut.
+        max_rows: rows of the batch, and sets of scratch blocks, that are idle.
+        max_tokens: tokens that the batch still has room for; a fork takes one for each token behind its head.
+    """
+    forks: list[Fork] = []
+    for request_id, main in drafts.items():
+        chains = [list(main)]
+        for chain in further.get(request_id, ()):
+            if len(forks) == max_rows:
+                return forks
+            tokens = list(chain[: len(main)])
+            heads = [shared_head(tokens, each) for each in chains]
+            head = max(heads)
+            if head == len(tokens) or len(tokens) - head > max_tokens:
+                continue
+            forks.append(Fork(request_id, tokens, heads.index(head), head, heads[0]))
+            chains.append(tokens)
+            max_tokens -= len(tokens) - head
+    return forks
+
+
+def walk(chains: Sequence[Sequence[int]], choose: Callable[[int, int], int]) -> tuple[int, list[int]]:
+    """Walk the tree of a request's chains along the target's tokens.
+
+    Args:
+        chains: draft tokens of each.
+        choose: the target's token behind so many tokens of one of the chains (chain, depth).
+
+    Returns:
+        The chain that got furthest, of equals the earliest, and the emitted tokens: its accepted ones and one more.
+    """
+    alive = list(range(len(chains)))
+    emitted: list[int] = []
+    while True:
+        leader = alive[0]
+        token = choose(leader, len(emitted))
+        depth = len(emitted)
+        emitted.append(token)
+        alive = [chain for chain in alive if depth < len(chains[chain]) and chains[chain][depth] == token]
+        if not alive:
+            return leader, emitted
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Say in the log, once a process, what keeps some request to one chain."""
+    logger.info("specplug: %s", message)
+
+
+def wants_several(settings: Settings | None) -> bool:
+    """True where the settings ask for more than one chain."""
+    return settings is not None and settings.num_chains > 1
