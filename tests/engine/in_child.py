@@ -51,6 +51,41 @@ class Oracle(Proposer):
         return drafts
 
 
+class SeveralChains(Oracle):
+    """Answers several continuations; option ``kinds`` says how each is made.
+
+    ``oracle``: the true one. ``wrong``: one token again and again. ``corrupted``: the true one with a token changed
+    somewhere. ``late``: the true one with the last but one changed. ``short``: half of the true one.
+    """
+
+    def __init__(self, context: ProposerContext) -> None:
+        super().__init__(context)
+        self._random = np.random.default_rng(3)
+        self.best: dict[str, int] = {}  # tokens of the best chain that are true, by request
+        self.possible = 0
+
+    def propose(self, batch: DraftBatch) -> Drafts:
+        k = self.context.num_speculative_tokens
+        true = super().propose(batch)
+        answers = []
+        for kind in self.context.options["kinds"][: batch.num_chains]:
+            rows = [self._make(kind, each, limit) for each, limit in zip(true, batch.max_draft_tokens, strict=True)]
+            answers.append(Drafts.from_lists([row[:k] for row in rows]))
+        answers[0].others = tuple(answers[1:])
+        return answers[0]
+
+    def _make(self, kind: str, true: list[int], limit: int) -> list[int]:
+        full = (true + [5] * int(limit))[: int(limit)]
+        if kind == "wrong":
+            return [5] * len(full)
+        if kind == "short":
+            return full[: max(len(full) // 2, 1)]
+        at = len(full) - 2 if kind == "late" else int(self._random.integers(0, len(full) + 1))
+        if kind in ("corrupted", "late") and 0 <= at < len(full):
+            full[at] = (full[at] + 1) % 4000
+        return full
+
+
 class NoiseAlone(Proposer):
     """Drafts what the target's noise alone would choose of the tokens that the request allows (option ``allowed``)."""
 

@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from vllm_specplug.config import Settings, settings_of
+from vllm_specplug.config import settings_of
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.hooks import seams
 
@@ -282,8 +282,3 @@ def walk(chains: Sequence[Sequence[int]], choose: Callable[[int, int], int]) -> 
 def warn_once(message: str) -> None:
     """Say in the log, once a process, what keeps some request to one chain."""
     logger.info("specplug: %s", message)
-
-
-def wants_several(settings: Settings | None) -> bool:
-    """True where the settings ask for more than one chain."""
-    return settings is not None and settings.num_chains > 1

@@ -140,6 +140,42 @@ V1_SEAMS = (
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._prepare_inputs",
+        ("self", "scheduler_output", "num_scheduled_tokens"),
+        "rows of further chains are put behind those of the requests",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._determine_batch_execution_and_padding",
+        ("self", "num_tokens", "num_reqs", "num_scheduled_tokens_np", "max_num_scheduled_tokens"),
+        "rows and tokens of further chains count",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._get_slot_mappings",
+        ("self", "num_tokens_padded", "num_reqs_padded", "num_tokens_unpadded"),
+        "slots of further chains are not taken for padding",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._build_attention_metadata",
+        ("self", "num_tokens", "num_reqs", "max_query_len"),
+        "attention sees the rows of further chains, vLLM's own drafter does not",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._preprocess",
+        ("self", "scheduler_output", "num_input_tokens"),
+        "zeroes positions behind the scheduled tokens: those of further chains are kept",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._prepare_padding_mask",
+        ("self", "num_tokens_unpadded", "num_tokens_padded"),
+        "tokens of further chains are no padding",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
         "build_logitsprocs",
         ("vllm_config", "device", "is_pin_memory", "is_pooling_model", "custom_logitsprocs"),
         "drops min_p, logit_bias and custom processors under speculation; a coupled verifier serves them all",
@@ -201,6 +237,18 @@ V2_SEAMS = (
 
 
 V1_USED = (
+    Seam(
+        "vllm.v1.attention.backends.cpu_attn",
+        "CPUAttentionBackendImpl.do_kv_cache_update",
+        ("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
+        "replaced on the layers of a runner with further chains: what chains share is written for each of them",
+    ),
+    Seam(
+        "vllm.v1.worker.utils",
+        "copy_kv_cache_blocks_inplace",
+        ("kv_caches", "num_blocks", "kv_cache_block_copies"),
+        "copies what further chains begin with, and the winner's keys and values home",
+    ),
     Seam(
         "vllm.v1.spec_decode.llm_base_proposer",
         "SpecDecodeBaseProposer._sample_from_logits",

@@ -32,7 +32,8 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm_specplug.config import Settings, settings_of
 from vllm_specplug.drafting import Drafting
 from vllm_specplug.history import TrackedRequest
-from vllm_specplug.hooks import seams
+from vllm_specplug.hooks import seams, v1_chains
+from vllm_specplug.hooks.chains import walk
 from vllm_specplug.hooks.entry import is_coupled
 from vllm_specplug.hooks.metrics import publish_metrics
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
@@ -61,6 +62,7 @@ class Attachment:
         self.num_speculative_tokens = num_speculative_tokens
         self.max_model_len = max_model_len
         self.verifier: CoupledVerifier | ObservedRejection | None = None
+        self.forks: v1_chains.ForkedRows | None = None
         self.plain_layout: SpecDecodeMetadata | None = None  # of the latest step without drafts
         self._runner: Any = None
         self._requests: dict[str, TrackedRequest] = {}
@@ -70,6 +72,7 @@ class Attachment:
         if self.settings.is_coupled:
             self.verifier = CoupledVerifier(runner, self)
             _share_noise(runner.drafter, self.verifier)
+            self.forks = v1_chains.attach(runner, self.drafting)
         else:
             self.verifier = ObservedRejection(runner, self, runner.rejection_sampler)
         runner.rejection_sampler = self.verifier
@@ -113,6 +116,7 @@ class Attachment:
             self.num_speculative_tokens,
             noise if self.settings.sampler == "gumbel" else None,
             native,
+            0 if self.forks is None else self.forks.max_forks,
         )
 
     def join(self, proposed: Any) -> Any:
@@ -297,16 +301,16 @@ class _SeededNoise:
             self._streams[request_id] = stream
         return stream
 
-    def rows(self, draws: Sequence[tuple[str, Any, int]], offset: int = 0) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A drawing function for rows laid out request by request.
+    def rows(self, draws: Sequence[tuple[str, Any, int, int]]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A drawing function for rows laid out one run of consecutive tokens after the other.
 
         Args:
-            draws: for each request its id, its state (None: no draw, any seed will do) and its number of rows.
-            offset: output token, counted from the request's next one, that the first row is for.
+            draws: for each run the request's id, its state (None: no draw, any seed will do), the output token, counted
+                from the request's next one, that the first row is for, and the number of rows.
         """
         seeds: list[int] = []
-        for request_id, state, count in draws:
-            seeds += [0] * count if state is None else self.stream(request_id, state).peek(offset + count)[offset:]
+        for request_id, state, first, count in draws:
+            seeds += [0] * count if state is None else self.stream(request_id, state).peek(first + count)[first:]
         keyed = torch.tensor(seeds, dtype=torch.int64)
         return lambda logits: self._draw(logits, keyed)
 
@@ -383,12 +387,13 @@ class CoupledVerifier:
             (
                 request_id,
                 None if request_id in runner.input_batch.greedy_reqs else runner.requests[request_id],
+                depth,
                 num_rows,
             )
             for request_id in runner.input_batch.req_ids[:num_requests]
         ]
         # A prompt that is not complete yet reads its first seeds ahead; reading consumes none.
-        return self._noise.rows(draws, depth)(logits)
+        return self._noise.rows(draws)(logits)
 
     def __call__(
         self,
@@ -414,6 +419,7 @@ class CoupledVerifier:
                 for request_id, skip in zip(request_ids, prefilling, strict=True)
             ]
         drafts: list[list[int]]
+        further: list[list[list[int]]] = []
         if metadata.max_spec_len == 0:
             output = self._no_drafts(logits, sampling_metadata, request_ids, states)
             token_ids, logprobs = output.sampled_token_ids, output.logprobs_tensors
@@ -421,12 +427,21 @@ class CoupledVerifier:
         else:
             step_by_step = any(_is_active(p) for p in sampling_metadata.logitsprocs.all) or _budgets(sampling_metadata)
             verify = self._step_by_step if step_by_step else self._at_once
-            token_ids, targets, emitted, logprobs = verify(metadata, logits, sampling_metadata, states)
+            forks = self._attachment.forks
+            step = None if forks is None else forks.take_step()
+            token_ids, targets, emitted, logprobs, winners = verify(metadata, logits, sampling_metadata, states, step)
             drafts = _real_drafts(metadata)
+            if forks is not None and step is not None:
+                further = [[] for _ in drafts]
+                for index, chain in winners.items():
+                    tokens = step.chains[index].tokens
+                    drafts[index] = tokens[chain]
+                    further[index] = tokens[:chain] + tokens[chain + 1 :]
+                forks.copy_home(step, {index: (chain, emitted[index] - 1) for index, chain in winners.items()})
         for request_id, state, count in zip(request_ids, states, emitted, strict=True):
             if state is not None:
                 self._noise.consume(request_id, count)
-        verified = Verified(request_ids, drafts, targets, emitted)
+        verified = Verified(request_ids, drafts, targets, emitted, further=further)
         if any(prefilling):
             settled = [index for index, skip in enumerate(prefilling) if not skip]
             verified = Verified(
@@ -435,15 +450,16 @@ class CoupledVerifier:
                 [targets[index] for index in settled],
                 [emitted[index] for index in settled],
                 num_unsettled=len(prefilling) - len(settled),
+                further=[further[index] for index in settled] if further else [],
             )
         self._attachment.drafting.observe(verified)
         return SamplerOutput(sampled_token_ids=token_ids.to(torch.int32), logprobs_tensors=logprobs)
 
-    def _draw(self, states: list[Any], num_rows: Sequence[int], depth: int = 0) -> None:
-        """Key the sampler's next call: ``num_rows[i]`` rows for request ``i``, from its output token ``depth`` on."""
+    def _draw(self, runs: Sequence[tuple[int, Any, int, int]]) -> None:
+        """Key the sampler's next call by runs of rows: request's row, state, first output token, number of rows."""
         request_ids = self._runner.input_batch.req_ids
         self._keyed.draw_with(
-            self._noise.rows([(request_ids[i], state, num_rows[i]) for i, state in enumerate(states)], depth)
+            self._noise.rows([(request_ids[index], state, first, count) for index, state, first, count in runs])
         )
 
     def _no_drafts(
@@ -455,36 +471,88 @@ class CoupledVerifier:
         return self._sampler(logits=logits, sampling_metadata=sampling_metadata)
 
     def _at_once(
-        self, metadata: Any, logits: torch.Tensor, sampling_metadata: SamplingMetadata, states: list[Any]
-    ) -> tuple[torch.Tensor, list[list[int]], list[int], LogprobsTensors | None]:
-        """Every row of every request in one call of the sampler."""
+        self,
+        metadata: Any,
+        logits: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+        states: list[Any],
+        step: v1_chains.ForkedStep | None,
+    ) -> tuple[torch.Tensor, list[list[int]], list[int], LogprobsTensors | None, dict[int, int]]:
+        """Every row of every request, forks' rows behind, in one call of the sampler.
+
+        Returns:
+            Emitted tokens, ``[num_requests, max_draft_tokens + 1]``; the target's token at each row of the chain that
+            got furthest; how many are emitted; logprobs; and which chain that was, where there were several.
+        """
         layout = RowLayout.of(metadata.num_draft_tokens, logits.device)
-        num_rows = [count + 1 for count in layout.num_draft_tokens]
-        self._draw(states, num_rows)
-        output = self._sampler(
-            logits=logits,
-            sampling_metadata=_repeat_by_row(sampling_metadata, layout, metadata.draft_token_ids.tolist()),
-        )
+        runs = [
+            (index, state, 0, count + 1)
+            for index, (state, count) in enumerate(zip(states, layout.num_draft_tokens, strict=True))
+        ]
+        drafts = _by_request(metadata.draft_token_ids, layout.num_draft_tokens)
+        of_row, prefixes = layout.request_of_row, [(index, draft, 0) for index, draft in enumerate(drafts)]
+        if step is not None:
+            for index, fork in zip(step.requests, step.forks, strict=True):
+                runs.append((index, states[index], fork.head + 1, len(fork.tokens) - fork.head))
+                prefixes.append((index, fork.tokens, fork.head + 1))
+            of_forks = torch.tensor(step.requests).repeat_interleave(torch.tensor(step.lengths))
+            of_row = torch.cat([of_row, of_forks.to(of_row.device)])
+        self._draw(runs)
+        output = self._sampler(logits=logits, sampling_metadata=_repeat_by_row(sampling_metadata, of_row, prefixes))
         tokens = output.sampled_token_ids.view(-1).to(torch.int64)
-        verification = accept_while_equal(tokens, metadata.draft_token_ids, layout)
+        num_rows = len(layout.request_of_row)
+        verification = accept_while_equal(tokens[:num_rows], metadata.draft_token_ids, layout)
+        token_ids, emitted = verification.token_ids, verification.num_emitted.tolist()
+        targets = _by_request(tokens[:num_rows], [count + 1 for count in layout.num_draft_tokens])
+        rows = layout.padded_rows
+        winners: dict[int, int] = {}
+        if step is not None:
+            values = tokens.tolist()
+            for index, chains in step.chains.items():
+                winner, out = walk(chains.tokens, lambda chain, depth, of=chains: values[of.logits_rows[chain][depth]])  # type: ignore[misc]
+                winners[index] = winner
+                if winner:
+                    token_ids[index] = REJECTED
+                    token_ids[index, : len(out)] = torch.tensor(out, dtype=token_ids.dtype)
+                    emitted[index] = len(out)
+                    targets[index] = [values[row] for row in chains.logits_rows[winner]]
+                    rows[index, : len(out)] = torch.tensor(chains.logits_rows[winner][: len(out)])
         logprobs = output.logprobs_tensors
         if logprobs is not None:
-            logprobs = LogprobsTensors(*(field[layout.padded_rows.view(-1)] for field in logprobs[:3]))
-        return verification.token_ids, _by_request(tokens, num_rows), verification.num_emitted.tolist(), logprobs
+            logprobs = LogprobsTensors(*(field[rows.view(-1)] for field in logprobs[:3]))
+        return token_ids, targets, emitted, logprobs, winners
 
     def _step_by_step(
-        self, metadata: Any, logits: torch.Tensor, sampling_metadata: SamplingMetadata, states: list[Any]
-    ) -> tuple[torch.Tensor, list[list[int]], list[int], LogprobsTensors | None]:
-        """One call of the sampler a depth, whole batch in each, until every request met its first rejected draft."""
+        self,
+        metadata: Any,
+        logits: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+        states: list[Any],
+        step: v1_chains.ForkedStep | None,
+    ) -> tuple[torch.Tensor, list[list[int]], list[int], LogprobsTensors | None, dict[int, int]]:
+        """One call of the sampler a depth, whole batch in each, until every request met its first rejected draft.
+
+        Several chains are walked like one: at each depth only the target's own path has a row to look at.
+        """
         runner = self._runner
         layout = RowLayout.of(metadata.num_draft_tokens, logits.device)
-        drafts = _by_request(metadata.draft_token_ids, layout.num_draft_tokens)
+        chains = [
+            v1_chains.RequestChains([draft], [rows])
+            for draft, rows in zip(
+                _by_request(metadata.draft_token_ids, layout.num_draft_tokens), layout.padded_rows.tolist(), strict=True
+            )
+        ]
+        if step is not None:
+            for index, several in step.chains.items():
+                chains[index] = several
         # vLLM's processors and penalties hold references to these very lists: what was accepted is appended for the
         # depths behind, as an ordinary step would have, and taken off at the end (bookkeeping appends it for good).
         request_ids = runner.input_batch.req_ids[: len(states)]
         outputs = [runner.requests[request_id].output_token_ids for request_id in request_ids]
         lengths = [len(output_ids) for output_ids in outputs]
         targets: list[list[int]] = [[] for _ in states]
+        # Chains that begin with what was emitted so far, by request; of a request that is done, the one that led.
+        leading = [list(range(len(each.tokens))) for each in chains]
         alive = set(range(len(states)))
         logprobs: list[LogprobsTensors] = []
         try:
@@ -492,16 +560,27 @@ class CoupledVerifier:
                 if depth:
                     for processor in sampling_metadata.logitsprocs.all:
                         processor.update_state(None)
-                drawing = [state if index in alive else None for index, state in enumerate(states)]
-                self._draw(drawing, [1] * len(states), depth)
-                output = self._sampler(logits=logits[layout.padded_rows[:, depth]], sampling_metadata=sampling_metadata)
+                self._draw([(index, state if index in alive else None, depth, 1) for index, state in enumerate(states)])
+                rows = []
+                for each, leaders in zip(chains, leading, strict=True):
+                    own = each.logits_rows[leaders[0]]
+                    rows.append(own[min(depth, len(own) - 1)])
+                output = self._sampler(logits=logits[torch.tensor(rows)], sampling_metadata=sampling_metadata)
                 if output.logprobs_tensors is not None:
                     logprobs.append(output.logprobs_tensors)
                 tokens = output.sampled_token_ids.view(-1).tolist()
                 for index in sorted(alive):
-                    targets[index].append(tokens[index])
-                    if depth < len(drafts[index]) and tokens[index] == drafts[index][depth]:
-                        outputs[index].append(tokens[index])
+                    token = tokens[index]
+                    targets[index].append(token)
+                    all_tokens = chains[index].tokens
+                    left = [
+                        chain
+                        for chain in leading[index]
+                        if depth < len(all_tokens[chain]) and all_tokens[chain][depth] == token
+                    ]
+                    if left:
+                        leading[index] = left
+                        outputs[index].append(token)
                     else:
                         alive.discard(index)
                 if not alive:
@@ -512,12 +591,13 @@ class CoupledVerifier:
         width = layout.max_draft_tokens + 1
         padded = torch.tensor([row + [REJECTED] * (width - len(row)) for row in targets], device=logits.device)
         emitted = [len(row) for row in targets]
+        winners = {} if step is None else {index: leading[index][0] for index in step.chains}
         if not logprobs:
-            return padded, targets, emitted, None
+            return padded, targets, emitted, None, winners
         logprobs += [logprobs[-1]] * (width - len(logprobs))  # rows behind the last emitted token are filtered out
         fields = zip(*(tensors[:3] for tensors in logprobs), strict=True)
         stacked = LogprobsTensors(*(torch.stack(field, dim=1).flatten(0, 1) for field in fields))
-        return padded, targets, emitted, stacked
+        return padded, targets, emitted, stacked, winners
 
 
 class ObservedRejection:
@@ -634,24 +714,24 @@ def _by_request(flat: torch.Tensor, counts: Sequence[int]) -> list[list[int]]:
     return split
 
 
-def _repeat_by_row(metadata: SamplingMetadata, layout: RowLayout, drafts: list[int]) -> SamplingMetadata:
+def _repeat_by_row(
+    metadata: SamplingMetadata, of_row: torch.Tensor, prefixes: Sequence[tuple[int, list[int], int]]
+) -> SamplingMetadata:
     """The sampling parameters of each request repeated for each of its rows, drafts counted as output before them.
 
     Args:
         metadata: vLLM's, one entry a request.
-        layout: rows of the batch.
-        drafts: all draft tokens, flattened.
+        of_row: ``[num_rows]`` request of each row.
+        prefixes: the same rows, run by run: request, draft, and how many tokens of it precede the run's first row; the
+            run ends with the row behind the whole draft.
     """
-    of_row = layout.request_of_row
     take = functools.partial(_optional_rows, rows=of_row)
     requests = of_row.tolist()
     outputs: list[list[int]] = []
     if metadata.output_token_ids:
-        first = 0
-        for request, count in enumerate(layout.num_draft_tokens):
+        for request, draft, first in prefixes:
             so_far = metadata.output_token_ids[request]
-            outputs += [[*so_far, *drafts[first : first + depth]] for depth in range(count + 1)]
-            first += count
+            outputs += [[*so_far, *draft[:depth]] for depth in range(first, len(draft) + 1)]
     by_row = {
         row: metadata.bad_words_token_ids[r] for row, r in enumerate(requests) if r in metadata.bad_words_token_ids
     }
@@ -691,6 +771,12 @@ def install() -> None:
             "GPUModelRunner._on_request_state_removed": _on_request_state_removed,
             "GPUModelRunner.take_draft_token_ids": _take_draft_token_ids,
             "GPUModelRunner._calc_spec_decode_metadata": _calc_spec_decode_metadata,
+            "GPUModelRunner._prepare_inputs": v1_chains.prepare_inputs,
+            "GPUModelRunner._determine_batch_execution_and_padding": v1_chains.determine_batch,
+            "GPUModelRunner._get_slot_mappings": v1_chains.slot_mappings,
+            "GPUModelRunner._build_attention_metadata": v1_chains.build_attention_metadata,
+            "GPUModelRunner._preprocess": v1_chains.preprocess,
+            "GPUModelRunner._prepare_padding_mask": v1_chains.padding_mask,
             "build_logitsprocs": _build_logitsprocs,
             "expand_batch_to_tokens": _expand_batch_to_tokens,
         },

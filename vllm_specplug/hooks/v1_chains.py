@@ -1,0 +1,351 @@
+"""Forked rows on vLLM's V1 model runner; see :mod:`~vllm_specplug.hooks.chains` for what they are.
+
+A fork holds only the tokens behind the place where it leaves the chain that it begins like. The keys and values of what
+they share are computed once, in that chain's row, and written a second time into the fork's own blocks.
+
+Order of a step: :meth:`ForkedRows.append` (after vLLM prepared its inputs), the forward pass, :meth:`ForkedRows.verify`
+(inside the verifier), :meth:`ForkedRows.copy_home`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
+
+from vllm_specplug.drafting import Drafting
+from vllm_specplug.hooks.chains import Fork, Scratch, plan_forks, plan_scratch, warn_once
+
+
+@dataclass
+class RequestChains:
+    """One request's chains in a step, the one that the scheduler knows first.
+
+    Attributes:
+        tokens: draft tokens of each chain.
+        logits_rows: of each chain, the row of target logits behind so many of its tokens.
+        forks: of each chain but the first, which fork of the step it is.
+    """
+
+    tokens: list[list[int]]
+    logits_rows: list[list[int]]
+    forks: list[int] = field(default_factory=list)
+
+
+@dataclass
+class ForkedStep:
+    """The forks of one step and where they are in the batch.
+
+    Attributes:
+        forks: in the order of their rows, which follow those of the requests.
+        requests: of each fork, its request's row in the batch.
+        num_requests: rows of vLLM's own.
+        num_tokens: tokens of vLLM's own.
+        lengths: tokens of each fork's row.
+        chains: by row of the request.
+        repeated: of each KV-cache group, tokens (places in the batch) whose keys and values are written once more, and
+            the slots where.
+    """
+
+    forks: list[Fork]
+    requests: list[int]
+    num_requests: int
+    num_tokens: int
+    lengths: list[int]
+    chains: dict[int, RequestChains]
+    repeated: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def num_more_tokens(self) -> int:
+        """Tokens of all forks' rows."""
+        return sum(self.lengths)
+
+
+class ForkedRows:
+    """Adds forks to the batches of one runner.
+
+    Args:
+        runner: vLLM's, with its KV cache in place.
+        drafting: has the chains.
+        scratch: the blocks that are set aside.
+    """
+
+    def __init__(self, runner: Any, drafting: Drafting, scratch: Scratch) -> None:
+        self._runner = runner
+        self._drafting = drafting
+        self._scratch = scratch
+        self.step: ForkedStep | None = None
+        self._write_twice()
+
+    @property
+    def max_forks(self) -> int:
+        """Forks that the next step has rows for, as far as can be said now."""
+        runner = self._runner
+        return min(int(runner.max_num_reqs) - int(runner.input_batch.num_reqs), self._scratch.num_rows)
+
+    def take_step(self) -> ForkedStep | None:
+        """The forks of the step whose forward pass is over; the next one has none until they are appended."""
+        step, self.step = self.step, None
+        return step
+
+    def _write_twice(self) -> None:
+        """What the cache holds of a shared head is written where each fork looks for it."""
+        runner = self._runner
+        layers = runner.compilation_config.static_forward_context
+        for group, each in enumerate(runner.kv_cache_config.kv_cache_groups):
+            for name in each.layer_names:
+                impl = layers[name].impl
+                impl.do_kv_cache_update = functools.partial(self._update, impl.do_kv_cache_update, group)
+
+    def _update(
+        self, original: Callable[..., None], group: int, layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any
+    ) -> None:
+        original(layer, key, value, kv_cache, slots)
+        if self.step is not None:
+            tokens, again = self.step.repeated[group]
+            if len(tokens):
+                original(layer, key[tokens], value[tokens], kv_cache, again)
+
+    def append(
+        self, scheduler_output: Any, num_scheduled: np.ndarray[Any, Any], num_drafts: list[int]
+    ) -> torch.Tensor | None:
+        """Put the forks of this step behind the rows that vLLM prepared.
+
+        Args:
+            scheduler_output: vLLM's.
+            num_scheduled: ``[num_requests]`` tokens of each.
+            num_drafts: ``[num_requests]`` draft tokens among them.
+
+        Returns:
+            Places of their tokens in the batch, which logits are wanted of; None where there are no forks.
+        """
+        self.step = None
+        further, self._drafting.further = self._drafting.further, {}
+        if not further:
+            return None
+        runner = self._runner
+        input_batch = runner.input_batch
+        num_requests, num_tokens = int(input_batch.num_reqs), int(scheduler_output.total_num_scheduled_tokens)
+        drafts = {
+            request_id: draft
+            for request_id, draft in scheduler_output.scheduled_spec_decode_tokens.items()
+            if request_id in further and self._can_fork(request_id, draft, num_scheduled)
+        }
+        max_rows = min(int(runner.max_num_reqs) - num_requests, self._scratch.num_rows)
+        forks = plan_forks(drafts, further, max_rows, int(runner.max_num_tokens) - num_tokens)
+        if not forks:
+            return None
+        self.step = self._lay_out(forks, drafts, num_drafts, num_tokens)
+        return torch.arange(num_tokens, num_tokens + self.step.num_more_tokens)
+
+    def _can_fork(self, request_id: str, draft: list[int], num_scheduled: np.ndarray[Any, Any]) -> bool:
+        runner = self._runner
+        if runner.requests[request_id].sampling_params.structured_outputs is not None:
+            warn_once("requests with structured outputs keep one chain: a grammar's mask covers the first only")
+            return False
+        row = runner.input_batch.req_id_to_index[request_id]
+        return bool(draft) and min(draft) >= 0 and int(num_scheduled[row]) == len(draft) + 1
+
+    def _lay_out(
+        self,
+        forks: list[Fork],
+        drafts: dict[str, list[int]],
+        num_drafts: list[int],
+        num_tokens: int,
+    ) -> ForkedStep:
+        """Fill rows, tokens, slots and lengths of the forks; copy in what their blocks begin with.
+
+        Their rows are idle: a request that gets one of them later fills in everything anew.
+        """
+        runner = self._runner
+        num_requests = len(num_drafts)
+        input_batch = runner.input_batch
+        tables = input_batch.block_table.block_tables
+        first_logits = np.concatenate([[0], np.cumsum(np.array(num_drafts, dtype=np.int64) + 1)])
+        chains: dict[int, RequestChains] = {}
+        batch_rows: dict[int, list[list[int]]] = {}  # by request: of each chain, places of its tokens in the batch
+        copies: list[tuple[int, int]] = []
+        repeated: list[tuple[list[int], list[int]]] = [([], []) for _ in tables]
+        requests, lengths = [], []
+        next_token, next_logits = num_tokens, int(first_logits[num_requests])
+        for number, fork in enumerate(forks):
+            request = input_batch.req_id_to_index[fork.request_id]
+            requests.append(request)
+            start = int(runner.query_start_loc.np[request])
+            draft = drafts[fork.request_id]
+            if request not in chains:
+                rows = range(int(first_logits[request]), int(first_logits[request + 1]))
+                chains[request] = RequestChains([list(draft)], [list(rows)])
+                batch_rows[request] = [list(range(start, start + len(draft) + 1))]
+            mine = chains[request]
+            last = int(input_batch.num_computed_tokens_cpu[request])  # position of the last token before the drafts
+            first = last + 1 + fork.head
+            end = last + len(fork.tokens)
+            new = fork.tokens[fork.head :]
+            row = num_requests + number
+            shared = batch_rows[request][fork.parent][: fork.head + 1]
+            parent_row = request if fork.parent == 0 else num_requests + mine.forks[fork.parent - 1]
+            positions = np.arange(first, end + 1)
+            stop = next_token + len(new)
+            for group, (table, blocks) in enumerate(zip(tables, self._scratch.blocks_of(number), strict=True)):
+                size = table.block_size
+                begin = first // size
+                own = table.block_table.np[row]
+                own[:begin] = table.block_table.np[parent_row, :begin]
+                scratch: np.ndarray[Any, np.dtype[np.int64]] = np.array(blocks[: end // size - begin + 1])
+                own[begin : begin + len(scratch)] = scratch
+                table.block_table.gpu[row] = table.block_table.cpu[row]
+                slots = scratch[positions // size - begin] * size + positions % size
+                table.slot_mapping.gpu[next_token:stop] = torch.from_numpy(slots)
+                again = range(max(last, begin * size), first)
+                repeated[group][0].extend(shared[position - last] for position in again)
+                repeated[group][1].extend(int(scratch[0]) * size + position % size for position in again)
+                if begin * size < last:
+                    copies.append((int(table.block_table.np[request, begin]), int(scratch[0])))
+            runner.input_ids.gpu[next_token:stop] = torch.tensor(new, dtype=runner.input_ids.gpu.dtype)
+            runner.positions[next_token:stop] = torch.from_numpy(positions)
+            runner.query_start_loc.np[row + 1] = stop
+            runner.seq_lens[row] = end + 1
+            runner.optimistic_seq_lens_cpu[row] = end + 1
+            input_batch.num_computed_tokens_cpu[row] = first
+            input_batch.num_prompt_tokens[row] = 0  # no row in its prompt
+            mine.tokens.append(fork.tokens)
+            mine.logits_rows.append(
+                mine.logits_rows[fork.parent][: fork.head + 1] + list(range(next_logits, next_logits + len(new)))
+            )
+            mine.forks.append(number)
+            batch_rows[request].append(shared + list(range(next_token, stop)))
+            lengths.append(len(new))
+            next_token, next_logits = stop, next_logits + len(new)
+        runner.query_start_loc.np[num_requests + len(forks) + 1 :].fill(next_token)
+        runner.query_start_loc.copy_to_gpu()
+        copy_kv_cache_blocks_inplace(runner.kv_caches, runner.kv_cache_config.num_blocks, copies)
+        twice = [(torch.tensor(tokens), torch.tensor(slots, dtype=torch.int64)) for tokens, slots in repeated]
+        return ForkedStep(forks, requests, num_requests, num_tokens, lengths, chains, twice)
+
+    def copy_home(self, step: ForkedStep, winners: dict[int, tuple[int, int]]) -> None:
+        """The winner's keys and values become the request's own.
+
+        Args:
+            step: whose forks they are.
+            winners: by row of the request, which of its chains won, and how many of its tokens were accepted.
+        """
+        runner = self._runner
+        input_batch = runner.input_batch
+        copies: list[tuple[int, int]] = []
+        for request, (chain, num_accepted) in winners.items():
+            if chain == 0:
+                continue
+            number = step.chains[request].forks[chain - 1]
+            last = int(input_batch.num_computed_tokens_cpu[request])
+            for table in input_batch.block_table.block_tables:
+                size, blocks = table.block_size, table.block_table.np
+                begin = (last + 1 + step.forks[number].main_head) // size
+                end = (last + num_accepted) // size + 1
+                fork, own = blocks[step.num_requests + number, begin:end], blocks[request, begin:end]
+                copies += zip(fork.tolist(), own.tolist(), strict=True)
+            # vLLM's own drafter goes on from the tokens of the request's row.
+            start = int(runner.query_start_loc.np[request]) + 1
+            won = step.chains[request].tokens[chain]
+            runner.input_ids.gpu[start : start + len(won)] = torch.tensor(won, dtype=runner.input_ids.gpu.dtype)
+        copy_kv_cache_blocks_inplace(runner.kv_caches, runner.kv_cache_config.num_blocks, copies)
+
+
+def attach(runner: Any, drafting: Drafting) -> ForkedRows | None:
+    """Forks for this runner; None where every request keeps one chain, which the log says.
+
+    Args:
+        runner: vLLM's, with its KV cache in place.
+        drafting: asks the proposers.
+    """
+    config = runner.kv_cache_config
+    scratch = plan_scratch(runner.vllm_config, config)
+    if scratch is None:
+        return None
+    layers = runner.compilation_config.static_forward_context
+    kinds = {type(layers[name].impl) for group in config.kv_cache_groups for name in group.layer_names}
+    sizes = {table.block_size for table in runner.input_batch.block_table.block_tables}
+    if kinds != {CPUAttentionBackendImpl}:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        warn_once(f"every request keeps one chain: attention by {names} is not known to write a token's values twice")
+        return None
+    if sizes != {group.kv_cache_spec.block_size for group in config.kv_cache_groups}:
+        warn_once("every request keeps one chain: attention works on blocks of another size than the KV cache has")
+        return None
+    return ForkedRows(runner, drafting, scratch)
+
+
+def _forks_of(runner: Any) -> ForkedRows | None:
+    return getattr(getattr(runner, "_specplug", None), "forks", None)
+
+
+def _step_of(runner: Any) -> ForkedStep | None:
+    forks = _forks_of(runner)
+    return None if forks is None else forks.step
+
+
+def prepare_inputs(original: Callable[..., Any], self: Any, scheduler_output: Any, num_scheduled: Any) -> Any:
+    """Wraps ``GPUModelRunner._prepare_inputs``: forks behind the requests."""
+    logits_indices, metadata, max_num_sampled = original(self, scheduler_output, num_scheduled)
+    forks = _forks_of(self)
+    if forks is not None and metadata is not None:
+        more = forks.append(scheduler_output, num_scheduled, metadata.num_draft_tokens)
+        if more is not None:
+            logits_indices = torch.cat([logits_indices, more.to(logits_indices.dtype)])
+    return logits_indices, metadata, max_num_sampled
+
+
+def determine_batch(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wraps ``_determine_batch_execution_and_padding``: forks count."""
+    step = _step_of(self)
+    if step is not None:
+        kwargs["num_tokens"] += step.num_more_tokens
+        kwargs["num_reqs"] += len(step.forks)
+        lengths: np.ndarray[Any, np.dtype[np.int32]] = np.array(step.lengths, dtype=np.int32)
+        kwargs["num_scheduled_tokens_np"] = np.concatenate([kwargs["num_scheduled_tokens_np"], lengths])
+    return original(self, *args, **kwargs)
+
+
+def slot_mappings(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wraps ``_get_slot_mappings``: forks' slots are real ones, not padding."""
+    step = _step_of(self)
+    if step is not None:
+        kwargs["num_tokens_unpadded"] += step.num_more_tokens
+        kwargs["num_tokens_padded"] = max(kwargs["num_tokens_padded"], kwargs["num_tokens_unpadded"])
+        kwargs["num_reqs_padded"] = max(kwargs["num_reqs_padded"], step.num_requests + len(step.forks))
+    return original(self, *args, **kwargs)
+
+
+def build_attention_metadata(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wraps ``_build_attention_metadata``: attention sees the forks, vLLM's own drafter does not."""
+    step = _step_of(self)
+    if step is None:
+        return original(self, *args, **kwargs)
+    kwargs["num_tokens"] += step.num_more_tokens
+    kwargs["num_reqs"] += len(step.forks)
+    metadata, common = original(self, *args, **kwargs)
+    return metadata, None if common is None else common.unpadded(step.num_tokens, step.num_requests)
+
+
+def preprocess(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wraps ``_preprocess``, which zeroes the positions of what vLLM takes for padding."""
+    step = _step_of(self)
+    if step is None:
+        return original(self, *args, **kwargs)
+    positions = self.positions[step.num_tokens : step.num_tokens + step.num_more_tokens]
+    kept = positions.clone()
+    result = original(self, *args, **kwargs)
+    positions.copy_(kept)
+    return result
+
+
+def padding_mask(original: Callable[..., Any], self: Any, num_tokens: int, num_tokens_padded: int) -> Any:
+    """Wraps ``_prepare_padding_mask``: forks' tokens are none."""
+    step = _step_of(self)
+    return original(self, num_tokens + (0 if step is None else step.num_more_tokens), num_tokens_padded)
