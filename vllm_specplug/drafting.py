@@ -377,6 +377,11 @@ class Drafting:
             except Exception:
                 self._leave_out(name, "raised while observing")
 
+    def take_further(self) -> dict[str, list[list[int]]]:
+        """:attr:`further`; empty when asked again."""
+        further, self.further = self.further, {}
+        return further
+
     def take_settled(self) -> list[str]:
         """Requests that emitted tokens in the step just observed; empty when asked again."""
         settled, self._settled = self._settled, []

@@ -56,34 +56,58 @@ class SeveralChains(Oracle):
 
     ``oracle``: the true one. ``wrong``: one token again and again. ``corrupted``: the true one with a token changed
     somewhere. ``late``: the true one with the last but one changed. ``short``: half of the true one.
+
+    Option ``leave_out``: sequences (by their place) that it drafts nothing for. Counts in ``counted`` what the verifier
+    made of it: true tokens of each step's best chain, accepted tokens, and steps in which fewer were accepted.
     """
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
         self._random = np.random.default_rng(3)
-        self.best: dict[str, int] = {}  # tokens of the best chain that are true, by request
-        self.possible = 0
+        self._best: dict[str, int] = {}
+        self._left_out = {tuple(self._sequences[place]) for place in context.options.get("leave_out", ())}
+        self.counted = {"true": 0, "accepted": 0, "missed": 0, "forks": 0}
 
     def propose(self, batch: DraftBatch) -> Drafts:
-        k = self.context.num_speculative_tokens
         true = super().propose(batch)
+        for index, request_id in enumerate(batch.request_ids):
+            if any(tuple(each) in self._left_out for each in self._matching[request_id]):
+                true[index] = []
         answers = []
+        self._best.clear()
         for kind in self.context.options["kinds"][: batch.num_chains]:
-            rows = [self._make(kind, each, limit) for each, limit in zip(true, batch.max_draft_tokens, strict=True)]
-            answers.append(Drafts.from_lists([row[:k] for row in rows]))
+            rows = [
+                self._make(kind, each, int(limit)) for each, limit in zip(true, batch.max_draft_tokens, strict=True)
+            ]
+            for request_id, row, each in zip(batch.request_ids, rows, true, strict=True):
+                right = next((at for at, (a, b) in enumerate(zip(row, each, strict=False)) if a != b), len(each))
+                self._best[request_id] = max(min(right, len(row)), self._best.get(request_id, 0))
+            answers.append(Drafts.from_lists(rows))
         answers[0].others = tuple(answers[1:])
         return answers[0]
 
     def _make(self, kind: str, true: list[int], limit: int) -> list[int]:
-        full = (true + [5] * int(limit))[: int(limit)]
+        if not true:
+            return []
+        full = (true + [5] * limit)[:limit]
         if kind == "wrong":
-            return [5] * len(full)
+            return [5] * limit
         if kind == "short":
-            return full[: max(len(full) // 2, 1)]
-        at = len(full) - 2 if kind == "late" else int(self._random.integers(0, len(full) + 1))
-        if kind in ("corrupted", "late") and 0 <= at < len(full):
+            return full[: max(limit // 2, 1)]
+        at = limit - 2 if kind == "late" else int(self._random.integers(0, limit + 1))
+        if kind in ("corrupted", "late") and 0 <= at < limit:
             full[at] = (full[at] + 1) % 4000
         return full
+
+    def observe(self, verified: Verified) -> None:
+        for index, request_id in enumerate(verified.request_ids):
+            if verified.draft_token_ids[index] and request_id in self._best:
+                best = self._best.pop(request_id)
+                accepted = verified.num_emitted[index] - 1
+                self.counted["true"] += best
+                self.counted["accepted"] += min(accepted, best)
+                self.counted["missed"] += accepted < best
+                self.counted["forks"] += len(verified.further[index]) if verified.further else 0
 
 
 class NoiseAlone(Proposer):
@@ -515,3 +539,73 @@ def abort_half_way(child: Any, prompts: list[str], max_tokens: int, steps: int) 
     while engine.has_unfinished_requests():
         engine.step()
     return int(running)
+
+
+def counted_chains(child: Any) -> dict[str, int]:
+    """What the proposer ``SeveralChains`` counted."""
+    return dict(child.drafter.drafting._proposers["in_child.SeveralChains"].counted)
+
+
+def keep_logits(child: Any) -> None:
+    """From now on, keep the target logits behind every emitted token that the V1 verifier draws at once."""
+    verifier = child.runner.rejection_sampler
+    child.kept_logits = kept = {}
+    original = getattr(verifier, "_original_at_once", verifier._at_once)
+    verifier._original_at_once = original
+
+    def keeping(metadata: Any, logits: torch.Tensor, sampling: Any, states: Any, step: Any) -> Any:
+        before = logits.clone()  # the sampler works in place
+        result = original(metadata, logits, sampling, states, step)
+        first = 0
+        for index, request_id in enumerate(child.runner.input_batch.req_ids[: len(states)]):
+            rows = list(range(first, first + metadata.num_draft_tokens[index] + 1))
+            first += len(rows)
+            if step is not None and index in step.chains:
+                rows = step.chains[index].logits_rows[result[4][index]]
+            request = child.runner.requests[request_id]
+            key = (tuple(request.prompt_token_ids), request.sampling_params.seed)
+            for depth in range(result[2][index]):
+                kept[(*key, len(request.output_token_ids) + depth)] = before[rows[depth]].numpy().copy()
+        return result
+
+    verifier._at_once = keeping
+
+
+def take_logits(child: Any) -> dict[Any, np.ndarray[Any, Any]]:
+    """What :func:`keep_logits` kept: by prompt, seed and output position ``[vocab]`` float32."""
+    return child.kept_logits  # type: ignore[no-any-return]
+
+
+def break_forks(child: Any, how: str) -> None:
+    """Controls that must not pass: forks whose winner is not copied home, or whose shared head is missing; or mend."""
+    forks = child.runner._specplug.forks
+    for name in ("copy_home", "_update"):
+        forks.__dict__.pop(name, None)
+    if how == "stays away":
+        forks.copy_home = lambda step, winners: None
+    elif how == "no head":
+        lay_out = type(forks)._lay_out
+
+        def without(*args: Any) -> Any:
+            step = lay_out(forks, *args)
+            step.repeated = [(tokens[:0], slots[:0]) for tokens, slots in step.repeated]
+            return step
+
+        forks._lay_out = without
+    if how != "no head":
+        forks.__dict__.pop("_lay_out", None)
+
+
+def free_blocks(child: Any) -> int:
+    """Blocks of the KV cache that no request holds."""
+    child.llm.reset_prefix_cache()
+    return int(_block_pool(child).get_num_free_blocks())
+
+
+def scheduler_blocks(child: Any) -> int:
+    """Blocks of the KV cache that the scheduler knows of, but for the one that is nobody's."""
+    return int(_block_pool(child).num_gpu_blocks) - 1
+
+
+def _block_pool(child: Any) -> Any:
+    return child.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool

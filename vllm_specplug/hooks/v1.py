@@ -72,7 +72,7 @@ class Attachment:
         if self.settings.is_coupled:
             self.verifier = CoupledVerifier(runner, self)
             _share_noise(runner.drafter, self.verifier)
-            self.forks = v1_chains.attach(runner, self.drafting)
+            self.forks = v1_chains.attach(runner, lambda: self.drafting.take_further())
         else:
             self.verifier = ObservedRejection(runner, self, runner.rejection_sampler)
         runner.rejection_sampler = self.verifier

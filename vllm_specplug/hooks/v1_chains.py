@@ -19,8 +19,9 @@ import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
-from vllm_specplug.drafting import Drafting
 from vllm_specplug.hooks.chains import Fork, Scratch, plan_forks, plan_scratch, warn_once
+
+Further = dict[str, list[list[int]]]
 
 
 @dataclass
@@ -72,13 +73,13 @@ class ForkedRows:
 
     Args:
         runner: vLLM's, with its KV cache in place.
-        drafting: has the chains.
+        take_further: gives the chains of the latest drafts beyond the first, by request id, and forgets them.
         scratch: the blocks that are set aside.
     """
 
-    def __init__(self, runner: Any, drafting: Drafting, scratch: Scratch) -> None:
+    def __init__(self, runner: Any, take_further: Callable[[], Further], scratch: Scratch) -> None:
         self._runner = runner
-        self._drafting = drafting
+        self._take_further = take_further
         self._scratch = scratch
         self.step: ForkedStep | None = None
         self._write_twice()
@@ -126,7 +127,7 @@ class ForkedRows:
             Places of their tokens in the batch, which logits are wanted of; None where there are no forks.
         """
         self.step = None
-        further, self._drafting.further = self._drafting.further, {}
+        further = self._take_further()
         if not further:
             return None
         runner = self._runner
@@ -257,12 +258,12 @@ class ForkedRows:
         copy_kv_cache_blocks_inplace(runner.kv_caches, runner.kv_cache_config.num_blocks, copies)
 
 
-def attach(runner: Any, drafting: Drafting) -> ForkedRows | None:
+def attach(runner: Any, take_further: Callable[[], Further]) -> ForkedRows | None:
     """Forks for this runner; None where every request keeps one chain, which the log says.
 
     Args:
         runner: vLLM's, with its KV cache in place.
-        drafting: asks the proposers.
+        take_further: see :class:`ForkedRows`.
     """
     config = runner.kv_cache_config
     scratch = plan_scratch(runner.vllm_config, config)
@@ -278,7 +279,7 @@ def attach(runner: Any, drafting: Drafting) -> ForkedRows | None:
     if sizes != {group.kv_cache_spec.block_size for group in config.kv_cache_groups}:
         warn_once("every request keeps one chain: attention works on blocks of another size than the KV cache has")
         return None
-    return ForkedRows(runner, drafting, scratch)
+    return ForkedRows(runner, take_further, scratch)
 
 
 def _forks_of(runner: Any) -> ForkedRows | None:
