@@ -13,6 +13,10 @@ them is measured in the running engine, by batch size (:class:`StepCosts`).
 *Whether.* What steps with drafts emitted is held against what the same time, drafting included, would have brought
 without. Where that is less the proposers rest; they are tried again now and then, rarely.
 
+*Several chains.* Where the engine verifies several chains of a request side by side, all that the proposers answered is
+one tree, and what is expected of it is the sum, over its nodes, of the chance to get there. The main chain is chosen as
+ever; then paths are added as long as the nodes that they bring are worth more than the rows that they cost.
+
 None of this can change a token that is emitted.
 """
 
@@ -63,19 +67,21 @@ def _sigmoid(score):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _estimate(  # type: ignore[no-untyped-def]
-    tokens, lengths, confidence, match_length, votes, sampled, recent, weights, features, chances,
+    tokens, lengths, confidence, match_length, votes, sampled, num_proposers, recent, weights, features, chances,
 ):  # fmt: skip
     """Features and chances of every draft token of one request.
 
-    ``tokens``, ``confidence``, ``votes``, ``chances``: ``[num_members, k]``; ``features``: ``[num_members, k, F]``.
+    ``tokens``, ``confidence``, ``votes``, ``chances``: ``[num_members, k]``; ``features``: ``[num_members, k, F]``. The
+    members are the first answers of ``num_proposers``, then their second ones, and so on; agreement is with the first
+    answers of other proposers.
     """
     num_members = len(lengths)
     for member in range(num_members):
         for depth in range(lengths[member]):
             agreeing = 0.0
             disagreeing = 0.0
-            for other in range(num_members):
-                if other == member or lengths[other] <= depth:
+            for other in range(num_proposers):
+                if other == member % num_proposers or lengths[other] <= depth:
                     continue
                 same = True
                 for before in range(depth):
@@ -107,8 +113,10 @@ def _estimate(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _compose(tokens, lengths, chances, limit, alive, remaining, out_tokens, out_chances, out_source):  # type: ignore[no-untyped-def]
-    """One chain from those of all members; returns its length.
+def _compose(  # type: ignore[no-untyped-def]
+    tokens, lengths, chances, limit, num_proposers, alive, remaining, out_tokens, out_chances, out_source,
+):  # fmt: skip
+    """One chain from the first answers of all proposers; returns its length.
 
     At each depth the members whose drafts begin like the chain so far are asked; the one whose rest promises most
     tokens gives the next one. So a chain that ends, or turns unlikely, is continued by another that agreed with it.
@@ -120,7 +128,17 @@ def _compose(tokens, lengths, chances, limit, alive, remaining, out_tokens, out_
         for depth in range(min(lengths[member], limit) - 1, -1, -1):
             expected = chances[member, depth] * (1.0 + expected)
             remaining[member, depth] = expected
-    for depth in range(limit):
+        alive[member] &= member < num_proposers
+    return _go_on(tokens, lengths, chances, 0, limit, alive, remaining, out_tokens, out_chances, out_source)
+
+
+@njit(cache=True, nogil=True)
+def _go_on(  # type: ignore[no-untyped-def]
+    tokens, lengths, chances, first, limit, alive, remaining, out_tokens, out_chances, out_source,
+):  # fmt: skip
+    """The rest of a chain from depth ``first`` on, by those ``alive`` members whose drafts begin like it."""
+    num_members = len(lengths)
+    for depth in range(first, limit):
         best = -1
         for member in range(num_members):
             if (
@@ -145,6 +163,181 @@ def _compose(tokens, lengths, chances, limit, alive, remaining, out_tokens, out_
 
 
 @njit(cache=True, nogil=True)
+def _fork(  # type: ignore[no-untyped-def]
+    tokens, lengths, chances, limit, remaining, chain_tokens, chain_chances, chain_lengths, chain_source, num_chains,
+    scale, row_cost, fork_cost, takes_all, alive, work_tokens, work_chances, work_source, out_tokens, out_chances,
+    out_source,
+):  # fmt: skip
+    """The path that adds most to a request's chains: (what it gains, its length, its expected accepted tokens, rows).
+
+    A path is worth the chance to get to each of its nodes behind the one where it leaves the chains, less
+    ``row_cost`` each, less ``fork_cost``; it ends where it is worth most. The target emits one token at a place, so
+    that the chances of tokens that follow the same ones never sum to more than 1: what the chains have, it has not.
+
+    Args:
+        remaining: ``[num_members, k]``, see :func:`_compose`.
+        chain_tokens, chain_chances, chain_source: ``[max_chains, k]``, the ``num_chains`` chosen so far.
+        scale: factor of the chances of its nodes: how much of what was promised was kept of late.
+        takes_all: True where costs do not count.
+    """
+    num_members = len(lengths)
+    most, most_length, most_expected, most_rows = -1.0, 0, 0.0, 0
+    for member in range(num_members):
+        length = min(lengths[member], limit)
+        head, parent = -1, 0
+        for chain in range(num_chains):
+            common = 0
+            while common < min(length, chain_lengths[chain]) and chain_tokens[chain, common] == tokens[member, common]:
+                common += 1
+            if common > head:
+                head, parent = common, chain
+        # What only makes a chain longer, or is one of them, brings no new row.
+        if head >= length or head >= chain_lengths[parent]:
+            continue
+        reach = scale
+        for depth in range(head):
+            reach *= chain_chances[parent, depth]
+        left = 1.0
+        for chain in range(num_chains):
+            if chain_lengths[chain] <= head:
+                continue
+            is_first = True  # of those with this token here
+            for depth in range(head):
+                is_first &= chain_tokens[chain, depth] == tokens[member, depth]
+            for earlier in range(chain):
+                same = chain_lengths[earlier] > head
+                for depth in range(head + 1):
+                    same = same and chain_tokens[earlier, depth] == chain_tokens[chain, depth]
+                is_first &= not same
+            if is_first:
+                left -= chain_chances[chain, head]
+        for other in range(num_members):
+            same = lengths[other] > head
+            for depth in range(head):
+                same = same and tokens[other, depth] == tokens[member, depth]
+            alive[other] = same and tokens[other, head] == tokens[member, head]
+        chance = 0.0
+        for other in range(num_members):
+            if alive[other]:
+                chance = max(chance, chances[other, head])
+        for depth in range(head):
+            work_tokens[depth] = tokens[member, depth]
+            work_chances[depth] = chain_chances[parent, depth]
+            work_source[depth] = chain_source[parent, depth]
+        work_tokens[head] = tokens[member, head]
+        work_chances[head] = max(min(chance, left), 0.0)
+        work_source[head] = member
+        stop = _go_on(
+            tokens, lengths, chances, head + 1, limit, alive, remaining, work_tokens, work_chances, work_source
+        )
+        gain, expected = 0.0, 0.0
+        best_gain, best_stop, best_expected = -1.0, head, 0.0
+        for depth in range(head, stop):
+            reach *= work_chances[depth]
+            gain += reach - row_cost
+            expected += reach
+            if gain > best_gain or takes_all:
+                best_gain, best_stop, best_expected = gain, depth + 1, expected
+        best_gain -= fork_cost
+        if (best_gain > 0.0 or takes_all) and best_gain > most:
+            most, most_length, most_expected, most_rows = best_gain, best_stop, best_expected, best_stop - head
+            for depth in range(best_stop):
+                out_tokens[depth] = work_tokens[depth]
+                out_chances[depth] = work_chances[depth]
+                out_source[depth] = work_source[depth]
+    return most, most_length, most_expected, most_rows
+
+
+@njit(cache=True, nogil=True)
+def _add_forks(  # type: ignore[no-untyped-def]
+    tokens, lengths, chances, limits, max_forks, scale, row_cost, fork_cost, takes_all,
+    chain_tokens, chain_chances, chain_lengths, chain_source,
+):  # fmt: skip
+    """Add paths to the chains of a batch, the one that gains most first.
+
+    Args:
+        tokens: ``[num_members, num_requests, k]``; ``lengths`` alike; ``chances`` are ``[num_requests, num_members, k]``.
+        limits: ``[num_requests]`` longest draft.
+        chain_tokens: ``[num_requests, max_chains, k]``, the first of each filled in; chances and sources too. Of the
+            chains of a request the longest comes out first.
+
+    Returns:
+        Forks, their rows, and their expected accepted tokens.
+    """
+    num_members, num_requests, width = tokens.shape
+    max_chains = chain_tokens.shape[1]
+    remaining = np.zeros((num_requests, num_members, width))
+    found_tokens = np.zeros((num_requests, width), dtype=np.int32)
+    found_chances = np.zeros((num_requests, width))
+    found_source = np.zeros((num_requests, width), dtype=np.int64)
+    gains = np.full(num_requests, -1.0)
+    found_lengths = np.zeros(num_requests, dtype=np.int64)
+    found_expected = np.zeros(num_requests)
+    found_rows = np.zeros(num_requests, dtype=np.int64)
+    num_chains = np.ones(num_requests, dtype=np.int64)
+    alive = np.zeros(num_members, dtype=np.bool_)
+    work_tokens = np.zeros(width, dtype=np.int32)
+    work_chances = np.zeros(width)
+    work_source = np.zeros(width, dtype=np.int64)
+    for i in range(num_requests):
+        for member in range(num_members):
+            expected = 0.0
+            for depth in range(min(lengths[member, i], width) - 1, -1, -1):
+                expected = chances[i, member, depth] * (1.0 + expected)
+                remaining[i, member, depth] = expected
+    forks, rows, accepted = 0, 0, 0.0
+    changed = -1  # all of them
+    while forks < max_forks:
+        for i in range(num_requests):
+            if changed in (-1, i):
+                gains[i] = -1.0
+                if chain_lengths[i, 0] > 0 and num_chains[i] < max_chains:
+                    gains[i], found_lengths[i], found_expected[i], found_rows[i] = _fork(
+                        tokens[:, i], lengths[:, i], chances[i], min(limits[i], width), remaining[i], chain_tokens[i],
+                        chain_chances[i], chain_lengths[i], chain_source[i], num_chains[i], scale, row_cost, fork_cost,
+                        takes_all, alive, work_tokens, work_chances, work_source, found_tokens[i], found_chances[i],
+                        found_source[i],
+                    )  # fmt: skip
+        best = 0
+        for i in range(num_requests):
+            if gains[i] > gains[best]:
+                best = i
+        if num_requests == 0 or gains[best] < 0.0:
+            break
+        chain = num_chains[best]
+        for depth in range(found_lengths[best]):
+            chain_tokens[best, chain, depth] = found_tokens[best, depth]
+            chain_chances[best, chain, depth] = found_chances[best, depth]
+            chain_source[best, chain, depth] = found_source[best, depth]
+        chain_lengths[best, chain] = found_lengths[best]
+        num_chains[best] += 1
+        forks += 1
+        rows += found_rows[best]
+        accepted += found_expected[best]
+        changed = best
+    for i in range(num_requests):
+        longest = 0
+        for chain in range(num_chains[i]):
+            if chain_lengths[i, chain] > chain_lengths[i, longest]:
+                longest = chain
+        if longest > 0:
+            for depth in range(width):
+                token, chance, source = (
+                    chain_tokens[i, 0, depth], chain_chances[i, 0, depth], chain_source[i, 0, depth],
+                )  # fmt: skip
+                chain_tokens[i, 0, depth] = chain_tokens[i, longest, depth]
+                chain_chances[i, 0, depth] = chain_chances[i, longest, depth]
+                chain_source[i, 0, depth] = chain_source[i, longest, depth]
+                chain_tokens[i, longest, depth] = token
+                chain_chances[i, longest, depth] = chance
+                chain_source[i, longest, depth] = source
+            length = chain_lengths[i, 0]
+            chain_lengths[i, 0] = chain_lengths[i, longest]
+            chain_lengths[i, longest] = length
+    return forks, rows, accepted
+
+
+@njit(cache=True, nogil=True)
 def _take_in(  # type: ignore[no-untyped-def]
     place, answer_tokens, answer_lengths, answer_confidence, answer_match, answer_votes,
     tokens, lengths, confidence, match_length, votes,
@@ -166,27 +359,26 @@ def _take_in(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _combine(  # type: ignore[no-untyped-def]
-    tokens, lengths, confidence, match_length, votes, sampled, limits, slots, recent, weights,
-    kept_tokens, kept_lengths, kept_features, out_tokens, out_lengths, out_chances, out_source,
+    tokens, lengths, confidence, match_length, votes, sampled, limits, slots, num_proposers, recent, weights,
+    kept_tokens, kept_lengths, kept_features, chances, out_tokens, out_lengths, out_chances, out_source,
 ):  # fmt: skip
     """:func:`_estimate` and :func:`_compose` for a batch; what is needed to learn from it is kept by slot."""
     num_members, num_requests, width = tokens.shape
     alive = np.zeros(num_members, dtype=np.bool_)
     remaining = np.zeros((num_members, width))
-    chances = np.zeros((num_members, width))
     for i in range(num_requests):
         slot = slots[i]
         _estimate(
-            tokens[:, i], lengths[:, i], confidence[:, i], match_length[:, i], votes[:, i], sampled[i], recent[slot],
-            weights, kept_features[slot], chances,
+            tokens[:, i], lengths[:, i], confidence[:, i], match_length[:, i], votes[:, i], sampled[i], num_proposers,
+            recent[slot], weights, kept_features[slot], chances[i],
         )  # fmt: skip
         kept_lengths[slot] = lengths[:, i]
         for member in range(num_members):
             for depth in range(lengths[member, i]):
                 kept_tokens[slot, member, depth] = tokens[member, i, depth]
         out_lengths[i] = _compose(
-            tokens[:, i], lengths[:, i], chances, min(limits[i], width), alive, remaining, out_tokens[i],
-            out_chances[i], out_source[i],
+            tokens[:, i], lengths[:, i], chances[i], min(limits[i], width), num_proposers, alive, remaining,
+            out_tokens[i], out_chances[i], out_source[i],
         )  # fmt: skip
 
 
@@ -290,7 +482,8 @@ class StepCosts:
     """What a step takes, measured in the running engine: without drafts, and for each verified draft row more.
 
     Kept by batch size, in half octaves: at each, the median of the latest steps without drafts, and a regression of
-    what steps with drafts took beyond it on their number of draft rows, which forgets slowly. Steps with
+    what steps with drafts took beyond it on their number of draft rows and of further chains, which forgets slowly.
+    Steps with
     drafts that took over four times as long as their rows explain (a prompt came in, the machine was away) are left
     out.
     """
@@ -306,6 +499,8 @@ class StepCosts:
         # Weighted sums of 1, n, n*n, y, n*y over steps with n draft rows that took y seconds longer than a plain one.
         self._sums: dict[int, NDArray[np.float64]] = {}
         self._since_plain: dict[int, int] = {}
+        # Weighted sums of f*f and f*y over steps with f forks that took y seconds longer than their rows explain.
+        self._fork_sums: dict[int, NDArray[np.float64]] = {}
 
     @staticmethod
     def bucket(num_running: int) -> int:
@@ -318,7 +513,7 @@ class StepCosts:
         """Largest batch size of a bucket."""
         return 3 << ((bucket + 1) // 2 - 2) if bucket % 2 else 1 << (bucket // 2)
 
-    def add(self, num_running: int, draft_rows: int, seconds: float, is_probe: bool = False) -> None:
+    def add(self, num_running: int, draft_rows: int, seconds: float, is_probe: bool = False, forks: int = 0) -> None:
         """One step of ``num_running`` requests, none of them in its prompt, took ``seconds``.
 
         A probe comes so rarely that what was known before it counts for half, and for little where rows turn out to
@@ -338,7 +533,7 @@ class StepCosts:
         if plain_s is None or seconds > 4 * plain_s * (1 + draft_rows / num_running):
             return
         sums = self._sums.setdefault(bucket, np.zeros(5))
-        more = seconds - plain_s
+        more = seconds - plain_s - forks * self.fork_s(num_running)
         if is_probe:
             _, first_s, row_s = self.of(num_running)
             is_good = more < 0.5 * (first_s + draft_rows * row_s)
@@ -346,6 +541,27 @@ class StepCosts:
         else:
             sums *= self.FORGET
         sums += (1.0, draft_rows, draft_rows * draft_rows, more, draft_rows * more)
+        if forks:
+            _, first_s, row_s = self.of(num_running)
+            beyond = seconds - plain_s - first_s - draft_rows * row_s
+            fork_sums = self._fork_sums.setdefault(bucket, np.zeros(2))
+            fork_sums *= self.FORGET
+            fork_sums += (forks * forks, forks * beyond)
+
+    def fork_s(self, num_running: int) -> float:
+        """Seconds more for each chain beyond a request's first, its rows not counted; 0 while nothing is known."""
+        bucket = self.bucket(num_running)
+        near = min(self._fork_sums, key=lambda known: abs(known - bucket), default=None)
+        if near is None:
+            return 0.0
+        squares, product = self._fork_sums[near].tolist()
+        return float(max(product / squares, 0.0))
+
+    def forget_forks(self, num_running: int) -> None:
+        """What is known of forks at this batch size counts for little from now on: they are tried again."""
+        sums = self._fork_sums.get(self.bucket(num_running))
+        if sums is not None:
+            sums *= self.FORGET_AT_PROBE
 
     def knows_plain(self, num_running: int) -> bool:
         """True once a few steps without drafts were seen at this batch size."""
@@ -377,9 +593,12 @@ class StepCosts:
         return plain_s, max((more - slope * rows) / max(count, 1e-9), 0.0), slope
 
     def to_dict(self) -> dict[str, dict[str, float]]:
-        """By largest batch size of a bucket: seconds of a plain step, of having drafts, of a draft row."""
+        """By largest batch size of a bucket: seconds of a plain step, of having drafts, of a draft row, of a fork."""
         return {
-            str(size): dict(zip(("plain_s", "first_s", "row_s"), self.of(size), strict=True))
+            str(size): {
+                **dict(zip(("plain_s", "first_s", "row_s"), self.of(size), strict=True)),
+                "fork_s": self.fork_s(size),
+            }
             for size in map(self.largest, sorted(self._plain_s))
         }
 
@@ -399,6 +618,11 @@ class EnsembleStats:
         paused: True while nothing is proposed because it does not pay.
         gain: tokens of late in steps with drafting, over what the same time would have brought without it.
         expected_accepted: accepted draft tokens that the estimates promised, in all.
+        forks: chains beyond a request's first that were verified.
+        fork_tokens: draft tokens of them, behind the places where they leave other chains.
+        fork_wins: those of them that got further than the first chain.
+        fork_gain: draft tokens that were accepted because of them.
+        withheld_forks: steps in which there was room for forks and some to choose from, and none was worth verifying.
         costs: see :meth:`StepCosts.to_dict`.
         weights: regression weights by proposer.
     """
@@ -413,8 +637,77 @@ class EnsembleStats:
     paused: bool = False
     gain: float = 1.0
     expected_accepted: float = 0.0
+    forks: int = 0
+    fork_tokens: int = 0
+    fork_wins: int = 0
+    fork_gain: int = 0
+    withheld_forks: int = 0
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     weights: dict[str, list[float]] = field(default_factory=dict)
+
+
+class _Tree:
+    """The chains of a batch while they are chosen.
+
+    Args:
+        tokens: ``[num_members, num_requests, k]`` what the members answered; ``answer_lengths`` too.
+        chances: ``[num_requests, num_members, k]`` of their tokens.
+        limits: ``[num_requests]`` longest draft of each.
+        max_forks: most further chains.
+        best: the first chain of each, changed where another becomes it; ``best_chances`` and ``best_source`` too.
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[np.int32],
+        answer_lengths: NDArray[np.int64],
+        chances: NDArray[np.float64],
+        limits: NDArray[np.int64],
+        max_forks: int,
+        best: Drafts,
+        best_chances: NDArray[np.float64],
+        best_source: NDArray[np.int64],
+        num_chains: int,
+    ) -> None:
+        self._answers = (tokens, answer_lengths, chances, limits)
+        self._best = (best, best_chances, best_source)
+        shape = (tokens.shape[1], num_chains)
+        self.max_forks = max_forks
+        self.tokens: NDArray[np.int32] = np.zeros((*shape, tokens.shape[2]), dtype=np.int32)
+        self.chances: NDArray[np.float64] = np.zeros(self.tokens.shape)
+        self.source: NDArray[np.int64] = np.full(self.tokens.shape, -1, dtype=np.int64)
+        self.lengths: NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
+        self.num_forks = self.num_rows = 0
+        # Accepted tokens: of the first chains, of the forks as scaled, and of the forks as the estimates say.
+        self.first = self.expected = self.promised = 0.0
+
+    def grow(self, scale: float, row_cost: float, fork_cost: float, *, takes_all: bool) -> int:
+        """Add forks, see :func:`_add_forks`; returns how many."""
+        best, best_chances, best_source = self._best
+        self.tokens[:, 0], self.chances[:, 0], self.source[:, 0] = best.token_ids, best_chances, best_source
+        self.lengths[:, 0] = best.num_tokens
+        alive = np.arange(self.tokens.shape[2])[None, :] < best.num_tokens[:, None]
+        self.first = float(np.where(alive, np.cumprod(best_chances, axis=1), 0.0).sum())
+        self.num_forks, self.num_rows, self.expected = _add_forks(
+            *self._answers, self.max_forks, scale, row_cost, fork_cost, takes_all, self.tokens, self.chances,
+            self.lengths, self.source,
+        )  # fmt: skip
+        self.promised = self.expected / scale
+        best.token_ids[:], best_chances[:], best_source[:] = self.tokens[:, 0], self.chances[:, 0], self.source[:, 0]
+        best.num_tokens[:] = self.lengths[:, 0]
+        return self.num_forks
+
+    def others(self) -> tuple[Drafts, ...]:
+        """The further chains, as many as some request has."""
+        return tuple(
+            Drafts(
+                np.ascontiguousarray(self.tokens[:, chain]),
+                np.ascontiguousarray(self.lengths[:, chain]),
+                self.chances[:, chain].astype(np.float32),
+            )
+            for chain in range(1, self.lengths.shape[1])
+            if self.lengths[:, chain].any()
+        )
 
 
 class Ensemble:
@@ -425,6 +718,7 @@ class Ensemble:
         num_speculative_tokens: longest draft.
         options: see :data:`DEFAULT_OPTIONS`.
         can_shorten: False where the engine verifies as many rows whatever a draft's length: nothing is withheld then.
+        num_chains: most chains of a request.
 
     Raises:
         ValueError: an option is unknown or out of its range.
@@ -457,6 +751,7 @@ class Ensemble:
         num_speculative_tokens: int,
         options: Mapping[str, Any] | None = None,
         can_shorten: bool = True,
+        num_chains: int = 1,
     ) -> None:
         given = {**DEFAULT_OPTIONS, **(options or {})}
         check_options(options or {})
@@ -464,7 +759,9 @@ class Ensemble:
         self.has_gate = bool(given["gate"]) and can_shorten
         self._rate = float(given["learning_rate"])
         self._width = num_speculative_tokens
-        members = len(self.names)
+        self.num_chains = num_chains
+        # Each proposer's first answer, then each one's second, and so on: they learn apart.
+        members = len(self.names) * num_chains
         self.weights: NDArray[np.float64] = np.tile(np.array(_FIRST_WEIGHTS), (members, 1))
         self._squares: NDArray[np.float64] = np.full((members, NUM_FEATURES), 1.0)
         self._slot_of: dict[str, int] = {}
@@ -476,6 +773,10 @@ class Ensemble:
         self._features: NDArray[np.float32] = np.zeros((0, members, self._width, NUM_FEATURES), dtype=np.float32)
         self._recent: NDArray[np.float64] = np.zeros((0, members))
         self._source: NDArray[np.int64] = np.zeros((0, self._width), dtype=np.int64)
+        # Tokens and sources of each chain of a request, by slot, where it has more than one.
+        self._chains: dict[int, list[tuple[list[int], list[int]]]] = {}
+        self._fork_promised = self._fork_kept = 0.0  # draft tokens of late that forks should have brought, and did
+        self._fork_interval = self._until_fork_probe = self.PROBE_INTERVAL
         self.costs = StepCosts()
         self.stats = EnsembleStats()
         self._resting = 0  # steps to go before the proposers are asked again
@@ -497,9 +798,9 @@ class Ensemble:
         kept = len(self._lengths)
         more = num_slots - kept
         self._tokens = np.concatenate([self._tokens, np.zeros((more, *self._tokens.shape[1:]), dtype=np.int32)])
-        self._lengths = np.concatenate([self._lengths, np.zeros((more, len(self.names)), dtype=np.int64)])
+        self._lengths = np.concatenate([self._lengths, np.zeros((more, self._lengths.shape[1]), dtype=np.int64)])
         self._features = np.concatenate([self._features, np.zeros((more, *self._features.shape[1:]), dtype=np.float32)])
-        self._recent = np.concatenate([self._recent, np.zeros((more, len(self.names)))])
+        self._recent = np.concatenate([self._recent, np.zeros((more, self._recent.shape[1]))])
         self._source = np.concatenate([self._source, np.full((more, self._width), -1, dtype=np.int64)])
         self._free += reversed(range(kept, num_slots))
 
@@ -538,10 +839,14 @@ class Ensemble:
         self._brought = self._instead = 0.0
         return True
 
-    def took(self, num_running: int, draft_rows: int, seconds: float) -> None:
-        """The last step verified ``draft_rows`` rows for ``num_running`` requests, no prompts among them."""
+    def took(self, num_running: int, draft_rows: int, seconds: float, forks: int = 0) -> None:
+        """The last step verified ``draft_rows`` rows for ``num_running`` requests, no prompts among them.
+
+        Args:
+            forks: chains beyond the first among them.
+        """
         if self.has_gate and num_running > 0:
-            self.costs.add(num_running, draft_rows, seconds, self._is_probing)
+            self.costs.add(num_running, draft_rows, seconds, self._is_probing, forks)
         self._is_probing = False
 
     def missed(self) -> None:
@@ -549,21 +854,23 @@ class Ensemble:
         self._is_probing = False
 
     def combine(
-        self, batch: DraftBatch, answers: Sequence[Drafts | None], num_running: int
+        self, batch: DraftBatch, answers: Sequence[Drafts | None], num_running: int, max_forks: int = 0
     ) -> tuple[Drafts, NDArray[np.int64]]:
-        """One draft a request.
+        """One draft a request, and further chains where they pay.
 
         Args:
             batch: the requests.
             answers: one a proposer, for all requests of the batch; None where it answered nothing.
             num_running: requests that the next step serves, those of the batch among them.
+            max_forks: most further chains, over all requests.
 
         Returns:
             The drafts, ``confidence`` being the estimated chances, and ``source``, ``[num_requests, k]`` int64: the
-            place of the proposer that each token is of.
+            place of the proposer that each token is of. Further chains are the ``others`` of the drafts; no request
+            has a longer one than its first.
         """
         num_requests, width = len(batch), self._width
-        members = len(self.names)
+        members, num_proposers = len(self.weights), len(self.names)
         tokens = np.zeros((members, num_requests, width), dtype=np.int32)
         lengths = np.zeros((members, num_requests), dtype=np.int64)
         confidence = np.zeros((members, num_requests, width), dtype=np.float32)
@@ -572,40 +879,64 @@ class Ensemble:
         for place, each in enumerate(answers):
             if each is None:
                 continue
-            _take_in(place, *each.kernel_inputs(), tokens, lengths, confidence, match_length, votes)
+            for rank, answer in enumerate((each, *each.others)[: self.num_chains]):
+                member = rank * num_proposers + place
+                _take_in(member, *answer.kernel_inputs(), tokens, lengths, confidence, match_length, votes)
         sampled = np.zeros(num_requests) if batch.noise is None else (batch.noise.temperature > 0).astype(np.float64)
         best = Drafts.empty(num_requests, width)
         source = np.zeros((num_requests, width), dtype=np.int64)
         chances = np.zeros((num_requests, width))
+        all_chances = np.zeros((num_requests, members, width))
         slots = self._slots(batch.request_ids)
         self.awaits = True
         _combine(
             tokens, lengths, confidence, match_length, votes, sampled,
-            kernel_input(batch.max_draft_tokens, np.int64), slots,
-            self._recent, self.weights, self._tokens, self._lengths, self._features,
+            kernel_input(batch.max_draft_tokens, np.int64), slots, num_proposers,
+            self._recent, self.weights, self._tokens, self._lengths, self._features, all_chances,
             best.token_ids, best.num_tokens, chances, source,
         )  # fmt: skip
-        best.confidence[:] = chances
         if best.num_tokens.any():
             self.stats.decisions += 1
+            tree = None
+            if self.num_chains > 1 and max_forks > 0:
+                limits = kernel_input(batch.max_draft_tokens, np.int64)
+                tree = _Tree(tokens, lengths, all_chances, limits, max_forks, best, chances, source, self.num_chains)
             if self.has_gate:
-                self._withhold(best, chances, num_running)
+                self._withhold(best, chances, num_running, tree)
+            elif tree is not None:
+                tree.grow(1.0, 0.0, 0.0, takes_all=True)
+            if tree is not None:
+                best.others = tree.others()
+                self._keep(slots, tree)
             alive = np.arange(width)[None, :] < best.num_tokens[:, None]
             self._source[slots] = np.where(alive, source, -1)
             expected = float(np.where(alive, np.cumprod(chances, axis=1), 0.0).sum())
+            if tree is not None and tree.num_forks:
+                expected = tree.first + tree.expected
+                self._fork_promised += tree.promised
             self.stats.expected_accepted += expected
             self._promised += expected
         elif self.has_gate:
             self._judge(num_running, 0, 0.0)
-        return best, source
+        best.confidence[:] = chances
+        return best, source % num_proposers
+
+    def _keep(self, slots: NDArray[np.int64], tree: _Tree) -> None:
+        """Remember the chains of requests that have several, for :meth:`observe`."""
+        for index in np.flatnonzero(tree.lengths[:, 1]).tolist():
+            self._chains[int(slots[index])] = [
+                (tree.tokens[index, chain, :length].tolist(), tree.source[index, chain, :length].tolist())
+                for chain, length in enumerate(tree.lengths[index].tolist())
+                if length
+            ]
 
     def drafting_took(self, seconds: float) -> None:
         """A step's drafting, all that went before the verifier's work, took so long."""
         self._latest_draft_s.append(seconds)
         self._draft_s = sorted(self._latest_draft_s)[len(self._latest_draft_s) // 2]
 
-    def _withhold(self, best: Drafts, chances: NDArray[np.float64], num_running: int) -> None:
-        """Shorten drafts to what pays, and keep the measurements fresh."""
+    def _withhold(self, best: Drafts, chances: NDArray[np.float64], num_running: int, tree: _Tree | None) -> None:
+        """Shorten drafts to what pays, fork where that pays, and keep the measurements fresh."""
         stats, before = self.stats, best.num_tokens.copy()
         if not self.costs.knows_plain(num_running) or self.costs.steps_since_plain(num_running) > self.PLAIN_INTERVAL:
             # Every other step while the first few are wanted: a start-up without drafts would be as wrong. Under a load
@@ -627,7 +958,11 @@ class Ensemble:
         rate = max(stats.gain, 1.0) * num_running / plain_s
         rows, accepted = cut_to_what_pays(chances, best.num_tokens, rate, first_s, row_s)
         stats.withheld_tokens += int((before - best.num_tokens).sum())
-        self._judge(num_running, rows, accepted)
+        forks = 0
+        if tree is not None and rows:
+            forks = self._grow(tree, num_running, rate, row_s)
+            rows, accepted = rows + tree.num_rows, accepted + tree.expected
+        self._judge(num_running, rows, accepted, forks)
         if rows:
             self._interval = self._until_probe = self.PROBE_INTERVAL
             return
@@ -640,13 +975,30 @@ class Ensemble:
             self._is_probing = True
             self._until_probe = self._interval = min(2 * self._interval, self.LONGEST_INTERVAL)
 
-    def _judge(self, num_running: int, rows: int, accepted: float) -> None:
+    def _grow(self, tree: _Tree, num_running: int, rate: float, row_s: float) -> int:
+        """Add the forks that pay; now and then one whose cost was too high when it was last known."""
+        kept = min((self._fork_kept + 1.0) / (self._fork_promised + 1.0), 1.5)
+        forks = tree.grow(kept, rate * row_s, rate * self.costs.fork_s(num_running), takes_all=False)
+        if forks:
+            self._fork_interval = self._until_fork_probe = self.PROBE_INTERVAL
+            return forks
+        self.stats.withheld_forks += 1
+        self._until_fork_probe -= 1
+        if self._until_fork_probe <= 0:
+            self._until_fork_probe = self._fork_interval = min(2 * self._fork_interval, self.LONGEST_INTERVAL)
+            self.costs.forget_forks(num_running)
+            tree.max_forks = 1
+            forks = tree.grow(1.0, 0.0, 0.0, takes_all=False)
+        return forks
+
+    def _judge(self, num_running: int, rows: int, accepted: float, forks: int = 0) -> None:
         """Does drafting pay, this step with ``rows`` draft rows and ``accepted`` expected tokens of them included?"""
         plain_s, first_s, row_s = self.costs.of(num_running)
         if plain_s <= 0.0:
             return
         stats = self.stats
         seconds = plain_s + self._draft_s + (first_s + rows * row_s if rows else 0.0)
+        seconds += forks * self.costs.fork_s(num_running)
         # Estimates promise a little too much where the best of several is taken; how much is known.
         tokens = num_running + accepted * min((self._kept + 1.0) / (self._promised + 1.0), 1.5)
         self._brought = self.FORGET * self._brought + tokens
@@ -669,6 +1021,7 @@ class Ensemble:
         emitted: NDArray[np.int32],
         num_emitted: NDArray[np.int64],
         num_verified: NDArray[np.int64],
+        chains: Mapping[int, Sequence[Sequence[int]]] | None = None,
     ) -> tuple[list[int], list[int]]:
         """Learn from what requests emitted.
 
@@ -677,13 +1030,23 @@ class Ensemble:
             emitted: ``[num_requests, width]`` int32, emitted tokens first.
             num_emitted: ``[num_requests]`` int64.
             num_verified: ``[num_requests]`` int64, draft tokens that were verified.
+            chains: by place of the request, the chains that were verified where there were several, the one that got
+                furthest first.
 
         Returns:
             By proposer: how many of its draft tokens were verified, and how many of these accepted.
         """
-        drafted, accepted = np.zeros((2, len(self.names)), dtype=np.int64)
+        drafted, accepted = np.zeros((2, len(self.weights)), dtype=np.int64)
         get = self._slot_of.get
         slots = np.array([get(request_id, -1) for request_id in request_ids], dtype=np.int64)
+        if chains:
+            num_verified = num_verified.copy()
+            for index, several in chains.items():
+                num_verified[index] = 0
+                self._attribute(int(slots[index]), several, int(num_emitted[index]) - 1, drafted, accepted)
+        self._chains.clear()
+        self._fork_promised *= 0.99
+        self._fork_kept *= 0.99
         _learn(
             slots, emitted, num_emitted, num_verified, self._tokens, self._lengths, self._features, self._source,
             self._recent, self.weights, self._squares, self._rate, drafted, accepted,
@@ -691,7 +1054,46 @@ class Ensemble:
         self.awaits = False
         self._promised *= 0.99
         self._kept = 0.99 * self._kept + float(accepted.sum())
-        return drafted.tolist(), accepted.tolist()
+        by_proposer = (-1, len(self.names))
+        return (
+            drafted.reshape(by_proposer).sum(axis=0).tolist(),
+            accepted.reshape(by_proposer).sum(axis=0).tolist(),
+        )
+
+    def _attribute(
+        self,
+        slot: int,
+        chains: Sequence[Sequence[int]],
+        num_accepted: int,
+        drafted: NDArray[np.int64],
+        accepted: NDArray[np.int64],
+    ) -> None:
+        """Count every node of a request's tree once, for the member that it is of."""
+        offered = self._chains.get(slot)
+        if offered is None:
+            return
+        sources: dict[tuple[int, ...], int] = {}
+        for tokens, source in offered:
+            for depth, member in enumerate(source):
+                if member >= 0:
+                    sources.setdefault(tuple(tokens[: depth + 1]), member)
+        seen: set[tuple[int, ...]] = set()
+        for nth, chain in enumerate(chains):
+            for depth in range(len(chain)):
+                node = tuple(chain[: depth + 1])
+                if node in seen or (member := sources.get(node, -1)) < 0:
+                    continue
+                seen.add(node)
+                drafted[member] += 1
+                accepted[member] += nth == 0 and depth < num_accepted
+                self.stats.fork_tokens += node != tuple(offered[0][0][: depth + 1])
+        self.stats.forks += len(chains) - 1
+        main = offered[0][0]
+        common = next((at for at, (a, b) in enumerate(zip(main, chains[0], strict=False)) if a != b), len(main))
+        if num_accepted > common:
+            self.stats.fork_wins += 1
+            self.stats.fork_gain += num_accepted - common
+            self._fork_kept += num_accepted - common
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """These requests are over."""
@@ -701,13 +1103,24 @@ class Ensemble:
                 self._lengths[slot] = 0
                 self._recent[slot] = 0.0
                 self._source[slot] = -1
+                self._chains.pop(slot, None)
                 self._free.append(slot)
 
     def warm_up(self) -> None:
         """Compile."""
         batch = DraftBatch.from_contexts([[1, 2]], max_draft_tokens=1, request_ids=["specplug-warm-up"])
         weights, squares = self.weights.copy(), self._squares.copy()
-        self.combine(batch, [Drafts.from_lists([[1]])] * len(self.names), 1)
+        answer = Drafts.from_lists([[1]])
+        answer.others = (Drafts.from_lists([[2]]),)
+        self.combine(batch, [answer] * len(self.names), 1)
+        if self.num_chains > 1:
+            best = Drafts.from_lists([[1]])
+            tokens: NDArray[np.int32] = np.ones((1, 1, 1), dtype=np.int32)
+            limits = kernel_input(np.ones(1), np.int64)
+            _Tree(
+                tokens, np.ones((1, 1), dtype=np.int64), np.ones((1, 1, 1)), limits, 1, best, np.ones((1, 1)),
+                np.zeros((1, 1), dtype=np.int64), 2,
+            ).grow(1.0, 0.0, 0.0, takes_all=False)  # fmt: skip
         cut_to_what_pays(np.zeros((1, 1)), np.ones(1, dtype=np.int64), 1.0, 0.0, 0.0)
         one = np.ones(1, dtype=np.int64)
         self.observe(batch.request_ids, np.ones((1, 1), dtype=np.int32), one, one)

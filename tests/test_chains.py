@@ -133,7 +133,10 @@ def test_every_true_token_is_accepted_whichever_chain_is_the_main_one(
 ) -> None:
     """The best chain's true tokens, all of them; requests with a grammar keep one chain and are left out."""
     roomy.send("set_drafting", several(kinds, sequences, leave_out=True))
-    assert_same(roomy.generate(PLAIN[:40]), stock["plain"][:40], "true tokens", PLAIN[:40])
+    # Of two outputs of one prompt the oracle cannot know whose turn it is.
+    sent = [index for index, r in enumerate(PLAIN) if r["params"].get("n", 1) == 1][:40]
+    served = [PLAIN[index] for index in sent]
+    assert_same(roomy.generate(served), [stock["plain"][index] for index in sent], "true tokens", served)
     counted = roomy.send("call", "counted_chains")
     assert counted["true"] == counted["accepted"] > 500
     assert counted["missed"] == 0

@@ -134,11 +134,16 @@ class Drafting:
             self.stats.proposers[native] = ProposerStats()
         self._names = tuple(self.stats.proposers)
         self.ensemble = Ensemble(
-            self._names, context.num_speculative_tokens, settings.ensemble_options, can_shorten=can_shorten
+            self._names,
+            context.num_speculative_tokens,
+            settings.ensemble_options,
+            can_shorten=can_shorten,
+            num_chains=settings.num_chains,
         )
         self._counted = 0.0  # when proposers were last asked for their memory
         self._step_began = 0.0  # when the drafts of the step under way were handed over
         self._verified_rows = -1  # draft rows of the step under way; -1 when its time says nothing
+        self._verified_forks = 0
         self._num_steps = 0
         self._has_drafted = False
         self._is_resting = False
@@ -220,7 +225,7 @@ class Drafting:
         if self._is_resting and self._num_steps % self.FOLLOW_INTERVAL:
             pass  # steps like this one are known well enough
         elif self._verified_rows >= 0 and self._step_began and requests:
-            self.ensemble.took(len(requests), self._verified_rows, now - self._step_began)
+            self.ensemble.took(len(requests), self._verified_rows, now - self._step_began, self._verified_forks)
             if self._verified_rows:
                 self.stats.verify_s += now - self._step_began
                 self.stats.verify_steps += 1
@@ -231,7 +236,7 @@ class Drafting:
         if now - self._counted > self.COUNT_INTERVAL_S:
             self._count_memory()
         try:
-            return self._propose(requests, token_ids, rows, num_tokens, limit, noise, native)
+            return self._propose(requests, token_ids, rows, num_tokens, limit, noise, native, max_forks)
         finally:
             self._step_began = time.perf_counter()
             if self._has_drafted:
@@ -246,6 +251,7 @@ class Drafting:
         limit: int,
         noise: Callable[[Sequence[int], int], TargetNoise] | None,
         native: NDArray[np.int32] | None,
+        max_forks: int,
     ) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in requests]
         self._has_drafted = False
@@ -275,6 +281,7 @@ class Drafting:
             max_draft_tokens=read_only(np.array(limits, dtype=np.int64)),
             options=tuple(requests[index].options for index in wanting),
             noise=None if is_resting or noise is None else noise(wanting, max(limits)),
+            num_chains=self.settings.num_chains if max_forks > 0 else 1,
         )
         if is_resting:
             self._follow(batch)
@@ -286,10 +293,14 @@ class Drafting:
             answers.append(None if native is None else self._native_answer(native[wanting], batch, allowed))
         if all(answer is None for answer in answers):
             return drafts
-        best, source = self.ensemble.combine(batch, answers, len(requests))
+        best, source = self.ensemble.combine(batch, answers, len(requests), max_forks)
         lengths = best.num_tokens.tolist()
         for index, row, length in zip(wanting, best.token_ids.tolist(), lengths, strict=True):
             drafts[index] = row[:length]
+        for chain in best.others:
+            for index in np.flatnonzero(chain.num_tokens).tolist():
+                tokens = chain.token_ids[index, : chain.num_tokens[index]].tolist()
+                self.further.setdefault(batch.request_ids[index], []).append(tokens)
         for place in source[best.num_tokens > 0, 0].tolist():
             self.stats.proposers[self._names[place]].chosen += 1
         return drafts
@@ -353,7 +364,17 @@ class Drafting:
             return
         # A step that took in a prompt takes longer than its rows say.
         is_decode = not verified.num_unsettled and all(request_id in self._seen for request_id in verified.request_ids)
-        self._verified_rows = sum(map(len, verified.draft_token_ids)) if is_decode else -1
+        several = {
+            index: [draft, *further]
+            for index, (draft, further) in enumerate(zip(verified.draft_token_ids, verified.further, strict=False))
+            if further
+        }
+        self._verified_forks = sum(map(len, verified.further))
+        self._verified_rows = -1
+        if is_decode:
+            self._verified_rows = sum(map(len, verified.draft_token_ids))
+            # Rows of a tree: what chains share is verified once.
+            self._verified_rows += sum(_num_nodes(chains) - len(chains[0]) for chains in several.values())
         # At rest nobody learns from single tokens: that would take as long as drafting.
         is_learning = self.ensemble.awaits or (bool(self._observers) and not self._is_resting)
         if not verified.request_ids or not is_learning:
@@ -367,7 +388,7 @@ class Drafting:
             for token in targets[:count]
         ]
         num_verified = np.array([len(draft) for draft in verified.draft_token_ids], dtype=np.int64)
-        drafted, accepted = self.ensemble.observe(verified.request_ids, emitted, num_emitted, num_verified)
+        drafted, accepted = self.ensemble.observe(verified.request_ids, emitted, num_emitted, num_verified, several)
         for name, each, kept in zip(self._names, drafted, accepted, strict=True):
             stats.proposers[name].drafted += each
             stats.proposers[name].accepted += kept
@@ -439,7 +460,18 @@ class Drafting:
     def _well_formed(self, answer: Drafts | Sequence[Sequence[int]], batch: DraftBatch, stats: ProposerStats) -> Drafts:
         """Check shapes, cut drafts to what is allowed, and cut them before ids outside the vocabulary."""
         drafts = answer if isinstance(answer, Drafts) else _from_lists(answer)
+        if not drafts.others:
+            return self._well_formed_chain(drafts, batch, stats)
+        others = drafts.others[: batch.num_chains - 1]
+        first = replace(drafts, others=())
+        checked = [self._well_formed_chain(each, batch, stats) for each in (first, *others)]
+        return replace(checked[0], others=tuple(checked[1:]))
+
+    def _well_formed_chain(self, drafts: Drafts, batch: DraftBatch, stats: ProposerStats) -> Drafts:
+        """:meth:`_well_formed` for one chain a request."""
         num_requests = len(batch)
+        if not isinstance(drafts, Drafts) or drafts.others:
+            raise ValueError(f"answered {type(drafts).__name__} among others; Drafts without others are expected there")
         if _is_well_formed(drafts, batch, self.context.vocab_size):
             return drafts  # ours always are, and this is asked for every proposer in every step
         token_ids = np.asarray(drafts.token_ids)
@@ -530,7 +562,13 @@ def _spread(drafts: Drafts, indices: Sequence[int], num_requests: int) -> Drafts
     if drafts.votes is not None:
         out.votes = np.zeros(out.token_ids.shape, dtype=np.int32)
         out.votes[indices] = drafts.votes
+    out.others = tuple(_spread(each, indices, num_requests) for each in drafts.others)
     return out
+
+
+def _num_nodes(chains: Sequence[Sequence[int]]) -> int:
+    """Tokens of a tree, given by its paths."""
+    return len({tuple(chain[: depth + 1]) for chain in chains for depth in range(len(chain))})
 
 
 def _evidence(name: str, values: Any, shape: tuple[int, ...]) -> NDArray[np.int32] | None:
