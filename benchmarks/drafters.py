@@ -1,11 +1,14 @@
 """Every drafter on the same prompts and seeds, in one run: vLLM's own, each proposer of ours, and the ensemble.
 
     python benchmarks/drafters.py --datastore STORE [--questions question.jsonl] [--humaneval HumanEval.jsonl.gz]
-        [--draft-model DIR] [--batch 1 8 32] [--temperature 0 1] [--repeats 2] [--json FILE] [--tables]
+        [--draft-model DIR] [--batch 1 8 32] [--temperature 0 1] [--repeats 2] [--json FILE] [--chains 2 4]
 
 Kinds of work: see workloads.py. Engines take turns; no prompt is used twice by the same drafter, since several of them
 remember earlier requests. Our proposers share one engine but neither history nor what they learned. "suffix" of vLLM
 takes part where arctic-inference is installed.
+
+With --chains the ensemble verifies so many chains of a request side by side, too, and a last table holds that against one
+chain; the engines then have rows to spare (16 times the largest batch), which is what further chains need.
 
 draft and verify: milliseconds of a step on the runner, with everything that is not drafting counted as verifying.
 """
@@ -49,6 +52,10 @@ class Cell:
     name: str
     runs: list[Completed] = field(default_factory=list)
     off: list[Completed] = field(default_factory=list)
+    one: list[Completed] = field(default_factory=list)
+    """The same with one chain, where this has several."""
+    forks: int = 0
+    """Further chains that were verified."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types for JSON. Counts are sums over the repeats, speeds medians."""
@@ -67,22 +74,39 @@ class Cell:
             "emitted_per_step": sum(run.num_output_tokens for run in self.runs)
             / sum(run.num_request_steps for run in self.runs),
             "acceptance": sum(run.num_accepted_tokens for run in self.runs) / drafted if drafted else None,
+            "over_one": statistics.median(
+                a.tokens_per_s / b.tokens_per_s for a, b in zip(self.runs, self.one, strict=True)
+            )
+            if self.one
+            else None,
+            "forks_per_step": self.forks / steps,
             "draft_ms": 1e3 * sum(each["draft_s"] for each in timings) / steps,
             "verify_ms": 1e3 * sum(each["verify_s"] for each in timings) / steps,
             "identical_to_off": statistics.mean(a.identical_to(b) for a, b in zip(self.runs, self.off, strict=True)),
         }
 
 
+def _forks(run: Completed) -> int:
+    """Further chains that were verified until this run's end."""
+    return int(run.answers.get("drafting_stats", {}).get("ensemble", {}).get("forks", 0))
+
+
+def with_chains(name: str, count: int) -> str:
+    """The name of a drafter that verifies so many chains."""
+    return f"{name}, {count} chains"
+
+
 def configurations(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
     """Speculation of each engine, and for each drafter its engine and what it is told there (None: nothing)."""
     k = arguments.k
     base = {"num_speculative_tokens": k, "datastore": str(arguments.datastore)}
+    several = {"num_chains": max(arguments.chains)} if arguments.chains else {}
     native = {"method": "draft_model", "model": str(arguments.draft_model), "num_speculative_tokens": k}
     configs: dict[str, Any] = {
         OFF: None,
         "vLLM ngram": speculative_config(NGRAM, k),
         DRAFT_MODEL: {**native, "num_speculative_tokens": arguments.draft_k},
-        OURS: {"method": "specplug", **base, "proposers": list(SINGLE)},
+        OURS: {"method": "specplug", **base, **several, "proposers": list(SINGLE)},
         JOINED: {
             **native,
             "num_speculative_tokens": arguments.draft_k,
@@ -102,6 +126,10 @@ def configurations(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[
         drafters[name] = (OURS, {**base, "proposers": [name, everything]})
     drafters[UNGATED] = (OURS, {**base, "proposers": [*arguments.members, everything]})
     drafters[ENSEMBLE] = (OURS, {**base, "proposers": [*arguments.members, "ensemble"]})
+    for count in arguments.chains:
+        more = {**base, "num_chains": count}
+        drafters[with_chains(UNGATED, count)] = (OURS, {**more, "proposers": [*arguments.members, everything]})
+        drafters[with_chains(ENSEMBLE, count)] = (OURS, {**more, "proposers": [*arguments.members, "ensemble"]})
     joined = {**base, "num_speculative_tokens": arguments.draft_k}
     drafters[WITH_DRAFT] = (JOINED, {**joined, "proposers": [*arguments.members, everything]})
     if arguments.only:
@@ -115,16 +143,18 @@ def measure(arguments: argparse.Namespace) -> Iterator[Cell]:
     configs, drafters = configurations(arguments)
     prompts = streams(arguments.humaneval, arguments.questions)
     kinds = [kind for kind in prompts if not arguments.kinds or kind in arguments.kinds]
+    spare = {"max_num_seqs": 16 * max(arguments.batch)} if arguments.chains else {}
     with engines(
         {
             name: engine_arguments(
                 str(arguments.model), "float32", max(arguments.batch), speculative_config=config,
-                worker_extension_cls=EXTENSION,
+                worker_extension_cls=EXTENSION, **spare,
             )
             for name, config in configs.items()
         }
     ) as running:  # fmt: skip
         seed = SEED
+        forks_before: dict[str, int] = {}
 
         def run(name: str, work: Work) -> Completed:
             engine, settings = drafters[name]
@@ -132,7 +162,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[Cell]:
             return running[engine].complete(
                 Work(
                     work.prompts, work.max_tokens, work.temperature, work.seed, work.concurrency,
-                    before={**before, "start_timing": []}, after={"timings": []},
+                    before={**before, "start_timing": []},
+                    after={"timings": [], **({} if settings is None else {"drafting_stats": []})},
                 )
             )  # fmt: skip
 
@@ -156,6 +187,11 @@ def measure(arguments: argparse.Namespace) -> Iterator[Cell]:
                         for name, cell in cells.items():
                             cell.runs.append(done[name])
                             cell.off.append(done[OFF])
+                            forks = _forks(done[name])
+                            cell.forks += forks - forks_before.get(name, 0)
+                            forks_before[name] = forks
+                            if name.endswith("chains"):
+                                cell.one.append(done[name.rsplit(", ", 1)[0]])
                     best = max(cells.values(), key=lambda cell: cell.to_dict()["tokens_per_s"])
                     progress.print(f"{kind}, batch {batch}, temperature {temperature:g}: best {best.name}")
                     yield from cells.values()
@@ -216,6 +252,39 @@ def print_checks(rows: list[dict[str, Any]]) -> None:
         )  # fmt: skip
 
 
+def print_chains(rows: list[dict[str, Any]], chains: list[int]) -> None:
+    """Several chains against one, drafts all verified and gated by cost."""
+    by_cell = {(row["kind"], row["batch"], row["temperature"], row["name"]): row for row in rows}
+    cells = []
+    for kind, batch, temperature in dict.fromkeys((row["kind"], row["batch"], row["temperature"]) for row in rows):
+        for count in chains:
+            found = [
+                by_cell.get((kind, batch, temperature, name))
+                for name in (UNGATED, with_chains(UNGATED, count), ENSEMBLE, with_chains(ENSEMBLE, count))
+            ]
+            if None in found:
+                continue
+            all_one, all_several, one, several = (row or {} for row in found)
+            cells.append(
+                [
+                    f"{kind}, batch {batch}, T {temperature:g}",
+                    str(count),
+                    f"{all_several['emitted_per_step'] / all_one['emitted_per_step']:.3f}",
+                    f"{several['emitted_per_step'] / one['emitted_per_step']:.3f}",
+                    f"{several['over_one']:.3f}",
+                    f"{several['forks_per_step']:.2f}",
+                    f"{several['identical_to_off']:.0%}",
+                ]
+            )
+    print("\nSeveral chains against one\n")
+    print_markdown(
+        {},
+        ("work", "chains", "all verified: emitted/step over one chain", "gated: emitted/step over one chain",
+         "gated: tokens/s over one chain", "gated: forks a step", "identical"),
+        cells,
+    )  # fmt: skip
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,6 +296,7 @@ def main() -> None:
     parser.add_argument(
         "--members", nargs="+", default=["suffix", "ngram", "lookahead", "rest"], help="proposers of the ensemble"
     )
+    parser.add_argument("--chains", type=int, nargs="+", default=[], help="also verify so many chains of a request")
     parser.add_argument("--only", nargs="+", help="names of drafters, as in the table; off always takes part")
     parser.add_argument("--kinds", nargs="+", help=f"kinds of work; default all, {MIXED} among them")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="requests in flight")
@@ -251,6 +321,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print_tables(about, rows)
     print_checks(rows)
+    if arguments.chains:
+        print_chains(rows, arguments.chains)
 
 
 if __name__ == "__main__":

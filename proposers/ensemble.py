@@ -256,7 +256,7 @@ def _add_forks(  # type: ignore[no-untyped-def]
     """Add paths to the chains of a batch, the one that gains most first.
 
     Args:
-        tokens: ``[num_members, num_requests, k]``; ``lengths`` alike; ``chances`` are ``[num_requests, num_members, k]``.
+        tokens: ``[num_members, num_requests, k]``; ``lengths`` alike; ``chances``: ``[num_requests, num_members, k]``.
         limits: ``[num_requests]`` longest draft.
         chain_tokens: ``[num_requests, max_chains, k]``, the first of each filled in; chances and sources too. Of the
             chains of a request the longest comes out first.
@@ -624,7 +624,7 @@ class EnsembleStats:
         fork_gain: draft tokens that were accepted because of them.
         withheld_forks: steps in which there was room for forks and some to choose from, and none was worth verifying.
         costs: see :meth:`StepCosts.to_dict`.
-        weights: regression weights by proposer.
+        weights: regression weights by proposer; those of its second answer, where it gives several, by ``NAME 2``.
     """
 
     decisions: int = 0
@@ -919,7 +919,7 @@ class Ensemble:
         elif self.has_gate:
             self._judge(num_running, 0, 0.0)
         best.confidence[:] = chances
-        return best, source % num_proposers
+        return best, source % max(num_proposers, 1)
 
     def _keep(self, slots: NDArray[np.int64], tree: _Tree) -> None:
         """Remember the chains of requests that have several, for :meth:`observe`."""
@@ -1054,7 +1054,7 @@ class Ensemble:
         self.awaits = False
         self._promised *= 0.99
         self._kept = 0.99 * self._kept + float(accepted.sum())
-        by_proposer = (-1, len(self.names))
+        by_proposer = (self.num_chains, len(self.names))
         return (
             drafted.reshape(by_proposer).sum(axis=0).tolist(),
             accepted.reshape(by_proposer).sum(axis=0).tolist(),
@@ -1132,7 +1132,8 @@ class Ensemble:
     def snapshot(self) -> EnsembleStats:
         """What was decided, with costs and weights as they are now."""
         self.stats.costs = self.costs.to_dict()
-        self.stats.weights = dict(zip(self.names, np.round(self.weights, 3).tolist(), strict=True))
+        names = [name if rank == 0 else f"{name} {rank + 1}" for rank in range(self.num_chains) for name in self.names]
+        self.stats.weights = dict(zip(names, np.round(self.weights, 3).tolist(), strict=True))
         return self.stats
 
 
