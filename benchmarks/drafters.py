@@ -7,8 +7,8 @@ Kinds of work: see workloads.py. Engines take turns; no prompt is used twice by 
 remember earlier requests. Our proposers share one engine but neither history nor what they learned. "suffix" of vLLM
 takes part where arctic-inference is installed.
 
-With --chains the ensemble verifies so many chains of a request side by side, too, and a last table holds that against one
-chain; the engines then have rows to spare (16 times the largest batch), which is what further chains need.
+With --chains the ensemble verifies so many chains of a request side by side, too, and a last table holds that against
+one chain; the engines then have rows to spare (16 times the largest batch), which is what further chains need.
 
 draft and verify: milliseconds of a step on the runner, with everything that is not drafting counted as verifying.
 """

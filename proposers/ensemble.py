@@ -776,7 +776,10 @@ class Ensemble:
         # Tokens and sources of each chain of a request, by slot, where it has more than one.
         self._chains: dict[int, list[tuple[list[int], list[int]]]] = {}
         self._fork_promised = self._fork_kept = 0.0  # draft tokens of late that forks should have brought, and did
-        self._fork_interval = self._until_fork_probe = self.PROBE_INTERVAL
+        self._idle_forks = 0  # steps in which none was worth its rows, since one was
+        self._fork_resting = 0  # steps to go before further chains are asked for again
+        self._fork_rest = self.REST
+        self._is_fork_probe = False
         self.costs = StepCosts()
         self.stats = EnsembleStats()
         self._resting = 0  # steps to go before the proposers are asked again
@@ -975,21 +978,33 @@ class Ensemble:
             self._is_probing = True
             self._until_probe = self._interval = min(2 * self._interval, self.LONGEST_INTERVAL)
 
+    def wants_forks(self) -> bool:
+        """False in a step in which further chains need not even be asked for. To be called once a step."""
+        if self._fork_resting:
+            self._fork_resting -= 1
+            return False
+        return self.num_chains > 1
+
     def _grow(self, tree: _Tree, num_running: int, rate: float, row_s: float) -> int:
-        """Add the forks that pay; now and then one whose cost was too high when it was last known."""
+        """Add the forks that pay. Where none did for a while nobody asks for them; then one is tried, paying or not."""
+        if self._is_fork_probe:
+            self._is_fork_probe = False
+            self.costs.forget_forks(num_running)
+            tree.max_forks = 1
+            return tree.grow(1.0, 0.0, 0.0, takes_all=False)
         kept = min((self._fork_kept + 1.0) / (self._fork_promised + 1.0), 1.5)
         forks = tree.grow(kept, rate * row_s, rate * self.costs.fork_s(num_running), takes_all=False)
         if forks:
-            self._fork_interval = self._until_fork_probe = self.PROBE_INTERVAL
+            self._idle_forks = 0
+            self._fork_rest = self.REST
             return forks
         self.stats.withheld_forks += 1
-        self._until_fork_probe -= 1
-        if self._until_fork_probe <= 0:
-            self._until_fork_probe = self._fork_interval = min(2 * self._fork_interval, self.LONGEST_INTERVAL)
-            self.costs.forget_forks(num_running)
-            tree.max_forks = 1
-            forks = tree.grow(1.0, 0.0, 0.0, takes_all=False)
-        return forks
+        self._idle_forks += 1
+        if self._idle_forks >= 4 * self.LOOK:
+            self._idle_forks = 3 * self.LOOK  # the next look is shorter
+            self._is_fork_probe = True
+            self._fork_resting, self._fork_rest = self._fork_rest, min(2 * self._fork_rest, self.LONGEST_REST)
+        return 0
 
     def _judge(self, num_running: int, rows: int, accepted: float, forks: int = 0) -> None:
         """Does drafting pay, this step with ``rows`` draft rows and ``accepted`` expected tokens of them included?"""

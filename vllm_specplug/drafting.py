@@ -287,6 +287,9 @@ class Drafting:
             self._follow(batch)
             return drafts
         self._has_drafted = True
+        if max_forks > 0 and not self.ensemble.wants_forks():
+            max_forks = 0
+            batch = replace(batch, num_chains=1)
         allowed = [requests[index].proposers for index in wanting]
         answers = [self._ask(name, batch, allowed) for name in self._names if name != self.native]
         if self.native is not None:
