@@ -12,8 +12,12 @@ left end.
 
 Of several stores each drafts by itself, and a request gets the draft that should get furthest.
 
+Where several chains are of use, the best few continuations are answered: wherever votes were divided, a token that lost
+is a branch, worth the chance to get there times its own; the most promising branch of all paths so far is followed to
+its end, and so on (:func:`draft_tree`).
+
 Against the paper: one binary search over reversed text instead of a search for each suffix length, at most
-``max_votes`` occurrences instead of up to 5000 (evenly spread over all of them), and a chain instead of a tree.
+``max_votes`` occurrences instead of up to 5000 (evenly spread over all of them), and few paths of a tree, or one.
 
 The chance that the target agrees with a vote depends on how long the match is and how clear the vote was; see
 :func:`vote_confidence`.
@@ -22,7 +26,8 @@ The chance that the target agrees with a vote depends on how long the match is a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numba
@@ -43,6 +48,7 @@ from .base import (
     check_option_names,
     check_probability,
     check_whole,
+    expected_accepted,
     kernel_input,
 )
 from .datastore import Datastore, search_batch, spread_candidates
@@ -121,6 +127,15 @@ def noisy_vote_confidence(length, num_agreeing, num_votes, margin, noise):  # ty
         + 0.30 * min(max(noise, -1.5), 5.0)
     )
     return 1.0 / (1.0 + math.exp(-score))
+
+
+@njit(cache=True, nogil=True)
+def second_confidence(confidence, first):  # type: ignore[no-untyped-def]
+    """A confidence by votes, for a token that lost the vote to one of confidence ``first``.
+
+    The target emits one token: what the winner has, the others have not.
+    """
+    return min(confidence, max(1.0 - first, 0.0))
 
 
 @njit(cache=True, nogil=True)
@@ -213,6 +228,159 @@ def draft_one(  # type: ignore[no-untyped-def]
     return depth
 
 
+BRANCH_SHARE = 0.2
+"""Paths beyond the first end before a token whose chance of counting is below so many times ``min_confidence``: where
+several are verified, likelier ones stand beside them."""
+MAX_BRANCHES = 64
+"""Most branches of a request's tree that are kept to choose from."""
+
+
+@njit(cache=True, nogil=True)
+def draft_tree(  # type: ignore[no-untyped-def]
+    tokens, vocab_size, length, candidates, num_candidates, max_draft, min_confidence, kind, keys, scale,
+    choices, counts, left, out_tokens, out_lengths, out_confidence, out_votes,
+):  # fmt: skip
+    """The best few continuations of one request, the first as :func:`draft_one` drafts it; returns how many.
+
+    Args:
+        left: ``[max_votes]`` int64, for use in here: the candidates that agree with a path so far.
+        out_tokens, out_confidence, out_votes: ``[num_chains, k]``; ``out_lengths``: ``[num_chains]``, 0 where there are
+            no more.
+    """
+    num_chains = len(out_tokens)
+    # Where a path of the tree could have gone another way: its number, depth, the token, votes, confidence, and the
+    # chance that the token counts.
+    branches = np.empty((MAX_BRANCHES, 4), dtype=np.int64)
+    branch_confidence = np.empty(MAX_BRANCHES)
+    branch_chance = np.empty(MAX_BRANCHES)
+    num_branches = 0
+    least = BRANCH_SHARE * min_confidence
+    path = 0
+    out_lengths[:] = 0
+    while path < num_chains:
+        num_left = num_candidates
+        for index in range(num_candidates):
+            left[index] = candidates[index]
+        depth = 0
+        chance = 1.0
+        if path > 0:
+            best = -1
+            for branch in range(num_branches):
+                if branch_chance[branch] >= least and (best < 0 or branch_chance[branch] > branch_chance[best]):
+                    best = branch
+            if best < 0:
+                break
+            parent, depth = branches[best, 0], branches[best, 1]
+            chance = branch_chance[best]
+            branch_chance[best] = -1.0
+            for before in range(depth):
+                out_tokens[path, before] = out_tokens[parent, before]
+                out_confidence[path, before] = out_confidence[parent, before]
+                out_votes[path, before] = out_votes[parent, before]
+            out_tokens[path, depth] = branches[best, 2]
+            out_confidence[path, depth] = branch_confidence[best]
+            out_votes[path, depth] = branches[best, 3]
+            depth += 1
+            kept = 0
+            for index in range(num_left):
+                same = True
+                for before in range(depth):
+                    if tokens[left[index] + before] != out_tokens[path, before]:
+                        same = False
+                        break
+                if same:
+                    left[kept] = left[index]
+                    kept += 1
+            num_left = kept
+        while depth < max_draft and num_left > 0:
+            best, num_choices = _most_voted(tokens, left, num_left, depth, choices, counts)
+            margin = 0.0
+            if scale > 0.0:
+                best, margin = _race(choices, counts, num_choices, vocab_size, kind, keys[depth], scale)
+            token, num_agreeing = choices[best], counts[best]
+            if token == vocab_size:
+                break
+            if scale > 0.0:
+                noise = noise_of(kind, keys[depth], token)
+                confidence = noisy_vote_confidence(length + depth, num_agreeing, num_left, margin, noise)
+            else:
+                confidence = vote_confidence(length + depth, num_agreeing, num_left)
+            for choice in range(num_choices):
+                if choice == best or choices[choice] == vocab_size:
+                    continue
+                if scale > 0.0:
+                    noise = noise_of(kind, keys[depth], choices[choice])
+                    other = noisy_vote_confidence(length + depth, counts[choice], num_left, 0.0, noise)
+                else:
+                    other = vote_confidence(length + depth, counts[choice], num_left)
+                other = second_confidence(other, confidence)
+                if chance * other < least:
+                    continue
+                place = num_branches
+                if place == MAX_BRANCHES:  # in place of the least promising, if that is less so
+                    place = 0
+                    for branch in range(MAX_BRANCHES):
+                        if branch_chance[branch] < branch_chance[place]:
+                            place = branch
+                    if branch_chance[place] >= chance * other:
+                        continue
+                else:
+                    num_branches += 1
+                branches[place, 0] = path
+                branches[place, 1] = depth
+                branches[place, 2] = choices[choice]
+                branches[place, 3] = counts[choice]
+                branch_confidence[place] = other
+                branch_chance[place] = chance * other
+            chance *= confidence
+            if chance < (min_confidence if path == 0 else least):
+                break
+            out_tokens[path, depth] = token
+            out_confidence[path, depth] = confidence
+            out_votes[path, depth] = num_agreeing
+            if num_agreeing < num_left:
+                kept = 0
+                for index in range(num_left):
+                    if tokens[left[index] + depth] == token:
+                        left[kept] = left[index]
+                        kept += 1
+                num_left = kept
+            depth += 1
+        out_lengths[path] = depth
+        if depth == 0:
+            break
+        path += 1
+    return path
+
+
+@njit(cache=True, nogil=True)
+def draft_batch_trees(  # type: ignore[no-untyped-def]
+    tokens, positions, segments, vocab_size, table, rows, num_tokens, max_drafts, settings, min_confidence,
+    kind, keys, scales, out_tokens, out_num_tokens, out_confidence, out_match_length, out_votes,
+):  # fmt: skip
+    """:func:`draft_batch` with :func:`draft_tree`: all but the match lengths have a first axis more, the chains."""
+    num_requests, width = out_tokens.shape[1:]
+    max_match, min_match, max_votes = settings
+    ranges = np.empty((num_requests, len(segments), 2), dtype=np.int64)
+    lengths = np.empty(num_requests, dtype=np.int64)
+    wanted = np.minimum(max_drafts, width)
+    search_batch(
+        tokens, positions, segments, vocab_size, table, rows, num_tokens, wanted, max_match, min_match, lengths, ranges
+    )
+    candidates = np.empty(max_votes, dtype=np.int64)
+    left = np.empty(max_votes, dtype=np.int64)
+    choices = np.empty(max_votes, dtype=np.int64)
+    counts = np.empty(max_votes, dtype=np.int64)
+    for i in range(num_requests):
+        num_candidates = spread_candidates(positions, segments, ranges[i], candidates)[0]
+        draft_tree(
+            tokens, vocab_size, lengths[i], candidates, num_candidates, wanted[i], min_confidence, kind, keys[i],
+            scales[i], choices, counts, left, out_tokens[:, i], out_num_tokens[:, i], out_confidence[:, i],
+            out_votes[:, i],
+        )  # fmt: skip
+        out_match_length[i] = lengths[i] if out_num_tokens[0, i] > 0 else 0
+
+
 @njit(cache=True, nogil=True)
 def draft_batch(  # type: ignore[no-untyped-def]
     tokens, positions, segments, vocab_size, table, rows, num_tokens, max_drafts, settings, min_confidence,
@@ -300,6 +468,33 @@ def _take_if_further(  # type: ignore[no-untyped-def]
             votes[i] = other_votes[i]
 
 
+def best_paths(found: Sequence[Drafts], num_chains: int) -> Drafts:
+    """The ``num_chains`` most promising paths of each request among drafts from everywhere, none of them twice."""
+    num_requests, width = found[0].token_ids.shape
+    chains = [Drafts.empty(num_requests, width) for _ in range(num_chains)]
+    for chain in chains:
+        chain.match_length = np.zeros(num_requests, dtype=np.int32)
+        chain.votes = np.zeros((num_requests, width), dtype=np.int32)
+    promised = np.stack([expected_accepted(each.confidence, each.num_tokens) for each in found])
+    for index in range(num_requests):
+        taken: list[list[int]] = []
+        for place in np.argsort(-promised[:, index], kind="stable").tolist():
+            each = found[place]
+            path = each.token_ids[index, : each.num_tokens[index]].tolist()
+            if len(taken) == num_chains or not path or any(other[: len(path)] == path for other in taken):
+                continue
+            out = chains[len(taken)]
+            out.token_ids[index], out.num_tokens[index] = each.token_ids[index], len(path)
+            out.confidence[index] = each.confidence[index]
+            if each.match_length is not None and out.match_length is not None:
+                out.match_length[index] = each.match_length[index]
+            if each.votes is not None and out.votes is not None:
+                out.votes[index] = each.votes[index]
+            taken.append(path)
+    chains[0].others = tuple(each for each in chains[1:] if each.num_tokens.any())
+    return chains[0]
+
+
 class RestProposer(Proposer):
     """Drafts from the token stores ``context.datastores``; for options see :data:`DEFAULT_OPTIONS`.
 
@@ -348,6 +543,8 @@ class RestProposer(Proposer):
         return self._run(kernel, batch, self._stats)
 
     def _run(self, kernel: Any, batch: DraftBatch, stats: Mapping[str, StoreStats] | None = None) -> Drafts:
+        if batch.num_chains > 1:
+            return self._run_trees(batch, stats)
         width = max(batch.max_draft_tokens.tolist(), default=0)  # for few requests numpy's takes a microsecond more
         contexts = (
             kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
@@ -379,6 +576,38 @@ class RestProposer(Proposer):
                 )  # fmt: skip
         assert best is not None  # there is a store, or the constructor raised
         return best
+
+    def _run_trees(self, batch: DraftBatch, stats: Mapping[str, StoreStats] | None) -> Drafts:
+        """The best few continuations of each request; of several stores, the best few of all."""
+        width = max(batch.max_draft_tokens.tolist(), default=0)
+        shape = (batch.num_chains, len(batch), width)
+        noise = self._no_noise(len(batch), width) if batch.noise is None else batch.noise_inputs(self._sharpness)
+        limits = self._limits(batch)
+        found: list[Drafts] = []
+        for name, store in self.stores.items():
+            tokens_votes: NDArray[np.int32] = np.zeros((2, *shape), dtype=np.int32)
+            lengths: NDArray[np.int64] = np.zeros(shape[:2], dtype=np.int64)
+            confidence: NDArray[np.float32] = np.zeros(shape, dtype=np.float32)
+            match_length: NDArray[np.int32] = np.zeros(len(batch), dtype=np.int32)
+            draft_batch_trees(
+                store.tokens, store.positions, store.segments, store.header.vocab_size,
+                kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
+                kernel_input(batch.num_tokens, np.int64),
+                kernel_input(limits.get(name, batch.max_draft_tokens), np.int64), self._settings,
+                self._min_confidence, *noise,
+                tokens_votes[0], lengths, confidence, match_length, tokens_votes[1],
+            )  # fmt: skip
+            if stats is not None:
+                stats[name].lookups += int(np.count_nonzero(limits[name])) if name in limits else len(batch)
+                stats[name].hits += int(np.count_nonzero(lengths[0]))
+            found += (
+                Drafts(tokens_votes[0, chain], lengths[chain], confidence[chain], match_length, tokens_votes[1, chain])
+                for chain in range(batch.num_chains)
+            )
+        if len(self.stores) > 1:
+            return best_paths(found, batch.num_chains)
+        found[0].others = tuple(each for each in found[1:] if each.num_tokens.any())
+        return found[0]
 
     def _no_noise(self, num_requests: int, width: int) -> tuple[int, NDArray[np.uint64], NDArray[np.float64]]:
         """What ``DraftBatch.noise_inputs`` answers where there is no noise, or more of it, kept for the next batch."""
@@ -420,6 +649,7 @@ class RestProposer(Proposer):
         batch = DraftBatch.from_contexts([[0, 0]], max_draft_tokens=1)
         for kernel in (draft_batch, draft_batch_parallel):
             self._run(kernel, batch)
+        self._run_trees(replace(batch, num_chains=2), None)
         for store in self.stores.values():
             store.prefault()
 

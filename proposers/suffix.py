@@ -28,7 +28,7 @@ import threading
 import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -425,6 +425,176 @@ def _draft_one(  # type: ignore[no-untyped-def]
     return depth, match_length
 
 
+BRANCH_SHARE = 0.2
+"""Paths beyond the first end before a token whose chance of counting is below so many times ``min_confidence``: where
+several are verified, likelier ones stand beside them."""
+MAX_BRANCHES = 48
+"""Most branches of a request's tree that are kept to choose from."""
+
+
+@njit(cache=True, nogil=True)
+def _draft_tree(  # type: ignore[no-untyped-def]
+    states, edges, table, old_states, old_edges, old_table, request, max_draft, min_match, min_confidence,
+    kind, keys, scale, found, scores, chances, out_tokens, out_lengths, out_confidence, out_votes,
+):  # fmt: skip
+    """The best few continuations of one request, the first as :func:`_draft_one` drafts it.
+
+    What lost to a draft token is a branch, worth the chance to get there times its own; the most promising branch of
+    all paths so far is followed to its end, and so on.
+
+    Args:
+        out_tokens, out_confidence, out_votes: ``[num_chains, k]``; ``out_lengths``: ``[num_chains]``, 0 where there are
+            no more.
+    """
+    num_chains = len(out_tokens)
+    owner = request[_OWNER]
+    has_old = len(old_table) > 0
+    # Path, depth, token, votes, and where both automata stand before the token.
+    branches = np.empty((MAX_BRANCHES, 8), dtype=np.int64)
+    branch_confidence = np.empty(MAX_BRANCHES)
+    branch_chance = np.empty(MAX_BRANCHES)
+    num_branches = 0
+    least = BRANCH_SHARE * min_confidence
+    out_lengths[:] = 0
+    path = 0
+    while path < num_chains:
+        state = request[_LAST]
+        length = np.int64(states[state, LENGTH])
+        old_state = request[_OLD_STATE]
+        old_length = request[_OLD_LENGTH]
+        depth = 0
+        chance = 1.0
+        if path > 0:
+            taken = -1
+            for branch in range(num_branches):
+                if branch_chance[branch] >= least and (taken < 0 or branch_chance[branch] > branch_chance[taken]):
+                    taken = branch
+            if taken < 0:
+                break
+            parent, depth, token = branches[taken, 0], branches[taken, 1], branches[taken, 2]
+            chance = branch_chance[taken]
+            branch_chance[taken] = -1.0
+            for before in range(depth):
+                out_tokens[path, before] = out_tokens[parent, before]
+                out_confidence[path, before] = out_confidence[parent, before]
+                out_votes[path, before] = out_votes[parent, before]
+            out_tokens[path, depth] = token
+            out_confidence[path, depth] = branch_confidence[taken]
+            out_votes[path, depth] = branches[taken, 3]
+            depth += 1
+            state, length = step(states, edges, table, branches[taken, 4], branches[taken, 5], token)
+            if has_old:
+                old_state, old_length = step(
+                    old_states, old_edges, old_table, branches[taken, 6], branches[taken, 7], token
+                )
+        while depth < max_draft:
+            num_found = _candidates(
+                states, edges, state, length, min_match, owner, 1 if depth == 0 else 0, 0, found, scores, 0
+            )
+            if has_old:
+                num_found = _candidates(
+                    old_states, old_edges, old_state, old_length, min_match, owner, 0, 1, found, scores, num_found
+                )
+            if num_found == 0:
+                break
+            best, confidence = _choose(found, scores, chances, num_found)
+            token = found[best, _CANDIDATE_TOKEN]
+            num_agreeing = found[best, _CANDIDATE_AGREEING]
+            num_against = found[best, _CANDIDATE_AGAINST]
+            if scale > 0.0 and num_against > 0:
+                source = found[best, _CANDIDATE_STATE]
+                if found[best, _CANDIDATE_WHICH] == 1:
+                    winner, num_wins, target = _race(old_states, old_edges, source, owner, kind, keys[depth], scale)
+                    is_own = np.int64(old_states[target, OWNER] == owner)
+                else:
+                    winner, num_wins, target = _race(states, edges, source, owner, kind, keys[depth], scale)
+                    is_own = np.int64(states[target, OWNER] == owner)
+                if winner != token:
+                    num_against = max(num_agreeing + num_against - num_wins, 0)
+                    num_agreeing = num_wins
+                    score = continuation_score(found[best, _CANDIDATE_LENGTH], num_agreeing, num_against, is_own)
+                    confidence = draft_confidence(score, 0.0, chances[best])
+                    token = winner
+            if scale > 0.0:
+                confidence = noisy_confidence(confidence, noise_of(kind, keys[depth], token))
+            rival = chances[best]
+            for index in range(num_found):
+                other_token = found[index, _CANDIDATE_TOKEN]
+                if other_token == token:
+                    continue
+                support = 0.0
+                is_best = True  # of those with this token
+                for other in range(num_found):
+                    if other != index and found[other, _CANDIDATE_TOKEN] == other_token:
+                        if scores[other] > scores[index] or (scores[other] == scores[index] and other < index):
+                            is_best = False
+                            break
+                        support += chances[other]
+                if not is_best:
+                    continue
+                against = confidence if other_token == found[best, _CANDIDATE_TOKEN] else rival
+                other_confidence = draft_confidence(scores[index], support, against)
+                if scale > 0.0:
+                    other_confidence = noisy_confidence(other_confidence, noise_of(kind, keys[depth], other_token))
+                other_confidence = min(other_confidence, max(1.0 - confidence, 0.0))
+                if chance * other_confidence < least:
+                    continue
+                place = num_branches
+                if place == MAX_BRANCHES:  # in place of the least promising, if that is less so
+                    place = 0
+                    for branch in range(MAX_BRANCHES):
+                        if branch_chance[branch] < branch_chance[place]:
+                            place = branch
+                    if branch_chance[place] >= chance * other_confidence:
+                        continue
+                else:
+                    num_branches += 1
+                branches[place, 0] = path
+                branches[place, 1] = depth
+                branches[place, 2] = other_token
+                branches[place, 3] = found[index, _CANDIDATE_AGREEING]
+                branches[place, 4] = state
+                branches[place, 5] = length
+                branches[place, 6] = old_state
+                branches[place, 7] = old_length
+                branch_confidence[place] = other_confidence
+                branch_chance[place] = chance * other_confidence
+            chance *= confidence
+            if chance < (min_confidence if path == 0 else least):
+                break
+            out_tokens[path, depth] = token
+            out_confidence[path, depth] = confidence
+            out_votes[path, depth] = num_agreeing
+            depth += 1
+            if depth < max_draft:
+                state, length = step(states, edges, table, state, length, token)
+                if has_old:
+                    old_state, old_length = step(old_states, old_edges, old_table, old_state, old_length, token)
+        out_lengths[path] = depth
+        if depth == 0:
+            break
+        path += 1
+
+
+@njit(cache=True, nogil=True)
+def _draft_trees(  # type: ignore[no-untyped-def]
+    states, edges, table, old_states, old_edges, old_table, requests, work, num_members, min_match, min_confidence,
+    kind, keys, scales, out_tokens, out_lengths, out_confidence, out_votes,
+):  # fmt: skip
+    """:func:`_draft_tree` for the members of a batch, whose texts :func:`_draft_batch` has followed."""
+    found = np.empty((MAX_FOUND, 7), dtype=np.int64)
+    scores = np.empty(MAX_FOUND)
+    chances = np.empty(MAX_FOUND)
+    width = out_tokens.shape[2]
+    for nth in range(num_members):
+        i = work[_MEMBERS, nth]
+        _draft_tree(
+            states, edges, table, old_states, old_edges, old_table, requests[work[_SLOTS, i]],
+            min(work[_LIMITS, i], width), min_match, min_confidence, kind, keys[i], scales[i], found, scores, chances,
+            out_tokens[:, i], out_lengths[:, i], out_confidence[:, i], out_votes[:, i],
+        )  # fmt: skip
+
+
 @njit(cache=True, nogil=True)
 def _draft_batch(  # type: ignore[no-untyped-def]
     states, edges, table, sizes, old_states, old_edges, old_table, contexts, requests, work, num_members, first,
@@ -481,6 +651,22 @@ class _Tenant:
 
     def reserved_bytes(self) -> int:
         return sum(each.reserved_bytes() for each in self.automata())
+
+
+_Trees = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int32]]
+"""Tokens, lengths, confidence and votes of the best few continuations: ``[num_chains, num_requests, ...]``."""
+
+
+def _with_others(drafts: Drafts, trees: _Trees | None) -> Drafts:
+    """The same drafts with all paths of the trees behind the first."""
+    if trees is not None:
+        tokens, lengths, confidence, votes = trees
+        drafts.others = tuple(
+            Drafts(tokens[chain], lengths[chain], confidence[chain], drafts.match_length, votes[chain])
+            for chain in range(1, len(tokens))
+            if lengths[chain].any()
+        )
+    return drafts
 
 
 class SuffixProposer(Proposer):
@@ -686,6 +872,13 @@ class SuffixProposer(Proposer):
         )
         if num_requests == 0:
             return drafts
+        trees: _Trees | None = None
+        if batch.num_chains > 1 and width > 0:
+            shape = (batch.num_chains, num_requests, width)
+            trees = (
+                np.zeros(shape, dtype=np.int32), np.zeros(shape[:2], dtype=np.int64), np.zeros(shape, dtype=np.float32),
+                np.zeros(shape, dtype=np.int32),
+            )  # fmt: skip
         slots = self._slots(batch)
         if self._file is not None:
             self._record(batch, slots, self._file)
@@ -712,16 +905,16 @@ class SuffixProposer(Proposer):
                 self._has_all_members = True
             (tenant,) = self._tenants.values()
             tenant.last_used = self._clock
-            self._run_tenant(tenant, num_requests, noise, tokens_votes, drafts)
-            return drafts
+            self._run_tenant(tenant, num_requests, noise, tokens_votes, drafts, trees)
+            return _with_others(drafts, trees)
         groups = self._groups(slots)
         self._has_all_members = False
         for tenant, _ in groups:
             self._use(tenant)
         for tenant, members in groups:
             work[_MEMBERS, : len(members)] = members
-            self._run_tenant(tenant, len(members), noise, tokens_votes, drafts)
-        return drafts
+            self._run_tenant(tenant, len(members), noise, tokens_votes, drafts, trees)
+        return _with_others(drafts, trees)
 
     def _run_tenant(
         self,
@@ -730,6 +923,7 @@ class SuffixProposer(Proposer):
         noise: tuple[int, NDArray[np.uint64], NDArray[np.float64]],
         tokens_votes: NDArray[np.int32],
         drafts: Drafts,
+        trees: _Trees | None,
     ) -> None:
         done = 0
         while True:
@@ -741,6 +935,11 @@ class SuffixProposer(Proposer):
                 drafts.num_tokens, drafts.match_length,
             )  # fmt: skip
             if done == num_members:
+                if trees is not None:
+                    _draft_trees(
+                        new.states, new.edges, new.table, old.states, old.edges, old.table, self._requests, self._work,
+                        num_members, self._min_match, self._min_confidence, *noise, *trees,
+                    )  # fmt: skip
                 return
             self._make_room(tenant)
             if tenant.new is not new:
@@ -790,7 +989,7 @@ class SuffixProposer(Proposer):
         rng = np.random.default_rng(0)
         text = rng.integers(0, 32, size=64, dtype=np.int32)
         other._insert_text(other._tenant(("", "warm-up")), text)
-        other.propose(DraftBatch.from_contexts([text], 2, ["warm-up"]))
+        other.propose(replace(DraftBatch.from_contexts([text], 2, ["warm-up"]), num_chains=2))
         rehash(np.zeros((2, SLOT_WORDS), dtype=np.int32), np.zeros((4, SLOT_WORDS), dtype=np.int32))
 
     def memory_bytes(self) -> int:
