@@ -171,7 +171,7 @@ class ForkedRows:
         order = [row for row in range(len(place)) if row not in set(forks)] + forks
         step.num_requests = len(order) - len(forks)
         changes: dict[str, Any] = {"req_ids": [batch_state.req_ids[row] for row in order]}
-        for name, values in vars(batch_state).items():
+        for name, values in batch_state._asdict().items():
             if isinstance(values, np.ndarray):
                 changes[name] = values[order]
         row_of = {request_id: row for row, request_id in enumerate(changes["req_ids"])}
@@ -184,7 +184,7 @@ class ForkedRows:
         device = self._runner.device
         step.parents = async_tensor_h2d(step.parents_np, device=device, dtype=torch.int64)
         step.ranks = async_tensor_h2d(np.array([0] * step.num_requests + ranks), device=device, dtype=torch.int64)
-        return replace(batch_state, **changes)
+        return batch_state._replace(**changes)
 
     def fill(self, input_batch: Any) -> None:
         """vLLM put the request's own draft into each fork's row; here is the fork's."""
