@@ -757,6 +757,8 @@ class Ensemble:
         check_options(options or {})
         self.names = tuple(names)
         self.has_gate = bool(given["gate"]) and can_shorten
+        # Further chains can be left out even where drafts cannot be shortened: they are rows of their own.
+        self.has_fork_gate = bool(given["gate"]) and not can_shorten and num_chains > 1
         self._rate = float(given["learning_rate"])
         self._width = num_speculative_tokens
         self.num_chains = num_chains
@@ -781,6 +783,8 @@ class Ensemble:
         self._fork_rest = self.REST
         self._is_fork_probe = False
         self.costs = StepCosts()
+        self._fork_costs = StepCosts()  # of steps without further chains, and for each of these, as if it were a row
+        self._left_out = False  # further chains, in the step before, only to learn what a step without them costs
         self.stats = EnsembleStats()
         self._resting = 0  # steps to go before the proposers are asked again
         self._rest = self.REST
@@ -850,6 +854,8 @@ class Ensemble:
         """
         if self.has_gate and num_running > 0:
             self.costs.add(num_running, draft_rows, seconds, self._is_probing, forks)
+        elif self.has_fork_gate and num_running > 0 and draft_rows > 0:
+            self._fork_costs.add(num_running, forks, seconds)
         self._is_probing = False
 
     def missed(self) -> None:
@@ -906,6 +912,8 @@ class Ensemble:
                 tree = _Tree(tokens, lengths, all_chances, limits, max_forks, best, chances, source, self.num_chains)
             if self.has_gate:
                 self._withhold(best, chances, num_running, tree)
+            elif tree is not None and self.has_fork_gate:
+                self._grow_beside_padding(tree, best, chances, num_running)
             elif tree is not None:
                 tree.grow(1.0, 0.0, 0.0, takes_all=True)
             if tree is not None:
@@ -994,17 +1002,41 @@ class Ensemble:
             return tree.grow(1.0, 0.0, 0.0, takes_all=False)
         kept = min((self._fork_kept + 1.0) / (self._fork_promised + 1.0), 1.5)
         forks = tree.grow(kept, rate * row_s, rate * self.costs.fork_s(num_running), takes_all=False)
+        self._count_idle(forks)
+        return forks
+
+    def _count_idle(self, forks: int) -> None:
+        """A step in which there was room for further chains has so many."""
         if forks:
             self._idle_forks = 0
             self._fork_rest = self.REST
-            return forks
+            return
         self.stats.withheld_forks += 1
         self._idle_forks += 1
         if self._idle_forks >= 4 * self.LOOK:
             self._idle_forks = 3 * self.LOOK  # the next look is shorter
             self._is_fork_probe = True
             self._fork_resting, self._fork_rest = self._fork_rest, min(2 * self._fork_rest, self.LONGEST_REST)
-        return 0
+
+    def _grow_beside_padding(self, tree: _Tree, best: Drafts, chances: NDArray[np.float64], num_running: int) -> None:
+        """Add the forks that pay where a request's own row costs the same whatever its draft, and each fork as much."""
+        costs = self._fork_costs
+        if not costs.knows_plain(num_running) or costs.steps_since_plain(num_running) > self.PLAIN_INTERVAL:
+            self._left_out = not self._left_out
+            if not self._left_out:
+                tree.grow(1.0, 0.0, 0.0, takes_all=False)
+            return
+        plain_s, first_s, fork_s = costs.of(num_running)
+        alive = np.arange(self._width)[None, :] < best.num_tokens[:, None]
+        tokens = num_running + float(np.where(alive, np.cumprod(chances, axis=1), 0.0).sum())
+        rate = tokens / plain_s if plain_s > 0.0 else 0.0
+        kept = min((self._fork_kept + 1.0) / (self._fork_promised + 1.0), 1.5)
+        if self._is_fork_probe:
+            self._is_fork_probe = False
+            tree.max_forks = 1
+            tree.grow(1.0, 0.0, 0.0, takes_all=False)
+            return
+        self._count_idle(tree.grow(kept, 0.0, rate * (fork_s + first_s / num_running), takes_all=False))
 
     def _judge(self, num_running: int, rows: int, accepted: float, forks: int = 0) -> None:
         """Does drafting pay, this step with ``rows`` draft rows and ``accepted`` expected tokens of them included?"""

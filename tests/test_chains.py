@@ -17,6 +17,7 @@ from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, requests
 
 from vllm_specplug import corpus
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.tiny_models import target_path
 
 NUM_DRAFT = 6
 CHAINS = {
@@ -269,6 +270,34 @@ def test_a_small_cache_keeps_one_chain_and_says_so() -> None:
             1_000_000
         )
         assert engine.generate(PLAIN[:4])
+
+
+@pytest.mark.engine
+def test_a_model_with_sliding_windows(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Two groups of layers, with block tables of their own; drafts and windows cross the ends of blocks."""
+    model = tmp_path_factory.mktemp("window")
+    with Engine() as child:
+        child.send("call", "save_tiny_window_model", str(model), str(target_path()))
+    sent = [
+        {"prompt": [50 + (11 * at * at + 7 * number) % 3000 for at in range(30 + 9 * number)], "params":
+         {"temperature": 0.9, "seed": number, "max_tokens": 14, "ignore_eos": True}}
+        for number in range(5)
+    ]  # fmt: skip
+    arguments = {**ROOMY, "model": str(model), "max_model_len": 256}
+    with Engine(arguments, plugin=False) as engine:
+        expected = engine.generate(sent)
+    path = model / "sequences.json"
+    path.write_text(json.dumps([o["prompt_token_ids"] + o["outputs"][0]["token_ids"] for o in expected]))
+    config = {**CHAINS, "scratch_blocks": 200}
+    with Engine({**arguments, "speculative_config": config}) as engine:
+        assert "200 of " in engine.tail(1_000_000)
+        engine.send("set_drafting", several(["corrupted"] * 4, (str(path), [])))
+        assert_same(engine.generate(sent), expected, "sliding windows", sent)
+        stats = engine.send("stats")["ensemble"]
+        assert stats["fork_wins"] > 3
+        engine.send("call", "break_forks", "stays away")
+        broken = engine.generate(sent, reset_prefix_cache=True)
+        assert tokens(broken) != tokens(expected), "the model must heed its context"
 
 
 # -- What needs no engine ---------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def test_a_control_that_must_fail(roomy: Engine, stock: list[dict[str, Any]], se
     try:
         roomy.send("call", "break_forks", "stays away")
         broken = roomy.generate(SENT, reset_prefix_cache=True)
-        assert sum(a != b for a, b in zip(tokens(broken), tokens(stock), strict=True)) > len(SENT) // 4
+        assert sum(a != b for a, b in zip(tokens(broken), tokens(stock), strict=True)) > 2
     finally:
         roomy.send("call", "break_forks", "mend")
 

@@ -191,7 +191,7 @@ def save_tiny_window_model(child: Any, folder: str, tokenizer: str) -> None:
 
     config = Gemma2Config(
         vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, sliding_window=24, max_position_embeddings=512, query_pre_attn_scalar=16,
+        num_key_value_heads=2, head_dim=32, sliding_window=24, max_position_embeddings=512, query_pre_attn_scalar=32,
         attn_logit_softcapping=None, final_logit_softcapping=None,
     )  # fmt: skip
     torch.manual_seed(0)
