@@ -68,6 +68,13 @@ ENSEMBLE_SERIES = (
     Series("specplug_paused", "gauge", "1 while nothing is drafted because it does not pay.", "paused"),
     Series("specplug_resting_steps", "counter", "Steps in which no proposer was asked.", "resting_steps"),
     Series("specplug_withheld_tokens", "counter", "Draft tokens that were not worth verifying.", "withheld_tokens"),
+    Series("specplug_forks", "counter", "Chains beyond a request's first that were verified.", "forks"),
+    Series("specplug_fork_tokens", "counter", "Draft tokens that only such chains have.", "fork_tokens"),
+    Series("specplug_fork_wins", "counter", "Such chains that got further than the first.", "fork_wins"),
+    Series("specplug_fork_gain_tokens", "counter", "Draft tokens accepted because of them.", "fork_gain"),
+    Series(
+        "specplug_withheld_forks", "counter", "Steps with room for such chains, none worth verifying.", "withheld_forks"
+    ),
     Series(
         "specplug_gain",
         "gauge",
