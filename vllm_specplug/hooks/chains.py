@@ -85,6 +85,7 @@ def why_single(vllm_config: Any, kv_cache_config: KVCacheConfig) -> str:
     }
     for reason, applies in (
         (f"layers of {', '.join(sorted(odd))} hold more than blocks of tokens", odd),
+        ("max_num_seqs is 1, and they take rows that no request has", vllm_config.scheduler_config.max_num_seqs == 1),
         ("the model has no KV cache", not kv_cache_config.kv_cache_groups),
         (f"vLLM's {speculative.method} drafts from hidden states", speculative.method in _FROM_HIDDEN_STATES),
         ("Model Runner V2 runs a draft model", is_v2 and speculative.method == "draft_model"),
@@ -133,7 +134,8 @@ def plan_scratch(vllm_config: Any, kv_cache_config: KVCacheConfig) -> Scratch | 
     # The scheduler must still be able to run one request of full length; block 0 is nobody's.
     longest = sum(cdiv(int(vllm_config.model_config.max_model_len), size) for size in sizes)
     free = max(kv_cache_config.num_blocks - 1 - longest, 0)
-    wanted = (settings.num_chains - 1) * int(vllm_config.scheduler_config.max_num_seqs)
+    max_num_seqs = int(vllm_config.scheduler_config.max_num_seqs)
+    wanted = min((settings.num_chains - 1) * max_num_seqs, max_num_seqs - 1)  # a row for the request, at least
     given = settings.scratch_blocks
     if given is not None and given < sum(per_row):
         raise ConfigurationError(
