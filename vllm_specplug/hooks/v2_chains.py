@@ -191,11 +191,15 @@ class ForkedRows:
         step = self.step
         if step is None:
             return
-        starts = input_batch.query_start_loc_np
-        for number, fork in enumerate(step.forks):
-            start = int(starts[step.num_requests + number]) + 1
-            tokens = async_tensor_h2d(fork.tokens, device=self._runner.device, dtype=torch.int32)
-            input_batch.input_ids[start : start + len(fork.tokens)] = tokens
+        starts = input_batch.query_start_loc_np[step.num_requests :]
+        places = [
+            int(starts[number]) + 1 + at for number, fork in enumerate(step.forks) for at in range(len(fork.tokens))
+        ]
+        tokens = [token for fork in step.forks for token in fork.tokens]
+        device = self._runner.device
+        input_batch.input_ids[async_tensor_h2d(places, device=device, dtype=torch.int64)] = async_tensor_h2d(
+            tokens, device=device, dtype=torch.int32
+        )
 
     def attend(self, input_batch: Any, block_tables: tuple[torch.Tensor, ...], slot_mappings: torch.Tensor) -> None:
         """Let the forks' rows use scratch blocks, which begin like the request's own; in place, for graphs' sake."""
