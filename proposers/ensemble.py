@@ -290,7 +290,7 @@ def _add_forks(  # type: ignore[no-untyped-def]
     for i in range(num_requests):
         for member in range(num_members):
             expected = 0.0
-            for depth in range(min(lengths[member, i], width) - 1, -1, -1):
+            for depth in range(min(lengths[member, i], limits[i], width) - 1, -1, -1):
                 expected = chances[i, member, depth] * (1.0 + expected)
                 remaining[i, member, depth] = expected
     forks, rows, accepted, has_choice = 0, 0, 0.0, False
@@ -638,13 +638,16 @@ class StepCosts:
     """What a step takes, measured in the running engine: without drafts, and for each verified draft row more.
 
     Kept by batch size, in half octaves: at each, the median of the latest steps without drafts, and a regression of
-    what steps with drafts took beyond it on their number of draft rows and of further chains, which forgets slowly.
+    what steps with drafts took beyond it on their number of draft rows, which forgets slowly; and what steps with
+    further chains took beyond that, for each of them.
     Steps with drafts that took over four times as long as their rows explain (a prompt came in, the machine was away)
     are left out.
     """
 
     KEPT = 15
     FORGET = 0.98
+    FORGET_OTHERS = 0.998
+    """What steps without forks count for one step with forks later, and the other way round."""
     FORGET_AT_PROBE = 0.5
     FORGET_AT_GOOD_NEWS = 0.1
 
@@ -698,26 +701,24 @@ class StepCosts:
             return
         sums = self._sums.setdefault(bucket, np.zeros(5))
         more = seconds - plain_s
-        forget = self.FORGET
-        if is_probe:
-            _, first_s, row_s = self.of(num_running)
-            is_good = more < 0.5 * (first_s + draft_rows * row_s)
-            forget = self.FORGET_AT_GOOD_NEWS if is_good else self.FORGET_AT_PROBE
-        sums *= forget
         new = (1.0, draft_rows, draft_rows * draft_rows, more, draft_rows * more)
         fork_sums = self._fork_sums.get(bucket)
-        if fork_sums is not None:
-            if is_fork_probe:
-                _, first_s, row_s = self.of(num_running)
-                beyond = more - first_s - draft_rows * row_s
-                is_good = beyond < 0.5 * forks * self.fork_s(num_running)
-                forget = self.FORGET_AT_GOOD_NEWS if is_good else self.FORGET_AT_PROBE
-            fork_sums *= forget
+        forget, forget_forks = self.FORGET, self.FORGET_OTHERS
+        if is_probe or is_fork_probe:
+            _, first_s, row_s = self.of(num_running)
+            known = first_s + draft_rows * row_s + forks * self.fork_s(num_running)
+            forget = forget_forks = self.FORGET_AT_GOOD_NEWS if more < 0.5 * known else self.FORGET_AT_PROBE
         if forks:
-            fork_sums = self._fork_sums.setdefault(bucket, np.zeros(9))
+            if fork_sums is None:
+                fork_sums = self._fork_sums[bucket] = np.zeros(9)
+            sums *= self.FORGET_OTHERS
+            fork_sums *= forget
             fork_sums += (*new, forks, forks * draft_rows, forks * forks, forks * more)
         else:
+            sums *= forget
             sums += new
+            if fork_sums is not None:
+                fork_sums *= forget_forks
         self._solved.pop(bucket, None)
 
     def fork_s(self, num_running: int) -> float:
@@ -733,25 +734,16 @@ class StepCosts:
         return solved
 
     def _solve_anew(self, bucket: int) -> tuple[float, float, float]:
-        count, rows, squares, more, product = self._sums[bucket].tolist()
+        sums = self._sums[bucket].tolist()
         fork_sums = self._fork_sums.get(bucket)
         if fork_sums is None:
-            return *self._line(count, rows, squares, more, product), 0.0
-        own_count, own_rows, own_squares, own_more, own_product, *rest = fork_sums.tolist()
-        forks, with_rows, fork_squares, fork_product = rest
-        count, rows, squares = count + own_count, rows + own_rows, squares + own_squares
-        more, product = more + own_more, product + own_product
-        # What forks took, once rows have explained what they can of both their number and the time. Steps whose forks
-        # always come with the same rows tell nothing: then it is the rows that are taken to be dear.
-        spread = count * squares - rows * rows
-        slope = (count * with_rows - rows * forks) / spread if spread > 1e-6 * count * squares else 0.0
-        mean = (forks - slope * rows) / max(count, 1e-9)
-        left = fork_squares - mean * forks - slope * with_rows
-        fork_s = 0.0
-        if left > 1e-3 * fork_squares:
-            fork_s = (fork_product - mean * more - slope * product) / left
-            fork_s = max(min(fork_s, fork_product / fork_squares), 0.0)
-        return *self._line(count, rows, squares, more - fork_s * forks, product - fork_s * with_rows), fork_s
+            return *self._line(*sums), 0.0
+        *both, forks, with_rows, squares, product = fork_sums.tolist()
+        if not sums[0]:  # none but with forks
+            return *self._line(*both), 0.0
+        # Rows come with every fork, and so many that the two could not be told apart in the same steps.
+        first_s, row_s = self._line(*sums)
+        return first_s, row_s, max((product - first_s * forks - row_s * with_rows) / max(squares, 1e-9), 0.0)
 
     @staticmethod
     def _line(count: float, rows: float, squares: float, more: float, product: float) -> tuple[float, float]:
@@ -959,6 +951,7 @@ class Ensemble:
         self._idle_forks = 0  # steps in which none was worth its rows, since one was
         self._fork_resting = 0  # steps to go before further chains are asked for again
         self._fork_rest = self.REST
+        self._forked = 0  # steps with forks since one was left without, to be measured
         self._is_fork_probe = False  # True until some fork was tried after a rest
         self._is_probing_forks = False
         self.costs = StepCosts()
@@ -1184,6 +1177,10 @@ class Ensemble:
         """Add the forks that pay. Where none did for a while nobody asks for them; then one is tried, paying or not."""
         if self._is_fork_probe:
             return self._probe_fork(tree)
+        self._forked += 1
+        if self._forked > self.PLAIN_INTERVAL:
+            self._forked = 0
+            return 0
         kept = min((self._fork_kept + 1.0) / (self._fork_promised + 1.0), 1.5)
         forks = tree.grow(kept, rate * row_s, rate * self.costs.fork_s(num_running), takes_all=False)
         self._count_idle(tree, forks)
@@ -1207,6 +1204,7 @@ class Ensemble:
             self._fork_rest = self.REST
             return
         self.stats.withheld_forks += tree.has_choice
+        self._forked = 0
         self._idle_forks += 1
         if self._idle_forks >= 4 * self.LOOK:
             self._idle_forks = 3 * self.LOOK  # the next look is shorter
