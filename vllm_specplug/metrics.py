@@ -68,18 +68,23 @@ ENSEMBLE_SERIES = (
     Series("specplug_paused", "gauge", "1 while nothing is drafted because it does not pay.", "paused"),
     Series("specplug_resting_steps", "counter", "Steps in which no proposer was asked.", "resting_steps"),
     Series("specplug_withheld_tokens", "counter", "Draft tokens that were not worth verifying.", "withheld_tokens"),
-    Series("specplug_forks", "counter", "Chains beyond a request's first that were verified.", "forks"),
-    Series("specplug_fork_tokens", "counter", "Draft tokens that only such chains have.", "fork_tokens"),
-    Series("specplug_fork_wins", "counter", "Such chains that got further than the first.", "fork_wins"),
-    Series("specplug_fork_gain_tokens", "counter", "Draft tokens accepted because of them.", "fork_gain"),
-    Series(
-        "specplug_withheld_forks", "counter", "Steps with room for such chains, none worth verifying.", "withheld_forks"
-    ),
     Series(
         "specplug_gain",
         "gauge",
         "Tokens of late in steps with drafts, over what the same time would have brought without.",
         "gain",
+    ),
+    Series("specplug_forks", "counter", "Chains beyond the first of a request that were verified.", "forks"),
+    Series(
+        "specplug_fork_tokens", "counter", "Draft tokens of them, behind where they leave other chains.", "fork_tokens"
+    ),
+    Series("specplug_fork_wins", "counter", "Requests and steps in which one got further than the first.", "fork_wins"),
+    Series("specplug_fork_gain", "counter", "Draft tokens that were accepted because of them.", "fork_gain"),
+    Series(
+        "specplug_withheld_forks",
+        "counter",
+        "Steps in which there were some to choose from and none was worth verifying.",
+        "withheld_forks",
     ),
 )
 PROPOSER_SERIES = (
