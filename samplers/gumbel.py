@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 SEED_BOUND = 2**31
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_UNMIX = tuple(np.uint64(pow(factor, -1, 2**64)) for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 class SeedStream:
@@ -61,6 +62,15 @@ def splitmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
+
+
+def unmix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The inverse of :func:`splitmix64`, elementwise on uint64."""
+    with np.errstate(over="ignore"):
+        z = values
+        z = (z ^ (z >> np.uint64(31)) ^ (z >> np.uint64(62))) * _UNMIX[1]
+        z = (z ^ (z >> np.uint64(27)) ^ (z >> np.uint64(54))) * _UNMIX[0]
+        return np.asarray(z ^ (z >> np.uint64(30)) ^ (z >> np.uint64(60)))
 
 
 def gumbel_noise(seeds: NDArray[np.int64], token_ids: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -129,6 +139,24 @@ def murmur_gumbel_noise(
         h = h ^ (h >> np.uint32(16))
     uniform = (np.asarray(h, dtype=np.float64) + 0.5) * 2.0**-32
     return np.asarray(-np.log(-np.log1p(-uniform)))
+
+
+def murmur_gumbel_noise_torch(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """:func:`murmur_gumbel_noise` on any device, without waiting for it: int64 tensors that broadcast, float64."""
+    low = 0xFFFFFFFF
+    h = torch.zeros((), dtype=torch.int64, device=seeds.device)
+    for word in (seeds & low, (seeds >> 32) & low, positions & low, token_ids & low):
+        word = word * 0xCC9E2D51 & low  # a product of 32 bits each may wrap in int64; its lower half stays right
+        word = (word << 15 | word >> 17) & low
+        h = h ^ (word * 0x1B873593 & low)
+        h = (h << 13 | h >> 19) & low
+        h = h * 5 + 0xE6546B64 & low
+    h = h ^ 16
+    h = (h ^ h >> 16) * 0x85EBCA6B & low
+    h = (h ^ h >> 13) * 0xC2B2AE35 & low
+    h = h ^ h >> 16
+    uniform = (h.double() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform))
 
 
 def coupled_argmax(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:

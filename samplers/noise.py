@@ -7,6 +7,10 @@ by request, position and token id. A proposer that has weights for several candi
 
 Each runner of vLLM hashes in its own way. Everything but the token id goes into one 64-bit *key* a position, made once;
 the numpy forms in :mod:`vllm_specplug.samplers.gumbel` are the reference.
+
+Where the target's race takes the largest of K noises (:mod:`vllm_specplug.samplers.list_matching`), the key is that of
+the first one, and the kind says how many there are (:func:`list_kind`). The largest of K standard Gumbel variables is
+one itself, log K further up: whoever draws with it here draws as with a single noise.
 """
 
 from __future__ import annotations
@@ -22,25 +26,111 @@ from vllm_specplug.samplers.gumbel import murmur3_round, splitmix64
 NO_NOISE, SPLITMIX, MURMUR = 0, 1, 2
 """Kinds of noise: none, that of vLLM's CPU sampler (V1), that of the V2 runner."""
 
+_KIND_BITS = 2
+CHAIN_TOKENS = 1 << 32
+"""Chain ``c`` of V1 draws token ``t`` with what ``t + c * CHAIN_TOKENS`` has in the first chain."""
+CHAIN_POSITIONS = 1 << 27
+"""Chain ``c`` of V2 draws at position ``p`` with what ``p + c * CHAIN_POSITIONS`` has in the first chain: more than any
+request is long, and with 8 chains less than the 2**30 where vLLM's own drafters draw."""
+_GOLDEN = 0x9E3779B97F4A7C15
+
 
 def splitmix_keys(seeds: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Keys for :data:`SPLITMIX`: ``seeds`` of the draws (any shape), as ``SeedStream.peek`` gives them."""
     return splitmix64(np.asarray(seeds, dtype=np.int64).astype(np.uint64))
 
 
-def murmur_keys(seeds: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.uint64]:
+def murmur_keys(seeds: NDArray[np.int64], positions: NDArray[np.int64], num_chains: int = 1) -> NDArray[np.uint64]:
     """Keys for :data:`MURMUR`: the hash's state before the token id, for request seeds and positions that broadcast.
 
-    ``positions`` are those of the input tokens whose logits are sampled.
+    ``positions`` are those of the input tokens whose logits are sampled. With several chains the state before the
+    position is in the upper half and the position in the lower.
     """
     low = np.uint64(0xFFFFFFFF)
     seed_bits = np.asarray(seeds, dtype=np.int64).astype(np.uint64)
-    position_bits = np.asarray(positions, dtype=np.int64).astype(np.uint64)
+    position_bits = np.asarray(positions, dtype=np.int64).astype(np.uint64) & low
     state: NDArray[np.uint32] = np.zeros((), dtype=np.uint32)
     with np.errstate(over="ignore"):
-        for word in (seed_bits & low, seed_bits >> np.uint64(32), position_bits & low):
+        for word in (seed_bits & low, seed_bits >> np.uint64(32)):
             state = murmur3_round(state, word.astype(np.uint32))
-    return np.asarray(state, dtype=np.uint64)
+        if num_chains > 1:
+            return np.asarray(state, dtype=np.uint64) << np.uint64(32) | position_bits
+        return np.asarray(murmur3_round(state, position_bits.astype(np.uint32)), dtype=np.uint64)
+
+
+def list_kind(kind: int, num_chains: int) -> int:
+    """The kind of the largest of ``num_chains`` noises of this kind; of one it is the kind itself."""
+    return kind | (num_chains - 1) << _KIND_BITS
+
+
+def chain_noise(kind: int, keys: NDArray[np.uint64], chain: int) -> tuple[int, NDArray[np.uint64]]:
+    """Kind and keys of one of the noises alone: what chain ``chain`` draws with where each has noise of its own.
+
+    Raises:
+        ValueError: there is no such chain.
+    """
+    num_chains = (kind >> _KIND_BITS) + 1
+    if not 0 <= chain < num_chains:
+        raise ValueError(f"chain must be one of the {num_chains} that this noise is of, from 0 on, not {chain}")
+    base = kind & ((1 << _KIND_BITS) - 1)
+    if num_chains == 1 or base == NO_NOISE:
+        return base, keys
+    with np.errstate(over="ignore"):
+        if base == SPLITMIX:
+            return base, keys + np.uint64(chain * CHAIN_TOKENS * _GOLDEN % 2**64)
+        position = (keys & np.uint64(0xFFFFFFFF)) + np.uint64(chain * CHAIN_POSITIONS)
+        state = murmur3_round((keys >> np.uint64(32)).astype(np.uint32), position.astype(np.uint32))
+        return base, np.asarray(state, dtype=np.uint64)
+
+
+@njit(cache=True, nogil=True)
+def _splitmix_bits(key, number):  # type: ignore[no-untyped-def]
+    """53 bits of the hash of a token; ``number`` is the token id plus one."""
+    z = key + number * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return z >> np.uint64(11)
+
+
+@njit(cache=True, nogil=True)
+def _murmur_round(h, word):  # type: ignore[no-untyped-def]
+    """Mix a word of 32 bits in. 32-bit arithmetic in 64-bit words: numba widens anything narrower by itself."""
+    mask = np.uint64(0xFFFFFFFF)
+    word = word * np.uint64(0xCC9E2D51) & mask
+    word = ((word << np.uint64(15)) | (word >> np.uint64(17))) & mask
+    h = h ^ (word * np.uint64(0x1B873593) & mask)
+    h = ((h << np.uint64(13)) | (h >> np.uint64(19))) & mask
+    return (h * np.uint64(5) + np.uint64(0xE6546B64)) & mask
+
+
+@njit(cache=True, nogil=True)
+def _murmur_bits(h, token):  # type: ignore[no-untyped-def]
+    """32 bits of the hash of a token."""
+    mask = np.uint64(0xFFFFFFFF)
+    h = _murmur_round(h, np.uint64(token) & mask)
+    h = h ^ np.uint64(16)
+    h = (h ^ (h >> np.uint64(16))) * np.uint64(0x85EBCA6B) & mask
+    h = (h ^ (h >> np.uint64(13))) * np.uint64(0xC2B2AE35) & mask
+    return h ^ (h >> np.uint64(16))
+
+
+@njit(cache=True, nogil=True)
+def _largest_noise(kind, key, token):  # type: ignore[no-untyped-def]
+    """The largest noise of several chains, less the logarithm of their number. Hashed for each, drawn for one."""
+    num_chains = (kind >> 2) + 1
+    if kind & 3 == 1:
+        most = np.uint64(0)
+        for chain in range(num_chains):
+            number = np.uint64(token) + np.uint64(1) + (np.uint64(chain) << np.uint64(32))
+            most = max(most, _splitmix_bits(np.uint64(key), number))
+        return -math.log(-math.log((np.float64(most) + 0.5) * 2.0**-53)) - math.log(num_chains)
+    least = np.uint64(0xFFFFFFFF)  # here the smallest uniform has the largest noise
+    state, position = np.uint64(key) >> np.uint64(32), np.uint64(key) & np.uint64(0xFFFFFFFF)
+    for chain in range(num_chains):
+        word = (position + (np.uint64(chain) << np.uint64(27))) & np.uint64(0xFFFFFFFF)
+        least = min(least, _murmur_bits(_murmur_round(state, word), token))
+    return -math.log(-math.log1p(-(np.float64(least) + 0.5) * 2.0**-32)) - math.log(num_chains)
 
 
 @njit(cache=True, nogil=True)
@@ -48,7 +138,7 @@ def noise_of(kind, key, token):  # type: ignore[no-untyped-def]
     """Standard Gumbel noise of one token, float64; 0.0 for :data:`NO_NOISE`.
 
     Args:
-        kind: one of :data:`NO_NOISE`, :data:`SPLITMIX`, :data:`MURMUR`.
+        kind: one of :data:`NO_NOISE`, :data:`SPLITMIX`, :data:`MURMUR`, or what :func:`list_kind` makes of them.
         key: uint64, of the position.
         token: token id, at least 0.
     """
@@ -61,6 +151,8 @@ def noise_of(kind, key, token):  # type: ignore[no-untyped-def]
         z = z ^ (z >> np.uint64(31))
         uniform = (np.float64(z >> np.uint64(11)) + 0.5) * 2.0**-53
         return -math.log(-math.log(uniform))
+    if kind > 2:
+        return _largest_noise(kind, key, token)
     # 32-bit arithmetic in 64-bit words: numba widens anything narrower by itself.
     mask = np.uint64(0xFFFFFFFF)
     word = (np.uint64(token) & mask) * np.uint64(0xCC9E2D51) & mask

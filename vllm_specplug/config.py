@@ -86,7 +86,8 @@ class Settings(BaseModel):
         datastore: token stores for ``rest``, made by ``specplug datastore build``, as paths by name. May be given as
             one path or a list of paths, whose names then are the files' without folder and suffix.
         sampler: ``gumbel`` (drafter-invariant: seeded output as without speculation), ``minhash`` (drafter-invariant:
-            seeded output as with ``minhash`` and no proposers) or ``rejection`` (vLLM's own).
+            seeded output as with ``minhash`` and no proposers), ``list`` (drafter-invariant for each ``num_chains``:
+            seeded output as with ``list``, as many chains and no proposers) or ``rejection`` (vLLM's own).
         num_chains: most drafts of a request that one step verifies side by side, as far as rows and memory are idle
             and it pays. 1: one draft.
         scratch_blocks: most blocks of the KV cache that are set aside for chains beyond the first. Default: a
@@ -209,6 +210,11 @@ class Settings(BaseModel):
                 f"num_chains {self.num_chains} needs a coupled sampler, whose tokens do not depend on who drafted; "
                 f'sampler is {self.sampler!r}. Give "sampler": "gumbel", or leave num_chains out'
             )
+        if self.sampler == "list" and self.num_chains == 1:
+            raise ValueError(
+                "sampler 'list' draws with the noise of several chains, and of one it would be 'gumbel'; give "
+                f'num_chains (2 to {MAX_CHAINS}) too, or "sampler": "gumbel"'
+            )
         if self.scratch_blocks is not None and self.num_chains == 1:
             raise ValueError("scratch_blocks is for chains beyond the first; give num_chains (2 to 8) too")
         return self
@@ -237,6 +243,15 @@ class Settings(BaseModel):
     def is_coupled(self) -> bool:
         """True when the sampler's tokens do not depend on the drafter."""
         return self.sampler != "rejection"
+
+    @property
+    def num_noises(self) -> int:
+        """Gumbel noises that a token of the target races with, the largest counting; 0 where it is drawn otherwise."""
+        return {"gumbel": 1, "list": self.num_chains}.get(self.sampler, 0)
+
+    def forks_native(self, speculative_config: Any) -> bool:
+        """True where a drafter of vLLM's own makes several chains: one that samples, by the target's noise."""
+        return self.num_chains > 1 and speculative_config.draft_sample_method == "probabilistic"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as they travel in ``additional_config``."""

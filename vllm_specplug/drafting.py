@@ -32,6 +32,7 @@ from vllm_specplug.proposers.base import (
     read_only,
 )
 from vllm_specplug.proposers.ensemble import Ensemble, EnsembleStats
+from vllm_specplug.proposers.places import Places, comb
 from vllm_specplug.reloading import StoreSwitch
 
 logger = logging.getLogger("vllm.specplug")  # under vLLM's logger, so that its handlers and levels apply
@@ -203,6 +204,7 @@ class Drafting:
         noise: Callable[[Sequence[int], int], TargetNoise] | None = None,
         native: NDArray[np.int32] | None = None,
         max_forks: int = 0,
+        places: Places | None = None,
     ) -> list[list[int]]:
         """One draft for each request that emitted tokens in this step, empty for those that want or need none.
 
@@ -217,6 +219,7 @@ class Drafting:
             native: ``[num_running, k]`` drafts of the engine's own drafter.
             max_forks: most chains beyond the first, over all requests, that the next step has room for; they are left
                 in :attr:`further`.
+            places: of ``native``, what else was close at each depth.
         """
         self.further = {}
         if not self.has_proposers:
@@ -236,7 +239,7 @@ class Drafting:
         if now - self._counted > self.COUNT_INTERVAL_S:
             self._count_memory()
         try:
-            return self._propose(requests, token_ids, rows, num_tokens, limit, noise, native, max_forks)
+            return self._propose(requests, token_ids, rows, num_tokens, limit, noise, native, max_forks, places)
         finally:
             self._step_began = time.perf_counter()
             if self._has_drafted:
@@ -252,6 +255,7 @@ class Drafting:
         noise: Callable[[Sequence[int], int], TargetNoise] | None,
         native: NDArray[np.int32] | None,
         max_forks: int,
+        places: Places | None,
     ) -> list[list[int]]:
         drafts: list[list[int]] = [[] for _ in requests]
         self._has_drafted = False
@@ -293,7 +297,8 @@ class Drafting:
         allowed = [requests[index].proposers for index in wanting]
         answers = [self._ask(name, batch, allowed) for name in self._names if name != self.native]
         if self.native is not None:
-            answers.append(None if native is None else self._native_answer(native[wanting], batch, allowed))
+            chosen = None if places is None else places.take(np.array(wanting))
+            answers.append(None if native is None else self._native_answer(native[wanting], batch, allowed, chosen))
         if all(answer is None for answer in answers):
             return drafts
         best, source = self.ensemble.combine(batch, answers, len(requests), max_forks)
@@ -329,20 +334,26 @@ class Drafting:
             stats.propose_s += time.perf_counter() - start
 
     def _native_answer(
-        self, token_ids: NDArray[np.int32], batch: DraftBatch, allowed: Sequence[frozenset[str] | None]
+        self,
+        token_ids: NDArray[np.int32],
+        batch: DraftBatch,
+        allowed: Sequence[frozenset[str] | None],
+        places: Places | None,
     ) -> Drafts:
         """The engine's own drafter's drafts; a place of -1 ends one."""
         assert self.native is not None
         is_token = np.cumprod(token_ids >= 0, axis=1).astype(np.int64)
-        drafts = Drafts(
-            token_ids=token_ids,
-            num_tokens=np.minimum(is_token.sum(axis=1), batch.max_draft_tokens),
-            confidence=np.full(token_ids.shape, Drafts.DEFAULT_CONFIDENCE, dtype=np.float32),
-        )
+        num_tokens = np.minimum(is_token.sum(axis=1), batch.max_draft_tokens)
         for index, names in enumerate(allowed):
             if names is not None and self.native not in names:
-                drafts.num_tokens[index] = 0
-        return drafts
+                num_tokens[index] = 0
+        if places is not None and batch.num_chains > 1:
+            return comb(token_ids, num_tokens, places, batch.num_chains)
+        return Drafts(
+            token_ids=token_ids,
+            num_tokens=num_tokens,
+            confidence=np.full(token_ids.shape, Drafts.DEFAULT_CONFIDENCE, dtype=np.float32),
+        )
 
     def _follow(self, batch: DraftBatch) -> None:
         for name, proposer in list(self._proposers.items()):

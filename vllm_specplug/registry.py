@@ -23,7 +23,7 @@ PROPOSERS = {
     "rest": "vllm_specplug.proposers.rest:RestProposer",
     "suffix": "vllm_specplug.proposers.suffix:SuffixProposer",
 }
-SAMPLERS = ("gumbel", "minhash", "rejection")
+SAMPLERS = ("gumbel", "minhash", "list", "rejection")
 NEEDS_DATASTORE = frozenset({"rest"})
 
 

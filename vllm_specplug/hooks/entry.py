@@ -352,6 +352,9 @@ def _unfit_v2(config: Any) -> str:
         return "diffusion models bring a sampler of their own"
     if getattr(config.model_config, "enable_trace_replay", False):
         return "trace replay forces tokens instead of drawing them"
+    settings = settings_of(config.additional_config)
+    if config.model_config.use_fp64_gumbel and settings is not None and settings.sampler == "list":
+        return "use_fp64_gumbel hashes its noise in another way than the races of the chains are compared"
     if speculative_config.rejection_sample_method != "standard":
         return f"rejection_sample_method {speculative_config.rejection_sample_method!r} is a verifier of its own"
     if speculative_config.enable_adaptive_verification:
@@ -378,8 +381,10 @@ def _post_init(original: Callable[..., Any], self: Any, *args: Any, **kwargs: An
     """vLLM 0.32 keeps async scheduling to a list of its own methods; on V2 our drafter is none the worse for it."""
     if not (is_ours(self.speculative_config) and self.use_v2_model_runner):
         settings = settings_of(self.additional_config)
-        if settings is not None and settings.proposers and not is_ours(self.speculative_config):
-            _keep_v1_synchronous(self)
+        if settings is not None and not is_ours(self.speculative_config):
+            config = self.speculative_config
+            if settings.proposers or (config is not None and settings.forks_native(config)):
+                _keep_v1_synchronous(self)
         return original(self, *args, **kwargs)
     from vllm.config import vllm as module
 
@@ -398,8 +403,8 @@ def _keep_v1_synchronous(config: Any) -> None:
         return
     if scheduler_config.async_scheduling:
         raise ConfigurationError(
-            f"speculative_config: proposers beside method {config.speculative_config.method!r} and async scheduling "
-            "need Model Runner V2, and V1 was chosen. Leave --async-scheduling out."
+            f"speculative_config: proposers or num_chains beside method {config.speculative_config.method!r} and async "
+            "scheduling need Model Runner V2, and V1 was chosen. Leave --async-scheduling out."
         )
     scheduler_config.async_scheduling = False
 

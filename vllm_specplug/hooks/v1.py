@@ -37,10 +37,11 @@ from vllm_specplug.hooks.chains import walk
 from vllm_specplug.hooks.entry import is_coupled
 from vllm_specplug.hooks.metrics import publish_metrics
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
-from vllm_specplug.samplers import minhash
+from vllm_specplug.proposers.places import Places
+from vllm_specplug.samplers import list_matching, minhash
 from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal, probabilities
 from vllm_specplug.samplers.gumbel import SeedStream
-from vllm_specplug.samplers.noise import SPLITMIX, splitmix_keys
+from vllm_specplug.samplers.noise import SPLITMIX, list_kind, splitmix_keys
 
 logger = init_logger("vllm.specplug")
 patches = seams.Patches()
@@ -63,6 +64,7 @@ class Attachment:
         self.max_model_len = max_model_len
         self.verifier: CoupledVerifier | ObservedRejection | None = None
         self.forks: v1_chains.ForkedRows | None = None
+        self._shared: _SharedNoise | None = None
         self.plain_layout: SpecDecodeMetadata | None = None  # of the latest step without drafts
         self._runner: Any = None
         self._requests: dict[str, TrackedRequest] = {}
@@ -71,8 +73,9 @@ class Attachment:
         """Put the verifier in place and warm up. Called once the runner can serve."""
         if self.settings.is_coupled:
             self.verifier = CoupledVerifier(runner, self)
-            _share_noise(runner.drafter, self.verifier)
             self.forks = v1_chains.attach(runner, lambda: self.drafting.take_further())
+            num_places = 1 if self.forks is None else self.settings.num_chains
+            self._shared = _share_noise(runner.drafter, self.verifier, num_places)
         else:
             self.verifier = ObservedRejection(runner, self, runner.rejection_sampler)
         runner.rejection_sampler = self.verifier
@@ -89,7 +92,12 @@ class Attachment:
         return f"runner V1, sampler {self.settings.sampler} ({kind})"
 
     def draft(
-        self, rows: Sequence[int], num_tokens: Any, token_ids: Any, native: np.ndarray[Any, Any] | None = None
+        self,
+        rows: Sequence[int],
+        num_tokens: Any,
+        token_ids: Any,
+        native: np.ndarray[Any, Any] | None = None,
+        places: Places | None = None,
     ) -> list[list[int]]:
         """Drafts for the requests of the batch that have just emitted tokens; ``[len(rows)]``.
 
@@ -98,6 +106,7 @@ class Attachment:
             num_tokens: ``[max_num_reqs]`` tokens so far, the new ones included.
             token_ids: ``[max_num_reqs, max_model_len]``.
             native: ``[len(rows), num_speculative_tokens]`` drafts of vLLM's own drafter, -1 behind their ends.
+            places: what else it could have drafted at each depth, of these requests.
         """
         req_ids = self._runner.input_batch.req_ids
         requests = [self._request(req_ids[row]) for row in rows]
@@ -114,9 +123,10 @@ class Attachment:
             index,
             num_tokens[index].astype(np.int64),
             self.num_speculative_tokens,
-            noise if self.settings.sampler == "gumbel" else None,
+            noise if self.settings.num_noises else None,
             native,
             0 if self.forks is None else self.forks.max_forks,
+            places,
         )
 
     def join(self, proposed: Any) -> Any:
@@ -135,7 +145,8 @@ class Attachment:
         for index, row in enumerate(rows):
             draft = theirs.get(input_batch.req_ids[row], ())
             native[index, : len(draft)] = draft
-        drafts = self.draft(rows, input_batch.num_tokens_no_spec, input_batch.token_ids_cpu, native)
+        places = None if self._shared is None else self._shared.places(rows, k)
+        drafts = self.draft(rows, input_batch.num_tokens_no_spec, input_batch.token_ids_cpu, native, places)
         for row, draft in zip(rows, drafts, strict=True):
             theirs[input_batch.req_ids[row]] = draft
         return DraftTokenIds(list(theirs), list(theirs.values()))
@@ -280,7 +291,31 @@ def _darts(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(minhash.sample(probabilities(logits).numpy(), minhash.keys_of(seeds.numpy())))
 
 
-_DRAWS = {"gumbel": _race, "minhash": _darts}
+def _draw_of(settings: Settings) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """How the sampler makes tokens of logits and seeds, each row's of its own alone."""
+    if settings.sampler == "list":
+        num_chains = settings.num_chains
+        return lambda logits, seeds: list_matching.draw(logits, seeds, num_chains, _race)[0][:, 0]
+    return {"gumbel": _race, "minhash": _darts}[settings.sampler]
+
+
+def _places_of(
+    settings: Settings, num_places: int
+) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """What a drafter drafts first, second and so on, ``[num_rows, num_places]``, and scores; the first as it is drawn.
+
+    ``list``: the winners of all its races. ``gumbel``: the first places of the one. ``minhash``: the first dart alone.
+    """
+    if settings.sampler == "list":
+        return lambda logits, seeds: list_matching.draw(logits, seeds, settings.num_chains, _race)
+    if settings.sampler == "gumbel":
+        return lambda logits, seeds: list_matching.ranked(logits, seeds, num_places, _race)
+
+    def dart(logits: torch.Tensor, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = _darts(logits, seeds)[:, None]
+        return tokens, torch.zeros(tokens.shape, dtype=torch.float64)
+
+    return dart
 
 
 class _SeededNoise:
@@ -301,8 +336,8 @@ class _SeededNoise:
             self._streams[request_id] = stream
         return stream
 
-    def rows(self, draws: Sequence[tuple[str, Any, int, int]]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A drawing function for rows laid out one run of consecutive tokens after the other.
+    def seeds(self, draws: Sequence[tuple[str, Any, int, int]]) -> torch.Tensor:
+        """Seeds of rows laid out one run of consecutive tokens after the other, int64.
 
         Args:
             draws: for each run the request's id, its state (None: no draw, any seed will do), the output token, counted
@@ -311,7 +346,11 @@ class _SeededNoise:
         seeds: list[int] = []
         for request_id, state, first, count in draws:
             seeds += [0] * count if state is None else self.stream(request_id, state).peek(first + count)[first:]
-        keyed = torch.tensor(seeds, dtype=torch.int64)
+        return torch.tensor(seeds, dtype=torch.int64)
+
+    def rows(self, draws: Sequence[tuple[str, Any, int, int]]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A drawing function for the rows of :meth:`seeds`."""
+        keyed = self.seeds(draws)
         return lambda logits: self._draw(logits, keyed)
 
     def next_row(self, request_ids: Sequence[str], states: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -348,7 +387,7 @@ class CoupledVerifier:
         self._attachment = attachment
         stock: Sampler = runner.sampler
         self._stock = runner.rejection_sampler
-        self._noise = _SeededNoise(_DRAWS[attachment.settings.sampler])
+        self._noise = _SeededNoise(_draw_of(attachment.settings))
         self._keyed = _KeyedSampler(stock.logprobs_mode, stock.use_fp64_gumbel)
         self._sampler = copy.copy(stock)  # shares everything but the final draw
         self._sampler._modules = {**stock._modules, "topk_topp_sampler": self._keyed}
@@ -357,6 +396,11 @@ class CoupledVerifier:
     def num_streams(self) -> int:
         """Requests that hold a stream of seeds."""
         return len(self._noise)
+
+    @property
+    def num_running(self) -> int:
+        """Requests of the batch."""
+        return int(self._runner.input_batch.num_reqs)
 
     def finish(self, request_id: str) -> None:
         """Drop the request's stream of seeds."""
@@ -371,7 +415,8 @@ class CoupledVerifier:
         for index in np.flatnonzero(temperature).tolist():
             request_id = requests[index].request_id
             seeds[index] = self._noise.stream(request_id, runner.requests[request_id]).peek(width)
-        return TargetNoise(SPLITMIX, splitmix_keys(seeds), temperature)
+        kind = list_kind(SPLITMIX, self._attachment.settings.num_noises)
+        return TargetNoise(kind, splitmix_keys(seeds), temperature)
 
     def draw_ahead(self, logits: torch.Tensor, num_rows: int, depth: int) -> torch.Tensor:
         """What the noise of coming tokens makes of other logits: a drafter's.
@@ -381,19 +426,23 @@ class CoupledVerifier:
             num_rows: consecutive tokens of each request.
             depth: the first of them, counted from the request's next output token.
         """
+        return self._noise.rows(self._coming(len(logits) // num_rows, num_rows, depth))(logits)
+
+    def rank_ahead(
+        self, logits: torch.Tensor, num_rows: int, depth: int, num_places: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`draw_ahead`, with the tokens that came close: see :func:`_places_of`."""
+        draws = self._coming(len(logits) // num_rows, num_rows, depth)
+        return _places_of(self._attachment.settings, num_places)(logits, self._noise.seeds(draws))
+
+    def _coming(self, num_requests: int, num_rows: int, depth: int) -> list[tuple[str, Any, int, int]]:
+        """Runs of rows for :class:`_SeededNoise`. An incomplete prompt reads its first seeds ahead, and keeps them."""
         runner = self._runner
-        num_requests = len(logits) // num_rows
-        draws = [
-            (
-                request_id,
-                None if request_id in runner.input_batch.greedy_reqs else runner.requests[request_id],
-                depth,
-                num_rows,
-            )
+        greedy, requests = runner.input_batch.greedy_reqs, runner.requests
+        return [
+            (request_id, None if request_id in greedy else requests[request_id], depth, num_rows)
             for request_id in runner.input_batch.req_ids[:num_requests]
         ]
-        # A prompt that is not complete yet reads its first seeds ahead; reading consumes none.
-        return self._noise.rows(draws)(logits)
 
     def __call__(
         self,
@@ -646,18 +695,23 @@ class _SharedNoise:
     Args:
         drafter: one of vLLM's model drafters with ``draft_sample_method: probabilistic``.
         verifier: knows the seeds of the coming tokens.
+        num_places: tokens that are of use at each depth: what several chains can be made of.
     """
 
-    def __init__(self, drafter: Any, verifier: CoupledVerifier) -> None:
+    def __init__(self, drafter: Any, verifier: CoupledVerifier, num_places: int) -> None:
         self._verifier = verifier
         self._propose = drafter.propose
+        self._num_places = num_places
         self._depth = 0
+        # Of the latest draft: tokens and scores, [num_requests, depths, places] each.
+        self._places: list[tuple[torch.Tensor, torch.Tensor]] = []
         drafter.propose = self.propose
         drafter._sample_from_logits = self.sample
 
     def propose(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's own; a new draft begins with the next output token."""
         self._depth = 0
+        self._places = []
         return self._propose(*args, **kwargs)
 
     def sample(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> tuple[torch.Tensor, None]:
@@ -668,19 +722,56 @@ class _SharedNoise:
         greedy = logits.argmax(dim=-1)
         temperature = sampling_metadata.temperature
         if sampling_metadata.all_greedy or temperature is None:
+            if self._num_places > 1:
+                self._keep(*self._favourites(logits))
             return greedy, None
         depths = len(logits) // len(temperature)
         temperature = temperature.repeat_interleave(depths)
         is_greedy = temperature < _SAMPLING_EPS
         scaled = logits.to(torch.float32) / torch.where(is_greedy, 1.0, temperature)[:, None]
-        sampled = self._verifier.draw_ahead(scaled, depths, self._depth)
+        if self._num_places > 1:
+            tokens, scores = self._verifier.rank_ahead(scaled, depths, self._depth, self._num_places)
+            if is_greedy.any() and tokens.shape[1] > 1:
+                favourites, logits_of = self._favourites(logits)
+                tokens = torch.where(is_greedy[:, None], favourites, tokens)
+                scores = torch.where(is_greedy[:, None], logits_of, scores)
+            self._keep(tokens, scores)
+            sampled = tokens[:, 0]
+        else:
+            sampled = self._verifier.draw_ahead(scaled, depths, self._depth)
         self._depth += depths
         return torch.where(is_greedy, greedy, sampled), None
 
+    def _favourites(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What greedy requests have in place of a race's places."""
+        scores, tokens = logits.topk(self._num_places, dim=-1)
+        return tokens, scores.double()
 
-def _share_noise(drafter: Any, verifier: CoupledVerifier) -> None:
-    if getattr(drafter, "_enable_probabilistic_draft_probs", False):
-        _SharedNoise(drafter, verifier)
+    def _keep(self, tokens: torch.Tensor, scores: torch.Tensor) -> None:
+        num_requests = self._verifier.num_running
+        shape = num_requests, len(tokens) // num_requests, tokens.shape[1]
+        self._places.append((tokens.view(shape), scores.view(shape)))
+
+    def places(self, rows: Sequence[int], num_draft: int) -> Places | None:
+        """What the latest draft could have been else, of the requests in these rows; None where that is not known.
+
+        Args:
+            rows: of the batch, which is still the one that was drafted for.
+            num_draft: longest draft; depths that were not drafted hold -1.
+        """
+        if not self._places:
+            return None
+        tokens, scores = (torch.cat(each, dim=1)[list(rows), :num_draft] for each in zip(*self._places, strict=True))
+        missing = num_draft - tokens.shape[1]
+        tokens = torch.nn.functional.pad(tokens, (0, 0, 0, missing), value=-1)
+        scores = torch.nn.functional.pad(scores, (0, 0, 0, missing))
+        return Places.of_scores(tokens.numpy(), scores.numpy())
+
+
+def _share_noise(drafter: Any, verifier: CoupledVerifier, num_places: int) -> _SharedNoise | None:
+    if not getattr(drafter, "_enable_probabilistic_draft_probs", False):
+        return None
+    return _SharedNoise(drafter, verifier, num_places)
 
 
 def _is_active(processor: Any) -> bool:
@@ -802,7 +893,7 @@ def _initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **
         drafting = Drafting(
             settings,
             context,
-            native=config.method if settings.host_proposers else None,
+            native=config.method if settings.host_proposers or settings.forks_native(config) else None,
             can_shorten=_can_shorten(self.vllm_config),
         )
         attachment = Attachment(settings, drafting, context.num_speculative_tokens, context.max_model_len)
@@ -812,7 +903,8 @@ def _initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **
             attachment.describe_sampler(),
             config.method,
             config.draft_sample_method,
-            f", joined by {drafting.describe()}" if settings.host_proposers else "",
+            (f", joined by {drafting.describe()}" if settings.host_proposers else "")
+            + (f", up to {settings.num_chains} chains a request" if drafting.native and attachment.forks else ""),
         )
     return result
 

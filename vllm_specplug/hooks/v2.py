@@ -37,10 +37,11 @@ from vllm_specplug.hooks import seams, v2_chains
 from vllm_specplug.hooks.entry import is_coupled, is_ours
 from vllm_specplug.hooks.metrics import publish_metrics
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
-from vllm_specplug.samplers import minhash
+from vllm_specplug.samplers import list_matching, minhash
 from vllm_specplug.samplers.base import probabilities
+from vllm_specplug.samplers.gumbel import murmur_gumbel_noise_torch
 from vllm_specplug.samplers.kernels import pack_emitted, verify_drafts
-from vllm_specplug.samplers.noise import MURMUR, murmur_keys
+from vllm_specplug.samplers.noise import MURMUR, list_kind, murmur_keys
 
 logger = init_logger("vllm.specplug")
 patches = seams.Patches()
@@ -129,10 +130,45 @@ def _darts(
     return torch.where(is_greedy, logits.argmax(dim=-1), drawn)
 
 
-def _throw_darts(runner: Any) -> None:
-    """Draw by MinHash wherever this runner draws a token: while verifying, and in steps without drafts."""
+def _several_races(
+    num_chains: int,
+    logits: torch.Tensor,  # [num_rows, vocab]
+    expanded_idx_mapping: torch.Tensor,  # [num_rows]
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    pos: torch.Tensor,  # [num_rows]
+    apply_temperature: bool,
+    **options: Any,
+) -> torch.Tensor:
+    """The draw of list matching: vLLM's ``gumbel_sample`` once for each chain, and the best of all.
+
+    The arguments are that function's. Nothing here waits for the device.
+    """
+    tokens, noise = [], []
+    for chain in range(num_chains):
+        positions = list_matching.chain_positions(pos, chain)
+        tokens.append(
+            gumbel_sample(logits, expanded_idx_mapping, temperature, seeds, positions, apply_temperature, **options)
+        )
+        noise.append(murmur_gumbel_noise_torch(seeds[expanded_idx_mapping], positions.long(), tokens[-1]))
+    if apply_temperature:
+        temperature = temperature[expanded_idx_mapping]
+        logits = logits.float() / torch.where(temperature == 0.0, 1.0, temperature)[:, None]
+    # Of a greedy request all chains have the same token.
+    return list_matching.best_of(logits, torch.stack(tokens, dim=1), torch.stack(noise, dim=1))[0][:, 0]
+
+
+def _draw_of(settings: Settings | None) -> Callable[..., torch.Tensor]:
+    """How the sampler draws, with the arguments of vLLM's ``gumbel_sample``."""
+    if settings is not None and settings.sampler == "list":
+        return functools.partial(_several_races, settings.num_chains)
+    return _darts if settings is not None and settings.sampler == "minhash" else gumbel_sample
+
+
+def _draw_by(runner: Any, draw: Callable[..., torch.Tensor]) -> None:
+    """Draw in this way wherever this runner draws a token: while verifying, and in steps without drafts."""
     sampler = runner.sampler
-    runner.rejection_sampler.draw = _darts
+    runner.rejection_sampler.draw = draw
 
     def sample(
         logits: torch.Tensor,
@@ -145,7 +181,15 @@ def _throw_darts(runner: Any) -> None:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         processed = sampler.apply_sampling_params(logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, *args)
         states = sampler.sampling_states
-        drawn = _darts(processed, expanded_idx_mapping, states.temperature.gpu, states.seeds.gpu, pos, False)
+        drawn = draw(
+            processed,
+            expanded_idx_mapping,
+            states.temperature.gpu,
+            states.seeds.gpu,
+            pos,
+            apply_temperature=False,
+            is_drafting=False,
+        )
         return drawn, processed
 
     sampler.sample = sample
@@ -307,7 +351,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             check_verifier(runner)
         self._is_sharded = runner.batch_sharder is not None
         self._has_pipeline = runner.use_pp
-        if self.settings.sampler == "gumbel" and not runner.sampler.use_fp64_gumbel:  # which hashes in another way
+        if self.settings.num_noises and not runner.sampler.use_fp64_gumbel:  # which hashes in another way
             self._sampling_states = runner.sampler.sampling_states
         runner.draft_tokens_handler._specplug = self
         group = get_tp_group()
@@ -591,7 +635,9 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             temperature = np.array([requests[index].temperature for index in chosen], dtype=np.float32)
             # The token after position p is drawn with the noise of p: the next one's is the last token's.
             positions = (totals[emitting[chosen]] - 1)[:, None] + np.arange(width)
-            return TargetNoise(MURMUR, murmur_keys(states.seeds.np[rows[chosen]][:, None], positions), temperature)
+            num_noises = self.settings.num_noises
+            keys = murmur_keys(states.seeds.np[rows[chosen]][:, None], positions, num_noises)
+            return TargetNoise(list_kind(MURMUR, num_noises), keys, temperature)
 
         answers = self.drafting.propose(
             requests,
@@ -744,8 +790,7 @@ def _native_speculator(original: Callable[..., Any], vllm_config: Any, device: t
     finally:
         config.draft_sample_method = "probabilistic"
     if isinstance(speculator, DraftModelSpeculator):
-        settings = settings_of(vllm_config.additional_config)
-        draw = _darts if settings is not None and settings.sampler == "minhash" else gumbel_sample
+        draw = _draw_of(settings_of(vllm_config.additional_config))
         speculator.sample_draft = functools.partial(_sample_with_the_targets_noise, draw, speculator)
     return speculator
 
@@ -758,9 +803,9 @@ def _rejection_sampler(original: Callable[..., Any], sampler: Any, spec_config: 
 def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(self, *args, **kwargs)
     settings = settings_of(self.vllm_config.additional_config)
-    if settings is not None and settings.sampler == "minhash" and is_coupled(self.vllm_config.speculative_config):
+    if is_coupled(self.vllm_config.speculative_config) and (draw := _draw_of(settings)) is not gumbel_sample:
         check_verifier(self)
-        _throw_darts(self)
+        _draw_by(self, draw)
     speculator = _speculator_of(self)
     if speculator is not None:
         speculator.attach(self)
