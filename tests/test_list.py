@@ -80,7 +80,9 @@ def test_proposers_are_given_the_noise_that_the_verifier_uses(v2: bool) -> None:
     sent = noise_alone(4, 1 + 2 * (num_draft + 1))
     config = {**settings([]), "num_speculative_tokens": num_draft}
     with Engine({"speculative_config": config, **({} if v2 else ROOMY)}, v2=v2) as engine:
-        engine.send("set_drafting", {"num_speculative_tokens": num_draft, "proposers": ["in_child.NoiseAlone", UNGATED]})
+        engine.send(
+            "set_drafting", {"num_speculative_tokens": num_draft, "proposers": ["in_child.NoiseAlone", UNGATED]}
+        )
         outputs = engine.generate(sent)
         counters = engine.send("stats")["proposers"]["in_child.NoiseAlone"]
         assert counters["drafted"] >= 4 * num_draft
