@@ -206,6 +206,8 @@ JSON_KINDS = {
     "proposers": "list",
     "datastore": "path, list of paths, or object of paths by name",
     "sampler": "name",
+    "num_chains": "whole number",
+    "scratch_blocks": "whole number",
 }
 """What each key of ``speculative_config`` may be."""
 

@@ -389,7 +389,7 @@ def kernel_input(array: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:
     one kind, the one that ``warm_up`` compiled them for.
     """
     view = np.ascontiguousarray(array, dtype=dtype).view()
-    view.flags.writeable = False
+    view.setflags(write=False)
     return view
 
 

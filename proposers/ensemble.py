@@ -22,6 +22,7 @@ None of this can change a token that is emitted.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -77,35 +78,30 @@ def _estimate(  # type: ignore[no-untyped-def]
     """
     num_members = len(lengths)
     for member in range(num_members):
+        own = member % num_proposers
         for depth in range(lengths[member]):
-            agreeing = 0.0
-            disagreeing = 0.0
-            for other in range(num_proposers):
-                if other == member % num_proposers or lengths[other] <= depth:
-                    continue
-                same = True
-                for before in range(depth):
-                    if tokens[other, before] != tokens[member, before]:
-                        same = False
-                        break
-                if same:
-                    if tokens[other, depth] == tokens[member, depth]:
-                        agreeing = max(agreeing, confidence[other, depth])
-                    else:
-                        disagreeing = max(disagreeing, confidence[other, depth])
+            features[member, depth, 3] = features[member, depth, 4] = 0.0
+        for other in range(num_proposers):
+            if other == own:
+                continue
+            for depth in range(min(lengths[member], lengths[other])):
+                row = features[member, depth]
+                if tokens[other, depth] != tokens[member, depth]:
+                    row[4] = max(row[4], confidence[other, depth])
+                    break
+                row[3] = max(row[3], confidence[other, depth])
+        for depth in range(lengths[member]):
             logit = _logit(confidence[member, depth])
             row = features[member, depth]
             row[0] = 1.0
             row[1] = logit
             row[2] = math.log(1.0 + depth)
-            row[3] = agreeing
-            row[4] = disagreeing
             row[5] = recent[member]
             row[6] = sampled
             row[7] = sampled * logit
             row[8] = 0.5 * math.log(1.0 + match_length[member] + depth)
             row[9] = 0.5 * math.log(1.0 + votes[member, depth])
-            row[10] = 1.0 if agreeing == 0.0 and disagreeing == 0.0 else 0.0
+            row[10] = 1.0 if row[3] == 0.0 and row[4] == 0.0 else 0.0
             score = 0.0
             for index in range(len(row)):
                 score += weights[member, index] * row[index]
@@ -168,7 +164,7 @@ def _fork(  # type: ignore[no-untyped-def]
     scale, row_cost, fork_cost, takes_all, alive, work_tokens, work_chances, work_source, out_tokens, out_chances,
     out_source,
 ):  # fmt: skip
-    """The path that adds most to a request's chains: (what it gains, its length, its expected accepted tokens, rows).
+    """The path that adds most to a request's chains.
 
     A path is worth the chance to get to each of its nodes behind the one where it leaves the chains, less
     ``row_cost`` each, less ``fork_cost``; it ends where it is worth most. The target emits one token at a place, so
@@ -179,9 +175,14 @@ def _fork(  # type: ignore[no-untyped-def]
         chain_tokens, chain_chances, chain_source: ``[max_chains, k]``, the ``num_chains`` chosen so far.
         scale: factor of the chances of its nodes: how much of what was promised was kept of late.
         takes_all: True where costs do not count.
+
+    Returns:
+        What it gains (-1 where nothing is worth its cost), its length, its expected accepted tokens, its rows, and
+        whether there was any to choose from.
     """
     num_members = len(lengths)
     most, most_length, most_expected, most_rows = -1.0, 0, 0.0, 0
+    has_choice = False
     for member in range(num_members):
         length = min(lengths[member], limit)
         head, parent = -1, 0
@@ -193,6 +194,16 @@ def _fork(  # type: ignore[no-untyped-def]
                 head, parent = common, chain
         # What only makes a chain longer, or is one of them, brings no new row.
         if head >= length or head >= chain_lengths[parent]:
+            continue
+        has_choice = True
+        is_known = False  # one before it begins alike, and so goes on alike
+        for other in range(num_members):
+            same = lengths[other] > head
+            for depth in range(head + 1):
+                same = same and tokens[other, depth] == tokens[member, depth]
+            alive[other] = same
+            is_known |= same and other < member
+        if is_known:
             continue
         reach = scale
         for depth in range(head):
@@ -211,11 +222,6 @@ def _fork(  # type: ignore[no-untyped-def]
                 is_first &= not same
             if is_first:
                 left -= chain_chances[chain, head]
-        for other in range(num_members):
-            same = lengths[other] > head
-            for depth in range(head):
-                same = same and tokens[other, depth] == tokens[member, depth]
-            alive[other] = same and tokens[other, head] == tokens[member, head]
         chance = 0.0
         for other in range(num_members):
             if alive[other]:
@@ -245,13 +251,13 @@ def _fork(  # type: ignore[no-untyped-def]
                 out_tokens[depth] = work_tokens[depth]
                 out_chances[depth] = work_chances[depth]
                 out_source[depth] = work_source[depth]
-    return most, most_length, most_expected, most_rows
+    return most, most_length, most_expected, most_rows, has_choice
 
 
 @njit(cache=True, nogil=True)
 def _add_forks(  # type: ignore[no-untyped-def]
     tokens, lengths, chances, limits, max_forks, scale, row_cost, fork_cost, takes_all,
-    chain_tokens, chain_chances, chain_lengths, chain_source,
+    chain_tokens, chain_chances, chain_lengths, chain_source, promises,
 ):  # fmt: skip
     """Add paths to the chains of a batch, the one that gains most first.
 
@@ -259,10 +265,12 @@ def _add_forks(  # type: ignore[no-untyped-def]
         tokens: ``[num_members, num_requests, k]``; ``lengths`` alike; ``chances``: ``[num_requests, num_members, k]``.
         limits: ``[num_requests]`` longest draft.
         chain_tokens: ``[num_requests, max_chains, k]``, the first of each filled in; chances and sources too. Of the
-            chains of a request the longest comes out first.
+            chains of a request the longest comes out first, the others in the order in which they were chosen.
+        promises: ``[num_requests, max_chains]`` zeros; filled with the expected accepted tokens of each chain's nodes
+            that no chain before it has, 0 for the first.
 
     Returns:
-        Forks, their rows, and their expected accepted tokens.
+        Forks, their rows, their expected accepted tokens, and whether there was any path to choose from.
     """
     num_members, num_requests, width = tokens.shape
     max_chains = chain_tokens.shape[1]
@@ -282,22 +290,23 @@ def _add_forks(  # type: ignore[no-untyped-def]
     for i in range(num_requests):
         for member in range(num_members):
             expected = 0.0
-            for depth in range(min(lengths[member, i], width) - 1, -1, -1):
+            for depth in range(min(lengths[member, i], limits[i], width) - 1, -1, -1):
                 expected = chances[i, member, depth] * (1.0 + expected)
                 remaining[i, member, depth] = expected
-    forks, rows, accepted = 0, 0, 0.0
+    forks, rows, accepted, has_choice = 0, 0, 0.0, False
     changed = -1  # all of them
     while forks < max_forks:
         for i in range(num_requests):
             if changed in (-1, i):
                 gains[i] = -1.0
                 if chain_lengths[i, 0] > 0 and num_chains[i] < max_chains:
-                    gains[i], found_lengths[i], found_expected[i], found_rows[i] = _fork(
+                    gains[i], found_lengths[i], found_expected[i], found_rows[i], has_any = _fork(
                         tokens[:, i], lengths[:, i], chances[i], min(limits[i], width), remaining[i], chain_tokens[i],
                         chain_chances[i], chain_lengths[i], chain_source[i], num_chains[i], scale, row_cost, fork_cost,
                         takes_all, alive, work_tokens, work_chances, work_source, found_tokens[i], found_chances[i],
                         found_source[i],
                     )  # fmt: skip
+                    has_choice |= has_any
         best = 0
         for i in range(num_requests):
             if gains[i] > gains[best]:
@@ -320,21 +329,168 @@ def _add_forks(  # type: ignore[no-untyped-def]
         for chain in range(num_chains[i]):
             if chain_lengths[i, chain] > chain_lengths[i, longest]:
                 longest = chain
-        if longest > 0:
+        for chain in range(longest, 0, -1):  # it goes before all others
             for depth in range(width):
                 token, chance, source = (
-                    chain_tokens[i, 0, depth], chain_chances[i, 0, depth], chain_source[i, 0, depth],
+                    chain_tokens[i, chain, depth], chain_chances[i, chain, depth], chain_source[i, chain, depth],
                 )  # fmt: skip
-                chain_tokens[i, 0, depth] = chain_tokens[i, longest, depth]
-                chain_chances[i, 0, depth] = chain_chances[i, longest, depth]
-                chain_source[i, 0, depth] = chain_source[i, longest, depth]
-                chain_tokens[i, longest, depth] = token
-                chain_chances[i, longest, depth] = chance
-                chain_source[i, longest, depth] = source
-            length = chain_lengths[i, 0]
-            chain_lengths[i, 0] = chain_lengths[i, longest]
-            chain_lengths[i, longest] = length
-    return forks, rows, accepted
+                chain_tokens[i, chain, depth] = chain_tokens[i, chain - 1, depth]
+                chain_chances[i, chain, depth] = chain_chances[i, chain - 1, depth]
+                chain_source[i, chain, depth] = chain_source[i, chain - 1, depth]
+                chain_tokens[i, chain - 1, depth] = token
+                chain_chances[i, chain - 1, depth] = chance
+                chain_source[i, chain - 1, depth] = source
+            length = chain_lengths[i, chain]
+            chain_lengths[i, chain] = chain_lengths[i, chain - 1]
+            chain_lengths[i, chain - 1] = length
+        for chain in range(1, num_chains[i]):
+            head = 0
+            for before in range(chain):
+                common = 0
+                while (
+                    common < min(chain_lengths[i, chain], chain_lengths[i, before])
+                    and chain_tokens[i, chain, common] == chain_tokens[i, before, common]
+                ):
+                    common += 1
+                head = max(head, common)
+            reach = 1.0
+            for depth in range(chain_lengths[i, chain]):
+                reach *= chain_chances[i, chain, depth]
+                if depth >= head:
+                    promises[i, chain] += reach
+    return forks, rows, accepted, has_choice
+
+
+@njit(cache=True, nogil=True)
+def _grow(  # type: ignore[no-untyped-def]
+    tokens, lengths, chances, limits, max_forks, scale, row_cost, fork_cost, takes_all, slots,
+    best_tokens, best_lengths, best_chances, best_source,
+    kept_tokens, kept_lengths, kept_source, kept_promises, out_tokens, out_lengths, out_chances,
+):  # fmt: skip
+    """:func:`_add_forks` to the best chain of each request; the chains are kept by slot.
+
+    Args:
+        best_tokens, best_chances, best_source: ``[num_requests, k]``, changed where another chain becomes the first.
+        kept_tokens, kept_source: ``[num_slots, max_chains, k]``; ``kept_lengths``, ``kept_promises`` too.
+        out_tokens, out_chances: ``[max_chains - 1, num_requests, k]`` the further chains; ``out_lengths`` too.
+
+    Returns:
+        What :func:`_add_forks` does, the expected accepted tokens of the first chains before it, and the most forks of
+        a request.
+    """
+    num_requests, width = best_tokens.shape
+    max_chains = kept_tokens.shape[1]
+    shape = (num_requests, max_chains, width)
+    chain_tokens = np.zeros(shape, dtype=np.int32)
+    chain_chances = np.zeros(shape)
+    chain_source = np.full(shape, -1, dtype=np.int64)
+    chain_lengths = np.zeros((num_requests, max_chains), dtype=np.int64)
+    promises = np.zeros((num_requests, max_chains))
+    first = 0.0
+    for i in range(num_requests):
+        chain_lengths[i, 0] = best_lengths[i]
+        reach = 1.0
+        for depth in range(best_lengths[i]):
+            chain_tokens[i, 0, depth] = best_tokens[i, depth]
+            chain_chances[i, 0, depth] = best_chances[i, depth]
+            chain_source[i, 0, depth] = best_source[i, depth]
+            reach *= best_chances[i, depth]
+            first += reach
+    most = 0
+    forks, rows, accepted, has_choice = _add_forks(
+        tokens, lengths, chances, limits, max_forks, scale, row_cost, fork_cost, takes_all,
+        chain_tokens, chain_chances, chain_lengths, chain_source, promises,
+    )  # fmt: skip
+    if forks > 0:
+        for i in range(num_requests):
+            if chain_lengths[i, 1] == 0:
+                continue
+            best_lengths[i] = chain_lengths[i, 0]
+            best_tokens[i] = chain_tokens[i, 0]
+            best_chances[i] = chain_chances[i, 0]
+            best_source[i] = chain_source[i, 0]
+            slot = slots[i]
+            kept_tokens[slot] = chain_tokens[i]
+            kept_lengths[slot] = chain_lengths[i]
+            kept_source[slot] = chain_source[i]
+            kept_promises[slot] = promises[i]
+            for chain in range(1, max_chains):
+                if chain_lengths[i, chain] > 0:
+                    most = max(most, chain)
+                out_lengths[chain - 1, i] = chain_lengths[i, chain]
+                for depth in range(chain_lengths[i, chain]):
+                    out_tokens[chain - 1, i, depth] = chain_tokens[i, chain, depth]
+                    out_chances[chain - 1, i, depth] = chain_chances[i, chain, depth]
+    return forks, rows, accepted, has_choice, first, most
+
+
+@njit(cache=True, nogil=True)
+def _attribute(  # type: ignore[no-untyped-def]
+    slots, first_chains, starts, verified, num_accepted, kept_tokens, kept_lengths, kept_source, kept_promises,
+    drafted, accepted,
+):  # fmt: skip
+    """Count every node of the trees of some requests once, for the member that it is of; see :meth:`Ensemble.observe`.
+
+    Args:
+        slots: ``[num_requests]``, -1 where nothing is known.
+        first_chains: ``[num_requests + 1]`` place of each request's first verified chain in ``starts``.
+        starts: ``[num_chains + 1]`` place of each chain's first token in ``verified``.
+        verified: all verified tokens.
+        num_accepted: ``[num_requests]`` of the first of them.
+        kept_tokens, kept_lengths, kept_source, kept_promises: see :func:`_grow`.
+
+    Returns:
+        Forks, their tokens, those that got further than the main chain, how much further, and how far all were
+        expected to get.
+    """
+    forks, fork_tokens, wins, gain, promised = 0, 0, 0, 0, 0.0
+    max_chains = kept_tokens.shape[1]
+    for i in range(len(slots)):
+        slot = slots[i]
+        if slot < 0 or kept_lengths[slot, 0] == 0:
+            continue
+        first = first_chains[i]
+        won = 0
+        for nth in range(first, first_chains[i + 1]):
+            length = starts[nth + 1] - starts[nth]
+            # Whose it is: an engine may cut what it was given, never change it.
+            known, offered, main_head = 0, 0, 0
+            for chain in range(max_chains):
+                common = 0
+                while (
+                    common < min(length, kept_lengths[slot, chain])
+                    and kept_tokens[slot, chain, common] == verified[starts[nth] + common]
+                ):
+                    common += 1
+                if common > known:
+                    known, offered = common, chain
+                if chain == 0:
+                    main_head = common
+            head = 0
+            for before in range(first, nth):
+                common = 0
+                while (
+                    common < min(length, starts[before + 1] - starts[before])
+                    and verified[starts[before] + common] == verified[starts[nth] + common]
+                ):
+                    common += 1
+                head = max(head, common)
+            for depth in range(head, known):
+                member = kept_source[slot, offered, depth]
+                if member >= 0:
+                    drafted[member] += 1
+                    if nth == first and depth < num_accepted[i]:
+                        accepted[member] += 1
+            fork_tokens += max(known - max(head, main_head), 0)
+            if known == kept_lengths[slot, offered]:
+                promised += kept_promises[slot, offered]
+            if nth == first:
+                won = min(num_accepted[i], known) - main_head
+        forks += first_chains[i + 1] - first - 1
+        if won > 0:
+            wins += 1
+            gain += won
+    return forks, fork_tokens, wins, gain, promised
 
 
 @njit(cache=True, nogil=True)
@@ -482,14 +638,16 @@ class StepCosts:
     """What a step takes, measured in the running engine: without drafts, and for each verified draft row more.
 
     Kept by batch size, in half octaves: at each, the median of the latest steps without drafts, and a regression of
-    what steps with drafts took beyond it on their number of draft rows and of further chains, which forgets slowly.
-    Steps with
-    drafts that took over four times as long as their rows explain (a prompt came in, the machine was away) are left
-    out.
+    what steps with drafts took beyond it on their number of draft rows, which forgets slowly; and what steps with
+    further chains took beyond that, for each of them.
+    Steps with drafts that took over four times as long as their rows explain (a prompt came in, the machine was away)
+    are left out.
     """
 
     KEPT = 15
     FORGET = 0.98
+    FORGET_OTHERS = 0.998
+    """What steps without forks count for one step with forks later, and the other way round."""
     FORGET_AT_PROBE = 0.5
     FORGET_AT_GOOD_NEWS = 0.1
 
@@ -499,8 +657,9 @@ class StepCosts:
         # Weighted sums of 1, n, n*n, y, n*y over steps with n draft rows that took y seconds longer than a plain one.
         self._sums: dict[int, NDArray[np.float64]] = {}
         self._since_plain: dict[int, int] = {}
-        # Weighted sums of f*f and f*y over steps with f forks that took y seconds longer than their rows explain.
+        # The same over steps with f forks, and sums of f, f*n, f*f and f*y; steps with forks are in these alone.
         self._fork_sums: dict[int, NDArray[np.float64]] = {}
+        self._solved: dict[int, tuple[float, float, float]] = {}  # of these sums as they are
 
     @staticmethod
     def bucket(num_running: int) -> int:
@@ -513,11 +672,19 @@ class StepCosts:
         """Largest batch size of a bucket."""
         return 3 << ((bucket + 1) // 2 - 2) if bucket % 2 else 1 << (bucket // 2)
 
-    def add(self, num_running: int, draft_rows: int, seconds: float, is_probe: bool = False, forks: int = 0) -> None:
+    def add(
+        self,
+        num_running: int,
+        draft_rows: int,
+        seconds: float,
+        is_probe: bool = False,
+        forks: int = 0,
+        is_fork_probe: bool = False,
+    ) -> None:
         """One step of ``num_running`` requests, none of them in its prompt, took ``seconds``.
 
         A probe comes so rarely that what was known before it counts for half, and for little where rows turn out to
-        cost less: if they do not, the next steps will tell.
+        cost less: if they do not, the next steps will tell. A probe of forks does the same to what is known of them.
         """
         bucket = self.bucket(num_running)
         if draft_rows == 0:
@@ -533,35 +700,60 @@ class StepCosts:
         if plain_s is None or seconds > 4 * plain_s * (1 + draft_rows / num_running):
             return
         sums = self._sums.setdefault(bucket, np.zeros(5))
-        more = seconds - plain_s - forks * self.fork_s(num_running)
-        if is_probe:
+        more = seconds - plain_s
+        new = (1.0, draft_rows, draft_rows * draft_rows, more, draft_rows * more)
+        fork_sums = self._fork_sums.get(bucket)
+        forget, forget_forks = self.FORGET, self.FORGET_OTHERS
+        if is_probe or is_fork_probe:
             _, first_s, row_s = self.of(num_running)
-            is_good = more < 0.5 * (first_s + draft_rows * row_s)
-            sums *= self.FORGET_AT_GOOD_NEWS if is_good else self.FORGET_AT_PROBE
-        else:
-            sums *= self.FORGET
-        sums += (1.0, draft_rows, draft_rows * draft_rows, more, draft_rows * more)
+            known = first_s + draft_rows * row_s + forks * self.fork_s(num_running)
+            forget = forget_forks = self.FORGET_AT_GOOD_NEWS if more < 0.5 * known else self.FORGET_AT_PROBE
         if forks:
-            _, first_s, row_s = self.of(num_running)
-            beyond = seconds - plain_s - first_s - draft_rows * row_s
-            fork_sums = self._fork_sums.setdefault(bucket, np.zeros(2))
-            fork_sums *= self.FORGET
-            fork_sums += (forks * forks, forks * beyond)
+            if fork_sums is None:
+                fork_sums = self._fork_sums[bucket] = np.zeros(9)
+            sums *= self.FORGET_OTHERS
+            fork_sums *= forget
+            fork_sums += (*new, forks, forks * draft_rows, forks * forks, forks * more)
+        else:
+            sums *= forget
+            sums += new
+            if fork_sums is not None:
+                fork_sums *= forget_forks
+        self._solved.pop(bucket, None)
 
     def fork_s(self, num_running: int) -> float:
         """Seconds more for each chain beyond a request's first, its rows not counted; 0 while nothing is known."""
         bucket = self.bucket(num_running)
         near = min(self._fork_sums, key=lambda known: abs(known - bucket), default=None)
-        if near is None:
-            return 0.0
-        squares, product = self._fork_sums[near].tolist()
-        return float(max(product / squares, 0.0))
+        return 0.0 if near is None else self._solve(near)[2]
 
-    def forget_forks(self, num_running: int) -> None:
-        """What is known of forks at this batch size counts for little from now on: they are tried again."""
-        sums = self._fork_sums.get(self.bucket(num_running))
-        if sums is not None:
-            sums *= self.FORGET_AT_PROBE
+    def _solve(self, bucket: int) -> tuple[float, float, float]:
+        """Seconds for having any draft, for each draft row, and for each fork, at a batch size that is known."""
+        if (solved := self._solved.get(bucket)) is None:
+            solved = self._solved[bucket] = self._solve_anew(bucket)
+        return solved
+
+    def _solve_anew(self, bucket: int) -> tuple[float, float, float]:
+        sums = self._sums[bucket].tolist()
+        fork_sums = self._fork_sums.get(bucket)
+        if fork_sums is None:
+            return *self._line(*sums), 0.0
+        *both, forks, with_rows, squares, product = fork_sums.tolist()
+        if not sums[0]:  # none but with forks
+            return *self._line(*both), 0.0
+        # Rows come with every fork, and so many that the two could not be told apart in the same steps.
+        first_s, row_s = self._line(*sums)
+        return first_s, row_s, max((product - first_s * forks - row_s * with_rows) / max(squares, 1e-9), 0.0)
+
+    @staticmethod
+    def _line(count: float, rows: float, squares: float, more: float, product: float) -> tuple[float, float]:
+        """Seconds for having any draft, and for each draft row, neither below 0."""
+        # A little belief in a straight line through nothing keeps few or equal numbers of rows from making nonsense.
+        squares += 1e-3 * squares + 1e-9
+        spread = count * squares - rows * rows
+        slope = (count * product - rows * more) / spread if spread > 1e-6 * count * squares else more / max(rows, 1.0)
+        slope = min(max(slope, 0.0), max(more / max(rows, 1.0), 0.0))
+        return max((more - slope * rows) / max(count, 1e-9), 0.0), slope
 
     def knows_plain(self, num_running: int) -> bool:
         """True once a few steps without drafts were seen at this batch size."""
@@ -584,13 +776,8 @@ class StepCosts:
         near = min(self._sums, key=lambda known: abs(known - bucket), default=None)
         if near is None:
             return plain_s, 0.0, 0.0
-        count, rows, squares, more, product = self._sums[near].tolist()
-        # A little belief in a straight line through nothing keeps few or equal numbers of rows from making nonsense.
-        squares += 1e-3 * squares + 1e-9
-        spread = count * squares - rows * rows
-        slope = (count * product - rows * more) / spread if spread > 1e-6 * count * squares else more / max(rows, 1.0)
-        slope = min(max(slope, 0.0), max(more / max(rows, 1.0), 0.0))
-        return plain_s, max((more - slope * rows) / max(count, 1e-9), 0.0), slope
+        first_s, row_s, _ = self._solve(near)
+        return plain_s, first_s, row_s
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """By largest batch size of a bucket: seconds of a plain step, of having drafts, of a draft row, of a fork."""
@@ -650,64 +837,43 @@ class _Tree:
     """The chains of a batch while they are chosen.
 
     Args:
-        tokens: ``[num_members, num_requests, k]`` what the members answered; ``answer_lengths`` too.
-        chances: ``[num_requests, num_members, k]`` of their tokens.
-        limits: ``[num_requests]`` longest draft of each.
+        answers: tokens and lengths of what the members answered, chances, and the longest draft of each request, as
+            :func:`_add_forks` takes them.
         max_forks: most further chains.
-        best: the first chain of each, changed where another becomes it; ``best_chances`` and ``best_source`` too.
+        slots: ``[num_requests]``.
+        best: tokens, lengths, chances and sources of the first chain of each, changed where another becomes it.
+        kept: where chains are kept by slot, see :func:`_grow`.
     """
 
     def __init__(
         self,
-        tokens: NDArray[np.int32],
-        answer_lengths: NDArray[np.int64],
-        chances: NDArray[np.float64],
-        limits: NDArray[np.int64],
+        answers: tuple[NDArray[Any], ...],
         max_forks: int,
-        best: Drafts,
-        best_chances: NDArray[np.float64],
-        best_source: NDArray[np.int64],
-        num_chains: int,
+        slots: NDArray[np.int64],
+        best: tuple[NDArray[Any], ...],
+        kept: tuple[NDArray[Any], ...],
     ) -> None:
-        self._answers = (tokens, answer_lengths, chances, limits)
-        self._best = (best, best_chances, best_source)
-        shape = (tokens.shape[1], num_chains)
+        self._answers, self._slots, self._best, self._kept = answers, slots, best, kept
         self.max_forks = max_forks
-        self.tokens: NDArray[np.int32] = np.zeros((*shape, tokens.shape[2]), dtype=np.int32)
-        self.chances: NDArray[np.float64] = np.zeros(self.tokens.shape)
-        self.source: NDArray[np.int64] = np.full(self.tokens.shape, -1, dtype=np.int64)
-        self.lengths: NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
-        self.num_forks = self.num_rows = 0
-        # Accepted tokens: of the first chains, of the forks as scaled, and of the forks as the estimates say.
-        self.first = self.expected = self.promised = 0.0
+        shape = (kept[0].shape[1] - 1, *best[0].shape)
+        self._tokens: NDArray[np.int32] = np.zeros(shape, dtype=np.int32)
+        self._chances: NDArray[np.float32] = np.zeros(shape, dtype=np.float32)
+        self._lengths: NDArray[np.int64] = np.zeros(shape[:2], dtype=np.int64)
+        self.num_forks = self.num_rows = self._most = 0
+        self.has_choice = False  # True where some path could have been added
+        self.first = self.expected = 0.0  # accepted tokens: of the first chains, and of the forks as scaled
 
     def grow(self, scale: float, row_cost: float, fork_cost: float, *, takes_all: bool) -> int:
-        """Add forks, see :func:`_add_forks`; returns how many."""
-        best, best_chances, best_source = self._best
-        self.tokens[:, 0], self.chances[:, 0], self.source[:, 0] = best.token_ids, best_chances, best_source
-        self.lengths[:, 0] = best.num_tokens
-        alive = np.arange(self.tokens.shape[2])[None, :] < best.num_tokens[:, None]
-        self.first = float(np.where(alive, np.cumprod(best_chances, axis=1), 0.0).sum())
-        self.num_forks, self.num_rows, self.expected = _add_forks(
-            *self._answers, self.max_forks, scale, row_cost, fork_cost, takes_all, self.tokens, self.chances,
-            self.lengths, self.source,
+        """Add forks, see :func:`_add_forks`; returns how many. Where it is none it may be called again."""
+        self.num_forks, self.num_rows, self.expected, self.has_choice, self.first, self._most = _grow(
+            *self._answers, self.max_forks, scale, row_cost, fork_cost, takes_all, self._slots, *self._best,
+            *self._kept, self._tokens, self._lengths, self._chances,
         )  # fmt: skip
-        self.promised = self.expected / scale
-        best.token_ids[:], best_chances[:], best_source[:] = self.tokens[:, 0], self.chances[:, 0], self.source[:, 0]
-        best.num_tokens[:] = self.lengths[:, 0]
         return self.num_forks
 
     def others(self) -> tuple[Drafts, ...]:
         """The further chains, as many as some request has."""
-        return tuple(
-            Drafts(
-                np.ascontiguousarray(self.tokens[:, chain]),
-                np.ascontiguousarray(self.lengths[:, chain]),
-                self.chances[:, chain].astype(np.float32),
-            )
-            for chain in range(1, self.lengths.shape[1])
-            if self.lengths[:, chain].any()
-        )
+        return tuple(Drafts(self._tokens[at], self._lengths[at], self._chances[at]) for at in range(self._most))
 
 
 class Ensemble:
@@ -757,6 +923,8 @@ class Ensemble:
         check_options(options or {})
         self.names = tuple(names)
         self.has_gate = bool(given["gate"]) and can_shorten
+        # Further chains can be left out even where drafts cannot be shortened: they are rows of their own.
+        self.has_fork_gate = bool(given["gate"]) and not can_shorten and num_chains > 1
         self._rate = float(given["learning_rate"])
         self._width = num_speculative_tokens
         self.num_chains = num_chains
@@ -773,14 +941,22 @@ class Ensemble:
         self._features: NDArray[np.float32] = np.zeros((0, members, self._width, NUM_FEATURES), dtype=np.float32)
         self._recent: NDArray[np.float64] = np.zeros((0, members))
         self._source: NDArray[np.int64] = np.zeros((0, self._width), dtype=np.int64)
-        # Tokens and sources of each chain of a request, by slot, where it has more than one.
-        self._chains: dict[int, list[tuple[list[int], list[int]]]] = {}
+        # By slot too, where a request has several chains: their tokens, sources, and what they promised.
+        kept_chains = num_chains if num_chains > 1 else 0
+        self._chain_tokens: NDArray[np.int32] = np.zeros((0, kept_chains, self._width), dtype=np.int32)
+        self._chain_lengths: NDArray[np.int64] = np.zeros((0, kept_chains), dtype=np.int64)
+        self._chain_source: NDArray[np.int64] = np.zeros((0, kept_chains, self._width), dtype=np.int64)
+        self._chain_promises: NDArray[np.float64] = np.zeros((0, kept_chains))
         self._fork_promised = self._fork_kept = 0.0  # draft tokens of late that forks should have brought, and did
         self._idle_forks = 0  # steps in which none was worth its rows, since one was
         self._fork_resting = 0  # steps to go before further chains are asked for again
         self._fork_rest = self.REST
-        self._is_fork_probe = False
+        self._forked = 0  # steps with forks since one was left without, to be measured
+        self._is_fork_probe = False  # True until some fork was tried after a rest
+        self._is_probing_forks = False
         self.costs = StepCosts()
+        self._fork_costs = StepCosts()  # of steps without further chains, and for each of these, as if it were a row
+        self._left_out = False  # further chains, in the step before, only to learn what a step without them costs
         self.stats = EnsembleStats()
         self._resting = 0  # steps to go before the proposers are asked again
         self._rest = self.REST
@@ -805,6 +981,11 @@ class Ensemble:
         self._features = np.concatenate([self._features, np.zeros((more, *self._features.shape[1:]), dtype=np.float32)])
         self._recent = np.concatenate([self._recent, np.zeros((more, self._recent.shape[1]))])
         self._source = np.concatenate([self._source, np.full((more, self._width), -1, dtype=np.int64)])
+        chains = (more, *self._chain_tokens.shape[1:])
+        self._chain_tokens = np.concatenate([self._chain_tokens, np.zeros(chains, dtype=np.int32)])
+        self._chain_lengths = np.concatenate([self._chain_lengths, np.zeros(chains[:2], dtype=np.int64)])
+        self._chain_source = np.concatenate([self._chain_source, np.zeros(chains, dtype=np.int64)])
+        self._chain_promises = np.concatenate([self._chain_promises, np.zeros(chains[:2])])
         self._free += reversed(range(kept, num_slots))
 
     def _slots(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
@@ -849,12 +1030,15 @@ class Ensemble:
             forks: chains beyond the first among them.
         """
         if self.has_gate and num_running > 0:
-            self.costs.add(num_running, draft_rows, seconds, self._is_probing, forks)
-        self._is_probing = False
+            is_fork_probe = self._is_probing_forks and forks > 0
+            self.costs.add(num_running, draft_rows, seconds, self._is_probing, forks, is_fork_probe)
+        elif self.has_fork_gate and num_running > 0 and draft_rows > 0:
+            self._fork_costs.add(num_running, forks, seconds, self._is_probing_forks and forks > 0)
+        self._is_probing = self._is_probing_forks = False
 
     def missed(self) -> None:
         """The last step was not measured: a prompt was among its requests."""
-        self._is_probing = False
+        self._is_probing = self._is_probing_forks = False
 
     def combine(
         self, batch: DraftBatch, answers: Sequence[Drafts | None], num_running: int, max_forks: int = 0
@@ -882,9 +1066,11 @@ class Ensemble:
         for place, each in enumerate(answers):
             if each is None:
                 continue
-            for rank, answer in enumerate((each, *each.others)[: self.num_chains]):
-                member = rank * num_proposers + place
-                _take_in(member, *answer.kernel_inputs(), tokens, lengths, confidence, match_length, votes)
+            _take_in(place, *each.kernel_inputs(), tokens, lengths, confidence, match_length, votes)
+            if each.others:
+                for rank, answer in enumerate(each.others[: self.num_chains - 1], 1):
+                    member = rank * num_proposers + place
+                    _take_in(member, *answer.kernel_inputs(), tokens, lengths, confidence, match_length, votes)
         sampled = np.zeros(num_requests) if batch.noise is None else (batch.noise.temperature > 0).astype(np.float64)
         best = Drafts.empty(num_requests, width)
         source = np.zeros((num_requests, width), dtype=np.int64)
@@ -892,9 +1078,11 @@ class Ensemble:
         all_chances = np.zeros((num_requests, members, width))
         slots = self._slots(batch.request_ids)
         self.awaits = True
+        limits = kernel_input(batch.max_draft_tokens, np.int64)
+        if self.num_chains > 1:
+            self._chain_lengths[slots] = 0
         _combine(
-            tokens, lengths, confidence, match_length, votes, sampled,
-            kernel_input(batch.max_draft_tokens, np.int64), slots, num_proposers,
+            tokens, lengths, confidence, match_length, votes, sampled, limits, slots, num_proposers,
             self._recent, self.weights, self._tokens, self._lengths, self._features, all_chances,
             best.token_ids, best.num_tokens, chances, source,
         )  # fmt: skip
@@ -902,36 +1090,36 @@ class Ensemble:
             self.stats.decisions += 1
             tree = None
             if self.num_chains > 1 and max_forks > 0:
-                limits = kernel_input(batch.max_draft_tokens, np.int64)
-                tree = _Tree(tokens, lengths, all_chances, limits, max_forks, best, chances, source, self.num_chains)
+                tree = _Tree(
+                    (tokens, lengths, all_chances, limits),
+                    max_forks,
+                    slots,
+                    (best.token_ids, best.num_tokens, chances, source),
+                    self._kept_chains,
+                )
             if self.has_gate:
                 self._withhold(best, chances, num_running, tree)
+            elif tree is not None and self.has_fork_gate:
+                self._grow_beside_padding(tree, best, chances, num_running)
             elif tree is not None:
                 tree.grow(1.0, 0.0, 0.0, takes_all=True)
             if tree is not None:
                 best.others = tree.others()
-                self._keep(slots, tree)
             alive = np.arange(width)[None, :] < best.num_tokens[:, None]
             self._source[slots] = np.where(alive, source, -1)
             expected = float(np.where(alive, np.cumprod(chances, axis=1), 0.0).sum())
             if tree is not None and tree.num_forks:
                 expected = tree.first + tree.expected
-                self._fork_promised += tree.promised
             self.stats.expected_accepted += expected
             self._promised += expected
         elif self.has_gate:
             self._judge(num_running, 0, 0.0)
         best.confidence[:] = chances
-        return best, source % max(num_proposers, 1)
+        return best, source % num_proposers if self.num_chains > 1 and num_proposers else source
 
-    def _keep(self, slots: NDArray[np.int64], tree: _Tree) -> None:
-        """Remember the chains of requests that have several, for :meth:`observe`."""
-        for index in np.flatnonzero(tree.lengths[:, 1]).tolist():
-            self._chains[int(slots[index])] = [
-                (tree.tokens[index, chain, :length].tolist(), tree.source[index, chain, :length].tolist())
-                for chain, length in enumerate(tree.lengths[index].tolist())
-                if length
-            ]
+    @property
+    def _kept_chains(self) -> tuple[NDArray[Any], ...]:
+        return self._chain_tokens, self._chain_lengths, self._chain_source, self._chain_promises
 
     def drafting_took(self, seconds: float) -> None:
         """A step's drafting, all that went before the verifier's work, took so long."""
@@ -988,23 +1176,58 @@ class Ensemble:
     def _grow(self, tree: _Tree, num_running: int, rate: float, row_s: float) -> int:
         """Add the forks that pay. Where none did for a while nobody asks for them; then one is tried, paying or not."""
         if self._is_fork_probe:
-            self._is_fork_probe = False
-            self.costs.forget_forks(num_running)
-            tree.max_forks = 1
-            return tree.grow(1.0, 0.0, 0.0, takes_all=False)
+            return self._probe_fork(tree)
+        self._forked += 1
+        if self._forked > self.PLAIN_INTERVAL:
+            self._forked = 0
+            return 0
         kept = min((self._fork_kept + 1.0) / (self._fork_promised + 1.0), 1.5)
         forks = tree.grow(kept, rate * row_s, rate * self.costs.fork_s(num_running), takes_all=False)
+        self._count_idle(tree, forks)
+        return forks
+
+    def _probe_fork(self, tree: _Tree) -> int:
+        """Try one fork, paying or not; returns how many there were to try."""
+        several, tree.max_forks = tree.max_forks, 1
+        if tree.grow(1.0, 0.0, 0.0, takes_all=False):
+            self._is_fork_probe = False
+            self._is_probing_forks = True
+            return 1
+        tree.max_forks = several
+        self._count_idle(tree, 0)
+        return 0
+
+    def _count_idle(self, tree: _Tree, forks: int) -> None:
+        """A step in which there was room for further chains has so many."""
         if forks:
             self._idle_forks = 0
             self._fork_rest = self.REST
-            return forks
-        self.stats.withheld_forks += 1
+            return
+        self.stats.withheld_forks += tree.has_choice
+        self._forked = 0
         self._idle_forks += 1
         if self._idle_forks >= 4 * self.LOOK:
             self._idle_forks = 3 * self.LOOK  # the next look is shorter
             self._is_fork_probe = True
             self._fork_resting, self._fork_rest = self._fork_rest, min(2 * self._fork_rest, self.LONGEST_REST)
-        return 0
+
+    def _grow_beside_padding(self, tree: _Tree, best: Drafts, chances: NDArray[np.float64], num_running: int) -> None:
+        """Add the forks that pay where a request's own row costs the same whatever its draft, and each fork as much."""
+        costs = self._fork_costs
+        if not costs.knows_plain(num_running) or costs.steps_since_plain(num_running) > self.PLAIN_INTERVAL:
+            self._left_out = not self._left_out
+            if not self._left_out:
+                tree.grow(1.0, 0.0, 0.0, takes_all=False)
+            return
+        plain_s, first_s, fork_s = costs.of(num_running)
+        alive = np.arange(self._width)[None, :] < best.num_tokens[:, None]
+        tokens = num_running + float(np.where(alive, np.cumprod(chances, axis=1), 0.0).sum())
+        rate = tokens / plain_s if plain_s > 0.0 else 0.0
+        kept = min((self._fork_kept + 1.0) / (self._fork_promised + 1.0), 1.5)
+        if self._is_fork_probe:
+            self._probe_fork(tree)
+            return
+        self._count_idle(tree, tree.grow(kept, 0.0, rate * (fork_s + first_s / num_running), takes_all=False))
 
     def _judge(self, num_running: int, rows: int, accepted: float, forks: int = 0) -> None:
         """Does drafting pay, this step with ``rows`` draft rows and ``accepted`` expected tokens of them included?"""
@@ -1013,7 +1236,8 @@ class Ensemble:
             return
         stats = self.stats
         seconds = plain_s + self._draft_s + (first_s + rows * row_s if rows else 0.0)
-        seconds += forks * self.costs.fork_s(num_running)
+        if forks:
+            seconds += forks * self.costs.fork_s(num_running)
         # Estimates promise a little too much where the best of several is taken; how much is known.
         tokens = num_running + accepted * min((self._kept + 1.0) / (self._promised + 1.0), 1.5)
         self._brought = self.FORGET * self._brought + tokens
@@ -1054,14 +1278,8 @@ class Ensemble:
         drafted, accepted = np.zeros((2, len(self.weights)), dtype=np.int64)
         get = self._slot_of.get
         slots = np.array([get(request_id, -1) for request_id in request_ids], dtype=np.int64)
-        if chains:
-            num_verified = num_verified.copy()
-            for index, several in chains.items():
-                num_verified[index] = 0
-                self._attribute(int(slots[index]), several, int(num_emitted[index]) - 1, drafted, accepted)
-        self._chains.clear()
-        self._fork_promised *= 0.99
-        self._fork_kept *= 0.99
+        if chains and self.num_chains > 1:
+            num_verified = self._observe_chains(slots, num_emitted, num_verified, chains, drafted, accepted)
         _learn(
             slots, emitted, num_emitted, num_verified, self._tokens, self._lengths, self._features, self._source,
             self._recent, self.weights, self._squares, self._rate, drafted, accepted,
@@ -1069,46 +1287,48 @@ class Ensemble:
         self.awaits = False
         self._promised *= 0.99
         self._kept = 0.99 * self._kept + float(accepted.sum())
+        if self.num_chains == 1:
+            return drafted.tolist(), accepted.tolist()
+        self._chain_lengths[slots[slots >= 0]] = 0
         by_proposer = (self.num_chains, len(self.names))
         return (
             drafted.reshape(by_proposer).sum(axis=0).tolist(),
             accepted.reshape(by_proposer).sum(axis=0).tolist(),
         )
 
-    def _attribute(
+    def _observe_chains(
         self,
-        slot: int,
-        chains: Sequence[Sequence[int]],
-        num_accepted: int,
+        slots: NDArray[np.int64],
+        num_emitted: NDArray[np.int64],
+        num_verified: NDArray[np.int64],
+        chains: Mapping[int, Sequence[Sequence[int]]],
         drafted: NDArray[np.int64],
         accepted: NDArray[np.int64],
-    ) -> None:
-        """Count every node of a request's tree once, for the member that it is of."""
-        offered = self._chains.get(slot)
-        if offered is None:
-            return
-        sources: dict[tuple[int, ...], int] = {}
-        for tokens, source in offered:
-            for depth, member in enumerate(source):
-                if member >= 0:
-                    sources.setdefault(tuple(tokens[: depth + 1]), member)
-        seen: set[tuple[int, ...]] = set()
-        for nth, chain in enumerate(chains):
-            for depth in range(len(chain)):
-                node = tuple(chain[: depth + 1])
-                if node in seen or (member := sources.get(node, -1)) < 0:
-                    continue
-                seen.add(node)
-                drafted[member] += 1
-                accepted[member] += nth == 0 and depth < num_accepted
-                self.stats.fork_tokens += node != tuple(offered[0][0][: depth + 1])
-        self.stats.forks += len(chains) - 1
-        main = offered[0][0]
-        common = next((at for at, (a, b) in enumerate(zip(main, chains[0], strict=False)) if a != b), len(main))
-        if num_accepted > common:
-            self.stats.fork_wins += 1
-            self.stats.fork_gain += num_accepted - common
-            self._fork_kept += num_accepted - common
+    ) -> NDArray[np.int64]:
+        """Count for the members what was verified in several chains; returns ``num_verified`` of all other drafts."""
+        places = np.fromiter(chains, dtype=np.int64, count=len(chains))
+        every = [chain for several in chains.values() for chain in several]
+        verified = np.array([token for chain in every for token in chain], dtype=np.int64)
+        forks, tokens, wins, gain, promised = _attribute(
+            slots[places],
+            np.array([0, *itertools.accumulate(map(len, chains.values()))], dtype=np.int64),
+            np.array([0, *itertools.accumulate(map(len, every))], dtype=np.int64),
+            verified,
+            num_emitted[places] - 1,
+            *self._kept_chains,
+            drafted,
+            accepted,
+        )
+        stats = self.stats
+        stats.forks += forks
+        stats.fork_tokens += tokens
+        stats.fork_wins += wins
+        stats.fork_gain += gain
+        self._fork_promised = 0.99 * self._fork_promised + promised
+        self._fork_kept = 0.99 * self._fork_kept + gain
+        num_verified = num_verified.copy()
+        num_verified[places] = 0
+        return num_verified
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """These requests are over."""
@@ -1118,7 +1338,7 @@ class Ensemble:
                 self._lengths[slot] = 0
                 self._recent[slot] = 0.0
                 self._source[slot] = -1
-                self._chains.pop(slot, None)
+                self._chain_lengths[slot] = 0
                 self._free.append(slot)
 
     def warm_up(self) -> None:
@@ -1128,21 +1348,21 @@ class Ensemble:
         answer = Drafts.from_lists([[1]])
         answer.others = (Drafts.from_lists([[2]]),)
         self.combine(batch, [answer] * len(self.names), 1)
+        # Alike in every way but their size: kernels are compiled for kinds of arrays.
+        one, chances = np.ones(1, dtype=np.int64), np.ones((1, 1))
         if self.num_chains > 1:
-            best = Drafts.from_lists([[1]])
             tokens: NDArray[np.int32] = np.ones((1, 1, 1), dtype=np.int32)
-            limits = kernel_input(np.ones(1), np.int64)
-            _Tree(
-                tokens, np.ones((1, 1), dtype=np.int64), np.ones((1, 1, 1)), limits, 1, best, np.ones((1, 1)),
-                np.zeros((1, 1), dtype=np.int64), 2,
-            ).grow(1.0, 0.0, 0.0, takes_all=False)  # fmt: skip
+            best = (tokens[0], one, chances, np.zeros((1, 1), dtype=np.int64))
+            limits = kernel_input(one, np.int64)
+            kept = (tokens.copy(), np.zeros((1, 1), dtype=np.int64), np.zeros((1, 1, 1), dtype=np.int64), chances)
+            answers = (tokens, np.ones((1, 1), dtype=np.int64), chances[None], limits)
+            _Tree(answers, 1, np.zeros(1, dtype=np.int64), best, kept).grow(1.0, 0.0, 0.0, takes_all=False)
         cut_to_what_pays(np.zeros((1, 1)), np.ones(1, dtype=np.int64), 1.0, 0.0, 0.0)
-        one = np.ones(1, dtype=np.int64)
-        self.observe(batch.request_ids, np.ones((1, 1), dtype=np.int32), one, one)
+        self.observe(batch.request_ids, np.ones((1, 1), dtype=np.int32), one, one, {0: [[1], [2]]})
         self.finish(batch.request_ids)
         self.weights[:], self._squares[:] = weights, squares
         self.stats = EnsembleStats()
-        self._promised = self._kept = 0.0
+        self._promised = self._kept = self._fork_promised = self._fork_kept = 0.0
 
     def snapshot(self) -> EnsembleStats:
         """What was decided, with costs and weights as they are now."""

@@ -17,6 +17,7 @@ from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, requests
 
 from vllm_specplug import corpus
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.tiny_models import draft_path, target_path
 
 NUM_DRAFT = 6
 CHAINS = {
@@ -68,7 +69,7 @@ def sequences(
 
 @pytest.fixture(scope="module")
 def roomy() -> Iterator[Engine]:
-    with Engine({**ROOMY, "speculative_config": {**CHAINS, "scratch_blocks": 300}}) as engine:
+    with Engine({**ROOMY, "speculative_config": {**CHAINS, "scratch_blocks": 200}}) as engine:
         yield engine
 
 
@@ -229,7 +230,7 @@ def test_nothing_leaks_over_ten_thousand_requests_with_preemption(tight: Engine)
 
 @pytest.mark.engine
 def test_start_up_says_what_is_set_aside(roomy: Engine, tight: Engine) -> None:
-    for engine, blocks in ((roomy, 300), (tight, 60)):
+    for engine, blocks in ((roomy, 200), (tight, 60)):
         assert f"{blocks} of " in engine.tail(1_000_000)
         assert "KV-cache blocks" in engine.tail(1_000_000)
     assert tight.send("call", "scheduler_blocks") == 110 - 60 - 1  # block 0 is nobody's
@@ -271,6 +272,56 @@ def test_a_small_cache_keeps_one_chain_and_says_so() -> None:
         assert engine.generate(PLAIN[:4])
 
 
+@pytest.mark.engine
+def test_a_model_with_sliding_windows(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Two groups of layers, with block tables of their own; drafts and windows cross the ends of blocks."""
+    model = tmp_path_factory.mktemp("window")
+    with Engine() as child:
+        child.send("call", "save_tiny_window_model", str(model), str(target_path()))
+    sent = [
+        {"prompt": [50 + (11 * at * at + 7 * number) % 3000 for at in range(30 + 9 * number)], "params":
+         {"temperature": 0.9, "seed": number, "max_tokens": 14, "ignore_eos": True}}
+        for number in range(5)
+    ]  # fmt: skip
+    arguments = {**ROOMY, "model": str(model), "max_model_len": 256}
+    with Engine(arguments, plugin=False) as engine:
+        expected = engine.generate(sent)
+    path = model / "sequences.json"
+    path.write_text(json.dumps([o["prompt_token_ids"] + o["outputs"][0]["token_ids"] for o in expected]))
+    config = {**CHAINS, "scratch_blocks": 200}
+    with Engine({**arguments, "speculative_config": config}) as engine:
+        assert "200 of " in engine.tail(1_000_000)
+        engine.send("set_drafting", several(["corrupted"] * 4, (str(path), [])))
+        assert_same(engine.generate(sent), expected, "sliding windows", sent)
+        stats = engine.send("stats")["ensemble"]
+        assert stats["fork_wins"] > 3
+        engine.send("call", "break_forks", "stays away")
+        broken = engine.generate(sent, reset_prefix_cache=True)
+        assert tokens(broken) != tokens(expected), "the model must heed its context"
+
+
+@pytest.mark.engine
+def test_vllms_own_draft_model_among_the_chains(stock: dict[str, list[dict[str, Any]]]) -> None:
+    """It goes on from the winner's tokens, so that its drafts stay as good as without further chains."""
+    accepted = []
+    for num_chains in (1, 3):
+        config = {
+            "method": "draft_model", "model": str(draft_path()), "num_speculative_tokens": 4, "sampler": "gumbel",
+            "draft_sample_method": "probabilistic", "proposers": ["suffix", "lookahead", UNGATED],
+            "num_chains": num_chains,
+        }  # fmt: skip
+        with Engine({**ROOMY, "speculative_config": config}) as engine:
+            sent = PLAIN[:32]
+            assert_same(engine.generate(sent), stock["plain"][:32], f"draft_model, {num_chains} chains", sent)
+            stats = engine.send("stats")
+            emitted, steps = stats["emitted"], stats["request_steps"]
+            accepted.append(emitted / steps)
+            assert (stats["ensemble"]["forks"] > 50) == (num_chains > 1)
+            if num_chains > 1:
+                assert stats["ensemble"]["fork_wins"] > 10
+    assert accepted[1] > accepted[0]
+
+
 # -- What needs no engine ---------------------------------------------------------------------------------------------
 
 
@@ -300,7 +351,8 @@ def engine_config(num_chains: int = 3, scratch_blocks: int | None = None, longes
         speculative_config=SimpleNamespace(num_speculative_tokens=8, method="custom_class"),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
         model_config=SimpleNamespace(**model, enable_prompt_embeds=False),
-        parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=1),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1),
+        use_v2_model_runner=False,
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         lora_config=more.get("lora"),
         kv_transfer_config=None,
@@ -325,7 +377,7 @@ def test_scratch_stays_within_its_bounds(
         per_row = sum(1 + -(-8 // size) for size in sizes)
         assert num_blocks - 1 - longest < per_row
         return
-    assert scratch.num_rows <= (num_chains - 1) * 4
+    assert scratch.num_rows <= 3
     assert scratch.num_blocks <= (scratch_blocks or max(num_blocks // 20, sum(scratch.blocks_per_row)))
     assert scratch.first_block + scratch.num_blocks == num_blocks
     assert scratch.first_block > longest
@@ -342,6 +394,9 @@ def test_scratch_of_less_than_a_fork_is_refused_and_one_chain_needs_none() -> No
     assert describe_scratch(engine_config(1), cache_config(1000, [4]), None) == ""
     config = engine_config(2, lora=object())
     assert plan_scratch(config, cache_config(1000, [4])) is None
+    config.scheduler_config.max_num_seqs = 1
+    assert "max_num_seqs is 1" in describe_scratch(config, cache_config(1000, [4]), None)
+    config.scheduler_config.max_num_seqs = 4
     assert "LoRA adapters are enabled" in describe_scratch(config, cache_config(1000, [4]), None)
 
 

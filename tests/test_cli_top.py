@@ -110,6 +110,16 @@ def test_once_prints_all_since_the_start(answering: Answering) -> None:
             assert words in done.stdout
 
 
+def test_further_chains_have_a_line_where_there_are_any(answering: Answering) -> None:
+    assert "chains beyond" not in run(answering.url, "--once").stdout
+    answering.stats.ensemble.forks, answering.stats.ensemble.fork_wins = 1200, 300
+    answering.stats.ensemble.fork_gain = 450
+    answering.publish()
+    told = run(answering.url, "--once").stdout
+    for words in ("chains beyond the first 1,200", "got further 25.0%", "tokens through them 450"):
+        assert words in told
+
+
 def test_rates_are_those_between_two_looks(answering: Answering) -> None:
     before = fetch(answering.url)
     answering.stats = made_stats(3)

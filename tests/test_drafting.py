@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -199,3 +201,190 @@ def test_the_engines_own_drafter_takes_part(monkeypatch: pytest.MonkeyPatch) -> 
     assert drafting.propose(*arguments) == [[7, 8, 9], [], []]
     assert not drafting.stats.proposers["answers"].active
     assert drafting.has_proposers
+
+
+# -- Several chains ---------------------------------------------------------------------------------------------------
+
+
+UNGATED = {"name": "ensemble", "gate": False}  # chains are verified whether they pay or not
+
+
+@pytest.fixture
+def branching(monkeypatch: pytest.MonkeyPatch) -> Drafting:
+    """Three chains a request, and all of them verified."""
+    monkeypatch.setattr(registry, "proposer_class", lambda name: Answers)
+    settings = {"proposers": ["answers", UNGATED], "num_chains": 3}
+    return Drafting(parse_settings(settings), CONTEXT)
+
+
+REQUESTS = [TrackedRequest("0", 2, 50), TrackedRequest("1", 1, 50)]
+
+
+def branch(
+    drafting: Drafting, answer: Any, requests: list[TrackedRequest] = REQUESTS, max_forks: int = 8
+) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
+    """Drafts, and further chains."""
+    Answers.answer = answer
+    table = np.arange(len(requests) * 50, dtype=np.int32).reshape(-1, 50) % 100
+    num_tokens = np.array([request.num_prompt_tokens for request in requests], dtype=np.int64)
+    drafts = drafting.propose(requests, table, np.arange(len(requests)), num_tokens, 4, max_forks=max_forks)
+    return drafts, drafting.further
+
+
+def with_others(first: list[list[int]], *others: Any) -> Drafts:
+    """Each less likely than the one before it."""
+    answer = Drafts.from_lists(first, 0.5)
+    answer.others = tuple(
+        Drafts.from_lists(each, 0.3 - 0.1 * nth) if isinstance(each, list) else each for nth, each in enumerate(others)
+    )
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("others", "drafts", "further"),
+    [
+        ((), [[1, 2], [9, 9]], {}),
+        (([[1, 3], []],), [[1, 2], [9, 9]], {"0": [[1, 3]]}),
+        (([[4], [6]], [[5], [7, 8]]), [[1, 2], [9, 9]], {"0": [[4], [5]], "1": [[6], [7, 8]]}),
+        (([[4], []], [[5], []], [[6], []], [[7], []]), [[1, 2], [9, 9]], {"0": [[4], [5]]}),
+        (([[4, 100, 5], [-1]],), [[1, 2], [9, 9]], {"0": [[4]]}),
+        (([[4, 2**31 - 1], []],), [[1, 2], [9, 9]], {"0": [[4]]}),
+        (([[1, 2], [9]], [[1], [9, 9, 9]]), [[1, 2], [9, 9]], {}),
+        (([[4] * 9, []],), [[4] * 4, [9, 9]], {"0": [[1, 2]]}),
+    ],
+    ids=["none", "one", "two", "too many", "invalid", "far out", "nothing new", "too long"],
+)
+def test_others_are_cut_to_what_is_allowed(branching: Drafting, others: Any, drafts: Any, further: Any) -> None:
+    assert branch(branching, with_others([[1, 2], [9, 9]], *others)) == (drafts, further)
+    assert branching.stats.proposers["answers"].active
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        (5, "others of type int; a tuple of Drafts"),
+        ("chains", "others of type str; a tuple of Drafts"),
+        (Drafts.from_lists([[1], [2]]), "others of type Drafts; a tuple of Drafts"),
+        (np.ones((2, 2)), "others of type ndarray; a tuple of Drafts"),
+        ((None,), "answered NoneType among others"),
+        (([[1], [2]],), "answered list among others"),
+        ((Drafts.from_lists([[1]]),), "for 2 requests"),
+        ((Drafts.from_lists([[1], [2], [3]]),), "for 2 requests"),
+        ((with_others([[1], [2]], [[3], [4]]),), "Drafts without others are expected there"),
+        ((replace(Drafts.from_lists([[1], [2]]), token_ids=np.ones((2, 1))),), "integers are expected"),
+        ((replace(Drafts.from_lists([[1], [2]]), confidence=np.ones((2, 3))),), "confidence of shape"),
+        ((replace(Drafts.from_lists([[1], [2]]), votes=np.ones(2, dtype=np.int32)),), "answered votes"),
+    ],
+    ids=["number", "text", "bare", "array", "none", "lists", "few", "many", "nested", "floats", "confidence", "votes"],
+)
+def test_others_that_are_nonsense_leave_the_proposer_out(
+    branching: Drafting, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, others: Any, told: str
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    answer = replace(Drafts.from_lists([[1], [2]]), others=others)
+    assert branch(branching, answer) == ([[], []], {})
+    stats = branching.stats.proposers["answers"]
+    assert (stats.errors, stats.active) == (1, False)
+    assert told in caplog.text
+    assert branch(branching, with_others([[1], [1]], [[2], [2]])) == ([[], []], {}), "left out for good"
+
+
+@pytest.mark.parametrize("others", [None, [], ()], ids=["none", "list", "tuple"])
+@pytest.mark.parametrize("max_forks", [0, 8])
+def test_no_others_may_be_said_in_several_ways(branching: Drafting, others: Any, max_forks: int) -> None:
+    answer = replace(Drafts.from_lists([[1], [2]]), others=others)
+    assert branch(branching, answer, max_forks=max_forks) == ([[1], [2]], {})
+    nested = replace(answer, others=(replace(Drafts.from_lists([[3], []]), others=others),))
+    assert branch(branching, nested, max_forks=max_forks)[0] == [[1], [2]]
+    assert branching.stats.proposers["answers"].active
+
+
+def test_others_are_asked_for_and_kept_where_there_is_room(branching: Drafting, drafting: Drafting) -> None:
+    answer = with_others([[1], [2]], [[3], [4]])
+    assert branch(branching, answer)[1] == {"0": [[3]], "1": [[4]]}
+    assert Answers.asked is not None
+    assert Answers.asked.num_chains == 3
+    assert branch(branching, answer, max_forks=0)[1] == {}, "those of the step before are gone"
+    assert Answers.asked.num_chains == 1
+    assert sum(map(len, branch(branching, answer, max_forks=1)[1].values())) == 1
+    assert sum(map(len, branching.take_further().values())) == 1
+    assert branching.take_further() == {}
+    branch(branching, answer)
+    branching.propose([], np.zeros((1, 4), dtype=np.int32), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), 4)
+    assert branching.further == {}
+    assert branch(drafting, answer) == ([[1], [2]], {}), "one chain is what this one was set to"
+    assert Answers.asked.num_chains == 1
+
+
+def test_nobody_is_asked_for_chains_that_do_not_pay(branching: Drafting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(branching.ensemble, "wants_forks", lambda: False)
+    assert branch(branching, with_others([[1], [2]], [[3], [4]])) == ([[1], [2]], {})
+    assert Answers.asked is not None
+    assert Answers.asked.num_chains == 1
+
+
+def test_requests_choose_whose_chains_they_take(branching: Drafting) -> None:
+    requests = [
+        TrackedRequest("elsewhere", 10, 50, proposers=frozenset({"rest"})),
+        TrackedRequest("here", 10, 50, proposers=frozenset({"answers"})),
+        TrackedRequest("off", 10, 50, speculate=False),
+        TrackedRequest("short", 10, 50, max_draft_tokens=1),
+        TrackedRequest("any", 10, 50),
+    ]
+    answer = with_others([[1, 1], [2, 2], [3, 3]], [[4, 4], [5, 5], [6, 6]], [[1, 7], [2, 7], []])
+    drafts, further = branch(branching, answer, requests)
+    assert drafts == [[], [1, 1], [], [2], [3, 3]]
+    assert {name: sorted(chains) for name, chains in further.items()} == {
+        "here": [[1, 7], [4, 4]],
+        "short": [[5]],
+        "any": [[6, 6]],
+    }
+
+
+def test_further_chains_are_counted(branching: Drafting) -> None:
+    # Request 0's second chain is right, of request 1 the first; chains share their first tokens.
+    answer = with_others([[1, 2, 3], [7, 7]], [[1, 2, 4], [8]], [[1, 5], []])
+    further = branch(branching, answer)[1]
+    assert {name: sorted(chains) for name, chains in further.items()} == {"0": [[1, 2, 4], [1, 5]], "1": [[8]]}
+    branching.observe(
+        Verified(
+            ["0", "1"],
+            [[1, 2, 4], [7, 7]],
+            [[1, 2, 4, 9], [7, 6]],
+            [4, 2],
+            further=[[[1, 2, 3], [1, 5]], [[8]]],
+        )
+    )
+    counters = branching.snapshot()
+    assert (counters["emitted"], counters["request_steps"]) == (6, 2)
+    proposer = counters["proposers"]["answers"]
+    assert (proposer["drafted"], proposer["accepted"]) == (5 + 3, 3 + 1)
+    ensemble = counters["ensemble"]
+    names = ("forks", "fork_tokens", "fork_wins", "fork_gain")
+    assert [ensemble[name] for name in names] == [3, 3, 1, 1]
+
+
+def test_steps_are_measured_by_the_nodes_of_their_trees(branching: Drafting, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int, int]] = []
+
+    def took(num_running: int, rows: int, seconds: float, forks: int = 0) -> None:
+        told.append((num_running, rows, forks))
+
+    monkeypatch.setattr(branching.ensemble, "took", took)
+    branch(branching, with_others([[1, 2, 3], [7, 7]], [[1, 2, 4], [8]]))
+    branching.observe(Verified(["0", "1"], [[1, 2, 4], [7, 7]], [[1, 9], [6]], [2, 1], further=[[[1, 2, 3]], [[8]]]))
+    branch(branching, with_others([[1], [2]]))
+    branching.observe(Verified(["0", "1"], [[1], [2]], [[9], [9]], [1, 1]))
+    branch(branching, with_others([[1], [2]]))
+    assert told == [(2, 4 + 3, 2), (2, 2, 0)]
+
+
+def test_the_engines_own_drafter_takes_part_in_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "proposer_class", lambda name: Answers)
+    settings = {"proposers": ["answers", UNGATED], "num_chains": 2}
+    drafting = Drafting(parse_settings(settings), CONTEXT, native="medusa")
+    Answers.answer = Drafts.from_lists([[1, 2], [3]], 0.05)
+    table = np.zeros((2, 50), dtype=np.int32)
+    native = np.array([[7, 8, 9, -1], [-1, 1, 1, 1]], dtype=np.int32)
+    drafts = drafting.propose(REQUESTS, table, np.arange(2), np.full(2, 5), 4, None, native, 4)
+    assert (drafts, drafting.further) == ([[7, 8, 9], [3]], {"0": [[1, 2]]})

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from vllm_specplug.proposers import DraftBatch, Drafts
-from vllm_specplug.proposers.ensemble import Ensemble, StepCosts, cut_to_what_pays
+from vllm_specplug.proposers import ensemble as ensemble_module
+from vllm_specplug.proposers.ensemble import Ensemble, StepCosts, _Tree, cut_to_what_pays
 
 K = 4
 
@@ -306,3 +310,505 @@ def test_a_new_request_ends_a_rest_early_but_not_every_one_does() -> None:
         looks[has_new] = one.snapshot().looks
         assert asked < 4000 / 7
     assert looks[True] > 4 * looks[False]
+
+
+# -- Several chains ---------------------------------------------------------------------------------------------------
+
+Node = tuple[int, ...]
+
+
+def members_of(random: np.random.Generator, num_members: int, num_requests: int, *, alike: float = 0.0) -> list[Drafts]:
+    """Drafts of few different tokens, so that they share heads; with the chances ``alike`` two are the same."""
+    answers: list[Drafts] = []
+    for _ in range(num_members):
+        rows = [random.integers(0, 3, random.integers(0, K + 1)).tolist() for _ in range(num_requests)]
+        each = Drafts.from_lists(rows)
+        each.confidence[:] = random.uniform(0.05, 0.95, each.confidence.shape)
+        if answers and random.random() < alike:
+            each = replace(answers[-1])
+        answers.append(each)
+    return answers
+
+
+def forking(
+    num_proposers: int,
+    num_chains: int,
+    *,
+    gate: bool = False,
+    learning_rate: float = 0.0,
+    takes_confidence: bool = True,
+) -> Ensemble:
+    """An ensemble whose chances are the confidences as they are."""
+    names = [f"proposer {index}" for index in range(num_proposers)]
+    one = Ensemble(names, K, {"gate": gate, "learning_rate": learning_rate}, num_chains=num_chains)
+    if takes_confidence:
+        one.weights[:] = 0.0
+        one.weights[:, 1] = 1.0
+    return one
+
+
+def chains_of(drafts: Drafts, index: int) -> list[Node]:
+    """All chains of a request, the first one first."""
+    found = [tuple(each.token_ids[index, : each.num_tokens[index]].tolist()) for each in (drafts, *drafts.others)]
+    return [chain for chain in found if chain]
+
+
+def nodes_of(chains: Sequence[Node]) -> set[Node]:
+    return {chain[: depth + 1] for chain in chains for depth in range(len(chain))}
+
+
+class PlainTree:
+    """The rules of the choice of forks for one request, spelled out with sets of nodes."""
+
+    def __init__(self, answers: Sequence[Drafts], index: int, limit: int, main: Node, max_chains: int) -> None:
+        self.paths = [
+            tuple(each.token_ids[index, : min(int(each.num_tokens[index]), limit)].tolist()) for each in answers
+        ]
+        self.confidence = [each.confidence[index].astype(float).tolist() for each in answers]
+        self.max_chains = max_chains
+        self.chains = [main] if main else []
+        self.chance = {node: self.likeliest(node) for node in nodes_of(self.chains)}
+
+    def likeliest(self, node: Node) -> float:
+        return max(
+            confidence[len(node) - 1]
+            for path, confidence in zip(self.paths, self.confidence, strict=True)
+            if path[: len(node)] == node
+        )
+
+    def remaining(self, member: int, depth: int) -> float:
+        return float(np.cumprod(self.confidence[member][depth : len(self.paths[member])]).sum())
+
+    def reach(self, node: Node) -> float:
+        return math.prod(self.chance[node[: depth + 1]] for depth in range(len(node)))
+
+    def candidates(self) -> dict[Node, float]:
+        """Whole paths that leave the tree, each with the chance of its first node outside of it."""
+        found: dict[Node, float] = {}
+        for path in self.paths:
+            head = next((n for n in range(len(path), 0, -1) if path[:n] in self.chance), 0)
+            if head == len(path) or path[:head] in self.chains:
+                continue
+            siblings = sum(chance for node, chance in self.chance.items() if node[:-1] == path[:head])
+            node = path[: head + 1]
+            chance = min(self.likeliest(node), max(1.0 - siblings, 0.0))
+            while True:
+                alive = [
+                    m for m, other in enumerate(self.paths) if other[: len(node)] == node and len(other) > len(node)
+                ]
+                if not alive:
+                    break
+                best = max(alive, key=lambda m: self.remaining(m, len(node)))
+                node = self.paths[best][: len(node) + 1]
+            found[node] = chance
+        return found
+
+    def best(self, scale: float, row_cost: float, fork_cost: float) -> tuple[float, Node, dict[Node, float], float]:
+        """The fork that gains most: its gain, itself, the chances of its own nodes, its expected accepted tokens."""
+        most: tuple[float, Node, dict[Node, float], float] = (0.0, (), {}, 0.0)
+        if not self.chains or len(self.chains) == self.max_chains:
+            return most
+        for path, first in self.candidates().items():
+            head = next((n for n in range(len(path), 0, -1) if path[:n] in self.chance), 0)
+            own: dict[Node, float] = {}
+            expected, reach = 0.0, scale * self.reach(path[:head])
+            for depth in range(head, len(path)):
+                node = path[: depth + 1]
+                own[node] = first if depth == head else self.likeliest(node)
+                reach *= own[node]
+                expected += reach
+                gain = expected - row_cost * (depth + 1 - head) - fork_cost
+                if gain > most[0] + 1e-12:
+                    most = (gain, node, dict(own), expected)
+        return most
+
+
+def test_forks_equal_a_plain_form(random: np.random.Generator) -> None:
+    """Chains, their order, rows, and what is expected of them, for a batch whose forks are taken most gain first."""
+    num_forked = 0
+    for _ in range(300):
+        num_members, num_requests = int(random.integers(2, 6)), int(random.integers(1, 4))
+        answers = members_of(random, num_members, num_requests, alike=0.2)
+        max_chains, max_forks = int(random.integers(2, 5)), int(random.integers(1, 7))
+        scale, row_cost, fork_cost = random.uniform(0.3, 1.2), random.uniform(0, 0.1), random.uniform(0, 0.2)
+        if random.random() < 0.2:
+            row_cost = fork_cost = 0.0
+        limit = int(random.integers(1, K + 1))
+        batch = batch_of(num_requests, limit)
+        plain = forking(num_members, 1).combine(batch, answers, num_requests)[0]
+        trees = [
+            PlainTree(answers, index, limit, (chains_of(plain, index) or [()])[0], max_chains)
+            for index in range(num_requests)
+        ]
+        first = sum(tree.reach(node) for tree in trees for node in tree.chance)
+        forks, rows, expected = 0, 0, 0.0
+        while forks < max_forks:
+            found = [tree.best(scale, row_cost, fork_cost) for tree in trees]
+            best = max(range(num_requests), key=lambda index: found[index][0])
+            gain, path, own, accepted = found[best]
+            if gain <= 0.0:
+                break
+            trees[best].chains.append(path)
+            trees[best].chance.update(own)
+            forks, rows, expected = forks + 1, rows + len(own), expected + accepted
+        one = forking(num_members, max_chains)
+        got: list[_Tree] = []
+
+        def spy(tree: _Tree, *_: object, costs: tuple[float, float, float] = (scale, row_cost, fork_cost)) -> int:
+            got.append(tree)  # noqa: B023
+            return tree.grow(*costs, takes_all=False)
+
+        one.has_gate = True
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(one, "_withhold", lambda best, chances, running, tree: spy(tree))
+            drafts, source = one.combine(batch, answers, num_requests, max_forks)
+        for index, tree in enumerate(trees):
+            longest = max(tree.chains, key=len, default=())
+            ordered = [longest, *(chain for chain in tree.chains if chain != longest)] if tree.chains else []
+            assert chains_of(drafts, index) == ordered
+            for each in (drafts, *drafts.others):
+                for depth in range(int(each.num_tokens[index])):
+                    node = tuple(each.token_ids[index, : depth + 1].tolist())
+                    assert each.confidence[index, depth] == pytest.approx(tree.chance[node], rel=1e-5)
+            if longest:
+                for depth, member in enumerate(source[index, : len(longest)].tolist()):
+                    assert tree.paths[member][: depth + 1] == longest[: depth + 1]
+            parents = {node[:-1] for node in tree.chance}
+            for parent in parents:
+                assert sum(chance for node, chance in tree.chance.items() if node[:-1] == parent) <= 1.0 + 1e-9
+        if not got:
+            assert not any(tree.chains for tree in trees)
+            continue
+        assert (got[0].num_forks, got[0].num_rows) == (forks, rows)
+        assert got[0].first == pytest.approx(first)
+        assert got[0].expected == pytest.approx(expected)
+        promises = one._chain_promises[: len(one._lengths)].sum()
+        total = sum(tree.reach(node) for tree in trees for node in tree.chance)
+        firsts = sum(
+            tree.reach(node) for tree in trees if len(tree.chains) > 1 for node in nodes_of([max(tree.chains, key=len)])
+        )
+        alone = sum(tree.reach(node) for tree in trees if len(tree.chains) == 1 for node in tree.chance)
+        assert promises == pytest.approx(total - firsts - alone), "of all nodes that the first chain lacks"
+        num_forked += forks
+    assert num_forked > 100
+
+
+def test_the_tree_without_costs(random: np.random.Generator) -> None:
+    """Every path that adds something is in it, none twice or the beginning of another, none longer than the first."""
+    for _ in range(200):
+        num_members, num_requests = int(random.integers(1, 6)), int(random.integers(1, 4))
+        answers = members_of(random, num_members, num_requests, alike=0.3)
+        one = forking(num_members, 8)
+        drafts, _ = one.combine(batch_of(num_requests), answers, num_requests, 100)
+        for index in range(num_requests):
+            chains = chains_of(drafts, index)
+            assert [chain for chain in chains if len(chain) > len(chains[0])] == []
+            for chain, other in itertools.permutations(chains, 2):
+                assert other[: len(chain)] != chain
+            paths = {chain for each in answers for chain in chains_of(each, index)[:1]}
+            if not paths:
+                assert chains == []
+            for path in paths:
+                # All of it is there, or what comes before it ends there.
+                assert path in nodes_of(chains) or any(path[: len(chain)] == chain for chain in chains)
+        assert one.stats.forks == 0, "counted once they were verified"
+
+
+def test_few_forks_go_where_they_gain_most() -> None:
+    """Three requests with a second guess each, of differing promise; room for one, two, and none."""
+    main, second = Drafts.from_lists([[1, 1]] * 3, 0.5), Drafts.from_lists([[2, 2]] * 3, 0.3)
+    second.confidence[:] = [[0.2, 0.2], [0.4, 0.4], [0.3, 0.3]]
+    for room, lucky in ((0, []), (1, [1]), (2, [1, 2]), (9, [0, 1, 2])):
+        drafts, _ = forking(2, 4).combine(batch_of(3), [main, second], 3, room)
+        assert [index for index in range(3) if len(chains_of(drafts, index)) > 1] == lucky
+
+
+def test_further_answers_are_members_of_their_own() -> None:
+    """A proposer's second answer: never the main chain while first ones are there, but a fork, with its own weights."""
+    answer = Drafts.from_lists([[1, 2]], 0.4)
+    answer.others = (Drafts.from_lists([[1, 3]], 0.9), Drafts.from_lists([[4]], 0.3), Drafts.from_lists([[5]], 0.2))
+    one = forking(2, 3)
+    drafts, source = one.combine(batch_of(1), [None, answer], 1, 9)
+    assert chains_of(drafts, 0) == [(1, 2), (4,), (1, 3)] or chains_of(drafts, 0) == [(1, 2), (1, 3), (4,)]
+    assert source[0, :2].tolist() == [1, 1], "a place among the proposers, whichever answer it was"
+    assert (5,) not in chains_of(drafts, 0), "more than there are chains of"
+    assert set(one.snapshot().weights) == {f"proposer {p}{rank}" for p in (0, 1) for rank in ("", " 2", " 3")}
+    verified = [list(chain) for chain in chains_of(drafts, 0)]
+    verified.sort(key=lambda chain: chain != [1, 3])
+    one._rate = 0.1
+    before = one.weights.copy()
+    drafted, accepted = one.observe(
+        ["0"], np.array([[1, 3, 9]], dtype=np.int32), np.array([3]), np.array([2]), {0: verified}
+    )
+    assert (drafted, accepted) == ([0, 4], [0, 2])
+    assert (one.weights != before).any(axis=1).tolist() == [False, True, False, True, False, True]
+
+
+def test_one_chain_is_what_it_was(random: np.random.Generator) -> None:
+    """Answers with others change nothing for one chain, nor do several chains without room."""
+    for _ in range(20):
+        ones = [forking(2, num_chains, learning_rate=0.08, takes_confidence=False) for num_chains in (1, 1, 3)]
+        for _ in range(30):
+            answers = members_of(random, 2, 3)
+            with_others = [replace(each, others=tuple(members_of(random, 2, 3))) for each in answers]
+            results = [
+                one.combine(batch_of(3), given, 3)
+                for one, given in zip(ones, (answers, with_others, with_others), strict=True)
+            ]
+            for drafts, source in results[1:]:
+                assert drafts.others == ()
+                for field in ("token_ids", "num_tokens", "confidence"):
+                    np.testing.assert_array_equal(getattr(drafts, field), getattr(results[0][0], field))
+                np.testing.assert_array_equal(source, results[0][1])
+            emitted = random.integers(0, 3, (3, K)).tolist()
+            verified = results[0][0].num_tokens.tolist()
+            counts = [told(one, emitted, verified) for one in ones]
+            assert counts[0] == counts[1] == counts[2]
+        for one in ones[1:]:
+            np.testing.assert_array_equal(one.weights[:2], ones[0].weights)
+
+
+def walked(chains: Sequence[Node], truth: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    """What a verifier says: the chains, the one that got furthest first, and what was emitted."""
+
+    def accepted(chain: Node) -> int:
+        return next((n for n, (a, b) in enumerate(zip(chain, truth, strict=False)) if a != b), len(chain))
+
+    furthest = max(range(len(chains)), key=lambda at: accepted(chains[at]))
+    ordered = [list(chains[furthest]), *(list(each) for at, each in enumerate(chains) if at != furthest)]
+    return ordered, list(truth[: accepted(chains[furthest]) + 1])
+
+
+def test_every_node_is_counted_once_for_whose_it_is(random: np.random.Generator) -> None:
+    totals = {"forks": 0, "fork_tokens": 0, "fork_wins": 0, "fork_gain": 0}
+    one = forking(3, 4)
+    for step in range(300):
+        answers = [replace(each, others=tuple(members_of(random, 2, 3))) for each in members_of(random, 3, 3)]
+        drafts, source = one.combine(batch_of(3), answers, 3, int(random.integers(0, 8)))
+        emitted, verified, several = [], [], {}
+        drafted, accepted = [0, 0, 0], [0, 0, 0]
+        for index in range(3):
+            chains = chains_of(drafts, index)
+            truth = random.integers(0, 3, K + 1).tolist()
+            if len(chains) > 1 and step % 5 == 0:
+                chains.pop()  # an engine may have no room for one
+            ordered, tokens = walked(chains or [()], truth)
+            emitted.append(tokens)
+            verified.append(len(ordered[0]))
+            if len(chains) > 1:
+                several[index] = ordered
+            kept = one._chain_tokens[one._slot_of[str(index)]].tolist()
+            of = one._chain_source[one._slot_of[str(index)]].tolist()
+            for node in nodes_of(chains):
+                if len(chains) > 1:
+                    owners = [s[len(node) - 1] for c, s in zip(kept, of, strict=True) if tuple(c[: len(node)]) == node]
+                    member = owners[0] % 3
+                    totals["fork_tokens"] += node != chains[0][: len(node)]
+                else:
+                    member = int(source[index, len(node) - 1])
+                drafted[member] += 1
+                accepted[member] += list(node) == truth[: len(node)]
+            if len(chains) > 1:
+                totals["forks"] += len(chains) - 1
+                main = len(walked(chains[:1], truth)[1])
+                totals["fork_wins"] += len(tokens) > main
+                totals["fork_gain"] += len(tokens) - main
+        table = np.zeros((3, K + 1), dtype=np.int32)
+        for row, tokens in zip(table, emitted, strict=True):
+            row[: len(tokens)] = tokens
+        counts = np.array([len(tokens) for tokens in emitted])
+        lengths = np.array(verified)
+        assert one.observe(["0", "1", "2"], table, counts, lengths, several) == (drafted, accepted)
+        assert lengths.tolist() == verified, "the caller's own is not written to"
+        assert one.observe(["0", "1", "2"], table, counts, lengths, several) == ([0] * 3, [0] * 3), "counted once"
+    assert {name: getattr(one.stats, name) for name in totals} == totals
+    assert min(totals.values()) > 20
+
+
+def test_padding_and_strange_chains_are_nobodys() -> None:
+    one = forking(2, 2)
+    answers = [Drafts.from_lists([[1, 2]], 0.6), Drafts.from_lists([[3, 4]], 0.3)]
+    one.combine(batch_of(1), answers, 1, 1)
+    emitted, counts = np.array([[3, 4, 9]], dtype=np.int32), np.array([3])
+    # Longer than what was offered, cut, and one that nobody offered.
+    chains = {0: [[3, 4, 7, 7], [1], [8, 8]]}
+    assert one.observe(["0"], emitted, counts, np.array([4]), chains) == ([1, 2], [0, 2])
+    assert one.observe(["gone"], emitted, counts, np.array([4]), chains) == ([0, 0], [0, 0])
+
+
+def test_chains_wait_for_their_step_and_go_with_the_next() -> None:
+    one = forking(2, 2)
+    answers = [Drafts.from_lists([[1, 2]], 0.6), Drafts.from_lists([[3, 4]], 0.3)]
+    one.combine(batch_of(1), answers, 1, 1)
+    chains = {0: [[3, 4], [1, 2]]}
+    emitted, counts = np.array([[3, 4, 9]], dtype=np.int32), np.array([3])
+    assert one.observe(["elsewhere"], emitted, counts, np.array([0])) == ([0, 0], [0, 0])
+    assert one.observe(["0"], emitted, counts, np.array([2]), chains) == ([2, 2], [0, 2]), "a step later"
+    one.combine(batch_of(1), answers, 1, 1)
+    one.combine(batch_of(1), answers, 1, 0)
+    assert one.observe(["0"], emitted, counts, np.array([2]), chains) == ([0, 0], [0, 0]), "of an older step"
+    one.combine(batch_of(1), answers, 1, 1)
+    one.finish(["0"])
+    one.combine(DraftBatch.from_contexts([[1]], K, ["new"]), [Drafts.from_lists([[1, 2]], 0.6), None], 1, 1)
+    assert one.observe(["new"], emitted, np.array([1]), np.array([2])) == ([2, 0], [0, 0])
+    assert one.stats.forks == 1
+
+
+def test_forks_are_held_against_what_the_tree_promised(random: np.random.Generator) -> None:
+    """Estimates that are right are believed, also where a fork is longer, and so becomes the first chain."""
+    one = forking(2, 2)
+    short, long = Drafts.from_lists([[1]], 0.6), Drafts.from_lists([[2, 2, 2, 2]], 0.5)
+    long.confidence[0, 0] = 0.2
+    long.confidence[0, 2:] = 0.1
+    promised = kept = 0.0
+    for step in range(3000):
+        drafts, _ = one.combine(batch_of(1), [short, long], 1, 1)
+        assert chains_of(drafts, 0) == [(2, 2, 2, 2), (1,)]
+        truth = (
+            [1, 9]
+            if random.random() < 0.6
+            else [9]
+            if random.random() < 0.5
+            else [2, 2 if random.random() < 0.5 else 9, 9]
+        )
+        ordered, tokens = walked(chains_of(drafts, 0), truth)
+        told_chains(one, tokens, ordered)
+        if step > 500:
+            promised, kept = promised + one._fork_promised, kept + one._fork_kept
+    assert kept / promised == pytest.approx(1.0, abs=0.1)
+
+
+def told_chains(one: Ensemble, tokens: list[int], chains: list[list[int]]) -> None:
+    emitted, counts = np.array([tokens], dtype=np.int32), np.array([len(tokens)])
+    one.observe(["0"], emitted, counts, np.array([len(chains[0])]), {0: chains} if len(chains) > 1 else None)
+
+
+def test_costs_of_forks_are_found_again_and_spoil_no_others(random: np.random.Generator) -> None:
+    for row_s, fork_s in ((0.0001, 0.0008), (0.0002, 0.0), (0.0, 0.0005)):
+        costs, alone = StepCosts(), StepCosts()
+        assert costs.fork_s(8) == 0.0
+        for step in range(600):
+            rows = int(random.integers(1, 40)) * int(random.random() < 0.8)
+            # More rows, more forks: they come together.
+            forks = int(random.integers(0, 1 + rows // 4)) if step > 100 else 0
+            noise = random.uniform(0.99, 1.01)
+            seconds = 0.010 + (0.001 + row_s * rows if rows else 0.0)
+            alone.add(8, rows, seconds * noise)
+            costs.add(8, rows, (seconds + fork_s * forks) * noise, forks=forks)
+        assert costs.fork_s(8) == pytest.approx(fork_s, abs=0.00005)
+        assert costs.fork_s(200) == costs.fork_s(8), "the nearest that is known"
+        plain_s, first_s, one_row_s = costs.of(8)
+        assert plain_s == pytest.approx(alone.of(8)[0])
+        assert first_s + 20 * one_row_s == pytest.approx(0.001 + 20 * row_s, abs=0.0003)
+        assert costs.to_dict()["8"]["fork_s"] == costs.fork_s(8)
+
+
+def test_forks_that_never_vary_make_no_nonsense(random: np.random.Generator) -> None:
+    costs = StepCosts()
+    for _ in range(5):
+        costs.add(1, 0, 0.010)
+    for _ in range(100):
+        costs.add(1, 6, 0.012 * random.uniform(0.99, 1.01), forks=1)
+    plain_s, first_s, row_s = costs.of(1)
+    assert plain_s + first_s + 6 * row_s + costs.fork_s(1) == pytest.approx(0.012, rel=0.02)
+    assert costs.fork_s(1) >= 0.0
+
+
+class Engine:
+    """One request whose second guess is worth a fork at times; a plain step takes 10 ms."""
+
+    def __init__(self, random: np.random.Generator) -> None:
+        self.one = forking(2, 2, gate=True, learning_rate=0.0)
+        self.random = random
+        self.rows = self.forks = 0
+
+    def drive(self, steps: int, fork_s: float, *, differs: bool = True, second: float = 0.4) -> tuple[int, int]:
+        """(Forks, steps in which further chains were asked for)."""
+        one, total, asked = self.one, 0, 0
+        for _ in range(steps):
+            seconds = 0.010 + 0.00002 * self.rows + fork_s * self.forks
+            one.took(1, self.rows, seconds * self.random.uniform(0.99, 1.01), self.forks)
+            assert one.wants_drafts()
+            wants = one.wants_forks()
+            asked += wants
+            answers = [Drafts.from_lists([[1, 1]], 0.5), Drafts.from_lists([[2 if differs else 1, 1]], 0.4)]
+            drafts, _ = one.combine(batch_of(1), answers, 1, int(wants))
+            one.drafting_took(0.00001)
+            chains = chains_of(drafts, 0) or [()]
+            self.forks = len(chains) - 1
+            self.rows = len(nodes_of(chains))
+            total += self.forks
+            first = self.random.random()
+            truth = [1 if first < 0.5 else 2 if first < 0.5 + second else 9, 1 if self.random.random() < 0.45 else 9, 9]
+            ordered, tokens = walked(chains, truth)
+            told_chains(one, tokens, ordered)
+        return total, asked
+
+
+def test_forks_pay_or_rest_and_come_back_after_long(random: np.random.Generator) -> None:
+    engine = Engine(random)
+    forks, asked = engine.drive(500, 0.0005)
+    assert forks > 400
+    assert asked == 500
+    assert engine.one.costs.fork_s(1) == pytest.approx(0.0005, abs=0.0003)
+    engine.drive(200, 0.015)  # dearer than a step: it is noticed
+    withheld = engine.one.stats.withheld_forks
+    forks, asked = engine.drive(6000, 0.015)
+    assert forks <= 12, "one a probe, ever more rarely"
+    assert forks >= 2
+    assert asked < 800
+    assert engine.one.stats.withheld_forks > withheld
+    engine.drive(2500, 0.0005)  # cheap again: the next probe tells
+    forks, asked = engine.drive(500, 0.0005)
+    assert forks > 400
+    assert asked == 500
+
+
+def test_where_all_agree_nothing_is_withheld_and_the_probe_waits(random: np.random.Generator) -> None:
+    engine = Engine(random)
+    engine.drive(200, 0.0005)
+    engine.drive(100, 0.015)
+    before = engine.one.stats.withheld_forks
+    forks, _ = engine.drive(3000, 0.0005, differs=False)
+    assert forks == 0
+    assert engine.one.stats.withheld_forks == before, "there was nothing to choose from"
+    engine.drive(1200, 0.0005)
+    assert engine.drive(300, 0.0005)[0] > 250
+
+
+def test_a_fork_that_costs_more_than_it_brings_is_left_out() -> None:
+    """The rate of 100 tokens/s makes a token worth 10 ms; the second guess promises 0.3 + 0.3 * 0.5."""
+    for fork_s, row_s, kept in (
+        (0.0, 0.0, [2]),
+        (0.0, 0.002, [1]),
+        (0.0031, 0.0, [2]),
+        (0.005, 0.0, []),
+        (0.0, 0.004, []),
+    ):
+        one = forking(2, 2, gate=True)
+        for _ in range(4):
+            one.took(1, 0, 0.010)
+        # Costs as if they had been measured.
+        one.costs._sums[0] = np.array([1.0, 0, 0, 0, 0])
+        one.costs._solved[0] = (0.0, row_s, fork_s)
+        one.costs._fork_sums[0] = np.zeros(9)
+        one._fork_promised = one._fork_kept = 1e9  # all that was promised was kept
+        second = Drafts.from_lists([[2, 2]], 0.3)
+        second.confidence[0, 1] = 0.5
+        drafts, _ = one.combine(batch_of(1), [Drafts.from_lists([[1, 1]], 0.7), second], 1, 1)
+        assert [len(chain) for chain in chains_of(drafts, 0)[1:]] == kept, (fork_s, row_s)
+
+
+def test_kernels_of_forks_are_compiled_before_the_first_request(random: np.random.Generator) -> None:
+    one = forking(2, 3)
+    one.warm_up()
+    kernels = (ensemble_module._grow, ensemble_module._attribute, ensemble_module._combine, ensemble_module._learn)
+    before = [len(kernel.signatures) for kernel in kernels]
+    drafts, _ = one.combine(batch_of(4), members_of(random, 2, 4), 4, 3)
+    several = {index: chains_of(drafts, index) for index in range(4) if len(chains_of(drafts, index)) > 1}
+    told_so = one.observe(
+        [str(index) for index in range(4)], np.ones((4, 2), dtype=np.int32), np.full(4, 2), drafts.num_tokens, several
+    )
+    assert sum(told_so[0]) > 0
+    assert [len(kernel.signatures) for kernel in kernels] == before
+    assert one.stats.forks == sum(len(chains) - 1 for chains in several.values())

@@ -27,6 +27,8 @@ def stats() -> DraftingStats:
     made.proposers["rest"] = ProposerStats(drafted=10, accepted=4, stores={"code": StoreStats(1000, 8000, 5, 3)})
     made.proposers["suffix"] = ProposerStats(drafted=6, accepted=6, memory_bytes=123)
     made.ensemble.paused = True
+    made.ensemble.forks, made.ensemble.fork_tokens, made.ensemble.fork_wins = 11, 31, 5
+    made.ensemble.fork_gain, made.ensemble.withheld_forks = 9, 2
     return made
 
 
@@ -45,6 +47,11 @@ def test_counters_become_series(tmp_path: Path, stats: DraftingStats) -> None:
         f"specplug_steps_total{{{both}}} 7.0",
         f"specplug_verify_seconds_total{{{both}}} 0.5",
         f"specplug_paused{{{both}}} 1.0",
+        f"specplug_forks_total{{{both}}} 11.0",
+        f"specplug_fork_tokens_total{{{both}}} 31.0",
+        f"specplug_fork_wins_total{{{both}}} 5.0",
+        f"specplug_fork_gain_total{{{both}}} 9.0",
+        f"specplug_withheld_forks_total{{{both}}} 2.0",
         f'specplug_proposer_accepted_tokens_total{{{both},proposer="rest"}} 4.0',
         f'specplug_proposer_memory_bytes{{{both},proposer="suffix"}} 123.0',
         f'specplug_store_hits_total{{{both},store="code"}} 3.0',

@@ -474,9 +474,11 @@ class Drafting:
     def _well_formed(self, answer: Drafts | Sequence[Sequence[int]], batch: DraftBatch, stats: ProposerStats) -> Drafts:
         """Check shapes, cut drafts to what is allowed, and cut them before ids outside the vocabulary."""
         drafts = answer if isinstance(answer, Drafts) else _from_lists(answer)
-        if not drafts.others:
+        if isinstance(drafts.others, tuple) and not drafts.others:
             return self._well_formed_chain(drafts, batch, stats)
-        others = drafts.others[: batch.num_chains - 1]
+        if drafts.others is not None and not isinstance(drafts.others, (tuple, list)):
+            raise ValueError(f"answered others of type {type(drafts.others).__name__}; a tuple of Drafts is expected")
+        others = (drafts.others or ())[: batch.num_chains - 1]
         first = replace(drafts, others=())
         checked = [self._well_formed_chain(each, batch, stats) for each in (first, *others)]
         return replace(checked[0], others=tuple(checked[1:]))
@@ -484,7 +486,7 @@ class Drafting:
     def _well_formed_chain(self, drafts: Drafts, batch: DraftBatch, stats: ProposerStats) -> Drafts:
         """:meth:`_well_formed` for one chain a request."""
         num_requests = len(batch)
-        if not isinstance(drafts, Drafts) or drafts.others:
+        if not isinstance(drafts, Drafts) or not (drafts.others is None or len(drafts.others) == 0):
             raise ValueError(f"answered {type(drafts).__name__} among others; Drafts without others are expected there")
         if _is_well_formed(drafts, batch, self.context.vocab_size):
             return drafts  # ours always are, and this is asked for every proposer in every step

@@ -110,6 +110,15 @@ class SeveralChains(Oracle):
                 self.counted["forks"] += len(verified.further[index]) if verified.further else 0
 
 
+class RandomChains(RandomTokens):
+    """Several of them."""
+
+    def propose(self, batch: DraftBatch) -> Drafts:  # type: ignore[override]
+        answers = [Drafts.from_lists(super(RandomChains, self).propose(batch)) for _ in range(batch.num_chains)]
+        answers[0].others = tuple(answers[1:])
+        return answers[0]
+
+
 class NoiseAlone(Proposer):
     """Drafts what the target's noise alone would choose of the tokens that the request allows (option ``allowed``)."""
 
@@ -171,6 +180,29 @@ class Sleeps(RandomTokens):
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         time.sleep(0.02)
         return super().propose(batch)
+
+
+def save_tiny_window_model(child: Any, folder: str, tokenizer: str) -> None:
+    """A model with layers of a sliding window and layers without, of random weights that make it heed its context."""
+    import shutil
+    from pathlib import Path
+
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, sliding_window=24, max_position_embeddings=512, query_pre_attn_scalar=32,
+        attn_logit_softcapping=None, final_logit_softcapping=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                weight.mul_(12.0)
+    model.save_pretrained(folder)
+    for path in Path(tokenizer).glob("tokenizer*"):
+        shutil.copy(path, folder)
 
 
 def make_no_repeat_processor() -> Any:
@@ -575,24 +607,54 @@ def take_logits(child: Any) -> dict[Any, np.ndarray[Any, Any]]:
     return child.kept_logits  # type: ignore[no-any-return]
 
 
+def keep_logits_v2(child: Any) -> None:
+    """:func:`keep_logits` on the V2 runner, whatever drew the tokens."""
+    runner = child.runner
+    child.kept_logits = kept = {}
+    if "sample" in runner.__dict__:
+        del runner.sample, runner.model.compute_logits
+    sample, compute = runner.sample, runner.model.compute_logits
+    latest: list[torch.Tensor] = []
+
+    def computing(hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = compute(hidden_states)
+        latest[:] = [logits.clone()]
+        return logits
+
+    def keeping(hidden_states: Any, input_batch: Any, grammar_output: Any) -> Any:
+        first, ids = input_batch.cu_num_logits_np.copy(), list(input_batch.req_ids)
+        result = sample(hidden_states, input_batch, grammar_output)
+        chains, winners = child.drafter.verified_chains or ({}, None)
+        states, seeds = runner.req_states, runner.sampler.sampling_states.seeds.np
+        for row, request_id in enumerate(input_batch.req_ids):
+            index, source = int(input_batch.idx_mapping_np[row]), row
+            if request_id in chains and int(winners[row]):
+                source = ids.index(f"specplug fork {int(winners[row])} of {request_id}")
+            prompt = states.all_token_ids.gpu[index, : int(states.prompt_len.np[index])].tolist()
+            for depth in range(int(result[1][row])):
+                at = int(states.total_len.gpu[index]) - len(prompt) + depth
+                kept[(tuple(prompt), int(seeds[index]), at)] = latest[0][int(first[source]) + depth].float().numpy()
+        return result
+
+    runner.sample, runner.model.compute_logits = keeping, computing
+
+
 def break_forks(child: Any, how: str) -> None:
     """Controls that must not pass: forks whose winner is not copied home, or whose shared head is missing; or mend."""
-    forks = child.runner._specplug.forks
-    for name in ("copy_home", "_update"):
+    forks = child.drafter.forks
+    for name in ("copy_home", "_copy_home", "_lay_out"):
         forks.__dict__.pop(name, None)
     if how == "stays away":
-        forks.copy_home = lambda step, winners: None
+        forks.copy_home = forks._copy_home = lambda *_: None
     elif how == "no head":
-        lay_out = type(forks)._lay_out
+        lay_out = forks._lay_out
 
         def without(*args: Any) -> Any:
-            step = lay_out(forks, *args)
+            step = lay_out(*args)
             step.repeated = [(tokens[:0], slots[:0]) for tokens, slots in step.repeated]
             return step
 
         forks._lay_out = without
-    if how != "no head":
-        forks.__dict__.pop("_lay_out", None)
 
 
 def free_blocks(child: Any) -> int:

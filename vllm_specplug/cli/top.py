@@ -214,6 +214,13 @@ def view(url: str, now: Sample, before: Sample | None, curve_of: deque[float], t
         f"tokens a request and step {number(emitted / request_steps if request_steps else math.nan, 2)}",
         f"verifying step {number(verify, 2)} ms",
     )
+    if now.sum("specplug_forks_total"):
+        forks = window(now, before, "specplug_forks_total")
+        facts.add_row(
+            f"chains beyond the first {forks:,.0f}",
+            f"got further {share(window(now, before, 'specplug_fork_wins_total'), forks)}",
+            f"tokens through them {window(now, before, 'specplug_fork_gain_total'):,.0f}",
+        )
     parts: list[RenderableType] = [facts]
     if line := curve(curve_of):
         parts.append(Text(line, style="cyan"))

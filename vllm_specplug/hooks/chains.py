@@ -35,6 +35,9 @@ from vllm_specplug.hooks import seams
 logger = init_logger("vllm.specplug")
 patches = seams.Patches()
 
+Further = dict[str, list[list[int]]]
+"""Chains beyond the first, by request id."""
+
 DEFAULT_SHARE = 20
 """One in so many blocks of the KV cache is set aside where the settings do not say how many."""
 
@@ -76,14 +79,18 @@ class Scratch:
 def why_single(vllm_config: Any, kv_cache_config: KVCacheConfig) -> str:
     """What keeps every request of this engine to one chain, "" where nothing does."""
     config, parallel = vllm_config.model_config, vllm_config.parallel_config
-    speculative = vllm_config.speculative_config
+    speculative, is_v2 = vllm_config.speculative_config, bool(vllm_config.use_v2_model_runner)
     odd = {type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups} - {
         spec.__name__ for spec in _KNOWN_SPECS
     }
     for reason, applies in (
         (f"layers of {', '.join(sorted(odd))} hold more than blocks of tokens", odd),
+        ("max_num_seqs is 1, and they take rows that no request has", vllm_config.scheduler_config.max_num_seqs == 1),
         ("the model has no KV cache", not kv_cache_config.kv_cache_groups),
         (f"vLLM's {speculative.method} drafts from hidden states", speculative.method in _FROM_HIDDEN_STATES),
+        ("Model Runner V2 runs a draft model", is_v2 and speculative.method == "draft_model"),
+        ("tensor parallelism is on", is_v2 and parallel.tensor_parallel_size > 1),
+        ("micro-batches overlap", bool(getattr(parallel, "enable_dbo", False))),
         ("LoRA adapters are enabled", vllm_config.lora_config is not None),
         ("a KV connector is configured", vllm_config.kv_transfer_config is not None),
         ("the model is an encoder-decoder", config.is_encoder_decoder),
@@ -127,7 +134,8 @@ def plan_scratch(vllm_config: Any, kv_cache_config: KVCacheConfig) -> Scratch | 
     # The scheduler must still be able to run one request of full length; block 0 is nobody's.
     longest = sum(cdiv(int(vllm_config.model_config.max_model_len), size) for size in sizes)
     free = max(kv_cache_config.num_blocks - 1 - longest, 0)
-    wanted = (settings.num_chains - 1) * int(vllm_config.scheduler_config.max_num_seqs)
+    max_num_seqs = int(vllm_config.scheduler_config.max_num_seqs)
+    wanted = min((settings.num_chains - 1) * max_num_seqs, max_num_seqs - 1)  # a row for the request, at least
     given = settings.scratch_blocks
     if given is not None and given < sum(per_row):
         raise ConfigurationError(

@@ -227,6 +227,42 @@ V2_SEAMS = (
         "drafts must be in place now: until here the device worked while the host was free",
     ),
     Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.initialize_kv_cache",
+        ("self", "kv_cache_config", "is_profiling"),
+        "further chains need blocks of the KV cache",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.execute_model",
+        ("self", "scheduler_output"),
+        "further chains are rows under made-up request ids, in a copy of the scheduler's output",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.update_requests",
+        ("self", "scheduler_output"),
+        "afterwards every request of the step is in place: further chains are planned",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.gather_batch_req_state",
+        ("self", "scheduler_output", "dummy_run"),
+        "made-up request ids stand for their requests' state, and their rows come last",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.prepare_attn",
+        ("self", "input_batch"),
+        "block tables and slots of further chains",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.sample",
+        ("self", "hidden_states", "input_batch", "grammar_output"),
+        "the chain that got furthest is copied home; what goes on is a batch without further chains",
+    ),
+    Seam(
         "vllm.v1.worker.gpu.spec_decode.utils",
         "DraftTokensHandler.get_draft_tokens",
         ("self",),

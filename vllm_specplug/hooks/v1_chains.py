@@ -19,9 +19,7 @@ import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
-from vllm_specplug.hooks.chains import Fork, Scratch, plan_forks, plan_scratch, warn_once
-
-Further = dict[str, list[list[int]]]
+from vllm_specplug.hooks.chains import Fork, Further, Scratch, plan_forks, plan_scratch, warn_once
 
 
 @dataclass

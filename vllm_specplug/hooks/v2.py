@@ -33,7 +33,7 @@ from vllm_specplug.config import Settings, settings_of
 from vllm_specplug.drafting import Drafting
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.history import TokenHistory, TrackedRequest
-from vllm_specplug.hooks import seams
+from vllm_specplug.hooks import seams, v2_chains
 from vllm_specplug.hooks.entry import is_coupled, is_ours
 from vllm_specplug.hooks.metrics import publish_metrics
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
@@ -218,6 +218,8 @@ class _Step:
     packed: torch.Tensor | None  # [n, 2 + width] on the host; None on ranks that only receive drafts
     arrived: Any
     native: torch.Tensor | None = None  # [n, k] on the host: drafts of vLLM's own drafter, where ours join it
+    chains: dict[str, list[list[int]]] | None = None  # all chains of requests that had several
+    winners: torch.Tensor | None = None  # [n] on the host: which of its chains got furthest
 
 
 class DeviceDrafting:
@@ -326,6 +328,10 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self._sampling_states: Any = None
         self._pending: _Step | None = None
         self._in_place: dict[str, list[int]] = {}  # request id -> its draft that the next step verifies
+        self.forks: v2_chains.ForkedRows | None = None
+        self.verified_chains: tuple[dict[str, list[list[int]]], torch.Tensor] | None = None
+        """Of the step just sampled: all chains of requests that had several, and which of each request's won."""
+        self._on_host_winners = torch.empty(max_num_requests, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._verifier: RejectionSampler | None = None
         self._is_sharded = False
         self._has_pipeline = False
@@ -371,6 +377,15 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
                 time.perf_counter() - start,
             )
 
+    def attach_forks(self, runner: Any) -> None:
+        """The runner has its KV cache: several chains of a request need blocks of it."""
+
+        def take_further() -> dict[str, list[list[int]]]:
+            self.put_in_place()
+            return self.drafting.take_further()
+
+        self.forks = v2_chains.attach(runner, take_further, lambda: self._in_place)
+
     @property
     def max_model_len(self) -> int:
         """Most tokens of a request; vLLM 0.33 may lower it after this drafter is built, to what fits the cache."""
@@ -401,6 +416,10 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
                 rows.append(row)
                 lengths.append(request.max_total_tokens if request.speculate else 0)
             else:
+                if self.forks is not None and (
+                    params.structured_outputs is not None or params.thinking_token_budget is not None
+                ):
+                    self.forks.kept_to_one.add(new.req_id)
                 self.history.add(row, request, new.prefill_token_ids if self.is_first_rank else ())
         if self._on_device is not None and rows:
             self._on_device.add(rows, lengths)
@@ -410,6 +429,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         for request_id in (*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())):
             self.history.remove(request_id)
             self._in_place.pop(request_id, None)
+            if self.forks is not None:
+                self.forks.kept_to_one.discard(request_id)
         self.drafting.finish(list(scheduler_output.finished_req_ids))
 
     @torch.inference_mode()
@@ -541,6 +562,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         packed: torch.Tensor | None,
         arrived: Any = None,
         native: torch.Tensor | None = None,
+        chains: dict[str, list[list[int]]] | None = None,
+        winners: torch.Tensor | None = None,
     ) -> None:
         """A step's tokens are on their way to the host; :meth:`put_in_place` will wait for them.
 
@@ -554,9 +577,12 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             arrived: event after which ``packed`` and ``native`` can be read; None where they can be read at once.
             native: ``[num_requests, num_speculative_tokens]`` int64 on the host, drafts of vLLM's own drafter that ours
                 join.
+            chains: all chains of requests that had several; ``winners``, ``[num_requests]`` int64 on the host, which of
+                its chains got furthest.
         """
+        occupation = self.history.occupation[rows]
         self._pending = _Step(
-            request_ids, rows, self.history.occupation[rows], num_verified, max_draft_tokens, packed, arrived, native
+            request_ids, rows, occupation, num_verified, max_draft_tokens, packed, arrived, native, chains, winners
         )
 
     def _send_to_host(self, input_batch: Any, num_sampled: torch.Tensor, limit: int, drafts: torch.Tensor) -> None:
@@ -564,7 +590,9 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         verified = np.zeros(num_requests, dtype=np.int64)
         if input_batch.num_draft_tokens_per_req is not None:
             verified[:] = input_batch.num_draft_tokens_per_req[:num_requests]
-        packed, arrived, native = None, None, None
+        packed, arrived, native, winners = None, None, None, None
+        chains, on_device_winners = self.verified_chains or (None, None)
+        self.verified_chains = None
         if self.is_first_rank:
             on_device, packed = self._packed[:num_requests], self._on_host[:num_requests]
             targets = getattr(self._verifier, "token_ids", None)
@@ -581,12 +609,15 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             if self._native is not None:
                 native = self._on_host_native[:num_requests]
                 native.copy_(drafts, non_blocking=is_cuda)
+            if on_device_winners is not None:
+                winners = self._on_host_winners[:num_requests]
+                winners.copy_(on_device_winners, non_blocking=is_cuda)
             if is_cuda:
                 # A blocking event: the thread that waits for it sleeps instead of polling the driver.
                 arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                 arrived.record()
         rows = np.asarray(input_batch.idx_mapping_np[:num_requests], dtype=np.int64)
-        self.take_in(list(input_batch.req_ids), rows, verified, limit, packed, arrived, native)
+        self.take_in(list(input_batch.req_ids), rows, verified, limit, packed, arrived, native, chains, winners)
 
     def _draft(self, step: _Step, packed: NDArray[np.int32], alive: NDArray[np.bool_]) -> list[list[int]]:
         """Take in what a step emitted and ask the proposers; one draft a request of the step, empty where none."""
@@ -617,6 +648,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             step.max_draft_tokens,
             None if states is None else noise,
             None if step.native is None else step.native.numpy()[emitting].astype(np.int32),
+            0 if self.forks is None else self.forks.max_forks(len(step.request_ids)),
         )
         for index, draft in zip(emitting.tolist(), answers, strict=True):
             drafts[index] = draft
@@ -628,7 +660,14 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         for index in emitting.tolist():
             request_id = step.request_ids[index]
             verified.request_ids.append(request_id)
-            verified.draft_token_ids.append(self._in_place.pop(request_id, [])[: step.num_verified[index]])
+            draft = self._in_place.pop(request_id, [])[: step.num_verified[index]]
+            others: list[list[int]] = []
+            if step.chains is not None and step.winners is not None and request_id in step.chains:
+                chains, winner = step.chains[request_id], int(step.winners[index])
+                draft, others = chains[winner], chains[:winner] + chains[winner + 1 :]
+            verified.draft_token_ids.append(draft)
+            if step.chains is not None:
+                verified.further.append(others)
         if self.drafting.has_proposers:  # counters do without the tokens
             verified.target_token_ids += (
                 # -1: the verifier reported emitted tokens only
@@ -711,6 +750,12 @@ def install() -> None:
             "GPUModelRunner.add_requests": _add_requests,
             "GPUModelRunner.finish_requests": _finish_requests,
             "GPUModelRunner.prepare_inputs": _prepare_inputs,
+            "GPUModelRunner.initialize_kv_cache": _initialize_kv_cache,
+            "GPUModelRunner.execute_model": v2_chains.execute_model,
+            "GPUModelRunner.update_requests": v2_chains.update_requests,
+            "GPUModelRunner.gather_batch_req_state": v2_chains.gather_batch_req_state,
+            "GPUModelRunner.prepare_attn": v2_chains.prepare_attn,
+            "GPUModelRunner.sample": v2_chains.sample,
             "DraftTokensHandler.get_draft_tokens": _get_draft_tokens,
         },
     )
@@ -796,7 +841,20 @@ def _prepare_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwarg
     speculator = _speculator_of(self)
     if speculator is not None:
         speculator.put_in_place()
-    return original(self, *args, **kwargs)
+    input_batch = original(self, *args, **kwargs)
+    if speculator is not None and speculator.forks is not None:
+        speculator.forks.fill(input_batch)
+    return input_batch
+
+
+def _initialize_kv_cache(
+    original: Callable[..., Any], self: Any, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
+) -> Any:
+    result = original(self, kv_cache_config, is_profiling, **kwargs)
+    speculator = _speculator_of(self)
+    if speculator is not None and not is_profiling:
+        speculator.attach_forks(self)
+    return result
 
 
 def _get_draft_tokens(original: Callable[..., Any], self: Any) -> Any:
