@@ -7,6 +7,14 @@ place: `theory.py` has the formula of each coupling, and the distributions come 
 without vLLM. Noise is fresh at every place, so accepted tokens less their chances are a martingale, and their sum is
 normal with the sum of p (1 - p) as variance. "not" shows how far off the formulas of the other samplers would be.
 Exit status 1 where a deviation has a chance below 0.001 in the whole table.
+
+    python benchmarks/acceptance.py --sampler --lists 2 4 [...]
+
+With ``--lists`` also, in a second table, how often one of K drafts of a place is the target's token: `list` (K races,
+each with noise of its own) and `gumbel` (the K first places of one race), the K chains verified side by side. For these
+there is no formula; "theory" is the mean over fresh noise at the same places, drawn without vLLM. The last columns are
+of the same places with all but the twelve likeliest tokens left out: how often `list` matches there, its bound, and the
+best that any coupling could do with K independent drafts, by linear programming.
 """
 
 from __future__ import annotations
@@ -22,17 +30,26 @@ from typing import Any
 
 import numpy as np
 from common import SEED, engine_arguments, engines, print_markdown, progress, setting, work_of
+from scipy.special import logsumexp
 from scipy.stats import norm
 
 from vllm_specplug.cli.engines import Completed
 from vllm_specplug.corpus import held_out_prompts
 from vllm_specplug.errors import SpecplugError
-from vllm_specplug.samplers import theory
+from vllm_specplug.samplers import list_matching, theory
 from vllm_specplug.tiny_models import draft_path, target_path
 
 FORMULAS = {"gumbel": theory.gumbel, "minhash": theory.minhash, "rejection": theory.rejection}
 HEADINGS = ("temperature", "sampler", "verified", "accepted", "95% interval", "theory", "deviation in sigma", "not")
+LIST_HEADINGS = (
+    "temperature", "sampler", "chains", "verified", "accepted", "95% interval", "theory", "deviation in sigma",
+    "bound of list", "one draft", "1 - TV", "most with independent drafts", "12 tokens: list", "bound", "optimum",
+)  # fmt: skip
 FALSE_ALARM = 1e-3
+FRESH_DRAWS = 8
+"""Draws of noise at each place that stand in for a formula."""
+FEW_TOKENS, FEW_PLACES, FEW_DRAWS = 12, 40, 2000
+"""Tokens, places and draws of the comparison with the best coupling, whose programme grows with tokens ** chains."""
 
 
 def verified_places(sizes: Sequence[int], k: int, max_tokens: int) -> list[tuple[int, bool]]:
@@ -98,6 +115,111 @@ def compare(
     }
 
 
+def fresh_matches(target: Any, draft: Any, chains: int, draws: int, rng: np.random.Generator) -> dict[str, float]:
+    """How often one of ``chains`` drafts is the target's token, over fresh noise, for each way to make the drafts.
+
+    Args:
+        target, draft: ``[vocab]`` log probabilities.
+    """
+    noise = -np.log(rng.standard_exponential((draws, chains, len(target)), dtype=np.float32))
+    target, draft = target.astype(np.float32), draft.astype(np.float32)
+    token = (target + noise.max(axis=1)).argmax(axis=-1)
+    listed = (draft + noise).argmax(axis=-1)
+    first = noise[:, 0]
+    places = np.argpartition(-(draft + first), min(chains, len(draft) - 1), axis=-1)[:, :chains]
+    return {
+        "list": float((listed == token[:, None]).any(axis=1).mean()),
+        "gumbel": float((places == (target + first).argmax(axis=-1)[:, None]).any(axis=1).mean()),
+    }
+
+
+def of_few_tokens(target: Any, draft: Any) -> tuple[Any, Any]:
+    """Both distributions on those tokens alone that either finds likeliest."""
+    kept = np.argsort(-np.maximum(target, draft))[:FEW_TOKENS]
+    return target[kept] / target[kept].sum(), draft[kept] / draft[kept].sum()
+
+
+def compare_lists(
+    sampler: str, chains: int, temperature: float, run: Completed, prompts: Sequence[Sequence[int]],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
+    """One row of the second table."""
+    texts = [[*prompt, *output] for prompt, output in zip(prompts, run.token_ids, strict=True)]
+    pairs = [logits_of(str(model), texts) for model in (arguments.model, arguments.draft)]
+    rng = np.random.default_rng(arguments.seed)
+    expected, means, few = [], [], []
+    accepted = 0
+    for row, sizes in enumerate(run.step_sizes):
+        for position, is_accepted in verified_places(sizes, 1, arguments.max_tokens):
+            at = len(prompts[row]) + position - 1
+            logs = [logits[row][at].astype(np.float64) / temperature for logits in pairs]
+            logs = [each - logsumexp(each) for each in logs]
+            target, draft = np.exp(logs[0]), np.exp(logs[1])
+            expected.append(fresh_matches(*logs, chains, FRESH_DRAWS, rng)[sampler])
+            means.append(
+                [
+                    theory.list_matching_bound(target, draft, chains), theory.gumbel(target, draft),
+                    theory.rejection(target, draft), theory.list_bound(target, draft, chains),
+                ]
+            )  # fmt: skip
+            few.append((target, draft))
+            accepted += is_accepted
+    count, theirs = len(expected), np.array(expected)
+    # Of the engine's outcome and of the mean over fresh noise; the chance of one place is bounded by the table's.
+    rate = theirs.mean()
+    variance = count * rate * (1.0 - rate) * (1.0 + 1.0 / FRESH_DRAWS)
+    chosen = [of_few_tokens(*few[at]) for at in rng.choice(count, min(FEW_PLACES, count), replace=False)]
+    with np.errstate(divide="ignore"):
+        matches = [fresh_matches(np.log(t), np.log(d), chains, FEW_DRAWS, rng)["list"] for t, d in chosen]
+    return {
+        "temperature": temperature,
+        "sampler": sampler,
+        "chains": chains,
+        "verified": count,
+        "accepted": accepted / count,
+        "interval": 1.96 * math.sqrt(accepted / count * (1.0 - accepted / count) / count),
+        "theory": float(rate),
+        "sigmas": float((accepted - theirs.sum()) / math.sqrt(variance)),
+        **dict(zip(("bound", "one_draft", "rejection", "most"), np.mean(means, axis=0).tolist(), strict=True)),
+        "few": float(np.mean(matches)),
+        "few_bound": float(np.mean([theory.list_matching_bound(t, d, chains) for t, d in chosen])),
+        "few_optimum": float(np.mean([list_matching.optimal_acceptance(t, d, chains) for t, d in chosen])),
+    }
+
+
+def measure_lists(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every number of chains at every temperature, for both ways to make them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(arguments.model), local_files_only=True)
+    prompts = [tokenizer.encode(text) for text in held_out_prompts(arguments.prompts)]
+    rows = []
+    for chains in arguments.lists:
+        for sampler in ("list", "gumbel"):
+            config = {
+                "method": "draft_model",
+                "model": str(arguments.draft),
+                "num_speculative_tokens": 1,  # so that every place that is looked at has its whole list
+                "draft_sample_method": "probabilistic",
+                "sampler": sampler,
+                "num_chains": chains,
+                "scratch_blocks": 8 * arguments.batch * chains,
+                "proposers": [{"name": "ensemble", "gate": False}],
+            }
+            # Every chain takes a row of the batch.
+            engine = engine_arguments(
+                str(arguments.model), "float32", arguments.batch * chains, block_size=32, speculative_config=config
+            )
+            name = f"{sampler}, {chains} chains"
+            with engines({name: engine}) as running:
+                for temperature in arguments.temperature:
+                    work = work_of(arguments.batch, temperature, arguments.max_tokens, num_prompts=arguments.prompts)
+                    run = running[name].complete(replace(work, seed=arguments.seed))
+                    rows.append(compare_lists(sampler, chains, temperature, run, prompts, arguments))
+                    progress.print(f"{name}, temperature {temperature:g}: {rows[-1]['sigmas']:+.2f} sigma")
+    return sorted(rows, key=lambda row: (row["temperature"], row["chains"]))
+
+
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Every sampler at every temperature."""
     from transformers import AutoTokenizer
@@ -130,7 +252,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=target_path(), help="folder of the target")
     parser.add_argument("--draft", type=Path, default=draft_path(), help="folder of the draft model")
-    parser.add_argument("--sampler", nargs="+", default=list(FORMULAS), choices=list(FORMULAS))
+    parser.add_argument("--sampler", nargs="*", default=list(FORMULAS), help=f"of {', '.join(FORMULAS)}; none: nothing")
+    parser.add_argument("--lists", type=int, nargs="*", default=[], help="numbers of chains (2 to 8) that are compared")
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.5, 1.0, 1.5])
     parser.add_argument("--prompts", type=int, default=64, help="requests at each temperature")
     parser.add_argument("--max-tokens", type=int, default=128)
@@ -141,11 +264,43 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.temperature) <= 0:
         parser.error("--temperature must be above 0: greedy drafts are not drawn")
+    if unknown := set(arguments.sampler) - set(FORMULAS):
+        parser.error(f"--sampler {min(unknown)}: there are {', '.join(FORMULAS)}")
     try:
         rows = measure(arguments)
+        lists = measure_lists(arguments)
     except SpecplugError as error:
         sys.exit(f"error: {error}")
     about = setting()
+    if lists:
+        print_lists(about, lists)
+    if rows:
+        print_rows(about, rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**about, "rows": rows, "lists": lists}, indent=1) + "\n")
+    if any(2 * norm.sf(abs(row["sigmas"])) * len(rows + lists) < FALSE_ALARM for row in rows + lists):
+        sys.exit("error: acceptance and theory disagree")
+
+
+def print_lists(about: dict[str, str], lists: list[dict[str, Any]]) -> None:
+    """The second table."""
+    values = ("theory", "sigmas", "bound", "one_draft", "rejection", "most", "few", "few_bound", "few_optimum")
+    print_markdown(
+        about,
+        LIST_HEADINGS,
+        [
+            [
+                f"{row['temperature']:g}", row["sampler"], str(row["chains"]), f"{row['verified']:,}",
+                f"{row['accepted']:.3f}", f"± {row['interval']:.3f}",
+                *(f"{row[name]:+.2f}" if name == "sigmas" else f"{row[name]:.3f}" for name in values),
+            ]
+            for row in lists
+        ],
+    )  # fmt: skip
+
+
+def print_rows(about: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    """The first table."""
     print_markdown(
         about,
         HEADINGS,
@@ -163,10 +318,6 @@ def main() -> None:
             for row in rows
         ],
     )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    if any(2 * norm.sf(abs(row["sigmas"])) * len(rows) < FALSE_ALARM for row in rows):
-        sys.exit("error: acceptance and theory disagree")
 
 
 if __name__ == "__main__":

@@ -221,6 +221,21 @@ def test_our_verifier_passes(tmp_path: Path):
 
 
 @pytest.mark.engine
+def test_a_list_of_chains_passes(tmp_path: Path):
+    """Against the same sampler and number of chains without proposers, and against the target's distribution."""
+    config = {"method": "specplug", "sampler": "list", "num-chains": 3, "num_speculative_tokens": 3}
+    done = audit("--speculative-config", json.dumps(config), *SHORT, "--json", str(tmp_path / "a.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["verdict"] == "passed"
+    assert result["promised"]["drafter_invariant"]
+    assert result["answers"]["drafter_invariant"]["reference"] == "the same sampler without proposers"
+    lossless = result["answers"]["lossless"]
+    assert (lossless["rejected"], lossless["unreached"]) == ([], [])
+    assert all(result["answers"][key]["num_identical"] == 6 for key in ("greedy_identical", "drafter_invariant"))
+
+
+@pytest.mark.engine
 def test_stock_vllm_on_a_cpu_fails(tmp_path: Path):
     config = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
     outs = ["--json", str(tmp_path / "a.json"), "--report", str(tmp_path / "a.md")]

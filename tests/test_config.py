@@ -70,7 +70,7 @@ def test_stores_have_names(given: Any, paths: dict[str, str] | None) -> None:
         ({"num_speculative_tokens": 129}, ["num_speculative_tokens", "less than or equal to 128", "129"]),
         ({"num_speculative_tokens": "8"}, ["num_speculative_tokens", "valid integer", "'8'"]),
         ({"num_speculative_tokens": 2.5}, ["num_speculative_tokens", "2.5"]),
-        ({"sampler": "gumble"}, ["sampler", "'gumble'", "Did you mean 'gumbel'", "gumbel, minhash, rejection"]),
+        ({"sampler": "gumble"}, ["sampler", "'gumble'", "Did you mean 'gumbel'", "gumbel, minhash, list, rejection"]),
         ({"proposers": ["ngrma"]}, ["no proposer 'ngrma'", "Did you mean 'ngram'", "ngram, recycling, rest"]),
         ({"proposers": "ngram"}, ["proposers", "must be a list of names", "'ngram'"]),
         ({"proposers": [{"min_match": 3}]}, ["proposers.0.name", "Field required"]),

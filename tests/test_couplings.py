@@ -102,7 +102,17 @@ def by_list(target, draft, rng, count):
     return token.numpy(), listed[:, 2].numpy()
 
 
-COUPLINGS = [by_gumbel, by_minhash, by_minhash_in_torch, by_rejection, by_block, by_low_communication, by_list]
+def by_list_in_engine(target, draft, rng, count):
+    """As the engine draws: the target against the best of the chains' drafts, from one seed a row."""
+    seeds = torch.from_numpy(rng.integers(0, 2**31, count))
+    rows = (log(each)[None].expand(count, -1) for each in (target, draft))
+    return tuple(list_matching.draw(each, seeds, 3, coupled_argmax)[0][:, 0].numpy() for each in rows)
+
+
+COUPLINGS = [
+    by_gumbel, by_minhash, by_minhash_in_torch, by_rejection, by_block, by_low_communication, by_list,
+    by_list_in_engine,
+]  # fmt: skip
 every_coupling = pytest.mark.parametrize("coupling", COUPLINGS)
 LOGITS = st.sampled_from([-math.inf, -3e38, -1e30, -88.0, -1.0, 0.0, 1.0, 1.0, 88.0, 1e4, 3e38, math.inf])
 TEMPERATURES = st.sampled_from([1e-6, 1e-3, 0.7, 1.0, 1e3])
@@ -492,6 +502,38 @@ def test_lists_equal_the_loop_with_drafters_that_differ(made, seed):
     assert (int(token[0]), listed[0].tolist()) == reference.list_tokens(
         target.tolist(), [d.tolist() for d in drafts], noise
     )
+
+
+@pytest.mark.parametrize("num_chains", [1, 2, 4])
+def test_the_engines_list_is_the_same_list_best_first(num_chains):
+    """One race a chain and one between their winners, against all noises side by side."""
+    count = 20_000
+    seeds = np.random.default_rng(num_chains).integers(0, 2**31, count)
+    rows = [log(each)[None].expand(count, -1) for each in (TARGET, DRAFT)]
+    of_chains = np.stack([list_matching.chain_seeds(seeds, chain) for chain in range(num_chains)], axis=1)
+    token, listed = list_matching.couple(*rows, torch.from_numpy(of_chains))
+    drawn, drafted = (list_matching.draw(each, torch.from_numpy(seeds), num_chains, coupled_argmax) for each in rows)
+    assert drawn[0][:, 0].tolist() == token.tolist()
+    assert drafted[0].sort(dim=1).values.tolist() == listed.sort(dim=1).values.tolist()
+    assert (drafted[1].diff(dim=1) <= 0).all()
+    if num_chains == 1:
+        assert token.tolist() == coupled_argmax(rows[0], torch.from_numpy(seeds)).tolist()
+    # The best of the drafts alone matches like one draft with one noise: the list costs it nothing.
+    assert is_rate(int((drafted[0][:, 0] == token).sum()), count, theory.gumbel(TARGET, DRAFT))
+    if num_chains > 1:  # while a fixed one of them pays for the others
+        fixed = listed[:, 0] == token
+        assert not is_rate(int(fixed.sum()), count, theory.gumbel(TARGET, DRAFT))
+
+
+def test_the_first_places_of_one_race():
+    count = 20_000
+    seeds = torch.from_numpy(np.random.default_rng(5).integers(0, 2**31, count))
+    logits = log(TARGET)[None].expand(count, -1)
+    tokens, scores = list_matching.ranked(logits, seeds, 4, coupled_argmax)
+    noise = torch.from_numpy(gumbel_noise(seeds.numpy()[:, None], np.arange(5)[None, :]))
+    expected = (logits + noise).sort(dim=1, descending=True)
+    assert tokens.tolist() == expected.indices[:, :4].tolist()
+    assert scores.tolist() == expected.values[:, :4].tolist()
 
 
 @given(distributions(2, largest=6))

@@ -44,7 +44,10 @@ def p_value(counts: Counts, logits: np.ndarray[Any, Any]) -> float:
     return float(chisquare(cells, means).pvalue)
 
 
-@pytest.mark.parametrize(("verifier", "draws"), [("gumbel", 1_000_000), ("minhash", 200_000), ("rejection", 200_000)])
+@pytest.mark.parametrize(
+    ("verifier", "draws"),
+    [("gumbel", 1_000_000), ("minhash", 200_000), ("list", 200_000), ("rejection", 200_000)],
+)
 def test_first_token_has_the_targets_distribution(
     verifier: str, draws: int, engine: Engine, logits: np.ndarray[Any, Any]
 ) -> None:

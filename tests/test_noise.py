@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from scipy.stats import gumbel_r, kstest, spearmanr
 
 from vllm_specplug.proposers import DraftBatch, TargetNoise
-from vllm_specplug.samplers.gumbel import gumbel_noise, murmur_gumbel_noise
-from vllm_specplug.samplers.noise import MURMUR, NO_NOISE, SPLITMIX, murmur_keys, noise_of, noisy_score, splitmix_keys
+from vllm_specplug.samplers.gumbel import (
+    gumbel_noise,
+    murmur_gumbel_noise,
+    murmur_gumbel_noise_torch,
+    splitmix64,
+    unmix64,
+)
+from vllm_specplug.samplers.list_matching import chain_positions, chain_seeds
+from vllm_specplug.samplers.noise import (
+    MURMUR,
+    NO_NOISE,
+    SPLITMIX,
+    chain_noise,
+    list_kind,
+    murmur_keys,
+    noise_of,
+    noisy_score,
+    splitmix_keys,
+)
 
 
 @pytest.fixture
@@ -27,6 +46,62 @@ def test_murmur_is_the_noise_of_the_v2_runner(random: np.random.Generator) -> No
     keys = murmur_keys(seeds, positions)
     ours = [noise_of(MURMUR, key, token) for key, token in zip(keys, tokens, strict=True)]
     np.testing.assert_allclose(ours, murmur_gumbel_noise(seeds, positions, tokens), rtol=1e-9)
+
+
+def test_the_torch_form_of_murmur_is_the_same(random: np.random.Generator) -> None:
+    seeds, positions = random.integers(-(2**63), 2**63 - 1, 500), random.integers(0, 2**30, 500)
+    tokens = random.integers(0, 250_000, 500)
+    ours = murmur_gumbel_noise_torch(*map(torch.from_numpy, (seeds, positions, tokens)))
+    np.testing.assert_allclose(ours, murmur_gumbel_noise(seeds, positions, tokens), rtol=1e-9)
+
+
+def test_unmixing_takes_mixing_back(random: np.random.Generator) -> None:
+    values = random.integers(0, 2**64, 1000, dtype=np.uint64)
+    assert (unmix64(splitmix64(values)) == values).all()
+    assert (splitmix64(unmix64(values)) == values).all()
+
+
+@pytest.mark.parametrize("num_chains", [1, 2, 4, 8])
+@pytest.mark.parametrize("kind", [SPLITMIX, MURMUR])
+def test_the_largest_of_several_noises(kind: int, num_chains: int, random: np.random.Generator) -> None:
+    """Each chain has the noise that the runners draw with, and the target the largest of them."""
+    tokens = random.integers(0, 250_000, 400)
+    if kind == SPLITMIX:
+        seeds = random.integers(0, 2**31, 400)
+        keys = splitmix_keys(seeds)
+        of_chains = [gumbel_noise(chain_seeds(seeds, chain), tokens) for chain in range(num_chains)]
+        assert (chain_seeds(seeds, 0) == seeds).all()
+    else:
+        seeds, positions = random.integers(-(2**63), 2**63 - 1, 400), random.integers(0, 2**20, 400)
+        keys = murmur_keys(seeds, positions, num_chains)
+        of_chains = [
+            murmur_gumbel_noise(seeds, chain_positions(torch.from_numpy(positions), chain).numpy(), tokens)
+            for chain in range(num_chains)
+        ]
+    several = list_kind(kind, num_chains)
+    ours = [noise_of(several, key, token) for key, token in zip(keys, tokens, strict=True)]
+    np.testing.assert_allclose(ours, np.max(of_chains, axis=0) - np.log(num_chains), rtol=1e-9, atol=1e-12)
+    for chain in range(num_chains):
+        alone, its_keys = chain_noise(several, keys, chain)
+        assert alone == kind
+        mine = [noise_of(alone, key, token) for key, token in zip(its_keys, tokens, strict=True)]
+        np.testing.assert_allclose(mine, of_chains[chain], rtol=1e-9)
+    with pytest.raises(ValueError, match=f"one of the {num_chains}"):
+        chain_noise(several, keys, num_chains)
+    # No two chains are alike: rank correlation within five standard deviations.
+    for one in range(num_chains):
+        for other in range(one):
+            assert abs(spearmanr(of_chains[one], of_chains[other]).statistic) < 5 / np.sqrt(400)
+
+
+@pytest.mark.parametrize("kind", [SPLITMIX, MURMUR])
+def test_the_largest_noise_is_standard_gumbel(kind: int) -> None:
+    """Mean and spread of what a proposer's race adds do not depend on the number of chains."""
+    for num_chains in (1, 3, 8):
+        seeds = np.arange(20_000)
+        keys = splitmix_keys(seeds) if kind == SPLITMIX else murmur_keys(seeds, np.array(7), num_chains)
+        noise = np.array([noise_of(list_kind(kind, num_chains), key, 5) for key in keys])
+        assert kstest(noise, gumbel_r.cdf).pvalue > 1e-4  # the seeds are fixed
 
 
 def test_keys_broadcast_over_coming_positions() -> None:

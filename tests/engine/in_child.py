@@ -380,8 +380,8 @@ def first_tokens(
     """How often each token was emitted first, over ``draws`` unseeded requests that were all drafted ``[draft]``.
 
     Args:
-        verifier: ``gumbel`` or ``minhash`` (ours), ``rejection`` (vLLM's, with our repair) or ``stock`` (vLLM's as it
-            ships).
+        verifier: ``gumbel``, ``minhash`` or ``list`` (ours, of three chains), ``rejection`` (vLLM's, with our repair)
+            or ``stock`` (vLLM's as it ships).
         logits: ``[vocab]`` target logits of every row.
     """
     from types import SimpleNamespace
@@ -406,12 +406,11 @@ def first_tokens(
         requests={i: SimpleNamespace(generator=None, output_token_ids=[]) for i in request_ids},
         discard_request_mask=SimpleNamespace(np=np.zeros(batch, dtype=bool)),
     )
-    drafter = SimpleNamespace(
-        drafting=SimpleNamespace(observe=lambda verified: None), settings=SimpleNamespace(sampler=verifier)
-    )
+    settings = SimpleNamespace(sampler=verifier, num_chains=3)
+    drafter = SimpleNamespace(drafting=SimpleNamespace(observe=lambda verified: None), settings=settings, forks=None)
     plain = stock_module.RejectionSampler(runner.sampler)
     verify: Any
-    if verifier in ("gumbel", "minhash"):
+    if verifier in ("gumbel", "minhash", "list"):
         verify = v1.CoupledVerifier(stand_in, drafter)  # type: ignore[arg-type]
     elif verifier == "rejection":
         verify = v1.ObservedRejection(stand_in, drafter, plain)  # type: ignore[arg-type]

@@ -167,15 +167,16 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
     reference = plain
     name = "vLLM without speculation"
     settings = dict(options.speculative_config or {})
-    if settings.get("sampler") == "minhash":
+    if (own_text := settings.get("sampler")) in ("minhash", "list"):
         name = "the same sampler without proposers"
-        alone = {"method": "specplug", "sampler": "minhash", "proposers": [], "num_speculative_tokens": k}
-        with Engine(options.engine_args(alone), options.log / "minhash.log") as engine:
-            progress("minhash without proposers", 0.0, "starting")
+        alone = {"method": "specplug", "sampler": own_text, "proposers": [], "num_speculative_tokens": k}
+        alone |= {key: value for key, value in settings.items() if key.replace("-", "_") == "num_chains"}
+        with Engine(options.engine_args(alone), options.log / f"{own_text}.log") as engine:
+            progress(f"{own_text} without proposers", 0.0, "starting")
             engine.wait_until_ready()
             _expect(k, _about(engine), "the engine without proposers")
-            reference = Runs.of(engine, prompts, options, options.batch, "minhash without proposers", progress)
-            progress("minhash without proposers", 1.0, "done")
+            reference = Runs.of(engine, prompts, options, options.batch, f"{own_text} without proposers", progress)
+            progress(f"{own_text} without proposers", 1.0, "done")
 
     with Engine(options.engine_args(options.speculative_config), options.log / "audited.log") as engine:
         progress("audited engine", 0.0, "starting")
@@ -204,7 +205,7 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
     is_promised = {
         "lossless": True,
         "greedy_identical": True,
-        "drafter_invariant": is_plain or sampler in ("gumbel", "minhash"),
+        "drafter_invariant": is_plain or sampler in ("gumbel", "minhash", "list"),
     }
     answers: dict[str, Any] = {"lossless": lossless}
     for key, found in pairs.items():
@@ -621,12 +622,17 @@ def _margin(
         return None
     import torch
 
-    from vllm_specplug.samplers.gumbel import SeedStream, gumbel_noise, murmur_gumbel_noise
+    from vllm_specplug.samplers.gumbel import SeedStream
+    from vllm_specplug.samplers.noise import MURMUR, SPLITMIX, list_kind, murmur_keys, noise_of, splitmix_keys
 
-    seed, tokens = options.seed + each.request, np.array([first, second])
+    seed, num_noises = options.seed + each.request, 1
+    if sampler == "list":
+        num_noises = int(about["settings"]["num_chains"])
     if about["runner"] == "V2":
-        noise = murmur_gumbel_noise(np.array([seed]), np.array([prompt_length + each.position - 1]), tokens)
+        kind, position = MURMUR, np.array([prompt_length + each.position - 1])
+        (key,) = murmur_keys(np.array([seed]), position, num_noises)
     else:
         draws = SeedStream(torch.Generator().manual_seed(seed)).peek(each.position + 1)
-        noise = gumbel_noise(np.array([draws[each.position]]), tokens)
+        kind, (key,) = SPLITMIX, splitmix_keys(np.array(draws[-1:]))
+    noise = [noise_of(list_kind(kind, num_noises), key, token) for token in (first, second)]
     return float((row[first] - row[second]) / options.temperature + noise[0] - noise[1])

@@ -155,7 +155,8 @@ def _several_races(
         temperature = temperature[expanded_idx_mapping]
         logits = logits.float() / torch.where(temperature == 0.0, 1.0, temperature)[:, None]
     # Of a greedy request all chains have the same token.
-    return list_matching.best_of(logits, torch.stack(tokens, dim=1), torch.stack(noise, dim=1))[0][:, 0]
+    best, _ = list_matching.best_of(logits, torch.stack(tokens, dim=1), torch.stack(noise, dim=1))
+    return best[:, 0].contiguous()
 
 
 def _draw_of(settings: Settings | None) -> Callable[..., torch.Tensor]:

@@ -249,10 +249,13 @@ def manifest(job: Job, found: inputs.Inputs) -> dict[str, Any]:
 
 
 def _speculation(config: Mapping[str, Any] | None) -> Any:
-    """The sampler where it is drafter-invariant, else the whole configuration."""
+    """The sampler where it is drafter-invariant (with its number of chains where that counts), else everything."""
     sampler = NO_SPECULATION if config is None else config.get("sampler")
     if sampler is None and config is not None and config.get("method") == METHOD:
         sampler = NO_SPECULATION
+    if sampler == "list" and config is not None:
+        spelt = {key.replace("-", "_"): value for key, value in config.items()}
+        return _plain({"sampler": sampler, "num_chains": spelt.get("num_chains")})
     return sampler if sampler in ("gumbel", "minhash") else _plain(config)
 
 
