@@ -15,6 +15,7 @@ from harness import ENGINE_ARGS, Engine
 from vllm_specplug.config import RequestChoices, parse_request_options, parse_settings, settings_of
 from vllm_specplug.errors import ConfigurationError, UnsupportedVersionError
 from vllm_specplug.hooks.seams import check_version
+from vllm_specplug.tiny_models import draft_path
 
 MODEL = {key: ENGINE_ARGS[key] for key in ("model", "max_model_len", "enforce_eager")}
 
@@ -71,6 +72,8 @@ def test_stores_have_names(given: Any, paths: dict[str, str] | None) -> None:
         ({"num_speculative_tokens": "8"}, ["num_speculative_tokens", "valid integer", "'8'"]),
         ({"num_speculative_tokens": 2.5}, ["num_speculative_tokens", "2.5"]),
         ({"sampler": "gumble"}, ["sampler", "'gumble'", "Did you mean 'gumbel'", "gumbel, minhash, list, rejection"]),
+        ({"sampler": "list"}, ["sampler 'list'", "of one it would be 'gumbel'", "num_chains (2 to 8)"]),
+        ({"sampler": "rejection", "num_chains": 2}, ["num_chains 2 needs a coupled sampler"]),
         ({"proposers": ["ngrma"]}, ["no proposer 'ngrma'", "Did you mean 'ngram'", "ngram, recycling, rest"]),
         ({"proposers": "ngram"}, ["proposers", "must be a list of names", "'ngram'"]),
         ({"proposers": [{"min_match": 3}]}, ["proposers.0.name", "Field required"]),
@@ -431,3 +434,41 @@ def test_v2_is_kept_with_our_drafter(process_v2: Engine) -> None:
     assert process_v2.send("call", "chosen_runner", {**MODEL, "speculative_config": {"method": "specplug"}}) == (
         [], True, True,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "num_noises"),
+    [
+        ({}, 1),
+        ({"num_chains": 4}, 1),
+        ({"sampler": "list", "num_chains": 4}, 4),
+        ({"sampler": "minhash"}, 0),
+        ({"sampler": "rejection"}, 0),
+    ],
+)
+def test_noises_of_a_sampler(given: dict[str, Any], num_noises: int) -> None:
+    assert parse_settings(given).num_noises == num_noises
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("more", [{"proposers": ["ngram"]}, {"sampler": "list", "num_chains": 2}])
+def test_what_joins_a_draft_model_of_v1_needs_synchronous_scheduling(process: Engine, more: dict[str, Any]) -> None:
+    config = {
+        "method": "draft_model", "model": str(draft_path()), "num_speculative_tokens": 3,
+        "draft_sample_method": "probabilistic", **more,
+    }  # fmt: skip
+    message = process.send("call", "config_error", config, {**MODEL, "async_scheduling": True})
+    assert "proposers or num_chains beside method 'draft_model' and async scheduling need Model Runner V2" in message
+    assert process.send("call", "config_error", config, MODEL) == ""
+
+
+@pytest.mark.engine
+def test_a_list_needs_noise_that_its_races_can_be_compared_with(process_v2: Engine) -> None:
+    config = {**NATIVE, "sampler": "list", "num_chains": 2}
+    message = process_v2.send("call", "config_error", config, {**MODEL, "use_fp64_gumbel": True})
+    assert "sampler 'list' draws every token from vLLM's own seeds; use_fp64_gumbel hashes its noise" in message
+    assert process_v2.send("call", "config_error", config, MODEL) == ""
+    assert (
+        process_v2.send("call", "config_error", {**config, "sampler": "gumbel"}, {**MODEL, "use_fp64_gumbel": True})
+        == ""
+    )
