@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import SEED, engine_arguments, engines, print_markdown, progress, setting, work_of
+from common import MAX_MODEL_LEN, SEED, engine_arguments, engines, print_markdown, progress, setting, work_of
 from scipy.special import logsumexp
 from scipy.stats import norm
 
@@ -45,6 +45,8 @@ LIST_HEADINGS = (
     "temperature", "sampler", "chains", "verified", "accepted", "95% interval", "theory", "deviation in sigma",
     "bound of list", "one draft", "1 - TV", "most with independent drafts", "12 tokens: list", "bound", "optimum",
 )  # fmt: skip
+NOBODY_ELSE = ({"name": "ngram", "min_match": MAX_MODEL_LEN, "max_match": MAX_MODEL_LEN},)
+"""Somebody must be named beside an ensemble that verifies all drafts; this one never has any."""
 FALSE_ALARM = 1e-3
 FRESH_DRAWS = 8
 """Draws of noise at each place that stand in for a formula."""
@@ -121,7 +123,8 @@ def fresh_matches(target: Any, draft: Any, chains: int, draws: int, rng: np.rand
     Args:
         target, draft: ``[vocab]`` log probabilities.
     """
-    noise = -np.log(rng.standard_exponential((draws, chains, len(target)), dtype=np.float32))
+    smallest = np.finfo(np.float32).tiny  # of a float32 exponential one in 2**23 is 0
+    noise = -np.log(np.maximum(rng.standard_exponential((draws, chains, len(target)), dtype=np.float32), smallest))
     target, draft = target.astype(np.float32), draft.astype(np.float32)
     token = (target + noise.max(axis=1)).argmax(axis=-1)
     listed = (draft + noise).argmax(axis=-1)
@@ -204,7 +207,7 @@ def measure_lists(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 "sampler": sampler,
                 "num_chains": chains,
                 "scratch_blocks": 8 * arguments.batch * chains,
-                "proposers": [{"name": "ensemble", "gate": False}],
+                "proposers": [*NOBODY_ELSE, {"name": "ensemble", "gate": False}],
             }
             # Every chain takes a row of the batch.
             engine = engine_arguments(

@@ -14,6 +14,7 @@ from vllm_specplug.tiny_models import draft_path, target_path
 pytestmark = pytest.mark.engine
 
 UNGATED = {"name": "ensemble", "gate": False}
+NOBODY_ELSE = {"name": "ngram", "min_match": 1000, "max_match": 1000}  # drafts nothing
 PROPOSERS = ["ngram", "suffix", "in_child.RandomTokens"]
 SENT = requests(84, [*PLAIN_FEATURES, *PROCESSOR_FEATURES], first_seed=4000)
 SENT_V2 = requests(11, V2_FEATURES, first_seed=4500, longest=8)
@@ -39,7 +40,8 @@ def drafting(names: list[str], num_chains: int = 3) -> dict[str, Any]:
 def native(model: Any, sampler: str, num_chains: int, **more: Any) -> dict[str, Any]:
     return {
         "method": "draft_model", "model": str(model), "num_speculative_tokens": 3,
-        "draft_sample_method": "probabilistic", "sampler": sampler, "num_chains": num_chains, "proposers": [UNGATED],
+        "draft_sample_method": "probabilistic", "sampler": sampler, "num_chains": num_chains,
+        "proposers": [NOBODY_ELSE, UNGATED],
         **more,
     }  # fmt: skip
 
@@ -122,7 +124,7 @@ def test_a_smaller_model_drafts_several_chains(sampler: str) -> None:
         assert stats["ensemble"]["fork_wins"] > 60
         kept["several"] = stats["emitted"] / stats["request_steps"]
         assert stats["live_requests"] <= 1
-        engine.send("set_drafting", {"num_speculative_tokens": 3, "num_chains": 1, "proposers": [UNGATED]})
+        engine.send("set_drafting", {"num_speculative_tokens": 3, "num_chains": 1, "proposers": [NOBODY_ELSE, UNGATED]})
         assert_same(engine.generate(sent), drafted, f"{sampler}, one chain of draft_model", sent)
         stats = engine.send("stats")
         assert stats["ensemble"]["forks"] == 0
