@@ -168,9 +168,10 @@ def compare_lists(
             few.append((target, draft))
             accepted += is_accepted
     count, theirs = len(expected), np.array(expected)
-    # Of the engine's outcome and of the mean over fresh noise; the chance of one place is bounded by the table's.
+    # Of the engine's outcome and of the mean over fresh noise. p (1 - p) of a mean over draws is a little too small.
     rate = theirs.mean()
-    variance = count * rate * (1.0 - rate) * (1.0 + 1.0 / FRESH_DRAWS)
+    each = (theirs * (1.0 - theirs)).sum() * FRESH_DRAWS / (FRESH_DRAWS - 1)
+    variance = each * (1.0 + 1.0 / FRESH_DRAWS)
     chosen = [of_few_tokens(*few[at]) for at in rng.choice(count, min(FEW_PLACES, count), replace=False)]
     with np.errstate(divide="ignore"):
         matches = [fresh_matches(np.log(t), np.log(d), chains, FEW_DRAWS, rng)["list"] for t, d in chosen]
@@ -287,7 +288,8 @@ def main() -> None:
 
 def print_lists(about: dict[str, str], lists: list[dict[str, Any]]) -> None:
     """The second table."""
-    values = ("theory", "sigmas", "bound", "one_draft", "rejection", "most", "few", "few_bound", "few_optimum")
+    values = ("theory", "sigmas", "bound", "one_draft", "rejection", "most")
+    few = ("few", "few_bound", "few_optimum")
     print_markdown(
         about,
         LIST_HEADINGS,
@@ -296,6 +298,7 @@ def print_lists(about: dict[str, str], lists: list[dict[str, Any]]) -> None:
                 f"{row['temperature']:g}", row["sampler"], str(row["chains"]), f"{row['verified']:,}",
                 f"{row['accepted']:.3f}", f"± {row['interval']:.3f}",
                 *(f"{row[name]:+.2f}" if name == "sigmas" else f"{row[name]:.3f}" for name in values),
+                *(f"{row[name]:.3f}" if row["sampler"] == "list" else "" for name in few),
             ]
             for row in lists
         ],
