@@ -16,6 +16,8 @@ BRANCH_SHARE = 0.2
 several are verified, likelier ones stand beside them."""
 TAKEN = -1.0
 """Chance of a branch that became a path."""
+ROUNDING = 1e-6
+"""Less is no chance: the siblings' are float32."""
 MAX_BRANCHES = 64
 """Most branches of a request's tree that are kept to choose from."""
 
@@ -102,7 +104,7 @@ def _free_chance(head, tokens, other_tokens, other_lengths, other_confidence, nu
                 counts = same <= head
         if counts:
             free -= other_confidence[other, head]
-    return max(free, 0.0)
+    return free if free > ROUNDING else 0.0
 
 
 @njit(cache=True, nogil=True)

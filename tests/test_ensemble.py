@@ -721,6 +721,7 @@ class Engine:
         self.one = forking(2, 2, gate=True, learning_rate=0.0)
         self.random = random
         self.rows = self.forks = 0
+        self.singles = 0  # steps with drafts of one chain
 
     def drive(self, steps: int, fork_s: float, *, differs: bool = True, second: float = 0.4) -> tuple[int, int]:
         """(Forks, steps in which further chains were asked for)."""
@@ -738,6 +739,7 @@ class Engine:
             self.forks = len(chains) - 1
             self.rows = len(nodes_of(chains))
             total += self.forks
+            self.singles += self.rows > 0 and self.forks == 0
             first = self.random.random()
             truth = [1 if first < 0.5 else 2 if first < 0.5 + second else 9, 1 if self.random.random() < 0.45 else 9, 9]
             ordered, tokens = walked(chains, truth)
@@ -762,6 +764,23 @@ def test_forks_pay_or_rest_and_come_back_after_long(random: np.random.Generator)
     forks, asked = engine.drive(500, 0.0005)
     assert forks > 400
     assert asked == 500
+
+
+def test_steps_without_forks_are_measured_among_those_with(random: np.random.Generator) -> None:
+    """Else nobody could tell what is dear, the fork or its rows."""
+    engine = Engine(random)
+    engine.drive(100, 0.0005)
+    engine.singles = 0
+    assert engine.drive(200, 0.0005)[0] > 185
+    assert 2 <= engine.singles <= 5
+
+
+def test_what_lies_beyond_the_limit_promises_nothing() -> None:
+    long = Drafts.from_lists([[6, 1, 1, 1]], 0.9)
+    long.confidence[0, :2] = 0.3, 0.1
+    short = Drafts.from_lists([[6, 2]], 0.3)
+    drafts, _ = forking(3, 2).combine(batch_of(1, 2), [Drafts.from_lists([[5, 5]], 0.6), long, short], 1, 1)
+    assert chains_of(drafts, 0) == [(5, 5), (6, 2)]
 
 
 def test_where_all_agree_nothing_is_withheld_and_the_probe_waits(random: np.random.Generator) -> None:

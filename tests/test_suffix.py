@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vllm_specplug.proposers import DraftBatch, ProposerContext
+from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext
 from vllm_specplug.proposers.automaton import COUNT, MORE, TARGET, TOKEN, Automaton, find
 from vllm_specplug.proposers.base import TENANT_OPTION, TargetNoise
 from vllm_specplug.proposers.suffix import (
@@ -279,6 +280,164 @@ def test_sampling_requests_draft_what_their_noise_makes_likely():
     assert rows_of(proposer.propose(batch_of({"new": [9, 5]}, 1))) == [[2]]
     # Both continue "5", which was seen four times; a share of 1/4 or, after "9 5", of none.
     assert counts[2] > counts[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several chains
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def paths_of(drafts: Drafts, index: int) -> list[tuple[int, ...]]:
+    """All paths of one request, the first chain first."""
+    return [
+        tuple(each.token_ids[index, :count].tolist())
+        for each in (drafts, *drafts.others)
+        if (count := int(each.num_tokens[index]))
+    ]
+
+
+def nodes_of(drafts: Drafts, index: int) -> dict[tuple[int, ...], float]:
+    """Confidence of each node of a request's tree; no node has two."""
+    nodes: dict[tuple[int, ...], float] = {}
+    for each in (drafts, *drafts.others):
+        tokens = tuple(each.token_ids[index, : each.num_tokens[index]].tolist())
+        for depth in range(len(tokens)):
+            confidence = float(each.confidence[index, depth])
+            assert nodes.setdefault(tokens[: depth + 1], confidence) == confidence
+    return nodes
+
+
+def check_tree(drafts: Drafts, index: int) -> list[tuple[int, ...]]:
+    """What holds for every tree; returns its paths."""
+    paths, nodes = paths_of(drafts, index), nodes_of(drafts, index)
+    chances = []
+    for nth, path in enumerate(paths):
+        assert not any(earlier[: len(path)] == path for earlier in paths[:nth])
+        known = {earlier[: depth + 1] for earlier in paths[:nth] for depth in range(len(earlier))}
+        head = sum(path[: depth + 1] in known for depth in range(len(path)))
+        chances.append(math.prod(nodes[path[: depth + 1]] for depth in range(head + 1)))
+    # The most promising branch first.
+    assert all(earlier >= later - 1e-6 for earlier, later in itertools.pairwise(chances[1:]))
+    for parent in {node[:-1] for node in nodes}:
+        assert sum(chance for node, chance in nodes.items() if node[:-1] == parent) <= 1 + 1e-5
+    return paths
+
+
+def same_first(one: Drafts, other: Drafts) -> bool:
+    names = ("token_ids", "num_tokens", "confidence", "match_length", "votes")
+    return all(getattr(one, name).tobytes() == getattr(other, name).tobytes() for name in names)
+
+
+@pytest.mark.parametrize("is_sampling", [False, True])
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=conversations(), min_match=st.integers(1, 3), max_draft=st.integers(1, 6), num_chains=st.integers(2, 8),
+    min_confidence=st.sampled_from([0.0, 0.05, 0.3]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_trees_are_continuations_of_what_was_said(
+    is_sampling, steps, min_match, max_draft, num_chains, min_confidence, seed
+):
+    proposer = proposer_with(min_match=min_match, min_confidence=min_confidence)
+    texts: dict[str, list[int]] = {}
+    for name, tokens in steps:
+        texts.setdefault(name, []).extend(tokens)
+        batch = batch_of({name: texts[name]}, max_draft)
+        keys = splitmix_keys(np.random.default_rng(seed).integers(0, 2**62, size=(1, max_draft)))
+        if is_sampling:
+            batch = dataclasses.replace(batch, noise=TargetNoise(SPLITMIX, keys, np.array([0.8], dtype=np.float32)))
+        first = proposer.propose(batch)
+        drafts = proposer.propose(dataclasses.replace(batch, num_chains=num_chains))
+        more = proposer.propose(dataclasses.replace(batch, num_chains=num_chains + 1))
+        assert first.others == ()
+        assert same_first(drafts, first)
+        paths = check_tree(drafts, 0)
+        assert len(paths) <= num_chains
+        assert paths == paths_of(more, 0)[: len(paths)]
+        assert len(paths) == num_chains or paths == paths_of(more, 0)
+        assert bool(paths) == bool(first.num_tokens[0])
+        for path in paths:
+            text = [*texts[name], *path]
+            for end in range(len(texts[name]), len(text)):
+                match = text[end - min_match : end + 1]  # each token followed a match that is long enough
+                assert any(each[at : at + min_match + 1] == match for each in texts.values() for at in range(len(each)))
+
+
+def test_every_continuation_of_a_match_is_a_path_where_the_noise_is_for_it():
+    """Ten tokens followed "5" once each: without noise those seen most often and last are known, with it all race."""
+    proposer = proposer_with()
+    proposer.follow(batch_of({"old": [token for each in range(10, 20) for token in (5, each)]}))
+    batch = dataclasses.replace(batch_of({"new": [5]}, 1), num_chains=12)
+    noise = TargetNoise(SPLITMIX, splitmix_keys(np.array([[3]])), np.array([1.0], dtype=np.float32))
+    assert 1 < len(paths_of(proposer.propose(batch), 0)) < 10
+    paths = paths_of(proposer.propose(dataclasses.replace(batch, noise=noise)), 0)
+    assert sorted(paths) == [(token,) for token in range(10, 20)]
+    # What was seen equally often is in the order of the noise, but for the last, which is the request's own.
+    others = [path[0] for path in paths[1:] if path[0] != 19]
+    assert others == sorted(others, key=lambda token: -noise_of(SPLITMIX, noise.keys[0, 0], token))
+
+
+def test_the_targets_noise_chooses_the_branches():
+    """The target's token is argmax(log share + noise): more chains hold it more often than one, and than without."""
+    proposer = proposer_with()
+    proposer.follow(batch_of({"old": [each for token in (1, 2, 3, 4) for each in (5, token) * (5 - token)]}))
+    right = {"first": 0, "with": 0, "without": 0}
+    silent = dataclasses.replace(batch_of({"new": [5]}, 1), num_chains=2)
+    without = paths_of(proposer.propose(silent), 0)
+    assert len(without) == 2
+    num_draws = 1500
+    for seed in range(num_draws):
+        keys = splitmix_keys(np.array([[seed]]))
+        noise = TargetNoise(SPLITMIX, keys, np.array([1.0], dtype=np.float32))
+        scores = {token: math.log(5 - token) + noise_of(SPLITMIX, keys[0, 0], token) for token in (1, 2, 3, 4)}
+        target = (max(scores, key=scores.__getitem__),)
+        paths = paths_of(proposer.propose(dataclasses.replace(silent, noise=noise)), 0)
+        right["first"] += paths[0] == target
+        right["with"] += target in paths
+        right["without"] += target in without
+    # The standard deviation of each share is below 0.013.
+    assert right["with"] > right["first"] + 0.05 * num_draws
+    assert right["with"] > right["without"] + 0.1 * num_draws
+
+
+def test_where_the_first_chain_ends_others_go_on():
+    text = random_text(0, 60, vocab_size=5)
+    long = paths_of(proposer_with().propose(batch_of({"a": text})), 0)[0]
+    proposer = proposer_with(min_confidence=0.3)
+    first = paths_of(proposer.propose(batch_of({"a": text})), 0)[0]
+    paths = paths_of(proposer.propose(dataclasses.replace(batch_of({"a": text}), num_chains=8)), 0)
+    assert paths[0] == first == long[: len(first)]
+    assert len(first) < len(long)
+    assert long[: len(first) + 1] in {path[: len(first) + 1] for path in paths[1:]}
+
+
+def test_trees_of_a_batch_of_several_tenants():
+    contexts = {str(nth): random_text(nth, 40, vocab_size=6) for nth in range(7)}
+    tenants = {name: "odd" for name in contexts if int(name) % 2}
+    together, alone = proposer_with(), proposer_with()
+    for proposer in (together, alone):
+        proposer.follow(batch_of(contexts, tenants=tenants))
+    batch = dataclasses.replace(batch_of(contexts, tenants=tenants), num_chains=4)
+    drafts = together.propose(batch)
+    assert same_first(drafts, together.propose(dataclasses.replace(batch, num_chains=1)))
+    num_paths = 0
+    for index, name in enumerate(contexts):
+        single = dataclasses.replace(batch_of({name: contexts[name]}, tenants=tenants), num_chains=4)
+        assert check_tree(drafts, index) == paths_of(alone.propose(single), 0)
+        num_paths += len(paths_of(drafts, index))
+    assert num_paths > 20
+
+
+def test_trees_while_the_automaton_grows_and_is_exchanged():
+    """One that is asked for trees knows as much, all the time, as one that is asked for chains."""
+    tree, chain = proposer_with(max_history_bytes=1 << 20), proposer_with(max_history_bytes=1 << 20)
+    num_others = 0
+    for nth in range(40):
+        contexts = {f"{nth}": random_text(nth, 300), f"{nth} again": random_text(nth % 5, 60, vocab_size=7)}
+        drafts = tree.propose(dataclasses.replace(batch_of(contexts), num_chains=3))
+        assert same_first(drafts, chain.propose(batch_of(contexts)))
+        num_others += len(check_tree(drafts, 1)) - 1
+    assert next(iter(tree._tenants.values())).old is not None
+    assert num_others > 40
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -719,7 +878,7 @@ def test_a_full_disk_is_said_once_and_tried_again(tmp_path, monkeypatch, caplog)
 KILLED = """
 import sys
 import numpy as np
-from vllm_specplug.proposers import DraftBatch, ProposerContext
+from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext
 from vllm_specplug.proposers.suffix import SuffixProposer
 options = {"history_file": sys.argv[1], "save_interval_s": 0.001}
 proposer = SuffixProposer(ProposerContext(250_000, 8, max_num_requests=8, options=options))
@@ -779,7 +938,7 @@ def test_the_history_has_room_for_a_full_batch():
 
 WARM = """
 from numba.core import event
-from vllm_specplug.proposers import DraftBatch, ProposerContext
+from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext
 from vllm_specplug.proposers.base import TargetNoise
 from vllm_specplug.proposers.suffix import SuffixProposer
 import dataclasses
@@ -804,6 +963,7 @@ for nth in range(40):
     if nth % 2:
         batch = dataclasses.replace(batch, noise=TargetNoise(1, keys, np.ones(2, dtype=np.float32)))
     proposer.propose(batch)
+    proposer.propose(dataclasses.replace(batch, num_chains=3))
     proposer.follow(batch)
     proposer.finish(["a", "b"])
 assert proposer._num_automata > 2, "there was an exchange"

@@ -85,8 +85,10 @@ class ForkedRows:
         seen = set()
         num_blocks = int(runner.kv_cache_config.num_blocks)
         for cache in runner.kv_caches:
-            if cache.data_ptr() not in seen:  # layers that share one
-                seen.add(cache.data_ptr())
+            # Layers that share one are the same view; groups of layers may lay other views over the same memory.
+            view = (cache.data_ptr(), cache.shape, cache.stride(), cache.dtype)
+            if view not in seen:
+                seen.add(view)
                 self._caches.append(cache.unflatten(0, (num_blocks, cache.shape[0] // num_blocks)))
 
     def max_forks(self, num_running: int) -> int:
@@ -168,7 +170,8 @@ class ForkedRows:
             return batch_state
         place = {name: row for row, name in enumerate(batch_state.req_ids)}
         forks = [place[name] for name in step.request_ids]
-        order = [row for row in range(len(place)) if row not in set(forks)] + forks
+        are_forks = set(forks)
+        order = [row for row in range(len(place)) if row not in are_forks] + forks
         step.num_requests = len(order) - len(forks)
         changes: dict[str, Any] = {"req_ids": [batch_state.req_ids[row] for row in order]}
         for name, values in batch_state._asdict().items():
