@@ -400,6 +400,33 @@ def test_scratch_of_less_than_a_fork_is_refused_and_one_chain_needs_none() -> No
     assert "LoRA adapters are enabled" in describe_scratch(config, cache_config(1000, [4]), None)
 
 
+def test_what_a_winning_fork_would_falsify_keeps_one_chain() -> None:
+    """Layers of another kind in a common wrapper, drafters and outputs that read the rows of the scheduled draft."""
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, RSWASpec, UniformTypeKVCacheSpecs
+
+    from vllm_specplug.hooks.chains import why_single
+
+    sizes = {"block_size": 4, "num_kv_heads": 1, "dtype": torch.float32}
+    known = {f"layer {size}": FullAttentionSpec(head_size=size, **sizes) for size in (8, 16)}
+    odd = {"recurrent": MambaSpec(block_size=4, shapes=((2,),), dtypes=(torch.float32,))}
+    wide = {"layer 8": known["layer 8"], "wide": RSWASpec(head_size=8, rswa_window=8, **sizes)}
+    for layers, reason in ((known, ""), (odd, "layers of MambaSpec hold more"), (wide, "layers of RSWASpec hold more")):
+        cache = cache_config(1000, [4])
+        cache.kv_cache_groups[0].kv_cache_spec = UniformTypeKVCacheSpecs(block_size=4, kv_cache_specs=layers)
+        found = why_single(engine_config(2), cache)
+        assert found.startswith(reason) if reason else found == ""
+    config = engine_config(2)
+    for method in ("eagle3", "dflash", "dspark", "mlp_speculator"):
+        config.speculative_config.method = method
+        assert why_single(config, cache_config(1000, [4])) == f"vLLM's {method} drafts from hidden states"
+    config = engine_config(2)
+    config.aux_output_config = SimpleNamespace(enabled=True)
+    assert why_single(config, cache_config(1000, [4])) == "routed experts are returned"
+    config.aux_output_config.enabled = False
+    assert why_single(config, cache_config(1000, [4])) == ""
+
+
 chain = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 
 

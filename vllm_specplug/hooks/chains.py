@@ -41,9 +41,9 @@ Further = dict[str, list[list[int]]]
 DEFAULT_SHARE = 20
 """One in so many blocks of the KV cache is set aside where the settings do not say how many."""
 
-_KNOWN_SPECS = (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec, SlidingWindowMLASpec, UniformTypeKVCacheSpecs)
+_KNOWN_SPECS = (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec, SlidingWindowMLASpec)
 """Kinds of layers whose cache is nothing but blocks of tokens; compared exactly, since subclasses may hold more."""
-_FROM_HIDDEN_STATES = ("eagle", "eagle3", "mtp", "medusa")
+_FROM_HIDDEN_STATES = ("eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "dflash", "dspark")
 """Drafters of vLLM's that read the hidden states of the rows of the scheduled draft, which are not the winner's."""
 
 
@@ -80,11 +80,9 @@ def why_single(vllm_config: Any, kv_cache_config: KVCacheConfig) -> str:
     """What keeps every request of this engine to one chain, "" where nothing does."""
     config, parallel = vllm_config.model_config, vllm_config.parallel_config
     speculative, is_v2 = vllm_config.speculative_config, bool(vllm_config.use_v2_model_runner)
-    odd = {type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups} - {
-        spec.__name__ for spec in _KNOWN_SPECS
-    }
+    odd = {type(spec) for group in kv_cache_config.kv_cache_groups for spec in _layer_specs(group)} - {*_KNOWN_SPECS}
     for reason, applies in (
-        (f"layers of {', '.join(sorted(odd))} hold more than blocks of tokens", odd),
+        (f"layers of {', '.join(sorted(spec.__name__ for spec in odd))} hold more than blocks of tokens", odd),
         ("max_num_seqs is 1, and they take rows that no request has", vllm_config.scheduler_config.max_num_seqs == 1),
         ("the model has no KV cache", not kv_cache_config.kv_cache_groups),
         (f"vLLM's {speculative.method} drafts from hidden states", speculative.method in _FROM_HIDDEN_STATES),
@@ -100,10 +98,18 @@ def why_single(vllm_config: Any, kv_cache_config: KVCacheConfig) -> str:
         ("pipeline parallelism is on", parallel.pipeline_parallel_size > 1),
         ("data parallelism is on", parallel.data_parallel_size > 1),
         ("kv_sharing_fast_prefill is on", vllm_config.cache_config.kv_sharing_fast_prefill),
+        # vLLM reads them off the rows of the scheduled draft.
+        ("routed experts are returned", getattr(getattr(vllm_config, "aux_output_config", None), "enabled", False)),
     ):
         if applies:
             return reason
     return ""
+
+
+def _layer_specs(group: Any) -> list[Any]:
+    """Of the layers of a group; of different ones where they only take the same blocks."""
+    spec = group.kv_cache_spec
+    return list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
 
 
 def _context_parallel(parallel_config: Any) -> bool:

@@ -348,6 +348,12 @@ V2_USED = (
         ),
         "replaced on the runner's sampler where tokens are drawn by MinHash",
     ),
+    Seam(
+        "vllm.v1.worker.gpu.cudagraph_utils",
+        "CudaGraphManager.dispatch",
+        ("self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras", "max_query_len"),
+        "further chains must not cost a batch its CUDA graph",
+    ),
 )  # fmt: skip
 """Not wrapped, but overridden, replaced on single objects or called: their signatures are counted on all the same."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 
 from vllm_specplug.hooks.chains import Fork, Further, Scratch, plan_forks, plan_scratch, warn_once
+from vllm_specplug.hooks.v2_copies import BlockCopies
 
 _FORK_ID = "specplug fork {} of {}"
 
@@ -81,19 +82,42 @@ class ForkedRows:
             torch.tensor([list(blocks[group]) for blocks in by_row], dtype=torch.int64, device=device)
             for group in range(len(scratch.blocks_per_row))
         ]
-        self._caches = []
-        seen = set()
-        num_blocks = int(runner.kv_cache_config.num_blocks)
-        for cache in runner.kv_caches:
-            # Layers that share one are the same view; groups of layers may lay other views over the same memory.
-            view = (cache.data_ptr(), cache.shape, cache.stride(), cache.dtype)
-            if view not in seen:
-                seen.add(view)
-                self._caches.append(cache.unflatten(0, (num_blocks, cache.shape[0] // num_blocks)))
+        self._copies = BlockCopies(runner.kv_caches, int(runner.kv_cache_config.num_blocks))
 
     def max_forks(self, num_running: int) -> int:
-        """Forks that a step of so many requests has rows for."""
-        return max(min(int(self._runner.max_num_reqs) - num_running, self._scratch.num_rows), 0)
+        """Forks that a step of so many requests has rows for, as far as can be said before it is scheduled."""
+        idle = max(min(int(self._runner.max_num_reqs) - num_running, self._scratch.num_rows), 0)
+        if not num_running or not self._runner.vllm_config.scheduler_config.async_scheduling:
+            return idle  # drafts keep their own length
+        length = int(self._runner.decode_query_len)
+        return self._within_graph([length] * num_running, length, idle)
+
+    def _within_graph(self, lengths: Sequence[int], fork_length: int, num_forks: int) -> int:
+        """So many forks, or as many as leave the batch the kind of CUDA graph that it would replay without them.
+
+        The largest captured batch is often smaller than the largest that can run, and without its graph a step takes
+        several times as long.
+
+        Args:
+            lengths: tokens of each request's row.
+            fork_length: tokens of a fork's, at most.
+            num_forks: that there is room for.
+        """
+        num_tokens, longest = sum(lengths), max(lengths)
+
+        def mode(more: int) -> Any:
+            rows, tokens = len(lengths) + more, num_tokens + more * fork_length
+            uniform = longest if tokens == longest * rows else None
+            return self._runner.cudagraph_manager.dispatch(rows, tokens, uniform, 0, max_query_len=longest).cg_mode
+
+        alone = mode(0)
+        if num_forks == 0 or mode(num_forks) == alone:
+            return num_forks
+        fits, too_many = 0, num_forks
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            fits, too_many = (middle, too_many) if mode(middle) == alone else (fits, middle)
+        return fits
 
     # -- Before the forward pass -------------------------------------------------------------------------------------
 
@@ -124,7 +148,10 @@ class ForkedRows:
                 drafts[request_id] = _padded(draft, length)
         longest = max((len(draft) for draft in drafts.values()), default=0)
         room = int(runner.max_num_tokens) - sum(scheduled.values())
-        max_rows = min(self.max_forks(len(scheduled)), room // (longest + 1)) if longest else 0
+        max_rows = 0
+        if longest:
+            idle = min(int(runner.max_num_reqs) - len(scheduled), self._scratch.num_rows, room // (longest + 1))
+            max_rows = self._within_graph(list(scheduled.values()), longest + 1, max(idle, 0))
         padded = {
             request_id: [_padded(chain, len(draft)) for chain in further[request_id]]
             for request_id, draft in drafts.items()
@@ -236,12 +263,7 @@ class ForkedRows:
             table[rows[:, None], columns] = torch.where(fits, scratch, scratch.gather(1, at_end)).to(table.dtype)
             offset = positions // size - begin[fork_of_token]
             slot_mappings[group, first_token:stop] = scratch[fork_of_token, offset] * size + positions % size
-        self._copy(torch.cat(sources), torch.cat(targets))
-
-    def _copy(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Copy whole blocks of all layers; a block that is its own target stays as it is."""
-        for cache in self._caches:
-            cache[targets] = cache[sources]
+        self._copies.copy(torch.cat(sources), torch.cat(targets))
 
     # -- After it ----------------------------------------------------------------------------------------------------
 
@@ -304,7 +326,8 @@ class ForkedRows:
             own = table[step.parents[:, None], blocks.clamp(max=table.shape[1] - 1)].to(torch.int64)
             sources.append(scratch.reshape(-1))
             targets.append(torch.where(is_used, own, scratch).reshape(-1))
-        self._copy(torch.cat(sources), torch.cat(targets))
+        # A block that is its own target stays as it is.
+        self._copies.copy(torch.cat(sources), torch.cat(targets))
 
 
 def _padded(tokens: list[int], length: int) -> list[int]:
