@@ -92,9 +92,10 @@ class BlockCopies:
 
 def _runs_of(cache: torch.Tensor, num_blocks: int) -> Iterator[Run]:
     """Runs of bytes that lie side by side in one layer's part of a block."""
-    blocks = cache.unflatten(0, (num_blocks, cache.shape[0] // num_blocks))
+    blocks = cache.view(num_blocks, -1, *cache.shape[1:])
     size = cache.element_size()
-    length, outer = size, []
+    length = size
+    outer: list[range] = []
     for stride, count in sorted(zip(blocks.stride()[1:], blocks.shape[1:], strict=True)):
         if not outer and stride * size == length:
             length *= count
