@@ -23,7 +23,6 @@ token many times over; prompts are shared, too; the match is kept from step to s
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import tempfile
@@ -39,6 +38,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.log import logger
 from vllm_specplug.samplers.noise import noise_of, noisy_score
 
 from .automaton import (
@@ -70,8 +70,6 @@ from .base import (
     kernel_input,
 )
 from .tree import BRANCH_SHARE, MAX_BRANCHES, TAKEN, limit_siblings, most_promising, place_for
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_OPTIONS: Mapping[str, int | float | str | None] = {
     "min_match": 1,

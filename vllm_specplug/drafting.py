@@ -6,7 +6,6 @@ well-formed drafts.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +19,7 @@ from vllm_specplug import registry
 from vllm_specplug.config import Settings
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.history import TrackedRequest
+from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import (
     DraftBatch,
     Drafts,
@@ -34,8 +34,6 @@ from vllm_specplug.proposers.base import (
 from vllm_specplug.proposers.ensemble import Ensemble, EnsembleStats
 from vllm_specplug.proposers.places import Places, comb
 from vllm_specplug.reloading import StoreSwitch
-
-logger = logging.getLogger("vllm.specplug")  # under vLLM's logger, so that its handlers and levels apply
 
 
 @dataclass

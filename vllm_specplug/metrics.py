@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import logging
 import os
 import shutil
 import socket
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger("vllm.specplug")
+from vllm_specplug.log import logger
 
 FOLDER_VARIABLE = "SPECPLUG_METRICS_DIR"
 """Environment variable with the folder of the files: set by the process that reads the configuration, inherited."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 from vllm_specplug import lifeline
 from vllm_specplug.errors import UnsupportedVersionError
 from vllm_specplug.hooks import guard, seams
-
-logger = logging.getLogger("vllm.specplug")
+from vllm_specplug.log import logger
 
 
 def register() -> None:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -31,8 +30,8 @@ from vllm.v1.kv_cache_interface import (
 from vllm_specplug.config import settings_of
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.hooks import seams
+from vllm_specplug.log import logger
 
-logger = init_logger("vllm.specplug")
 patches = seams.Patches()
 
 Further = dict[str, list[list[int]]]

@@ -8,7 +8,6 @@ several, vLLM's parent process takes the signal, and ends).
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 from argparse import Namespace
 from typing import Any
@@ -16,9 +15,8 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
+from vllm_specplug.log import logger
 from vllm_specplug.reloading import ReloadError, reload_stores_async
-
-logger = logging.getLogger("vllm.specplug")
 
 PATH = "/specplug/reload_stores"
 

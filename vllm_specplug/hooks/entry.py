@@ -6,7 +6,6 @@ Also here: which model runner a worker is about to build, and so whose hooks it 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.hooks import seams
 from vllm_specplug.hooks.metrics import hide_metrics, show_metrics
 from vllm_specplug.hooks.worker import extend
+from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import ProposerContext
 from vllm_specplug.registry import NEEDS_DATASTORE, PROPOSERS, nearest
 
@@ -49,7 +49,6 @@ _V2_MARK = "_specplug_v2"
 _CHOICES_MARK = "_specplug_choices"
 
 _patches = seams.Patches()
-logger = logging.getLogger("vllm.specplug")
 
 
 def install() -> None:

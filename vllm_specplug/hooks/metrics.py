@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import socket
 from collections.abc import Callable
@@ -12,8 +11,8 @@ from typing import Any
 
 from vllm_specplug import metrics
 from vllm_specplug.hooks import seams
+from vllm_specplug.log import logger
 
-logger = logging.getLogger("vllm.specplug")
 _patches = seams.Patches()
 _collector: metrics.Collector | None = None
 _bridge: metrics.RayBridge | None = None

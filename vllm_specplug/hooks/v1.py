@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.logger import init_logger
 from vllm.v1.outputs import DraftTokenIds, LogprobsTensors, SamplerOutput
 from vllm.v1.sample.logits_processor.builtin import (
     LogitBiasLogitsProcessor,
@@ -36,6 +35,7 @@ from vllm_specplug.hooks import seams, v1_chains
 from vllm_specplug.hooks.chains import walk
 from vllm_specplug.hooks.entry import is_coupled
 from vllm_specplug.hooks.metrics import publish_metrics
+from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
 from vllm_specplug.proposers.places import Places
 from vllm_specplug.samplers import list_matching, minhash
@@ -43,7 +43,6 @@ from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal,
 from vllm_specplug.samplers.gumbel import SeedStream
 from vllm_specplug.samplers.noise import SPLITMIX, list_kind, splitmix_keys
 
-logger = init_logger("vllm.specplug")
 patches = seams.Patches()
 
 

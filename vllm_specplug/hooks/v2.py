@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
@@ -36,6 +35,7 @@ from vllm_specplug.history import TokenHistory, TrackedRequest
 from vllm_specplug.hooks import seams, v2_chains
 from vllm_specplug.hooks.entry import is_coupled, is_ours
 from vllm_specplug.hooks.metrics import publish_metrics
+from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
 from vllm_specplug.samplers import list_matching, minhash
 from vllm_specplug.samplers.base import probabilities
@@ -43,7 +43,6 @@ from vllm_specplug.samplers.gumbel import murmur_gumbel_noise_torch
 from vllm_specplug.samplers.kernels import pack_emitted, verify_drafts
 from vllm_specplug.samplers.noise import MURMUR, list_kind, murmur_keys
 
-logger = init_logger("vllm.specplug")
 patches = seams.Patches()
 
 _WARM_UP_REQUESTS = ("_warmup_", "_v2_mixed_warmup")

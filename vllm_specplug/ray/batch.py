@@ -12,7 +12,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -32,10 +31,9 @@ from vllm_specplug.cli.engines import with_cli_arguments
 from vllm_specplug.cli.serve import is_cpu_wheel
 from vllm_specplug.config import METHOD
 from vllm_specplug.errors import ConfigurationError, SpecplugError
+from vllm_specplug.log import logger
 from vllm_specplug.ray import environment, inputs, stores
 from vllm_specplug.ray.environment import Share
-
-logger = logging.getLogger("vllm.specplug")
 
 MANIFEST = "_manifest.json"  # Parquet readers pass over names that begin with an underscore
 FORMAT = 1

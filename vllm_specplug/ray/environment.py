@@ -8,7 +8,6 @@ each only where the user did not decide it.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ from vllm_specplug import lifeline
 from vllm_specplug.cli.engines import intel_openmp
 from vllm_specplug.cli.serve import is_cpu_wheel
 from vllm_specplug.errors import ConfigurationError
-
-logger = logging.getLogger("vllm.specplug")
+from vllm_specplug.log import logger
 
 KV_CACHE_SHARE = 0.3
 """Part of a replica's share of the machine's memory that its KV cache gets on CPUs."""

@@ -7,7 +7,6 @@ vLLM's, and a seeded request gets the same tokens from every replica.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -15,8 +14,6 @@ from typing import Any, NoReturn
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.ray import environment, stores
 from vllm_specplug.ray.environment import Share
-
-logger = logging.getLogger("vllm.specplug")
 
 NAME = "specplug"
 MAX_ONGOING_REQUESTS = 512

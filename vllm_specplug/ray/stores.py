@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import logging
 import os
 import shutil
 import threading
@@ -20,10 +19,9 @@ from typing import Any, BinaryIO
 
 from vllm_specplug.config import METHOD, parse_settings
 from vllm_specplug.errors import SpecplugError
+from vllm_specplug.log import logger
 from vllm_specplug.proposers.datastore import Datastore, DatastoreError, store_files
 from vllm_specplug.ray.environment import where_driver_is
-
-logger = logging.getLogger("vllm.specplug")
 
 CACHE_VARIABLE = "SPECPLUG_CACHE_DIR"
 """Environment variable of a node: the folder of fetched stores."""
