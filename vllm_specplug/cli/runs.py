@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_specplug import corpus
-from vllm_specplug.cli.progress import versions
+from vllm_specplug.cli.progress import versions_line
 from vllm_specplug.cli.serve import is_cpu_wheel
 from vllm_specplug.errors import ConfigurationError
 
@@ -176,7 +176,7 @@ def measured_with(command: str, begun: float) -> dict[str, Any]:
     """What a reader needs to judge a number."""
     return {
         "command": shlex.join(["specplug", command, *sys.argv[2:]]),
-        "versions": versions(),
+        "versions": versions_line(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "date": time.strftime("%Y-%m-%d"),
         "seconds": time.monotonic() - begun,
