@@ -28,9 +28,9 @@ def show_metrics() -> None:
         owner = f"{socket.gethostname()}/{os.getpid()}"
         os.environ[metrics.OWNER_VARIABLE] = owner
         if _bridge is None and _is_under_ray():
-            bridge = metrics.RayBridge(folder, owner)
-            bridge.start()
-            _bridge = bridge
+            started = metrics.RayBridge(folder, owner)
+            started.start()
+            _bridge = started
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             _patches.install(seams.METRICS_SEAMS, {"MultiProcessCollector.collect": _collect})
         if _collector is None:
