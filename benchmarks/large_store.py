@@ -35,8 +35,9 @@ import psutil
 from build_store import TINY_TOKENIZER, machine_line, parse_count, print_table, python_texts
 from lookup import CONTEXT_TOKENS, MAX_DRAFT, held_out_tokens
 
+from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.datastore import Datastore, DatastoreError
+from vllm_specplug.proposers.datastore import Datastore
 from vllm_specplug.proposers.datastore_shards import merge, publish, shard_of, writing
 from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.proposers.rest import RestProposer

@@ -22,8 +22,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from vllm_specplug import corpus
+from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.datastore import Datastore, DatastoreError, tokenizer_fingerprint
+from vllm_specplug.proposers.datastore import Datastore, tokenizer_fingerprint
 from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.proposers.ngram import NgramProposer
 from vllm_specplug.proposers.rest import RestProposer

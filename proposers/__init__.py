@@ -10,6 +10,6 @@ if "NUMBA_CACHE_DIR" not in os.environ and not any(
     # A read-only installation under a user without a home: numba would find no place for compiled code and give up.
     os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"specplug-numba-{os.getuid()}")
 
-from .base import DraftBatch, Drafts, Proposer, ProposerContext, TargetNoise, Verified
+from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, TargetNoise, Verified
 
 __all__ = ["DraftBatch", "Drafts", "Proposer", "ProposerContext", "TargetNoise", "Verified"]

@@ -44,6 +44,8 @@ from numba import njit
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_specplug.errors import DatastoreError
+
 MAGIC = b"SPECSTOR"
 FORMAT_VERSION = 1
 PREFIX = struct.Struct("<8sIII")
@@ -62,10 +64,6 @@ MANIFEST_TRIES = 5
 _MAP_FIXED = 0x10  # Linux's and macOS's number; Python's mmap module has no name for it
 _MADV_POPULATE_READ = 22  # Linux's number; Python's mmap module has no name for it
 _REBUILD = "build it again with `specplug datastore build`"
-
-
-class DatastoreError(ValueError):
-    """A store cannot be built, opened or used; the message says which one, why, and what to do."""
 
 
 class Segment(NamedTuple):

@@ -30,7 +30,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .datastore import (
+from vllm_specplug.errors import DatastoreError
+from vllm_specplug.proposers.datastore import (
     CHUNK_BYTES,
     FORMAT_VERSION,
     HEADER_BYTES,
@@ -38,7 +39,6 @@ from .datastore import (
     PAGE_BYTES,
     PREFIX,
     Datastore,
-    DatastoreError,
     Manifest,
     Section,
     Segment,
@@ -47,7 +47,7 @@ from .datastore import (
     shard_paths,
     shards_folder,
 )
-from .datastore_writer import is_running
+from vllm_specplug.proposers.datastore_writer import is_running
 
 MERGE_DEPTH = 256
 """Tokens over which a merged suffix array is in order: no longer match can be looked up in it."""

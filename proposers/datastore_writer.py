@@ -20,7 +20,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .datastore import (
+from vllm_specplug.errors import DatastoreError
+from vllm_specplug.proposers.datastore import (
     CHUNK_BYTES,
     FORMAT_VERSION,
     HEADER_BYTES,
@@ -28,7 +29,6 @@ from .datastore import (
     MAGIC,
     PAGE_BYTES,
     PREFIX,
-    DatastoreError,
     Section,
     Segment,
     StoreHeader,

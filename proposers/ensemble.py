@@ -33,7 +33,14 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .base import DraftBatch, Drafts, check_option_names, check_probability, check_switch, kernel_input
+from vllm_specplug.proposers.base import (
+    DraftBatch,
+    Drafts,
+    check_option_names,
+    check_probability,
+    check_switch,
+    kernel_input,
+)
 
 DEFAULT_OPTIONS: Mapping[str, int | float | bool] = {
     "gate": True,

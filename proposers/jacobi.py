@@ -19,7 +19,15 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, check_option_names, kernel_input
+from vllm_specplug.proposers.base import (
+    DraftBatch,
+    Drafts,
+    Proposer,
+    ProposerContext,
+    Verified,
+    check_option_names,
+    kernel_input,
+)
 
 DEFAULT_OPTIONS: Mapping[str, str] = {"fill": "context"}
 """What ``options`` may set.

@@ -24,9 +24,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from vllm_specplug.samplers.noise import noise_of, noisy_score
-
-from .base import (
+from vllm_specplug.proposers.base import (
     TENANT_OPTION,
     DraftBatch,
     Drafts,
@@ -39,8 +37,17 @@ from .base import (
     check_whole,
     kernel_input,
 )
-from .jacobi import FILL, KIND_CONFIDENCE, Observed, Windows, advance_windows, align_window, fill_token
-from .recycling import LEARNED_PER_STEP, PromptQueue
+from vllm_specplug.proposers.jacobi import (
+    FILL,
+    KIND_CONFIDENCE,
+    Observed,
+    Windows,
+    advance_windows,
+    align_window,
+    fill_token,
+)
+from vllm_specplug.proposers.recycling import LEARNED_PER_STEP, PromptQueue
+from vllm_specplug.samplers.noise import noise_of, noisy_score
 
 DEFAULT_OPTIONS: Mapping[str, int | float | bool] = {
     "ngram": 6,

@@ -18,7 +18,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from .base import (
+from vllm_specplug.proposers.base import (
     DraftBatch,
     Drafts,
     Proposer,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .base import Drafts
+from vllm_specplug.proposers.base import Drafts
 
 _MAX_LEAD = 6.0
 

@@ -21,9 +21,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from vllm_specplug.samplers.noise import noise_of, noisy_score
-
-from .base import (
+from vllm_specplug.proposers.base import (
     DraftBatch,
     Drafts,
     Proposer,
@@ -35,7 +33,8 @@ from .base import (
     check_whole,
     kernel_input,
 )
-from .jacobi import Observed
+from vllm_specplug.proposers.jacobi import Observed
+from vllm_specplug.samplers.noise import noise_of, noisy_score
 
 DEFAULT_OPTIONS: Mapping[str, int | float | bool] = {"successors": 8, "learn_prompt": True, "sharpness": 1.6}
 """What ``options`` may set.

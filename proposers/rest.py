@@ -35,9 +35,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from vllm_specplug.samplers.noise import noise_of, noisy_score
-
-from .base import (
+from vllm_specplug.proposers.base import (
     STORES_OPTION,
     DraftBatch,
     Drafts,
@@ -50,8 +48,8 @@ from .base import (
     check_whole,
     kernel_input,
 )
-from .datastore import Datastore, search_batch, spread_candidates
-from .tree import (
+from vllm_specplug.proposers.datastore import Datastore, search_batch, spread_candidates
+from vllm_specplug.proposers.tree import (
     BRANCH_SHARE,
     MAX_BRANCHES,
     TAKEN,
@@ -61,6 +59,7 @@ from .tree import (
     most_promising,
     place_for,
 )
+from vllm_specplug.samplers.noise import noise_of, noisy_score
 
 DEFAULT_OPTIONS: Mapping[str, int | float] = {
     "max_match": 32,

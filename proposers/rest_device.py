@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .base import ProposerContext
-from .rest import RestProposer, vote_confidence
+from vllm_specplug.proposers.base import ProposerContext
+from vllm_specplug.proposers.rest import RestProposer, vote_confidence
 
 try:
     # not typed, and not there at all without CUDA

@@ -39,9 +39,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from vllm_specplug.log import logger
-from vllm_specplug.samplers.noise import noise_of, noisy_score
-
-from .automaton import (
+from vllm_specplug.proposers.automaton import (
     COUNT,
     LENGTH,
     LINK,
@@ -57,7 +55,7 @@ from .automaton import (
     rehash,
     step,
 )
-from .base import (
+from vllm_specplug.proposers.base import (
     TENANT_OPTION,
     DraftBatch,
     Drafts,
@@ -69,7 +67,8 @@ from .base import (
     check_whole,
     kernel_input,
 )
-from .tree import BRANCH_SHARE, MAX_BRANCHES, TAKEN, limit_siblings, most_promising, place_for
+from vllm_specplug.proposers.tree import BRANCH_SHARE, MAX_BRANCHES, TAKEN, limit_siblings, most_promising, place_for
+from vllm_specplug.samplers.noise import noise_of, noisy_score
 
 DEFAULT_OPTIONS: Mapping[str, int | float | str | None] = {
     "min_match": 1,

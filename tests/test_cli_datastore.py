@@ -20,7 +20,8 @@ import pytest
 import zstandard
 from typer.testing import CliRunner, Result
 
-from vllm_specplug.proposers.datastore import Datastore, DatastoreError
+from vllm_specplug.errors import DatastoreError
+from vllm_specplug.proposers.datastore import Datastore
 
 # The package has a command of the same name, so the module is asked for by its own.
 cli = importlib.import_module("vllm_specplug.cli.datastore")

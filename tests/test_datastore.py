@@ -19,15 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers import datastore, datastore_writer
-from vllm_specplug.proposers.datastore import (
-    HEADER_BYTES,
-    PREFIX,
-    Datastore,
-    DatastoreError,
-    search_batch,
-    tokenizer_fingerprint,
-)
+from vllm_specplug.proposers.datastore import HEADER_BYTES, PREFIX, Datastore, search_batch, tokenizer_fingerprint
 from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add_texts, sort_positions, split_text
 
 FINGERPRINT = "f" * 64

@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers import datastore_shards
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.datastore import Datastore, DatastoreError, shards_folder, store_files
+from vllm_specplug.proposers.datastore import Datastore, shards_folder, store_files
 from vllm_specplug.proposers.datastore_shards import adopt, merge, publish, shard_of, writing
 from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.proposers.rest import RestProposer

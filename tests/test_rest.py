@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext, TargetNoise, rest
 from vllm_specplug.proposers.base import STORES_OPTION, expected_accepted
-from vllm_specplug.proposers.datastore import DatastoreError
 from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.proposers.rest import RestProposer
 from vllm_specplug.samplers.gumbel import gumbel_noise, murmur_gumbel_noise

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vllm_specplug.proposers.datastore import Datastore, DatastoreError, Shard
+from vllm_specplug.errors import DatastoreError
+from vllm_specplug.proposers.datastore import Datastore, Shard
 from vllm_specplug.proposers.datastore_shards import LOCK_NAME, publish, remove_unlisted, shard_of
 from vllm_specplug.proposers.datastore_writer import (
     FIXED_MEMORY_BYTES,

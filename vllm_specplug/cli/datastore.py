@@ -34,15 +34,9 @@ from vllm_specplug.building import (
     version_of,
 )
 from vllm_specplug.cli.clusters import connect, released
-from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.errors import ConfigurationError, DatastoreError
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.datastore import (
-    Datastore,
-    DatastoreError,
-    Shard,
-    available_memory_bytes,
-    tokenizer_fingerprint,
-)
+from vllm_specplug.proposers.datastore import Datastore, Shard, available_memory_bytes, tokenizer_fingerprint
 from vllm_specplug.proposers.datastore_shards import adopt, remove_unlisted, shard_of, writing
 from vllm_specplug.proposers.datastore_shards import merge as merge_stores
 from vllm_specplug.proposers.datastore_writer import (

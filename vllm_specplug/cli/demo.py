@@ -215,7 +215,8 @@ def build_store(display: Display, model: Path, path: Path) -> Path:
         import io
 
         from vllm_specplug.corpus import standard_library_sources, without_copies_of_held_out
-        from vllm_specplug.proposers.datastore import DatastoreError, tokenizer_fingerprint
+        from vllm_specplug.errors import DatastoreError
+        from vllm_specplug.proposers.datastore import tokenizer_fingerprint
         from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add_texts, split_text
         from vllm_specplug.sources import load_tokenizer, vocab_size_of
 

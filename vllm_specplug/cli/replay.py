@@ -40,9 +40,9 @@ from vllm_specplug.config import (
     Settings,
     parse_settings,
 )
-from vllm_specplug.errors import ConfigurationError, SpecplugError
+from vllm_specplug.errors import ConfigurationError, DatastoreError, SpecplugError
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, read_only
-from vllm_specplug.proposers.datastore import Datastore, DatastoreError, tokenizer_fingerprint
+from vllm_specplug.proposers.datastore import Datastore, tokenizer_fingerprint
 from vllm_specplug.proposers.datastore_writer import BATCH_CHARS
 from vllm_specplug.proposers.ensemble import Ensemble
 from vllm_specplug.sources import (

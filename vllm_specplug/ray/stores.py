@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vllm_specplug.config import METHOD, parse_settings
-from vllm_specplug.errors import SpecplugError
+from vllm_specplug.errors import DatastoreError, SpecplugError
 from vllm_specplug.log import logger
-from vllm_specplug.proposers.datastore import Datastore, DatastoreError, store_files
+from vllm_specplug.proposers.datastore import Datastore, store_files
 from vllm_specplug.ray.environment import where_driver_is
 
 CACHE_VARIABLE = "SPECPLUG_CACHE_DIR"
