@@ -29,7 +29,8 @@ from typing import Any
 from common import EXTENSION, SEED, engine_arguments, engines, print_markdown, progress, setting
 from workloads import MIXED, TEXT, streams
 
-from vllm_specplug.cli.engines import NGRAM, OFF, Completed, Work, speculative_config
+from vllm_specplug.engines.engine import NGRAM, OFF, speculative_config
+from vllm_specplug.engines.work import Completed, Work
 from vllm_specplug.errors import SpecplugError
 from vllm_specplug.tiny_models import draft_path, target_path
 

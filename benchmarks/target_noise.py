@@ -19,7 +19,7 @@ from typing import Any
 
 from common import EXTENSION, engine_arguments, engines, print_markdown, progress, setting, work_of
 
-from vllm_specplug.cli.engines import OFF
+from vllm_specplug.engines.engine import OFF
 from vllm_specplug.errors import SpecplugError
 from vllm_specplug.tiny_models import target_path
 

@@ -332,7 +332,7 @@ def environment() -> str:
 
 def engine_environment() -> str:
     """What the engines of our own commands are given where the user says nothing else."""
-    from vllm_specplug.cli.engines import environment as given
+    from vllm_specplug.engines.environment import environment as given
 
     tree = ast.parse(inspect.getsource(given))
     (pairs,) = (node for node in ast.walk(tree) if isinstance(node, ast.Dict) and all(node.keys))

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from vllm_specplug.cli.demo import Run, plot, print_table
-from vllm_specplug.cli.engines import NGRAM, OFF, SPECPLUG, Completed, Engine, EngineError, speculative_config
+from vllm_specplug.engines.engine import NGRAM, OFF, SPECPLUG, Engine, EngineError, speculative_config
+from vllm_specplug.engines.work import Completed
 from vllm_specplug.tiny_models import draft_path, target_path
 
 SPECPLUG_COMMAND = [sys.executable, "-c", "from vllm_specplug.cli import main; main()"]

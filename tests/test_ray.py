@@ -26,8 +26,8 @@ import pytest
 import zstandard
 from harness import Engine
 
-from vllm_specplug import lifeline
 from vllm_specplug.corpus import held_out_prompts
+from vllm_specplug.engines import lifeline
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.proposers.datastore import Datastore
 from vllm_specplug.proposers.datastore_shards import publish, shard_of, writing

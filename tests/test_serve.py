@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from vllm_specplug.cli.serve import CPU_DISTRIBUTION, answer_for_cpu_wheel
 from vllm_specplug.corpus import held_out_prompts
+from vllm_specplug.engines.environment import CPU_DISTRIBUTION, answer_for_cpu_wheel
 from vllm_specplug.metrics import ALL_SERIES
 from vllm_specplug.tiny_models import target_path
 

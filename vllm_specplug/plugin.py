@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_specplug import lifeline
+from vllm_specplug.engines import lifeline
 from vllm_specplug.errors import UnsupportedVersionError
 from vllm_specplug.hooks import guard, seams
 from vllm_specplug.log import logger

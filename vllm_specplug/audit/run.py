@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from vllm_specplug.audit import places as named
 from vllm_specplug.audit import statistics
-from vllm_specplug.cli.engines import Completed, Engine, Work
+from vllm_specplug.engines.engine import Engine
+from vllm_specplug.engines.work import Completed, Work
 from vllm_specplug.errors import ConfigurationError, SpecplugError
 
 EXTENSION = "vllm_specplug.audit.worker.AuditExtension"

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_specplug.cli.engines import Completed, Engine, EngineError, Work
+from vllm_specplug.engines.engine import Engine, EngineError
+from vllm_specplug.engines.work import Completed, Work
 
 Progress = Callable[[str, float, str], None]
 WARM_UP_PROMPTS = 4

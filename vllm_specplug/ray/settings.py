@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_specplug.cli.engines import intel_openmp
+from vllm_specplug.engines.environment import intel_openmp
 from vllm_specplug.ray import environment, stores
 
 STAGE_CPUS = 0.01

@@ -1,0 +1,91 @@
+"""What an engine process is sent, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+PROGRESS_INTERVAL_S = 0.2
+
+
+CHECK_ONLY = "check_only"
+
+
+@dataclass(frozen=True)
+class Work:
+    """Requests to complete, the same for every configuration.
+
+    Attributes:
+        prompts: one text a request, or its token ids.
+        max_tokens: output tokens of each request, at most.
+        temperature: 0 is greedy.
+        seed: request ``i`` has the seed ``seed + i``; None: no seeds.
+        concurrency: requests in flight; when one ends the next one starts.
+        extra_args: options of every request.
+        ignore_eos: all ``max_tokens`` are emitted, whatever end-of-text token comes between.
+        before, after: methods of the engine's worker extension to call around the run, with their arguments.
+    """
+
+    prompts: Sequence[str] | Sequence[Sequence[int]]
+    max_tokens: int
+    temperature: float
+    seed: int | None = 0
+    concurrency: int = 1
+    extra_args: Mapping[str, Any] = field(default_factory=dict)
+    ignore_eos: bool = True
+    before: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    after: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What came out, and what it took.
+
+    Attributes:
+        token_ids: output of each request, in the order of the prompts.
+        elapsed_s: from the first request's start to the last one's end.
+        num_request_steps: engine steps counted once for every request that emitted in them.
+        num_draft_tokens: by vLLM's own counter.
+        num_accepted_tokens: by vLLM's own counter.
+        answers: what the first worker returned from the methods of :attr:`Work.after`.
+        step_sizes: tokens that each request emitted in each step it took part in, in the order of the prompts.
+        first_s, last_s: seconds from each request's start to its first and to its last token.
+        accepted_by_depth: accepted draft tokens at each position of a draft, by vLLM's own counters.
+        num_drafts: drafts verified, by vLLM's own counter.
+    """
+
+    token_ids: list[list[int]]
+    elapsed_s: float
+    num_request_steps: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    answers: Mapping[str, Any] = field(default_factory=dict)
+    step_sizes: Sequence[Sequence[int]] = ()
+    first_s: Sequence[float] = ()
+    last_s: Sequence[float] = ()
+    accepted_by_depth: Sequence[int] = ()
+    num_drafts: int = 0
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(map(len, self.token_ids))
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_output_tokens / self.elapsed_s
+
+    @property
+    def emitted_per_step(self) -> float:
+        """Output tokens a request gains in a step it takes part in: exactly 1 without speculation."""
+        return self.num_output_tokens / self.num_request_steps
+
+    @property
+    def acceptance(self) -> float | None:
+        """Accepted draft tokens over verified draft tokens; None where nothing was drafted."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else None
+
+    def identical_to(self, other: Completed) -> float:
+        """Fraction of requests with the same output tokens as in ``other``."""
+        same = [ours == theirs for ours, theirs in zip(self.token_ids, other.token_ids, strict=True)]
+        return sum(same) / len(same)
