@@ -369,7 +369,7 @@ def engine_config(num_chains: int = 3, scratch_blocks: int | None = None, longes
 def test_scratch_stays_within_its_bounds(
     num_blocks: int, sizes: list[int], num_chains: int, scratch_blocks: int | None
 ) -> None:
-    from vllm_specplug.hooks.chains import plan_scratch
+    from vllm_specplug.hooks.scratch_blocks import plan_scratch
 
     scratch = plan_scratch(engine_config(num_chains, scratch_blocks), cache_config(num_blocks, sizes))
     longest = sum(-(-100 // size) for size in sizes)
@@ -386,7 +386,7 @@ def test_scratch_stays_within_its_bounds(
 
 
 def test_scratch_of_less_than_a_fork_is_refused_and_one_chain_needs_none() -> None:
-    from vllm_specplug.hooks.chains import describe_scratch, plan_scratch
+    from vllm_specplug.hooks.scratch_blocks import describe_scratch, plan_scratch
 
     with pytest.raises(ConfigurationError, match="takes 3 blocks of the KV cache"):
         plan_scratch(engine_config(2, 2), cache_config(1000, [4]))
@@ -405,7 +405,7 @@ def test_what_a_winning_fork_would_falsify_keeps_one_chain() -> None:
     import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, RSWASpec, UniformTypeKVCacheSpecs
 
-    from vllm_specplug.hooks.chains import why_single
+    from vllm_specplug.hooks.scratch_blocks import why_single
 
     sizes = {"block_size": 4, "num_kv_heads": 1, "dtype": torch.float32}
     known = {f"layer {size}": FullAttentionSpec(head_size=size, **sizes) for size in (8, 16)}
@@ -435,7 +435,7 @@ chain = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 def test_forks_say_something_new_and_fit(
     main: list[int], further: list[list[int]], max_rows: int, max_tokens: int
 ) -> None:
-    from vllm_specplug.hooks.chains import plan_forks, shared_head
+    from vllm_specplug.hooks.forks import plan_forks, shared_head
 
     forks = plan_forks({"a": main}, {"a": further, "b": [[1]]}, max_rows, max_tokens)
     assert len(forks) <= max_rows
@@ -457,7 +457,7 @@ def test_forks_say_something_new_and_fit(
 @given(chains=st.lists(chain, min_size=1, max_size=5), target=st.lists(st.integers(0, 2), min_size=7, max_size=7))
 def test_the_walk_finds_the_chain_that_gets_furthest(chains: list[list[int]], target: list[int]) -> None:
     """Against trying every chain by itself, with a target whose token depends on the tokens before it alone."""
-    from vllm_specplug.hooks.chains import shared_head, walk
+    from vllm_specplug.hooks.forks import shared_head, walk
 
     winner, emitted = walk(chains, lambda leader, depth: target[depth])
     accepted = [shared_head(each, target) for each in chains]

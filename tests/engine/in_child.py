@@ -299,10 +299,10 @@ def _seam_targets() -> dict[str, Any]:
     import importlib
     import inspect
 
-    from vllm_specplug.hooks import seams
+    from vllm_specplug.hooks import seam_list
 
     found = {}
-    for seam in (*seams.PROCESS_SEAMS, *seams.V1_SEAMS, *seams.V2_SEAMS):
+    for seam in (*seam_list.PROCESS_SEAMS, *seam_list.V1_SEAMS, *seam_list.V2_SEAMS):
         owner: Any = importlib.import_module(seam.module)
         *path, attribute = seam.name.split(".")
         for part in path:

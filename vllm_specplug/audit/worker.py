@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from vllm_specplug.audit.places import AFTER, NO_DRAFT, VERIFY, name_of
-from vllm_specplug.hooks.steps import Step, between, is_v2
+from vllm_specplug.hooks.audit_steps import Step, between, is_v2
 
 STEP_SECONDS = 10.0
 """Longest that one engine step is held up for draws."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specplug import metrics
-from vllm_specplug.hooks import seams
+from vllm_specplug.hooks import seam_list, seams
 from vllm_specplug.log import logger
 
 _patches = seams.Patches()
@@ -32,7 +32,7 @@ def show_metrics() -> None:
             started.start()
             _bridge = started
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            _patches.install(seams.METRICS_SEAMS, {"MultiProcessCollector.collect": _collect})
+            _patches.install(seam_list.METRICS_SEAMS, {"MultiProcessCollector.collect": _collect})
         if _collector is None:
             collector = metrics.Collector(folder)
             REGISTRY.register(collector)

@@ -31,9 +31,9 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm_specplug.config import Settings, settings_of
 from vllm_specplug.drafting import Drafting
 from vllm_specplug.history import TrackedRequest
-from vllm_specplug.hooks import seams, v1_chains
-from vllm_specplug.hooks.chains import walk
-from vllm_specplug.hooks.entry import is_coupled
+from vllm_specplug.hooks import seam_list, seams, v1_chains
+from vllm_specplug.hooks.forks import walk
+from vllm_specplug.hooks.marks import is_coupled
 from vllm_specplug.hooks.metrics import publish_metrics
 from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
@@ -852,9 +852,9 @@ def _optional_rows(values: torch.Tensor | None, rows: torch.Tensor) -> torch.Ten
 
 def install() -> None:
     """Wrap the runner's seams in this process, after checking their signatures. Idempotent."""
-    seams.check(seams.V1_USED)
+    seams.check(seam_list.V1_USED)
     patches.install(
-        seams.V1_SEAMS,
+        seam_list.V1_SEAMS,
         {
             "GPUModelRunner.initialize_kv_cache": _initialize_kv_cache,
             "GPUModelRunner._bookkeeping_sync": _bookkeeping_sync,

@@ -1,4 +1,4 @@
-"""Forked rows on vLLM's V1 model runner; see :mod:`~vllm_specplug.hooks.chains` for what they are.
+"""Forked rows on vLLM's V1 model runner; see :mod:`~vllm_specplug.hooks.forks` for what they are.
 
 A fork holds only the tokens behind the place where it leaves the chain that it begins like. The keys and values of what
 they share are computed once, in that chain's row, and written a second time into the fork's own blocks.
@@ -19,7 +19,8 @@ import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
-from vllm_specplug.hooks.chains import Fork, Further, Scratch, plan_forks, plan_scratch, warn_once
+from vllm_specplug.hooks.forks import Fork, Further, plan_forks, warn_once
+from vllm_specplug.hooks.scratch_blocks import Scratch, plan_scratch
 
 
 @dataclass

@@ -32,8 +32,8 @@ from vllm_specplug.config import Settings, settings_of
 from vllm_specplug.drafting import Drafting
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.history import TokenHistory, TrackedRequest
-from vllm_specplug.hooks import seams, v2_chains
-from vllm_specplug.hooks.entry import is_coupled, is_ours
+from vllm_specplug.hooks import seam_list, seams, v2_chains
+from vllm_specplug.hooks.marks import is_coupled, is_ours
 from vllm_specplug.hooks.metrics import publish_metrics
 from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
@@ -739,9 +739,9 @@ def _sample_with_the_targets_noise(
 
 def install() -> None:
     """Wrap the runner's seams in this process, after checking their signatures. Idempotent."""
-    seams.check(seams.V2_USED)
+    seams.check(seam_list.V2_USED)
     patches.install(
-        seams.V2_SEAMS,
+        seam_list.V2_SEAMS,
         {
             "init_speculator": _init_speculator,
             "RejectionSampler": _rejection_sampler,

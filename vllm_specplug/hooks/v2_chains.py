@@ -1,4 +1,4 @@
-"""Forked rows on vLLM's V2 model runner; see :mod:`~vllm_specplug.hooks.chains` for what they are.
+"""Forked rows on vLLM's V2 model runner; see :mod:`~vllm_specplug.hooks.forks` for what they are.
 
 A fork is a row under a made-up request id that stands for the state of its request; it repeats the request's last
 token and has as many tokens as the request's own row, so that a batch whose rows are all alike stays so and full CUDA
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 
-from vllm_specplug.hooks.chains import Fork, Further, Scratch, plan_forks, plan_scratch, warn_once
+from vllm_specplug.hooks.forks import Fork, Further, plan_forks, warn_once
+from vllm_specplug.hooks.scratch_blocks import Scratch, plan_scratch
 from vllm_specplug.hooks.v2_copies import BlockCopies
 
 _FORK_ID = "specplug fork {} of {}"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_specplug.hooks import seams
+from vllm_specplug.hooks import seam_list, seams
 
 TokenIds = NDArray[np.integer[Any]]
 Emit = Callable[[torch.Tensor, "Sequence[Sequence[int]] | None"], TokenIds]
@@ -259,5 +259,5 @@ def is_v2(runner: Any) -> bool:
 
 def between(runner: Any, on_step: OnStep, drafts_of: DraftsOf | None = None, seed: int = 0) -> V1 | V2:
     """Whatever fits this runner; draws of V1 come from random generators of its own, and ``seed`` is for V2 alone."""
-    seams.check(seams.AUDIT_V2_USED if is_v2(runner) else seams.AUDIT_V1_USED)
+    seams.check(seam_list.AUDIT_V2_USED if is_v2(runner) else seam_list.AUDIT_V1_USED)
     return V2(runner, on_step, drafts_of, seed) if is_v2(runner) else V1(runner, on_step, drafts_of)

@@ -1,0 +1,378 @@
+"""Every name of vLLM that this plugin wraps or relies on, with its signature and the reason."""
+
+from __future__ import annotations
+
+from vllm_specplug.hooks.seams import Seam
+
+PROCESS_SEAMS = (
+    Seam(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_speculative_config",
+        ("self", "target_model_config", "target_parallel_config"),
+        "takes our keys out of speculative_config, validates them, and hands vLLM a custom_class drafter",
+    ),
+    Seam(
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_engine_config",
+        ("self",),
+        "afterwards the model runner is known: refuses by name what our verifier cannot serve, before a model loads",
+    ),
+    Seam(
+        "vllm.config.vllm",
+        "VllmConfig.__post_init__",
+        ("self",),
+        "on V2 our drafter keeps async scheduling: the list NgramGPUTypes of vLLM 0.32 holds our method meanwhile",
+    ),
+    Seam(
+        "vllm.config.vllm",
+        "VllmConfig._get_v2_model_runner_unsupported_features",
+        ("self",),
+        "custom_class is taken off V2's list of unsupported methods where the class is ours",
+    ),
+    Seam(
+        "vllm.v1.worker.worker_base",
+        "WorkerWrapperBase.init_device",
+        ("self",),
+        "a worker is about to build its model runner: wraps that runner's seams where our settings travel with it",
+    ),
+    Seam(
+        "vllm.sampling_params",
+        "SamplingParams._validate_spec_decode",
+        ("self", "speculative_config"),
+        "min_p and logit_bias work under a coupled verifier; checks the specplug_... options of a request",
+    ),
+    Seam(
+        "vllm.triton_utils.dispatcher",
+        "_rebind_kernels",
+        ("overrides",),
+        "scans every loaded module and crashes on llvmlite's (vLLM 0.32): importing numba first kills the worker",
+        optional=True,
+    ),
+)
+"""Wrapped in every process, by the plugin's entry point."""
+
+
+METRICS_SEAMS = (
+    Seam(
+        "prometheus_client.multiprocess",
+        "MultiProcessCollector.collect",
+        ("self",),
+        "with several API servers every answer of /metrics has a registry of its own with this collector in it",
+    ),
+)
+"""Wrapped in a process that reads our configuration; without it everything works, and /metrics lacks our series."""
+
+
+SCHEDULER_SEAMS = (
+    Seam(
+        "vllm.v1.engine.core",
+        "EngineCore._initialize_kv_caches",
+        ("self", "vllm_config"),
+        "says whose KV cache is being sized while the next one is called",
+    ),
+    Seam(
+        "vllm.v1.engine.core",
+        "generate_scheduler_kv_cache_config",
+        ("kv_cache_configs",),
+        "the scheduler hears of fewer blocks than the workers have: the others are scratch for further chains",
+    ),
+)
+"""Wrapped in the process that schedules, before it sizes its KV cache; idle unless ``num_chains`` is above 1."""
+
+
+V1_SEAMS = (
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.initialize_kv_cache",
+        ("self", "kv_cache_config"),
+        "last moment before serving: gives the drafter its runner and the runner its verifier",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._bookkeeping_sync",
+        ("self", "scheduler_output", "sampler_output"),
+        "rewinds generators of half-prefilled requests, which a CPU generator cannot; our verifier draws nothing there",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._on_request_state_removed",
+        ("self", "req_id", "req_state"),
+        "a request finished or was aborted: frees what the drafter and verifier keep for it",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.take_draft_token_ids",
+        ("self",),
+        "where the drafts of vLLM's own drafter leave the worker: ours join them",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._calc_spec_decode_metadata",
+        ("self", "num_draft_tokens", "cu_num_scheduled_tokens"),
+        "on the CPU, a step without drafts gets its layout without the arithmetic: 0.1 ms less of a 3 ms step",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._prepare_inputs",
+        ("self", "scheduler_output", "num_scheduled_tokens"),
+        "rows of further chains are put behind those of the requests",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._determine_batch_execution_and_padding",
+        ("self", "num_tokens", "num_reqs", "num_scheduled_tokens_np", "max_num_scheduled_tokens"),
+        "rows and tokens of further chains count",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._get_slot_mappings",
+        ("self", "num_tokens_padded", "num_reqs_padded", "num_tokens_unpadded"),
+        "slots of further chains are not taken for padding",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._build_attention_metadata",
+        ("self", "num_tokens", "num_reqs", "max_query_len"),
+        "attention sees the rows of further chains, vLLM's own drafter does not",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._preprocess",
+        ("self", "scheduler_output", "num_input_tokens"),
+        "zeroes positions behind the scheduled tokens: those of further chains are kept",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._prepare_padding_mask",
+        ("self", "num_tokens_unpadded", "num_tokens_padded"),
+        "tokens of further chains are no padding",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "build_logitsprocs",
+        ("vllm_config", "device", "is_pin_memory", "is_pooling_model", "custom_logitsprocs"),
+        "drops min_p, logit_bias and custom processors under speculation; a coupled verifier serves them all",
+    ),
+    Seam(
+        "vllm.v1.sample.rejection_sampler",
+        "expand_batch_to_tokens",
+        ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+        "returns uninitialised memory on the CPU of vLLM 0.32; repeats the values instead",
+    ),
+)
+"""Wrapped in a worker that is about to build a V1 model runner with our settings."""
+
+
+V2_SEAMS = (
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "init_speculator",
+        ("vllm_config", "device", "req_states"),
+        "builds our drafter; makes a sampling drafter of vLLM's share the target's noise",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "RejectionSampler",
+        ("sampler", "spec_config", "device", "watermark_key"),
+        "builds our verifier, a subclass, where the sampler is a coupling",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.load_model",
+        ("self", "load_dummy_weights"),
+        "afterwards the runner has its verifier: connects it with the drafter and says what is active",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.add_requests",
+        ("self", "scheduler_output"),
+        "new and resumed requests: their tokens so far and their options, for the drafter's copy on the host",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.finish_requests",
+        ("self", "scheduler_output"),
+        "requests that finished, were aborted or preempted: frees what the drafter keeps for them",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.prepare_inputs",
+        ("self", "scheduler_output"),
+        "drafts must be in place now: until here the device worked while the host was free",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.initialize_kv_cache",
+        ("self", "kv_cache_config", "is_profiling"),
+        "further chains need blocks of the KV cache",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.execute_model",
+        ("self", "scheduler_output"),
+        "further chains are rows under made-up request ids, in a copy of the scheduler's output",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.update_requests",
+        ("self", "scheduler_output"),
+        "afterwards every request of the step is in place: further chains are planned",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.gather_batch_req_state",
+        ("self", "scheduler_output", "dummy_run"),
+        "made-up request ids stand for their requests' state, and their rows come last",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.prepare_attn",
+        ("self", "input_batch"),
+        "block tables and slots of further chains",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.sample",
+        ("self", "hidden_states", "input_batch", "grammar_output"),
+        "the chain that got furthest is copied home; what goes on is a batch without further chains",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.utils",
+        "DraftTokensHandler.get_draft_tokens",
+        ("self",),
+        "without async scheduling the scheduler learns how long each draft really is",
+    ),
+)
+"""Wrapped in a worker that is about to build a V2 model runner with our settings."""
+
+
+V1_USED = (
+    Seam(
+        "vllm.v1.attention.backends.cpu_attn",
+        "CPUAttentionBackendImpl.do_kv_cache_update",
+        ("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
+        "replaced on the layers of a runner with further chains: what chains share is written for each of them",
+    ),
+    Seam(
+        "vllm.v1.worker.utils",
+        "copy_kv_cache_blocks_inplace",
+        ("kv_caches", "num_blocks", "kv_cache_block_copies"),
+        "copies what further chains begin with, and the winner's keys and values home",
+    ),
+    Seam(
+        "vllm.v1.spec_decode.llm_base_proposer",
+        "SpecDecodeBaseProposer._sample_from_logits",
+        ("self", "logits", "sampling_metadata"),
+        "replaced on a sampling drafter, so that it draws with the target's noise",
+    ),
+)
+"""Not wrapped, but replaced on single objects: their signatures are counted on all the same."""
+
+
+V2_USED = (
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
+        "RejectionSampler._verify",
+        (
+            "self", "logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits", "idx_mapping", "idx_mapping_np",
+            "expanded_idx_mapping", "expanded_local_pos", "seq_lens_upper_bound_np", "verify_draft_sampled",
+        ),
+        "the one method that our verifier overrides",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.speculator",
+        "BaseSpeculator.propose",
+        (
+            "self", "input_batch", "attn_metadata", "slot_mappings", "last_hidden_states", "aux_hidden_states",
+            "num_sampled", "num_rejected", "last_sampled", "next_prefill_tokens", "temperature", "seeds",
+            "dp_sync_state", "dummy_run", "skip_attn_for_dummy_run", "mm_inputs", "is_profile",
+            "num_speculative_tokens",
+        ),
+        "how the runner asks our drafter",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.speculator",
+        "DraftModelSpeculator.sample_draft",
+        (
+            "self", "hidden_states", "sample_src_positions", "idx_mapping", "temperature", "seeds", "draft_step",
+            "draft_logits", "spec_step_idx",
+        ),
+        "replaced on a sampling drafter, so that it draws with the target's noise",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.sample.gumbel",
+        "gumbel_sample",
+        ("logits", "expanded_idx_mapping", "temperature", "seed", "pos", "apply_temperature", "is_drafting"),
+        "vLLM's own draw, which our verifier calls",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.sample.sampler",
+        "Sampler.apply_sampling_params",
+        (
+            "self", "logits", "expanded_idx_mapping", "idx_mapping", "idx_mapping_np", "pos", "input_ids",
+            "expanded_local_pos", "seq_lens_upper_bound_np",
+        ),
+        "vLLM's own processing of logits, which our verifier calls",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.sample.sampler",
+        "Sampler.sample",
+        (
+            "self", "logits", "expanded_idx_mapping", "idx_mapping", "idx_mapping_np", "pos", "input_ids",
+            "expanded_local_pos", "seq_lens_upper_bound_np", "return_logprobs",
+        ),
+        "replaced on the runner's sampler where tokens are drawn by MinHash",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.cudagraph_utils",
+        "CudaGraphManager.dispatch",
+        ("self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras", "max_query_len"),
+        "further chains must not cost a batch its CUDA graph",
+    ),
+)  # fmt: skip
+"""Not wrapped, but overridden, replaced on single objects or called: their signatures are counted on all the same."""
+
+
+AUDIT_V1_USED = (
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._sample",
+        ("self", "logits", "spec_decode_metadata"),
+        "called again and again on the runner being audited, and made to emit what the audit wants",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.take_draft_token_ids",
+        ("self",),
+        "replaced on the runner being audited: drafts of the audit's choice",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._get_spec_decode_draft_probs",
+        ("self", "spec_decode_metadata"),
+        "what a drafter that samples drew from",
+    ),
+)
+
+
+AUDIT_V2_USED = (
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.sample",
+        ("self", "hidden_states", "input_batch", "grammar_output"),
+        "called again and again on the runner being audited, and made to emit what the audit wants",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.take_draft_token_ids",
+        ("self",),
+        "replaced on the runner being audited: drafts of the audit's choice",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.spec_decode.utils",
+        "DraftTokensHandler.set_draft_tokens",
+        ("self", "input_batch", "draft_tokens"),
+        "replaced on the runner being audited: where drafts of the next step are kept",
+    ),
+)
+"""Replaced on single objects by ``specplug audit``, by nothing else."""
