@@ -32,9 +32,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_specplug import corpus
-from vllm_specplug.proposers.datastore import tokenizer_fingerprint
-from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add_texts
-from vllm_specplug.sources import load_tokenizer, vocab_size_of
+from vllm_specplug.stores.format import tokenizer_fingerprint
+from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
+from vllm_specplug.stores.writer import DatastoreWriter, Piece, add_texts
 
 TINY_TOKENIZER = str(Path(corpus.__file__).parent / "tiny_models" / "tiny-target")
 

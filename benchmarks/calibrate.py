@@ -29,12 +29,13 @@ from numpy.typing import NDArray
 from vllm_specplug import corpus
 from vllm_specplug.proposers import ngram, rest
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext
-from vllm_specplug.proposers.datastore import search_batch, spread_candidates, tokenizer_fingerprint
-from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add_texts
 from vllm_specplug.proposers.ensemble import Ensemble
 from vllm_specplug.proposers.ngram import NgramProposer, match_confidence
 from vllm_specplug.proposers.rest import RestProposer, vote_confidence
-from vllm_specplug.sources import load_tokenizer, vocab_size_of
+from vllm_specplug.stores.format import tokenizer_fingerprint
+from vllm_specplug.stores.search import search_batch, spread_candidates
+from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
+from vllm_specplug.stores.writer import DatastoreWriter, Piece, add_texts
 
 EVERY = 4
 SMALLEST_BYTES = 8192

@@ -44,7 +44,7 @@ from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerC
 from vllm_specplug.proposers.rest import RestProposer
 from vllm_specplug.proposers.suffix import SuffixProposer
 from vllm_specplug.samplers.noise import SPLITMIX, splitmix_keys
-from vllm_specplug.sources import load_tokenizer, vocab_size_of
+from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
 from vllm_specplug.tiny_models import target_path
 
 CHAINS = (1, 2, 4, 8)

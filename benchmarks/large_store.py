@@ -37,11 +37,12 @@ from lookup import CONTEXT_TOKENS, MAX_DRAFT, held_out_tokens
 
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.datastore import Datastore
-from vllm_specplug.proposers.datastore_shards import merge, publish, shard_of, writing
-from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.proposers.rest import RestProposer
-from vllm_specplug.sources import load_tokenizer
+from vllm_specplug.stores.datastore import Datastore
+from vllm_specplug.stores.merge import merge
+from vllm_specplug.stores.shards import publish, shard_of, writing
+from vllm_specplug.stores.texts import load_tokenizer
+from vllm_specplug.stores.writer import DatastoreWriter
 
 BATCH = 32
 RECORDS_BYTES = 256 * 2**20

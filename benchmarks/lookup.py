@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from vllm_specplug import corpus
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.datastore import Datastore, tokenizer_fingerprint
-from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.proposers.ngram import NgramProposer
 from vllm_specplug.proposers.rest import RestProposer
-from vllm_specplug.sources import load_tokenizer, vocab_size_of
+from vllm_specplug.stores.datastore import Datastore
+from vllm_specplug.stores.format import tokenizer_fingerprint
+from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
+from vllm_specplug.stores.writer import DatastoreWriter
 
 CONTEXT_TOKENS = 256
 MAX_DRAFT = 8

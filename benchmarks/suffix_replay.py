@@ -44,7 +44,7 @@ from vllm_specplug import corpus
 from vllm_specplug.proposers import automaton, suffix
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
 from vllm_specplug.proposers.suffix import SuffixProposer
-from vllm_specplug.sources import load_tokenizer, vocab_size_of
+from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
 
 PROMPT_TOKENS = 200
 OUTPUT_TOKENS = 800

@@ -48,7 +48,6 @@ from vllm_specplug.proposers.base import (
     check_whole,
     kernel_input,
 )
-from vllm_specplug.proposers.datastore import Datastore, search_batch, spread_candidates
 from vllm_specplug.proposers.tree import (
     BRANCH_SHARE,
     MAX_BRANCHES,
@@ -60,6 +59,8 @@ from vllm_specplug.proposers.tree import (
     place_for,
 )
 from vllm_specplug.samplers.noise import noise_of, noisy_score
+from vllm_specplug.stores.datastore import Datastore
+from vllm_specplug.stores.search import search_batch, spread_candidates
 
 DEFAULT_OPTIONS: Mapping[str, int | float] = {
     "max_match": 32,

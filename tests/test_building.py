@@ -27,10 +27,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.datastore import Datastore, shards_folder
 from vllm_specplug.proposers.rest import RestProposer
 from vllm_specplug.reloading import ReloadError, StoreSwitch, reload_stores
-from vllm_specplug.sources import Sources, load_tokenizer, plan_units
+from vllm_specplug.stores.datastore import Datastore
+from vllm_specplug.stores.format import shards_folder
+from vllm_specplug.stores.texts import Sources, load_tokenizer, plan_units
 from vllm_specplug.tiny_models import target_path
 
 cli = importlib.import_module("vllm_specplug.cli.datastore")  # the package has a command of the same name
@@ -594,7 +595,7 @@ def test_a_call_that_was_stopped_while_it_tidied_up_is_not_done_twice(tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("vllm_specplug.proposers.datastore_shards.remove_unlisted", stop)
+        patch.setattr("vllm_specplug.stores.shards.remove_unlisted", stop)
         assert run("add", out, first, *MAX_MEMORY).exit_code == 130
     again = run("add", out, first, *MAX_MEMORY)
     assert again.exit_code == 2
@@ -641,7 +642,7 @@ def test_merging_can_be_stopped(tmp_path, folder, monkeypatch):
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vllm_specplug.proposers.datastore_shards._piece_bounds", stop)
+    monkeypatch.setattr("vllm_specplug.stores.merge._piece_bounds", stop)
     result = run("merge", tmp_path / "out.specstore", one)
     assert result.exit_code == 130
     assert "was not written" in result.stderr

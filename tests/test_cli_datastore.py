@@ -21,7 +21,7 @@ import zstandard
 from typer.testing import CliRunner, Result
 
 from vllm_specplug.errors import DatastoreError
-from vllm_specplug.proposers.datastore import Datastore
+from vllm_specplug.stores.datastore import Datastore
 
 # The package has a command of the same name, so the module is asked for by its own.
 cli = importlib.import_module("vllm_specplug.cli.datastore")
@@ -120,9 +120,9 @@ def test_long_documents_are_read_in_pieces(tmp_path, tokenizer, monkeypatch):
         (tmp_path / name).write_bytes(data)
     (tmp_path / "c.txt.zst").write_bytes(zstandard.compress(text.encode()))
     (tmp_path / "d.txt").write_bytes(text.encode() + b"\xff")
-    monkeypatch.setattr("vllm_specplug.proposers.datastore_writer.PIECE_CHARS", 1000)
-    monkeypatch.setattr("vllm_specplug.proposers.datastore_writer.BATCH_CHARS", 3000)
-    monkeypatch.setattr("vllm_specplug.sources.PIECE_CHARS", 1001)  # cuts through characters of several bytes
+    monkeypatch.setattr("vllm_specplug.stores.writer.PIECE_CHARS", 1000)
+    monkeypatch.setattr("vllm_specplug.stores.writer.BATCH_CHARS", 3000)
+    monkeypatch.setattr("vllm_specplug.stores.texts.PIECE_CHARS", 1001)  # cuts through characters of several bytes
     result = build(tmp_path / "out", *sorted(tmp_path.iterdir()))
     assert result.exit_code == 0, result.stderr
     assert texts_of(tmp_path / "out", tokenizer) == [text] * 3

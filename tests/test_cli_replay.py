@@ -17,9 +17,9 @@ from typer.testing import CliRunner, Result
 from vllm_specplug.config import ProposerSettings, parse_settings
 from vllm_specplug.errors import SpecplugError
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified
-from vllm_specplug.proposers.datastore import tokenizer_fingerprint
-from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.proposers.ensemble import Ensemble
+from vllm_specplug.stores.format import tokenizer_fingerprint
+from vllm_specplug.stores.writer import DatastoreWriter
 
 # The package has a command of the same name, so the module is asked for by its own.
 cli = importlib.import_module("vllm_specplug.cli.replay")

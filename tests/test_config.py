@@ -206,7 +206,7 @@ def process() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def foreign_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from vllm_specplug.proposers.datastore_writer import DatastoreWriter
+    from vllm_specplug.stores.writer import DatastoreWriter
 
     path = tmp_path_factory.mktemp("stores") / "foreign.specstore"
     with DatastoreWriter(path, vocab_size=4096, fingerprint="somebody else's", tokenizer="other") as writer:

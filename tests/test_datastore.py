@@ -20,9 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_specplug.errors import DatastoreError
-from vllm_specplug.proposers import datastore, datastore_writer
-from vllm_specplug.proposers.datastore import HEADER_BYTES, PREFIX, Datastore, search_batch, tokenizer_fingerprint
-from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add_texts, sort_positions, split_text
+from vllm_specplug.stores import format
+from vllm_specplug.stores import writer as datastore_writer
+from vllm_specplug.stores.datastore import Datastore
+from vllm_specplug.stores.format import HEADER_BYTES, PREFIX, tokenizer_fingerprint
+from vllm_specplug.stores.search import search_batch
+from vllm_specplug.stores.writer import DatastoreWriter, Piece, add_texts, sort_positions, split_text
 
 FINGERPRINT = "f" * 64
 fresh_names = itertools.count()
@@ -137,7 +140,7 @@ def test_size_and_opening_time(tmp_path):
     for vocab_size, bytes_per_token in ((4096, 6), (100_000, 8)):
         path = write_store(tmp_path, rng.integers(0, 4096, (50, 10_000)).tolist(), vocab_size)
         # What is above belongs to the header and the gap before the second section, whatever the store's size.
-        assert path.stat().st_size <= bytes_per_token * 500_000 + HEADER_BYTES + datastore.PAGE_BYTES
+        assert path.stat().st_size <= bytes_per_token * 500_000 + HEADER_BYTES + format.PAGE_BYTES
         seconds = []
         for _ in range(5):
             started = time.perf_counter()
@@ -213,7 +216,7 @@ def test_killed_build_leaves_no_store_and_is_cleaned_up(tmp_path):
     path = tmp_path / "out.specstore"
     program = (
         "import os, signal\n"
-        "from vllm_specplug.proposers.datastore_writer import DatastoreWriter\n"
+        "from vllm_specplug.stores.writer import DatastoreWriter\n"
         f"writer = DatastoreWriter({str(path)!r}, vocab_size=4, fingerprint='f')\n"
         "writer.add([1, 2, 3])\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vllm_specplug.errors import DatastoreError
-from vllm_specplug.proposers import datastore_shards
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.datastore import Datastore, shards_folder, store_files
-from vllm_specplug.proposers.datastore_shards import adopt, merge, publish, shard_of, writing
-from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.proposers.rest import RestProposer
+from vllm_specplug.stores import merge as datastore_shards
+from vllm_specplug.stores.datastore import Datastore, store_files
+from vllm_specplug.stores.format import shards_folder
+from vllm_specplug.stores.merge import merge
+from vllm_specplug.stores.shards import adopt, publish, shard_of, writing
+from vllm_specplug.stores.writer import DatastoreWriter
 
 FINGERPRINT = "f" * 64
 fresh_names = itertools.count()

@@ -37,8 +37,8 @@ MIXED = requests(100, [*PLAIN_FEATURES, *PROCESSOR_FEATURES], first_seed=1000)
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoTokenizer
 
-    from vllm_specplug.proposers.datastore import tokenizer_fingerprint
-    from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add_texts
+    from vllm_specplug.stores.format import tokenizer_fingerprint
+    from vllm_specplug.stores.writer import DatastoreWriter, Piece, add_texts
 
     tokenizer = AutoTokenizer.from_pretrained(target_path())
     out = tmp_path_factory.mktemp("store") / "stdlib.specstore"

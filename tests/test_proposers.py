@@ -10,8 +10,8 @@ import pytest
 
 from vllm_specplug import registry
 from vllm_specplug.proposers import DraftBatch, ProposerContext, TargetNoise, Verified
-from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.samplers.noise import MURMUR, NO_NOISE, SPLITMIX
+from vllm_specplug.stores.writer import DatastoreWriter
 
 VOCAB = 300
 ROWS, LONGEST, K = 12, 96, 16

@@ -29,10 +29,10 @@ from harness import Engine
 from vllm_specplug.corpus import held_out_prompts
 from vllm_specplug.engines import lifeline
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.proposers.datastore import Datastore
-from vllm_specplug.proposers.datastore_shards import publish, shard_of, writing
-from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.ray import batch, environment, inputs, serve, settings, stores
+from vllm_specplug.stores.datastore import Datastore
+from vllm_specplug.stores.shards import publish, shard_of, writing
+from vllm_specplug.stores.writer import DatastoreWriter
 from vllm_specplug.tiny_models import target_path
 
 START_TIMEOUT_S = 300

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext, TargetNoise, rest
 from vllm_specplug.proposers.base import STORES_OPTION, expected_accepted
-from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.proposers.rest import RestProposer
 from vllm_specplug.samplers.gumbel import gumbel_noise, murmur_gumbel_noise
 from vllm_specplug.samplers.noise import MURMUR, SPLITMIX, murmur_keys, splitmix_keys
+from vllm_specplug.stores.writer import DatastoreWriter
 
 VOCAB_SIZE = 4
 fresh_names = itertools.count()

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 from vllm_specplug import corpus
 from vllm_specplug.proposers import DraftBatch, ProposerContext
-from vllm_specplug.proposers.datastore_writer import DatastoreWriter
 from vllm_specplug.proposers.rest import RestProposer, vote_confidence
+from vllm_specplug.stores.writer import DatastoreWriter
 from vllm_specplug.tiny_models import target_path
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -47,8 +47,8 @@ def files(stock: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory)
     from transformers import AutoTokenizer
 
     from vllm_specplug import corpus
-    from vllm_specplug.proposers.datastore import tokenizer_fingerprint
-    from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add_texts
+    from vllm_specplug.stores.format import tokenizer_fingerprint
+    from vllm_specplug.stores.writer import DatastoreWriter, Piece, add_texts
 
     folder = tmp_path_factory.mktemp("v2")
     sequences = [o["prompt_token_ids"] + sequence["token_ids"] for o in stock for sequence in o["outputs"]]

@@ -38,7 +38,7 @@ class Replica:
     """Does with a store what a replica does before its engine starts."""
 
     def place(self, config: dict[str, Any], source: Any) -> dict[str, Any]:
-        from vllm_specplug.proposers.datastore import Datastore
+        from vllm_specplug.stores.datastore import Datastore
 
         stores.CHUNK_BYTES = 2**16
         try:

@@ -18,7 +18,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Table
 from rich.text import Text
 
-from vllm_specplug.building import (
+from vllm_specplug.cli.clusters import connect, released
+from vllm_specplug.errors import ConfigurationError, DatastoreError
+from vllm_specplug.proposers.base import DraftBatch, ProposerContext
+from vllm_specplug.proposers.rest import RestProposer
+from vllm_specplug.ray.environment import require_ray
+from vllm_specplug.stores.building import (
     Plan,
     UnitDone,
     UnitProgress,
@@ -33,13 +38,21 @@ from vllm_specplug.building import (
     shards_at,
     version_of,
 )
-from vllm_specplug.cli.clusters import connect, released
-from vllm_specplug.errors import ConfigurationError, DatastoreError
-from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.datastore import Datastore, Shard, available_memory_bytes, tokenizer_fingerprint
-from vllm_specplug.proposers.datastore_shards import adopt, remove_unlisted, shard_of, writing
-from vllm_specplug.proposers.datastore_shards import merge as merge_stores
-from vllm_specplug.proposers.datastore_writer import (
+from vllm_specplug.stores.datastore import Datastore
+from vllm_specplug.stores.format import Shard, available_memory_bytes, tokenizer_fingerprint
+from vllm_specplug.stores.merge import merge as merge_stores
+from vllm_specplug.stores.shards import adopt, remove_unlisted, shard_of, writing
+from vllm_specplug.stores.texts import (
+    Slice,
+    Sources,
+    find_paths,
+    load_tokenizer,
+    plan_units,
+    size_of,
+    vocab_size_of,
+    whole,
+)
+from vllm_specplug.stores.writer import (
     FIXED_MEMORY_BYTES,
     MEMORY_SHARE,
     DatastoreWriter,
@@ -47,9 +60,6 @@ from vllm_specplug.proposers.datastore_writer import (
     segment_tokens_for,
     sort_bytes_per_token,
 )
-from vllm_specplug.proposers.rest import RestProposer
-from vllm_specplug.ray.environment import require_ray
-from vllm_specplug.sources import Slice, Sources, find_paths, load_tokenizer, plan_units, size_of, vocab_size_of, whole
 
 app = typer.Typer(
     help="Build, inspect, check and try token stores for the rest proposer.",

@@ -217,9 +217,9 @@ def build_store(display: Display, model: Path, path: Path) -> Path:
 
         from vllm_specplug.corpus import standard_library_sources, without_copies_of_held_out
         from vllm_specplug.errors import DatastoreError
-        from vllm_specplug.proposers.datastore import tokenizer_fingerprint
-        from vllm_specplug.proposers.datastore_writer import DatastoreWriter, Piece, add_texts, split_text
-        from vllm_specplug.sources import load_tokenizer, vocab_size_of
+        from vllm_specplug.stores.format import tokenizer_fingerprint
+        from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
+        from vllm_specplug.stores.writer import DatastoreWriter, Piece, add_texts, split_text
 
         sources = standard_library_sources()
         num_bytes = sum(source.stat().st_size for source in sources)

@@ -42,10 +42,10 @@ from vllm_specplug.config import (
 )
 from vllm_specplug.errors import ConfigurationError, DatastoreError, SpecplugError
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, read_only
-from vllm_specplug.proposers.datastore import Datastore, tokenizer_fingerprint
-from vllm_specplug.proposers.datastore_writer import BATCH_CHARS
 from vllm_specplug.proposers.ensemble import Ensemble
-from vllm_specplug.sources import (
+from vllm_specplug.stores.datastore import Datastore
+from vllm_specplug.stores.format import tokenizer_fingerprint
+from vllm_specplug.stores.texts import (
     Slice,
     Sources,
     find_paths,
@@ -55,6 +55,7 @@ from vllm_specplug.sources import (
     vocab_size_of,
     whole,
 )
+from vllm_specplug.stores.writer import BATCH_CHARS
 
 app = typer.Typer(
     help="Decode text that is already written with proposers, without an engine.", rich_markup_mode="markdown"

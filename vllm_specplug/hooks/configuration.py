@@ -279,7 +279,8 @@ def check_datastore(settings: Settings, model_config: Any) -> Settings:
                 "'specplug datastore build OUT --tokenizer MODEL FILES...'."
             )
         return settings
-    from vllm_specplug.proposers.datastore import Datastore, tokenizer_fingerprint
+    from vllm_specplug.stores.datastore import Datastore
+    from vllm_specplug.stores.format import tokenizer_fingerprint
 
     fingerprint = ""
     paths = {}

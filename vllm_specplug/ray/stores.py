@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 from vllm_specplug.config import METHOD, parse_settings
 from vllm_specplug.errors import DatastoreError, SpecplugError
 from vllm_specplug.log import logger
-from vllm_specplug.proposers.datastore import Datastore, store_files
 from vllm_specplug.ray.environment import where_driver_is
+from vllm_specplug.stores.datastore import Datastore, store_files
 
 CACHE_VARIABLE = "SPECPLUG_CACHE_DIR"
 """Environment variable of a node: the folder of fetched stores."""

@@ -25,15 +25,11 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_specplug.errors import DatastoreError
-from vllm_specplug.proposers.datastore import Datastore, Shard
-from vllm_specplug.proposers.datastore_shards import LOCK_NAME, publish, remove_unlisted, shard_of
-from vllm_specplug.proposers.datastore_writer import (
-    FIXED_MEMORY_BYTES,
-    DatastoreWriter,
-    add_texts,
-    sort_bytes_per_token,
-)
-from vllm_specplug.sources import Slice, Sources, load_tokenizer, size_of
+from vllm_specplug.stores.datastore import Datastore
+from vllm_specplug.stores.format import Shard
+from vllm_specplug.stores.shards import LOCK_NAME, publish, remove_unlisted, shard_of
+from vllm_specplug.stores.texts import Slice, Sources, load_tokenizer, size_of
+from vllm_specplug.stores.writer import FIXED_MEMORY_BYTES, DatastoreWriter, add_texts, sort_bytes_per_token
 
 _PR_SET_PDEATHSIG = 1  # Linux's prctl
 _POLL_S = 0.2

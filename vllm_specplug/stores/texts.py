@@ -18,8 +18,8 @@ from typing import IO, Any, NamedTuple, cast
 import zstandard
 
 from vllm_specplug.errors import DatastoreError
-from vllm_specplug.proposers.datastore import shards_folder
-from vllm_specplug.proposers.datastore_writer import PIECE_CHARS, Piece, split_text
+from vllm_specplug.stores.format import shards_folder
+from vllm_specplug.stores.writer import PIECE_CHARS, Piece, split_text
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson")
 COMPRESSION_SUFFIXES = (".gz", ".zst")

@@ -21,7 +21,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from vllm_specplug.errors import DatastoreError
-from vllm_specplug.proposers.datastore import (
+from vllm_specplug.stores.format import (
     CHUNK_BYTES,
     FORMAT_VERSION,
     HEADER_BYTES,

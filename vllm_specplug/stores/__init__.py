@@ -1,0 +1,1 @@
+"""Token stores: memory-mapped files of tokens with a suffix array."""

@@ -1,0 +1,71 @@
+"""Checksums and the order of a suffix array."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numba import njit
+
+from vllm_specplug.errors import DatastoreError
+from vllm_specplug.stores.format import CHUNK_BYTES, REBUILD, Section
+
+
+def check_sum(path: Path, name: str, section: Section, on_progress: Callable[[int], None]) -> None:
+    checksum, left = 0, section.num_bytes
+    with path.open("rb") as file:
+        file.seek(section.offset)
+        while left:
+            chunk = file.read(min(left, CHUNK_BYTES))
+            if not chunk:
+                raise DatastoreError(f"the token store {path} ends inside its {name}; {REBUILD}")
+            checksum = zlib.crc32(chunk, checksum)
+            left -= len(chunk)
+            on_progress(len(chunk))
+    if checksum != section.checksum:
+        raise DatastoreError(
+            f"the token store {path} is corrupted: its {name} have checksum {checksum:08x}, the "
+            f"header says {section.checksum:08x}; {REBUILD}"
+        )
+
+
+@njit(cache=True, nogil=True)
+def scan_tokens(tokens, separator):  # type: ignore[no-untyped-def]
+    """Largest id, and number of separators."""
+    largest = np.int64(0)
+    num_separators = 0
+    for token in tokens:
+        if np.int64(token) > largest:
+            largest = np.int64(token)
+        num_separators += token == separator
+    return largest, num_separators
+
+
+@njit(cache=True, nogil=True)
+def check_order(  # type: ignore[no-untyped-def]
+    tokens, positions, first, last, first_position, last_position, step, separator, depth
+):
+    """True when positions lie inside their segment and every ``step``-th pair of neighbours is in order.
+
+    Only the last ``depth`` tokens before a position count.
+    """
+    for index in range(first_position, last_position):
+        here = first + np.int64(positions[index])
+        if here <= first or here >= last:
+            return False
+        if index > first_position and (index - first_position) % step == 0:
+            before = first + np.int64(positions[index - 1])
+            if before <= first or before >= last:
+                return False
+            length = 1
+            while (
+                length < depth
+                and tokens[before - length] == tokens[here - length]
+                and tokens[here - length] != separator
+            ):
+                length += 1
+            if tokens[before - length] > tokens[here - length]:
+                return False
+    return True

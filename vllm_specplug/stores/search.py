@@ -1,0 +1,206 @@
+"""Search in a suffix array; compiled."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+
+@njit(cache=True, nogil=True)
+def match_length(tokens, position, context, limit, start):  # type: ignore[no-untyped-def]
+    """Length of the common suffix of ``tokens[:position]`` and ``context``, at most ``limit``, known to be >= start."""
+    end = len(context)
+    length = start
+    while length < limit and tokens[position - 1 - length] == context[end - 1 - length]:
+        length += 1
+    return length
+
+
+@njit(cache=True, nogil=True)
+def usable_length(context, max_match, vocab_size):  # type: ignore[no-untyped-def]
+    """Length of the longest suffix, at most ``max_match``, of ids that a store of ``vocab_size`` can hold."""
+    end = len(context)
+    limit = min(max_match, end)
+    for length in range(limit):
+        token = context[end - 1 - length]
+        if token < 0 or token >= vocab_size:
+            return length
+    return limit
+
+
+@njit(cache=True, nogil=True)
+def _widen(  # type: ignore[no-untyped-def]
+    tokens, positions, first_token, start, stop, table, rows, num_tokens, longest, inside, outside, place
+):
+    """Find both ends of the entries of one segment that match, for all contexts side by side.
+
+    Strides out from an entry that matches until one does not, then closes in.
+
+    Args:
+        start, stop: the segment's range of positions.
+        longest: ``[num_requests]`` tokens that must match; 0 where nothing is to be found.
+        inside: ``[num_requests, 2]`` an entry that matches, nearest the lower and the upper end; changed to the first
+            and the last one that match.
+        outside: ``[num_requests, 2]``, filled with the entries beside them.
+        place: ``[num_requests, 2]`` int64, for use in here.
+    """
+    num_requests = len(rows)
+    stride = 1
+    fetched = np.int64(0)
+    for i in range(num_requests):
+        outside[i, 0] = start - 1
+        outside[i, 1] = stop
+    is_striding = np.ones((num_requests, 2), dtype=np.bool_)
+    num_open = 1
+    while num_open:
+        num_open = 0
+        for i in range(num_requests):
+            for side in range(2):
+                place[i, side] = -1
+                if longest[i] == 0 or abs(outside[i, side] - inside[i, side]) <= 1:
+                    continue
+                if is_striding[i, side]:
+                    probe = inside[i, side] - stride if side == 0 else inside[i, side] + stride
+                    if probe <= start - 1 or probe >= stop:
+                        is_striding[i, side] = False
+                        probe = (inside[i, side] + outside[i, side]) >> 1
+                else:
+                    probe = (inside[i, side] + outside[i, side]) >> 1
+                place[i, side] = probe
+                num_open += 1
+        stride *= 2
+        # All that this round compares is fetched before the first is looked at.
+        for i in range(num_requests):
+            for side in range(2):
+                if place[i, side] >= 0:
+                    fetched ^= np.int64(positions[place[i, side]])
+        for i in range(num_requests):
+            for side in range(2):
+                if place[i, side] >= 0:
+                    fetched ^= np.int64(tokens[first_token + np.int64(positions[place[i, side]]) - 1])
+        for i in range(num_requests):
+            for side in range(2):
+                if place[i, side] < 0:
+                    continue
+                probe = place[i, side]
+                position = first_token + np.int64(positions[probe])
+                context = table[rows[i], : num_tokens[i]]
+                if match_length(tokens, position, context, longest[i], 0) == longest[i]:
+                    inside[i, side] = probe
+                else:
+                    outside[i, side] = probe
+                    is_striding[i, side] = False
+    return fetched  # or the compiler would find that nobody wants it
+
+
+@njit(cache=True, nogil=True)
+def search_batch(  # type: ignore[no-untyped-def]
+    tokens, positions, segments, vocab_size, table, rows, num_tokens, wanted, max_match, min_match, longest, ranges
+):
+    """Occurrences of the longest suffix of each context, in all segments.
+
+    All contexts take a step of the binary search before one takes the next: what a step reads lies anywhere in the
+    store, and the processor fetches for many contexts at once what it would otherwise wait for one by one.
+
+    Args:
+        wanted: ``[num_requests]``, 0 where nothing is to be looked up.
+        longest: ``[num_requests]`` int64, filled with the length of each match, 0 where there is none.
+        ranges: ``[num_requests, num_segments, 2]`` int64, filled with begin and end of its occurrences in each
+            segment: all are at ``first_token + positions[begin:end]``, each the position of the token that follows.
+    """
+    num_requests = len(rows)
+    limits = np.zeros(num_requests, dtype=np.int64)
+    for i in range(num_requests):
+        longest[i] = 0
+        if wanted[i] > 0:
+            limit = usable_length(table[rows[i], : num_tokens[i]], max_match, vocab_size)
+            limits[i] = limit if limit >= min_match else 0
+    low = np.empty(num_requests, dtype=np.int64)
+    high = np.empty(num_requests, dtype=np.int64)
+    low_length = np.empty(num_requests, dtype=np.int64)
+    high_length = np.empty(num_requests, dtype=np.int64)
+    place = np.empty(num_requests, dtype=np.int64)
+    read = np.empty(num_requests, dtype=tokens.dtype)
+    found = np.empty(num_requests, dtype=np.int64)
+    inside = np.empty((num_requests, 2), dtype=np.int64)
+    outside = np.empty((num_requests, 2), dtype=np.int64)
+    probes = np.empty((num_requests, 2), dtype=np.int64)
+    for segment in range(len(segments)):
+        first_token, _, start, stop = segments[segment]
+        num_open = 0
+        for i in range(num_requests):
+            low[i] = start
+            high[i] = stop if limits[i] > 0 else start
+            low_length[i] = 0
+            high_length[i] = 0
+            ranges[i, segment] = 0
+            num_open += low[i] < high[i]
+        while num_open:
+            for i in range(num_requests):
+                # A search that has ended reads a place of its segment again.
+                place[i] = first_token + np.int64(positions[min((low[i] + high[i]) >> 1, stop - 1)])
+            for i in range(num_requests):
+                read[i] = tokens[place[i] - 1]
+            num_open = 0
+            for i in range(num_requests):
+                if low[i] == high[i]:
+                    continue
+                middle = (low[i] + high[i]) >> 1
+                end = num_tokens[i]
+                context = table[rows[i], :end]
+                length = min(low_length[i], high_length[i])
+                if length > 0 or read[i] == context[end - 1]:
+                    length = match_length(tokens, place[i], context, limits[i], max(length, 1))
+                # Where the whole limit matches, the search goes on before this entry, to the first such.
+                if length < limits[i] and tokens[place[i] - 1 - length] < context[end - 1 - length]:
+                    low[i] = middle + 1
+                    low_length[i] = length
+                else:
+                    high[i] = middle
+                    high_length[i] = length
+                num_open += low[i] < high[i]
+        for i in range(num_requests):
+            length = max(low_length[i], high_length[i])
+            found[i] = length if length >= max(longest[i], min_match) else 0
+            # The matches of that length surround ``low``: at least one of its neighbours is one.
+            inside[i, 0] = low[i] - 1 if low_length[i] == length else low[i]
+            inside[i, 1] = low[i] if high_length[i] == length else low[i] - 1
+        _widen(tokens, positions, first_token, start, stop, table, rows, num_tokens, found, inside, outside, probes)
+        for i in range(num_requests):
+            if found[i] == 0:
+                continue
+            if found[i] > longest[i]:
+                longest[i] = found[i]
+                ranges[i, :segment] = 0  # the matches of the segments before were shorter: they have no vote
+            ranges[i, segment, 0] = inside[i, 0]
+            ranges[i, segment, 1] = inside[i, 1] + 1
+
+
+@njit(cache=True, nogil=True)
+def spread_candidates(positions, segments, ranges, candidates):  # type: ignore[no-untyped-def]
+    """Positions of the tokens that follow some of the occurrences in ``ranges``, evenly spread over all of them.
+
+    Args:
+        ranges: ``[num_segments, 2]``.
+        candidates: int64, filled from its start.
+
+    Returns:
+        (number of candidates, number of occurrences).
+    """
+    total = 0
+    for index in range(len(ranges)):
+        total += ranges[index, 1] - ranges[index, 0]
+    num_candidates = min(total, len(candidates))
+    nth = 0
+    passed = 0
+    for index in range(len(segments) if total else 0):
+        first_token = segments[index, 0]
+        begin, end = ranges[index]
+        while nth < num_candidates:
+            at = begin + nth * total // num_candidates - passed
+            if at >= end:
+                break
+            candidates[nth] = first_token + np.int64(positions[at])
+            nth += 1
+        passed += end - begin
+    return num_candidates, total
