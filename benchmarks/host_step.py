@@ -21,7 +21,7 @@ import torch
 from build_store import TINY_TOKENIZER, machine_line, parse_count, print_table
 from lookup import CONTEXT_TOKENS, MAX_DRAFT, held_out_tokens, store_of
 
-from vllm_specplug.config import SETTINGS_KEY, parse_settings
+from vllm_specplug.settings.model import SETTINGS_KEY, parse_settings
 from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
 
 EMITTED = 2

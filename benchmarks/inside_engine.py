@@ -41,8 +41,8 @@ class Inside:
 
         Each name keeps its own history and its own learning, whoever runs in between.
         """
-        from vllm_specplug.config import parse_settings
         from vllm_specplug.drafting import Drafting
+        from vllm_specplug.settings.model import parse_settings
 
         attached = self.model_runner._specplug
         kept = attached.__dict__.setdefault("_draftings_by_name", {})

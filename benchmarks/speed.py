@@ -33,10 +33,10 @@ from common import (
 )
 
 from vllm_specplug.cli.demo import Display, build_store
-from vllm_specplug.config import DEFAULT_SPECULATIVE_TOKENS
 from vllm_specplug.engines.engine import NGRAM, OFF, SPECPLUG, speculative_config
 from vllm_specplug.engines.work import Completed
 from vllm_specplug.errors import SpecplugError
+from vllm_specplug.settings.model import DEFAULT_SPECULATIVE_TOKENS
 from vllm_specplug.tiny_models import target_path
 
 SUFFIX = "suffix"

@@ -214,7 +214,7 @@ JSON_KINDS = {
 
 def settings() -> str:
     """Keys of ``speculative_config``, from the model that checks them."""
-    from vllm_specplug.config import METHOD, Settings, parse_settings
+    from vllm_specplug.settings.model import METHOD, Settings, parse_settings
 
     texts, defaults = attributes_of(Settings), parse_settings({}).to_dict()
     if differing := {*Settings.model_fields} ^ {*JSON_KINDS} | {*Settings.model_fields} - {*texts}:
@@ -237,7 +237,7 @@ def settings() -> str:
 
 def proposers() -> str:
     """Every built-in proposer with its options, and the ensemble."""
-    from vllm_specplug import registry
+    from vllm_specplug.settings import registry
 
     parts = []
     for name, target in {**registry.PROPOSERS, "ensemble": "vllm_specplug.proposers.ensemble:"}.items():
@@ -256,7 +256,7 @@ def proposers() -> str:
 
 def request_options() -> str:
     """What a request may choose."""
-    from vllm_specplug.config import REQUEST_OPTIONS
+    from vllm_specplug.settings.requests import REQUEST_OPTIONS
 
     return table(["option", "value"], [[f"`{name}`", text] for name, text in REQUEST_OPTIONS.items()])
 

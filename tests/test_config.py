@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from harness import ENGINE_ARGS, Engine
 
-from vllm_specplug.config import RequestChoices, parse_request_options, parse_settings, settings_of
 from vllm_specplug.errors import ConfigurationError, UnsupportedVersionError
 from vllm_specplug.hooks.seams import check_version
+from vllm_specplug.settings.model import parse_settings, settings_of
+from vllm_specplug.settings.requests import RequestChoices, parse_request_options
 from vllm_specplug.tiny_models import draft_path
 
 MODEL = {key: ENGINE_ARGS[key] for key in ("model", "max_model_len", "enforce_eager")}

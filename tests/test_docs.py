@@ -31,9 +31,10 @@ from typing import Any
 import pytest
 import tomllib
 
-from vllm_specplug import metrics, registry
-from vllm_specplug.config import OWN_KEYS, Settings, parse_settings
+from vllm_specplug import metrics
 from vllm_specplug.corpus import read_text, standard_library_sources
+from vllm_specplug.settings import registry
+from vllm_specplug.settings.model import OWN_KEYS, Settings, parse_settings
 from vllm_specplug.tiny_models import draft_path, target_path
 
 ROOT = Path(__file__).parents[1]

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_specplug import registry
-from vllm_specplug.config import parse_settings
 from vllm_specplug.drafting import Drafting
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.history import TrackedRequest
 from vllm_specplug.proposers import DraftBatch, Drafts, Proposer, ProposerContext, Verified
+from vllm_specplug.settings import registry
+from vllm_specplug.settings.model import parse_settings
 
 CONTEXT = ProposerContext(vocab_size=100, num_speculative_tokens=4)
 

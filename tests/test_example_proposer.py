@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_specplug.config import parse_settings
 from vllm_specplug.drafting import Drafting
 from vllm_specplug.history import TrackedRequest
 from vllm_specplug.proposers import ProposerContext
+from vllm_specplug.settings.model import parse_settings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_specplug import registry
 from vllm_specplug.proposers import DraftBatch, ProposerContext, TargetNoise, Verified
 from vllm_specplug.samplers.noise import MURMUR, NO_NOISE, SPLITMIX
+from vllm_specplug.settings import registry
 from vllm_specplug.stores.writer import DatastoreWriter
 
 VOCAB = 300

@@ -15,8 +15,6 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from vllm_specplug import registry
-from vllm_specplug.config import Settings
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.history import TrackedRequest
 from vllm_specplug.log import logger
@@ -34,6 +32,8 @@ from vllm_specplug.proposers.base import (
 from vllm_specplug.proposers.ensemble import Ensemble, EnsembleStats
 from vllm_specplug.proposers.places import Places, comb
 from vllm_specplug.reloading import StoreSwitch
+from vllm_specplug.settings import registry
+from vllm_specplug.settings.model import Settings
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_specplug.config import MAX_DRAFT_OPTION, PROPOSERS_OPTION, SPECULATE_OPTION, parse_request_options
+from vllm_specplug.settings.requests import MAX_DRAFT_OPTION, PROPOSERS_OPTION, SPECULATE_OPTION, parse_request_options
 
 
 @dataclass(frozen=True, slots=True)

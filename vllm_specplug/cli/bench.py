@@ -16,9 +16,9 @@ from rich.markup import escape
 from vllm_specplug.cli import runs
 from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.cli.progress import Shown, ended_by_signals
-from vllm_specplug.config import DEFAULT_SPECULATIVE_TOKENS
 from vllm_specplug.engines.engine import NGRAM, OFF, SPECPLUG, speculative_config
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.settings.model import DEFAULT_SPECULATIVE_TOKENS
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from vllm_specplug.config import DEFAULT_SPECULATIVE_TOKENS
 from vllm_specplug.engines.engine import NGRAM, OFF, SPECPLUG, Engine, speculative_config
 from vllm_specplug.engines.work import Completed, Work
 from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.proposers.base import TENANT_OPTION
+from vllm_specplug.settings.model import DEFAULT_SPECULATIVE_TOKENS
 
 TEMPERATURES = (0.0, 0.8)
 SEED = 1234

@@ -31,8 +31,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vllm_specplug import __version__, registry
-from vllm_specplug.config import (
+from vllm_specplug import __version__
+from vllm_specplug.errors import ConfigurationError, DatastoreError, SpecplugError
+from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, read_only
+from vllm_specplug.proposers.ensemble import Ensemble
+from vllm_specplug.settings import registry
+from vllm_specplug.settings.model import (
     DEFAULT_SPECULATIVE_TOKENS,
     ENSEMBLE,
     MAX_SPECULATIVE_TOKENS,
@@ -40,9 +44,6 @@ from vllm_specplug.config import (
     Settings,
     parse_settings,
 )
-from vllm_specplug.errors import ConfigurationError, DatastoreError, SpecplugError
-from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, read_only
-from vllm_specplug.proposers.ensemble import Ensemble
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.format import tokenizer_fingerprint
 from vllm_specplug.stores.texts import (

@@ -11,10 +11,6 @@ from typing import Any, Literal, get_args
 
 from vllm.exceptions import VLLMValidationError
 
-from vllm_specplug.config import (
-    parse_request_options,
-    settings_of,
-)
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.hooks import seam_list, seams
 from vllm_specplug.hooks.configuration import create_speculative_config
@@ -22,6 +18,8 @@ from vllm_specplug.hooks.fitness import check_engine, keep_v1_synchronous
 from vllm_specplug.hooks.marks import CHOICES_MARK, V2_MARK, is_coupled, is_ours
 from vllm_specplug.hooks.metrics import hide_metrics, show_metrics
 from vllm_specplug.hooks.worker import extend
+from vllm_specplug.settings.model import settings_of
+from vllm_specplug.settings.requests import parse_request_options
 
 _patches = seams.Patches()
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from vllm.platforms import CpuArchEnum, current_platform
 
-from vllm_specplug.config import ON_DEVICE, settings_of
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.settings.model import ON_DEVICE, settings_of
 
 
 def check_engine(config: Any) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_specplug.config import METHOD, OWN_KEYS, SETTINGS_KEY
 from vllm_specplug.errors import UnsupportedVersionError
 from vllm_specplug.hooks import seams
+from vllm_specplug.settings.model import METHOD, OWN_KEYS, SETTINGS_KEY
 
 _patches = seams.Patches()
 

@@ -16,10 +16,10 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from vllm_specplug.config import settings_of
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.hooks import seams
 from vllm_specplug.log import logger
+from vllm_specplug.settings.model import settings_of
 
 patches = seams.Patches()
 

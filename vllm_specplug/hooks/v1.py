@@ -28,7 +28,6 @@ from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_to
 from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_specplug.config import Settings, settings_of
 from vllm_specplug.drafting import Drafting
 from vllm_specplug.history import TrackedRequest
 from vllm_specplug.hooks import seam_list, seams, v1_chains
@@ -42,6 +41,7 @@ from vllm_specplug.samplers import list_matching, minhash
 from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal, probabilities
 from vllm_specplug.samplers.gumbel import SeedStream
 from vllm_specplug.samplers.noise import SPLITMIX, list_kind, splitmix_keys
+from vllm_specplug.settings.model import Settings, settings_of
 
 patches = seams.Patches()
 

@@ -28,7 +28,6 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator, DraftModelSpeculator
 
-from vllm_specplug.config import Settings, settings_of
 from vllm_specplug.drafting import Drafting
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.history import TokenHistory, TrackedRequest
@@ -42,6 +41,7 @@ from vllm_specplug.samplers.base import probabilities
 from vllm_specplug.samplers.gumbel import murmur_gumbel_noise_torch
 from vllm_specplug.samplers.kernels import pack_emitted, verify_drafts
 from vllm_specplug.samplers.noise import MURMUR, list_kind, murmur_keys
+from vllm_specplug.settings.model import Settings, settings_of
 
 patches = seams.Patches()
 

@@ -27,13 +27,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vllm_specplug.config import METHOD
 from vllm_specplug.engines.arguments import with_cli_arguments
 from vllm_specplug.engines.environment import is_cpu_wheel
 from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.log import logger
 from vllm_specplug.ray import environment, inputs, stores
 from vllm_specplug.ray.environment import Share
+from vllm_specplug.settings.model import METHOD
 
 MANIFEST = "_manifest.json"  # Parquet readers pass over names that begin with an underscore
 FORMAT = 1

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vllm_specplug.config import METHOD, parse_settings
 from vllm_specplug.errors import DatastoreError, SpecplugError
 from vllm_specplug.log import logger
 from vllm_specplug.ray.environment import where_driver_is
+from vllm_specplug.settings.model import METHOD, parse_settings
 from vllm_specplug.stores.datastore import Datastore, store_files
 
 CACHE_VARIABLE = "SPECPLUG_CACHE_DIR"

@@ -1,0 +1,130 @@
+"""Options of a single request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.proposers.base import STORES_OPTION, TENANT_OPTION
+from vllm_specplug.settings import registry
+from vllm_specplug.settings.model import MAX_SPECULATIVE_TOKENS, METHOD
+
+REQUEST_OPTION_PREFIX = "specplug_"
+
+
+SPECULATE_OPTION = "specplug_speculate"
+
+
+PROPOSERS_OPTION = "specplug_proposers"
+
+
+MAX_DRAFT_OPTION = "specplug_max_draft_tokens"
+
+
+REQUEST_OPTIONS: dict[str, str] = {
+    SPECULATE_OPTION: "true or false: whether drafts are made for this request",
+    PROPOSERS_OPTION: "names of configured proposers that may draft for it, as a list or separated by commas",
+    MAX_DRAFT_OPTION: "whole number: its longest draft, 0 for none",
+    STORES_OPTION: "names of configured stores that rest consults, as a list or separated by commas",
+    TENANT_OPTION: "name: suffix keeps the history of each tenant apart",
+}
+"""Known per-request options (``SamplingParams.extra_args``, ``vllm_xargs`` over HTTP) and what they must be."""
+
+
+MAX_TENANT_CHARS = 256
+
+
+@dataclass(frozen=True)
+class RequestChoices:
+    """What requests of one engine can choose from.
+
+    Attributes:
+        proposers: names of those that draft, the engine's own drafter among them.
+        stores: names of the token stores.
+        max_draft_tokens: longest draft.
+        own_drafter: name of the engine's own drafter where nobody else drafts: requests cannot opt out of it.
+    """
+
+    proposers: tuple[str, ...] = ()
+    stores: tuple[str, ...] = ()
+    max_draft_tokens: int = MAX_SPECULATIVE_TOKENS
+    own_drafter: str | None = None
+
+
+def parse_request_options(
+    extra_args: Mapping[str, Any] | None, choices: RequestChoices | None = None
+) -> dict[str, Any]:
+    """The ``specplug_...`` options of one request, lists as tuples.
+
+    Args:
+        extra_args: ``SamplingParams.extra_args``; keys that are not ours are left alone.
+        choices: what can be chosen; None checks types only.
+
+    Raises:
+        ConfigurationError: misspelt, of a wrong type, or naming what is not there.
+    """
+    if not extra_args:
+        return {}
+    options: dict[str, Any] = {}
+    for name, value in extra_args.items():
+        if not isinstance(name, str) or not name.startswith(REQUEST_OPTION_PREFIX):
+            continue
+        if name not in REQUEST_OPTIONS:
+            known = list(REQUEST_OPTIONS)
+            raise ConfigurationError(
+                f"unknown request option {name!r}.{registry.nearest(name, known)} Known: {', '.join(known)}."
+            )
+        options[name] = _request_option(name, value, choices)
+    if choices is not None and choices.own_drafter is not None and options:
+        raise ConfigurationError(
+            f"request option {next(iter(options))!r}: vLLM's own drafter (method {choices.own_drafter!r}) drafts alone "
+            f'and for every request; requests can choose with method {METHOD!r}, or with "proposers" beside it.'
+        )
+    return options
+
+
+def _request_option(name: str, value: Any, choices: RequestChoices | None) -> Any:
+    wrong = ConfigurationError(f"request option {name!r} must be {REQUEST_OPTIONS[name]}; was given {value!r}.")
+    if name == SPECULATE_OPTION:
+        # vLLM's HTTP types know no booleans: a JSON false arrives as 0.
+        if not (isinstance(value, int) and value in (0, 1)):
+            raise wrong
+        return bool(value)
+    if name == MAX_DRAFT_OPTION:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise wrong
+        if choices is not None and value > choices.max_draft_tokens:
+            raise ConfigurationError(
+                f"request option {name!r} can be at most {choices.max_draft_tokens}, the engine's "
+                f"num_speculative_tokens; was given {value}."
+            )
+        return value
+    if name == TENANT_OPTION:
+        if not isinstance(value, str) or not 0 < len(value) <= MAX_TENANT_CHARS:
+            raise ConfigurationError(
+                f"request option {name!r} must be a name of 1 to {MAX_TENANT_CHARS} characters; was given "
+                f"{value!r:.80}."
+            )
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ConfigurationError(
+                f"request option {name!r} must be text that UTF-8 can hold; {value!r:.80} has half of a surrogate "
+                "pair. Give a name of whole characters."
+            ) from None
+        return value
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(each, str) for each in names):
+        raise wrong
+    names = tuple(each.strip() for each in names)
+    if choices is not None:
+        known = choices.proposers if name == PROPOSERS_OPTION else choices.stores
+        for each in names:
+            if each not in known:
+                raise ConfigurationError(
+                    f"request option {name!r}: there is no {each!r} in this engine."
+                    f"{registry.nearest(each, list(known))} Configured: {', '.join(known) or 'none'}."
+                )
+    return names
