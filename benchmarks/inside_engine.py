@@ -41,7 +41,7 @@ class Inside:
 
         Each name keeps its own history and its own learning, whoever runs in between.
         """
-        from vllm_specplug.drafting import Drafting
+        from vllm_specplug.drafting.drafting import Drafting
         from vllm_specplug.settings.model import parse_settings
 
         attached = self.model_runner._specplug

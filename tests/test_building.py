@@ -26,9 +26,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from vllm_specplug.drafting.store_switch import StoreSwitch
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
 from vllm_specplug.proposers.rest import RestProposer
-from vllm_specplug.reloading import ReloadError, StoreSwitch, reload_stores
+from vllm_specplug.reloading import ReloadError, reload_stores
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.format import shards_folder
 from vllm_specplug.stores.texts import Sources, load_tokenizer, plan_units

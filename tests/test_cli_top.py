@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 from vllm_specplug import metrics
 from vllm_specplug.cli.top import Sample, check_plugin, curve, fetch, parse, rate, size, window
-from vllm_specplug.drafting import DraftingStats, ProposerStats
+from vllm_specplug.drafting.stats import DraftingStats, ProposerStats
 from vllm_specplug.errors import SpecplugError
 from vllm_specplug.proposers.base import StoreStats
 

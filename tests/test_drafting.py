@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_specplug.drafting import Drafting
+from vllm_specplug.drafting.drafting import Drafting
+from vllm_specplug.drafting.requests import TrackedRequest
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.history import TrackedRequest
 from vllm_specplug.proposers import DraftBatch, Drafts, Proposer, ProposerContext, Verified
 from vllm_specplug.settings import registry
 from vllm_specplug.settings.model import parse_settings

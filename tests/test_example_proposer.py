@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_specplug.drafting import Drafting
-from vllm_specplug.history import TrackedRequest
+from vllm_specplug.drafting.drafting import Drafting
+from vllm_specplug.drafting.requests import TrackedRequest
 from vllm_specplug.proposers import ProposerContext
 from vllm_specplug.settings.model import parse_settings
 

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from vllm_specplug.history import TokenHistory, TrackedRequest
+from vllm_specplug.drafting.history import TokenHistory
+from vllm_specplug.drafting.requests import TrackedRequest
 
 
 def request(name: str) -> TrackedRequest:

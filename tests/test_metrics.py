@@ -15,7 +15,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_specplug import metrics
-from vllm_specplug.drafting import DraftingStats, ProposerStats
+from vllm_specplug.drafting.stats import DraftingStats, ProposerStats
 from vllm_specplug.proposers.base import StoreStats
 
 LABELS = {"engine": "0", "model_name": "tiny"}

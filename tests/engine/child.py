@@ -80,7 +80,7 @@ class Child:
 
     def set_drafting(self, settings: dict[str, Any]) -> None:
         """Swap the proposers of the running engine: one start-up serves many configurations."""
-        from vllm_specplug.drafting import Drafting
+        from vllm_specplug.drafting.drafting import Drafting
         from vllm_specplug.settings.model import parse_settings
 
         drafter = self.drafter

@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vllm_specplug import __version__
+from vllm_specplug.drafting.answers import well_formed
 from vllm_specplug.errors import ConfigurationError, DatastoreError, SpecplugError
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, read_only
 from vllm_specplug.proposers.ensemble import Ensemble
@@ -328,22 +329,6 @@ def num_accepted(tokens: Ids, lengths: Lengths, truth: Ids) -> Lengths:
     width = tokens.shape[1]
     is_right = (tokens == truth[:, :width]) & (np.arange(width) < lengths[:, None])
     return np.asarray(np.cumprod(is_right, axis=1, dtype=np.int64).sum(axis=1), dtype=np.int64)
-
-
-def well_formed(name: str, answer: Drafts | Sequence[Sequence[int]], batch: DraftBatch) -> Drafts:
-    """A proposer's answer as drafts that are no longer than they may be.
-
-    Raises:
-        SpecplugError: it is not one draft a request.
-    """
-    drafts = answer if isinstance(answer, Drafts) else Drafts.from_lists(answer)
-    shape = np.shape(drafts.token_ids)
-    if len(shape) != 2 or shape[0] != len(batch) or len(drafts.num_tokens) != len(batch):
-        raise SpecplugError(f"proposer {name!r} answered drafts of shape {shape} for {len(batch)} requests")
-    lengths = np.minimum(drafts.num_tokens, np.minimum(batch.max_draft_tokens, shape[1]))
-    width = min(shape[1], int(batch.max_draft_tokens.max()))
-    votes = None if drafts.votes is None else drafts.votes[:, :width]
-    return Drafts(drafts.token_ids[:, :width], lengths, drafts.confidence[:, :width], drafts.match_length, votes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -234,7 +234,7 @@ def check_proposers(settings: Settings, model_config: Any) -> None:
     Raises:
         ConfigurationError: an option is unknown or out of its range.
     """
-    from vllm_specplug.drafting import Drafting
+    from vllm_specplug.drafting.drafting import Drafting
 
     # Where an option is right on the host, it is on the device; what else the device asks for, it says itself.
     own = tuple(

@@ -28,8 +28,8 @@ from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_to
 from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_specplug.drafting import Drafting
-from vllm_specplug.history import TrackedRequest
+from vllm_specplug.drafting.drafting import Drafting
+from vllm_specplug.drafting.requests import TrackedRequest
 from vllm_specplug.hooks import seam_list, seams, v1_chains
 from vllm_specplug.hooks.forks import walk
 from vllm_specplug.hooks.marks import is_coupled

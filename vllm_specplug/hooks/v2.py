@@ -28,9 +28,10 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator, DraftModelSpeculator
 
-from vllm_specplug.drafting import Drafting
+from vllm_specplug.drafting.drafting import Drafting
+from vllm_specplug.drafting.history import TokenHistory
+from vllm_specplug.drafting.requests import TrackedRequest
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.history import TokenHistory, TrackedRequest
 from vllm_specplug.hooks import seam_list, seams, v2_chains
 from vllm_specplug.hooks.marks import is_coupled, is_ours
 from vllm_specplug.hooks.metrics import publish_metrics

@@ -8,92 +8,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.drafting.answers import evidence, from_lists, is_well_formed, spread
+from vllm_specplug.drafting.requests import TrackedRequest
+from vllm_specplug.drafting.stats import DraftingStats, ProposerStats
+from vllm_specplug.drafting.store_switch import StoreSwitch
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.history import TrackedRequest
 from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import (
     DraftBatch,
     Drafts,
     Proposer,
     ProposerContext,
-    StoreStats,
     TargetNoise,
     Verified,
-    kernel_input,
     read_only,
 )
-from vllm_specplug.proposers.ensemble import Ensemble, EnsembleStats
+from vllm_specplug.proposers.ensemble import Ensemble
 from vllm_specplug.proposers.places import Places, comb
-from vllm_specplug.reloading import StoreSwitch
 from vllm_specplug.settings import registry
 from vllm_specplug.settings.model import Settings
-
-
-@dataclass
-class ProposerStats:
-    """Counters of one proposer since start-up.
-
-    Attributes:
-        drafted: draft tokens that were verified.
-        accepted: those of them that were kept.
-        chosen: drafts that begin with a token of this proposer's.
-        errors: calls that raised or answered nonsense.
-        invalid_tokens: draft tokens cut off because they are outside the vocabulary.
-        propose_s: seconds spent in the proposer.
-        memory_bytes: state it keeps about requests.
-        active: False once it was left out.
-        stores: counters of its token stores, by name.
-    """
-
-    drafted: int = 0
-    accepted: int = 0
-    chosen: int = 0
-    errors: int = 0
-    invalid_tokens: int = 0
-    propose_s: float = 0.0
-    memory_bytes: int = 0
-    active: bool = True
-    stores: dict[str, StoreStats] = field(default_factory=dict)
-
-
-@dataclass
-class DraftingStats:
-    """Counters of the whole plugin in one worker.
-
-    Under async scheduling (V2) a request is gone before its last step is counted; ratios are not touched by that.
-
-    Attributes:
-        steps: steps in which some request emitted tokens.
-        emitted: tokens of all requests.
-        request_steps: request and step pairs that emitted tokens.
-        live_requests: requests that hold state here.
-        wait_s: seconds spent waiting for emitted tokens to arrive from the device (V2).
-        verify_s: seconds of steps that verified drafts and took in no prompt, drafting left out.
-        verify_steps: those steps.
-        proposers: counters of each.
-        ensemble: what was decided between them, and what steps cost.
-    """
-
-    steps: int = 0
-    emitted: int = 0
-    request_steps: int = 0
-    live_requests: int = 0
-    wait_s: float = 0.0
-    verify_s: float = 0.0
-    verify_steps: int = 0
-    proposers: dict[str, ProposerStats] = field(default_factory=dict)
-    ensemble: EnsembleStats = field(default_factory=EnsembleStats)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, for RPC, JSON and logs."""
-        return asdict(self)
 
 
 class Drafting:
@@ -169,7 +108,7 @@ class Drafting:
     def warm_up(self) -> None:
         """Let every proposer compile and map what it needs, before the first request."""
         self.ensemble.warm_up()
-        _is_well_formed(Drafts.from_lists([[0]]), DraftBatch.from_contexts([[0]], 1), 1)
+        is_well_formed(Drafts.from_lists([[0]]), DraftBatch.from_contexts([[0]], 1), 1)
         for name in list(self._proposers):
             try:
                 self._proposers[name].warm_up()
@@ -324,7 +263,7 @@ class Drafting:
         start = time.perf_counter()
         try:
             answer = self._well_formed(proposer.propose(part), part, stats)
-            return answer if part is batch else _spread(answer, mine, len(batch))
+            return answer if part is batch else spread(answer, mine, len(batch))
         except Exception:
             self._leave_out(name, "raised")
             return None
@@ -471,7 +410,7 @@ class Drafting:
 
     def _well_formed(self, answer: Drafts | Sequence[Sequence[int]], batch: DraftBatch, stats: ProposerStats) -> Drafts:
         """Check shapes, cut drafts to what is allowed, and cut them before ids outside the vocabulary."""
-        drafts = answer if isinstance(answer, Drafts) else _from_lists(answer)
+        drafts = answer if isinstance(answer, Drafts) else from_lists(answer)
         if isinstance(drafts.others, tuple) and not drafts.others:
             return self._well_formed_chain(drafts, batch, stats)
         if drafts.others is not None and not isinstance(drafts.others, (tuple, list)):
@@ -486,7 +425,7 @@ class Drafting:
         num_requests = len(batch)
         if not isinstance(drafts, Drafts) or not (drafts.others is None or len(drafts.others) == 0):
             raise ValueError(f"answered {type(drafts).__name__} among others; Drafts without others are expected there")
-        if _is_well_formed(drafts, batch, self.context.vocab_size):
+        if is_well_formed(drafts, batch, self.context.vocab_size):
             return drafts  # ours always are, and this is asked for every proposer in every step
         token_ids = np.asarray(drafts.token_ids)
         if token_ids.ndim != 2 or len(token_ids) != num_requests or len(drafts.num_tokens) != num_requests:
@@ -520,93 +459,11 @@ class Drafting:
             token_ids,
             num_tokens,
             confidence,
-            _evidence("match_length", drafts.match_length, (num_requests,)),
-            _evidence("votes", drafts.votes, token_ids.shape),
+            evidence("match_length", drafts.match_length, (num_requests,)),
+            evidence("votes", drafts.votes, token_ids.shape),
         )
-
-
-def _is_well_formed(drafts: Drafts, batch: DraftBatch, vocab_size: int) -> bool:
-    """True where nothing need be checked, cut or converted, as with our own proposers in every step; quick to say."""
-    num_requests = len(batch)
-    shape = tuple(getattr(drafts.token_ids, "shape", ()))
-    if len(shape) != 2:
-        return False
-    for array, expected, dtype in (
-        (drafts.token_ids, (num_requests, *shape[1:]), np.int32),
-        (drafts.num_tokens, (num_requests,), np.int64),
-        (drafts.confidence, shape, np.float32),
-        (drafts.match_length, (num_requests,), np.int32),
-        (drafts.votes, shape, np.int32),
-    ):
-        if array is not None and (type(array) is not np.ndarray or array.shape != expected or array.dtype != dtype):
-            return False
-    limits = kernel_input(batch.max_draft_tokens, np.int64)
-    return bool(_is_in_bounds(*drafts.kernel_inputs(), limits, vocab_size))
-
-
-@njit(cache=True, nogil=True)
-def _is_in_bounds(  # type: ignore[no-untyped-def]
-    token_ids, num_tokens, confidence, match_length, votes, limits, vocab_size
-):
-    for i in range(len(num_tokens)):
-        length = num_tokens[i]
-        if length < 0 or length > limits[i] or length > token_ids.shape[1]:
-            return False
-        if len(match_length) and match_length[i] < 0:
-            return False
-        for depth in range(length):
-            if token_ids[i, depth] < 0 or token_ids[i, depth] >= vocab_size:
-                return False
-            if not 0.0 <= confidence[i, depth] <= 1.0:
-                return False
-            if len(votes) and votes[i, depth] < 0:
-                return False
-    return True
-
-
-def _spread(drafts: Drafts, indices: Sequence[int], num_requests: int) -> Drafts:
-    """Drafts for some requests as drafts for all, empty for the others."""
-    out = Drafts.empty(num_requests, drafts.token_ids.shape[1])
-    out.token_ids[indices] = drafts.token_ids
-    out.num_tokens[indices] = drafts.num_tokens
-    out.confidence[indices] = drafts.confidence
-    if drafts.match_length is not None:
-        out.match_length = np.zeros(num_requests, dtype=np.int32)
-        out.match_length[indices] = drafts.match_length
-    if drafts.votes is not None:
-        out.votes = np.zeros(out.token_ids.shape, dtype=np.int32)
-        out.votes[indices] = drafts.votes
-    out.others = tuple(_spread(each, indices, num_requests) for each in drafts.others)
-    return out
 
 
 def _num_nodes(chains: Sequence[Sequence[int]]) -> int:
     """Tokens of a tree, given by its paths."""
     return len({tuple(chain[: depth + 1]) for chain in chains for depth in range(len(chain))})
-
-
-def _evidence(name: str, values: Any, shape: tuple[int, ...]) -> NDArray[np.int32] | None:
-    """What was counted for a draft, ``shape`` int32, at least 0: the ensemble takes logarithms of it."""
-    if values is None:
-        return None
-    counts = np.asarray(values)
-    if counts.shape != shape or counts.dtype.kind not in "iu":
-        raise ValueError(f"answered {name} of {counts.dtype}, {counts.shape}; integers of shape {shape} are expected")
-    if counts.dtype != np.int32:  # some types are too narrow for the bounds
-        counts = counts.astype(np.int64)
-    return np.clip(counts, 0, np.iinfo(np.int32).max).astype(np.int32, copy=False)
-
-
-def _from_lists(answer: Sequence[Sequence[int]]) -> Drafts:
-    """:meth:`Drafts.from_lists` for answers of strangers: wide enough for any id, and integers or ValueError."""
-    rows = [np.asarray(list(row)) for row in answer]
-    for row in rows:
-        if row.ndim != 1 or (len(row) and row.dtype.kind not in "iu"):
-            raise ValueError(f"answered {row.dtype} of shape {row.shape} for a request; a list of integers is expected")
-    drafts = Drafts.empty(len(rows), max(map(len, rows), default=0))
-    drafts.token_ids = drafts.token_ids.astype(np.int64)
-    for index, row in enumerate(rows):
-        drafts.token_ids[index, : len(row)] = row
-        drafts.num_tokens[index] = len(row)
-    drafts.confidence[:] = Drafts.DEFAULT_CONFIDENCE
-    return drafts
