@@ -403,7 +403,7 @@ def _default(option: Any) -> str:
 
 def metrics() -> str:
     """Every series."""
-    from vllm_specplug.metrics import reference
+    from vllm_specplug.metrics.series import reference
 
     return reference()
 

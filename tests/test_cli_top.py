@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
-from vllm_specplug import metrics
 from vllm_specplug.cli.top import Sample, check_plugin, curve, fetch, parse, rate, size, window
 from vllm_specplug.drafting.stats import DraftingStats, ProposerStats
 from vllm_specplug.errors import SpecplugError
+from vllm_specplug.metrics import files
 from vllm_specplug.proposers.base import StoreStats
 
 
@@ -44,9 +44,9 @@ class Answering:
 
     def __init__(self, folder: Path) -> None:
         self.stats = made_stats(1)
-        self._publisher = metrics.Publisher(lambda: self.stats.to_dict(), {"engine": "0", "model_name": "tiny"}, folder)
+        self._publisher = files.Publisher(lambda: self.stats.to_dict(), {"engine": "0", "model_name": "tiny"}, folder)
         registry = CollectorRegistry()
-        registry.register(metrics.Collector(folder))
+        registry.register(files.Collector(folder))
         self.num_asked = 0
         Gauge("asked", "Times that it was asked.", registry=registry).set_function(self._count)
         Gauge("vllm:num_requests_running", "vLLM's", registry=registry).set(3)

@@ -31,8 +31,8 @@ from typing import Any
 import pytest
 import tomllib
 
-from vllm_specplug import metrics
 from vllm_specplug.corpus import read_text, standard_library_sources
+from vllm_specplug.metrics import files, series
 from vllm_specplug.settings import registry
 from vllm_specplug.settings.model import OWN_KEYS, Settings, parse_settings
 from vllm_specplug.tiny_models import draft_path, target_path
@@ -500,7 +500,7 @@ def test_what_is_fetched_is_seen(text: str, outside: bool) -> None:
 
 def test_the_reference_has_what_the_code_has(site: Path) -> None:
     configuration = (site / "reference" / "configuration.html").read_text()
-    names = [*Settings.model_fields, *registry.PROPOSERS, *registry.PROPOSERS, metrics.FOLDER_VARIABLE]
+    names = [*Settings.model_fields, *registry.PROPOSERS, *registry.PROPOSERS, files.FOLDER_VARIABLE]
     for name in (*names, "specplug_tenant", "max_history_bytes"):
         assert f"<code>{name}</code>" in configuration, name
     commands = (site / "reference" / "commands.html").read_text()
@@ -509,7 +509,7 @@ def test_the_reference_has_what_the_code_has(site: Path) -> None:
     for option in ("--max-memory", "--speculative-config", "--prompt-tokens", "--once"):
         assert f"<code>{option}</code>" in commands
     shown = (site / "metrics.html").read_text()
-    for series in metrics.ALL_SERIES:
+    for series in series.ALL_SERIES:
         assert f"<code>{series.name}{'_total' if series.kind == 'counter' else ''}</code>" in shown
     for path in site.rglob("*.html"):
         assert "<!-- generated" not in path.read_text(), path

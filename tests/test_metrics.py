@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from vllm_specplug import metrics
 from vllm_specplug.drafting.stats import DraftingStats, ProposerStats
+from vllm_specplug.metrics import files, series
 from vllm_specplug.proposers.base import StoreStats
 
 LABELS = {"engine": "0", "model_name": "tiny"}
@@ -34,12 +34,12 @@ def stats() -> DraftingStats:
 
 def shown(folder: Path) -> list[str]:
     registry = CollectorRegistry()
-    registry.register(metrics.Collector(folder))
+    registry.register(files.Collector(folder))
     return generate_latest(registry).decode().splitlines()
 
 
 def test_counters_become_series(tmp_path: Path, stats: DraftingStats) -> None:
-    publisher = metrics.Publisher(stats.to_dict, LABELS, tmp_path)
+    publisher = files.Publisher(stats.to_dict, LABELS, tmp_path)
     publisher.publish()
     lines = shown(tmp_path)
     both = 'engine="0",model_name="tiny"'
@@ -57,14 +57,14 @@ def test_counters_become_series(tmp_path: Path, stats: DraftingStats) -> None:
         f'specplug_store_hits_total{{{both},store="code"}} 3.0',
     ):
         assert line in lines
-    assert sum(line.startswith("# TYPE ") for line in lines) == len(metrics.ALL_SERIES)
+    assert sum(line.startswith("# TYPE ") for line in lines) == len(series.ALL_SERIES)
     publisher.close()
     assert shown(tmp_path) == []
 
 
 def test_every_engine_has_lines_of_its_own(tmp_path: Path, stats: DraftingStats) -> None:
     for engine in ("0", "1"):
-        metrics.Publisher(stats.to_dict, {**LABELS, "engine": engine}, tmp_path).publish()
+        files.Publisher(stats.to_dict, {**LABELS, "engine": engine}, tmp_path).publish()
     lines = [line for line in shown(tmp_path) if line.startswith("specplug_steps_total")]
     assert [line.partition("}")[0] for line in lines] == [
         f'specplug_steps_total{{engine="{engine}",model_name="tiny"' for engine in ("0", "1")
@@ -78,10 +78,10 @@ def test_what_is_no_file_of_ours_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_was_killed_is_forgotten(tmp_path: Path, stats: DraftingStats) -> None:
-    publisher = metrics.Publisher(stats.to_dict, LABELS, tmp_path)
+    publisher = files.Publisher(stats.to_dict, LABELS, tmp_path)
     publisher.publish()
     (path,) = tmp_path.glob("*.json")
-    long_ago = time.time() - metrics.STALE_S - 10
+    long_ago = time.time() - files.STALE_S - 10
     os.utime(path, (long_ago, long_ago))
     assert shown(tmp_path) == []
     publisher.publish()  # nothing new, but alive
@@ -90,7 +90,7 @@ def test_a_worker_that_was_killed_is_forgotten(tmp_path: Path, stats: DraftingSt
 
 def test_several_api_servers_show_the_same(tmp_path: Path, stats: DraftingStats) -> None:
     # They have a registry for every answer, filled from files of prometheus_client.
-    metrics.Publisher(stats.to_dict, LABELS, tmp_path).publish()
+    files.Publisher(stats.to_dict, LABELS, tmp_path).publish()
     program = (
         "from prometheus_client import CollectorRegistry, generate_latest, multiprocess\n"
         "from vllm_specplug.hooks.metrics import hide_metrics, show_metrics\n"
@@ -104,7 +104,7 @@ def test_several_api_servers_show_the_same(tmp_path: Path, stats: DraftingStats)
     (tmp_path / "theirs").mkdir()
     environment = {
         **os.environ,
-        metrics.FOLDER_VARIABLE: str(tmp_path),
+        files.FOLDER_VARIABLE: str(tmp_path),
         "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "theirs"),
     }
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
@@ -113,12 +113,12 @@ def test_several_api_servers_show_the_same(tmp_path: Path, stats: DraftingStats)
 
 def test_the_reference_is_that_of_the_code() -> None:
     page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
-    table = metrics.reference()
+    table = series.reference()
     assert table in page, f"docs/metrics.md: put this in place of its table:\n{table}"
 
 
 def test_only_changes_are_written(tmp_path: Path, stats: DraftingStats) -> None:
-    publisher = metrics.Publisher(stats.to_dict, LABELS, tmp_path)
+    publisher = files.Publisher(stats.to_dict, LABELS, tmp_path)
     publisher.publish()
     (path,) = tmp_path.glob("*.json")
     first = path.stat().st_ino
@@ -130,13 +130,13 @@ def test_only_changes_are_written(tmp_path: Path, stats: DraftingStats) -> None:
 
 
 def test_a_thread_publishes(tmp_path: Path, stats: DraftingStats, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "INTERVAL_S", 0.01)
-    publisher = metrics.Publisher(stats.to_dict, LABELS, tmp_path)
+    monkeypatch.setattr(files, "INTERVAL_S", 0.01)
+    publisher = files.Publisher(stats.to_dict, LABELS, tmp_path)
     publisher.start()
     try:
         stats.steps = 99
         end = time.monotonic() + 10
-        while next(metrics.read(tmp_path))[1]["steps"] != 99:
+        while next(files.read(tmp_path))[1]["steps"] != 99:
             assert time.monotonic() < end
             time.sleep(0.01)
     finally:
@@ -146,7 +146,7 @@ def test_a_thread_publishes(tmp_path: Path, stats: DraftingStats, monkeypatch: p
 def test_trouble_ends_publishing_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(metrics, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(files, "INTERVAL_S", 0.01)
     calls: list[int] = []
 
     def snapshot() -> dict[str, Any]:
@@ -157,7 +157,7 @@ def test_trouble_ends_publishing_and_nothing_else(
             raise OSError("disk full")
         return {"steps": len(calls)}
 
-    publisher = metrics.Publisher(snapshot, LABELS, tmp_path)
+    publisher = files.Publisher(snapshot, LABELS, tmp_path)
     publisher.start()
     publisher._thread.join(10)
     assert not publisher._thread.is_alive()
@@ -168,20 +168,20 @@ def test_trouble_ends_publishing_and_nothing_else(
 def test_the_folder_goes_with_its_process(tmp_path: Path) -> None:
     program = "from vllm_specplug import metrics; print(metrics.open_folder()); print(metrics.open_folder())"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    environment.pop(metrics.FOLDER_VARIABLE, None)
+    environment.pop(files.FOLDER_VARIABLE, None)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     first, second = done.stdout.split()
     assert first == second
     assert Path(first).parent == tmp_path
     assert not Path(first).exists()
-    given = {**environment, metrics.FOLDER_VARIABLE: str(tmp_path / "given")}
+    given = {**environment, files.FOLDER_VARIABLE: str(tmp_path / "given")}
     subprocess.run([sys.executable, "-c", program], env=given, check=True, capture_output=True)
     assert (tmp_path / "given").is_dir()
 
 
 def test_the_dashboard_asks_for_series_that_there_are() -> None:
     dashboard = json.loads((Path(__file__).parents[1] / "examples" / "grafana" / "specplug.json").read_text())
-    known = {f"{each.name}_total" if each.kind == "counter" else each.name for each in metrics.ALL_SERIES}
+    known = {f"{each.name}_total" if each.kind == "counter" else each.name for each in series.ALL_SERIES}
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     asked = set(re.findall(r"specplug_\w+", " ".join(queries)))
     assert len(asked) > 10

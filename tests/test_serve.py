@@ -22,7 +22,7 @@ import pytest
 
 from vllm_specplug.corpus import held_out_prompts
 from vllm_specplug.engines.environment import CPU_DISTRIBUTION, answer_for_cpu_wheel
-from vllm_specplug.metrics import ALL_SERIES
+from vllm_specplug.metrics.series import ALL_SERIES
 from vllm_specplug.tiny_models import target_path
 
 START_TIMEOUT_S = 600

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_specplug import metrics
 from vllm_specplug.hooks import seam_list, seams
 from vllm_specplug.log import logger
+from vllm_specplug.metrics import bridge, files, series
 
 _patches = seams.Patches()
-_collector: metrics.Collector | None = None
-_bridge: metrics.RayBridge | None = None
+_collector: files.Collector | None = None
+_bridge: bridge.RayBridge | None = None
 
 
 def show_metrics() -> None:
@@ -24,17 +24,17 @@ def show_metrics() -> None:
     try:
         from prometheus_client import REGISTRY
 
-        folder = metrics.open_folder()
+        folder = files.open_folder()
         owner = f"{socket.gethostname()}/{os.getpid()}"
-        os.environ[metrics.OWNER_VARIABLE] = owner
+        os.environ[files.OWNER_VARIABLE] = owner
         if _bridge is None and _is_under_ray():
-            started = metrics.RayBridge(folder, owner)
+            started = bridge.RayBridge(folder, owner)
             started.start()
             _bridge = started
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             _patches.install(seam_list.METRICS_SEAMS, {"MultiProcessCollector.collect": _collect})
         if _collector is None:
-            collector = metrics.Collector(folder)
+            collector = files.Collector(folder)
             REGISTRY.register(collector)
             _collector = collector
     except Exception as error:
@@ -57,19 +57,19 @@ def hide_metrics() -> None:
 
 def _collect(original: Callable[[Any], Any], collector: Any) -> list[Any]:
     """With several API servers the files of ``prometheus_client`` are all that is shown: ours join them."""
-    return [*original(collector), *metrics.Collector(metrics.open_folder()).collect()]
+    return [*original(collector), *files.Collector(files.open_folder()).collect()]
 
 
-def publish_metrics(snapshot: Callable[[], metrics.Snapshot], vllm_config: Any) -> None:
+def publish_metrics(snapshot: Callable[[], series.Snapshot], vllm_config: Any) -> None:
     """This worker's counters go where they are looked for, from now until it ends."""
-    folder = os.environ.get(metrics.FOLDER_VARIABLE)
+    folder = os.environ.get(files.FOLDER_VARIABLE)
     name = vllm_config.model_config.served_model_name
     labels = {
         "model_name": str(name[0] if isinstance(name, list) else name),
         "engine": str(vllm_config.parallel_config.data_parallel_index),
     }
     try:
-        publisher = metrics.Publisher(snapshot, labels, Path(folder) if folder else None, ray=_tells_ray())
+        publisher = files.Publisher(snapshot, labels, Path(folder) if folder else None, ray=_tells_ray())
         publisher.start()
     except Exception:
         logger.exception("specplug's metrics are not published")

@@ -1,0 +1,1 @@
+"""Counters of this plugin as Prometheus series."""

@@ -1,0 +1,161 @@
+"""Counters where operators look: ``specplug_...`` series beside vLLM's own on ``/metrics``, or on Ray's exporter.
+
+Proposers work in vLLM's worker, and another process answers ``/metrics``. So the worker leaves its counters in a small
+file, at most once a second and only where they changed (:class:`Publisher`), and the process that is asked reads the
+files of all workers (:class:`Collector`). Nothing of this is in the way of a step. Knows no vLLM.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_specplug.log import logger
+from vllm_specplug.metrics.on_ray import RaySeries
+from vllm_specplug.metrics.series import Snapshot, rows
+
+FOLDER_VARIABLE = "SPECPLUG_METRICS_DIR"
+"""Environment variable with the folder of the files: set by the process that reads the configuration, inherited."""
+OWNER_VARIABLE = "SPECPLUG_METRICS_OWNER"
+"""Environment variable that names the process whose workers these are, where several share a folder; inherited."""
+INTERVAL_S = 1.0
+STALE_S = 60.0
+"""A file that was not touched for so long belongs to a worker that was killed."""
+
+
+def open_folder() -> Path:
+    """The folder that workers started by this process will write to; made, and removed at exit, unless it is given."""
+    given = os.environ.get(FOLDER_VARIABLE)
+    if given:
+        folder = Path(given)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    folder = Path(tempfile.mkdtemp(prefix="specplug-metrics-"))
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not in a forked child
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+class Publisher:
+    """Leaves a worker's counters where others find them, from a thread of its own.
+
+    Args:
+        snapshot: gives the counters.
+        labels: of every series of this worker, such as the model's name.
+        folder: for the file; None writes none.
+        ray: True sets series of ``ray.util.metrics`` from here: nobody else does it.
+    """
+
+    def __init__(
+        self, snapshot: Callable[[], Snapshot], labels: Mapping[str, str], folder: Path | None, ray: bool = False
+    ) -> None:
+        self._snapshot = snapshot
+        self._labels = dict(labels)
+        self._path = None if folder is None else folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.json"
+        self._ray = RaySeries() if ray else None
+        self._last: str | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="specplug-metrics", daemon=True)
+
+    def start(self) -> None:
+        """Publish now and from here on."""
+        self.publish()
+        self._thread.start()
+
+    def publish(self) -> None:
+        """Write the counters where they changed. Trouble is told once in the log and ends publishing, no more."""
+        snapshot = self._snapshot()
+        owner = "" if self._ray else os.environ.get(OWNER_VARIABLE, "")
+        text = json.dumps({"labels": self._labels, "owner": owner, "snapshot": snapshot})
+        if text == self._last:
+            if self._path is not None:
+                self._path.touch()  # alive, only idle
+            return
+        if self._path is not None:
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text(text)
+            temporary.replace(self._path)
+        if self._ray is not None:
+            self._ray.set("", self._labels, snapshot)
+        self._last = text
+
+    def close(self) -> None:
+        """Stop, and take the counters away: an engine that is gone has none."""
+        self._stop.set()
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+
+    def _run(self) -> None:
+        while not self._stop.wait(INTERVAL_S):
+            try:
+                self.publish()
+            except RuntimeError:
+                continue  # a dictionary changed while it was read; the next time will do
+            except Exception:
+                logger.exception("specplug's metrics are no longer published")
+                return
+
+
+class Collector:
+    """Reads what workers left, whenever Prometheus asks; for ``prometheus_client``'s registries.
+
+    Args:
+        folder: of the files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterable[Any]:
+        """The metric families, all of them even before the first step."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        found = sorted(read(self._folder), key=lambda each: sorted(each[0].items()))
+        labels = sorted({name for worker, _ in found for name in worker})
+        families: dict[str, Any] = {}
+        for worker, snapshot in found:
+            for series, more, value in rows(snapshot):
+                names = [*labels, *more]
+                if series.name not in families:
+                    make = CounterMetricFamily if series.kind == "counter" else GaugeMetricFamily
+                    families[series.name] = make(series.name, series.help, labels=names)
+                families[series.name].add_metric([*(worker.get(name, "") for name in labels), *more.values()], value)
+        return families.values()
+
+    def describe(self) -> Iterable[Any]:
+        """Nothing: a registry need not collect to know that these names are new."""
+        return []
+
+
+def read(folder: Path) -> Iterator[tuple[dict[str, str], Snapshot]]:
+    """(labels, counters) of every worker that is alive."""
+    for _, found in read_files(folder):
+        yield found["labels"], found["snapshot"]
+
+
+def read_files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, contents) of every file of a worker that is alive."""
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it went away, or is no file of ours
+            if time.time() - path.stat().st_mtime > STALE_S:
+                continue
+            found = json.loads(path.read_text())
+            if {"labels", "snapshot"} <= found.keys():
+                yield path.name, found
