@@ -33,14 +33,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from vllm_specplug.proposers.base import (
-    DraftBatch,
-    Drafts,
-    check_option_names,
-    check_probability,
-    check_switch,
-    kernel_input,
-)
+from vllm_specplug.proposers.base import DraftBatch, Drafts, kernel_input
+from vllm_specplug.proposers.options import check_option_names, check_probability, check_switch
 
 DEFAULT_OPTIONS: Mapping[str, int | float | bool] = {
     "gate": True,

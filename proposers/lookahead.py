@@ -31,13 +31,11 @@ from vllm_specplug.proposers.base import (
     Proposer,
     ProposerContext,
     Verified,
-    check_number,
-    check_option_names,
-    check_switch,
-    check_whole,
     kernel_input,
 )
-from vllm_specplug.proposers.jacobi import (
+from vllm_specplug.proposers.options import check_number, check_option_names, check_switch, check_whole
+from vllm_specplug.proposers.prompt_queue import LEARNED_PER_STEP, PromptQueue
+from vllm_specplug.proposers.windows import (
     FILL,
     KIND_CONFIDENCE,
     Observed,
@@ -46,7 +44,6 @@ from vllm_specplug.proposers.jacobi import (
     align_window,
     fill_token,
 )
-from vllm_specplug.proposers.recycling import LEARNED_PER_STEP, PromptQueue
 from vllm_specplug.samplers.noise import noise_of, noisy_score
 
 DEFAULT_OPTIONS: Mapping[str, int | float | bool] = {

@@ -18,16 +18,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from vllm_specplug.proposers.base import (
-    DraftBatch,
-    Drafts,
-    Proposer,
-    ProposerContext,
-    check_option_names,
-    check_probability,
-    check_whole,
-    kernel_input,
-)
+from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, kernel_input
+from vllm_specplug.proposers.options import check_option_names, check_probability, check_whole
 
 DEFAULT_OPTIONS: Mapping[str, int | float] = {
     "min_match": 1,

@@ -21,19 +21,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from vllm_specplug.proposers.base import (
-    DraftBatch,
-    Drafts,
-    Proposer,
-    ProposerContext,
-    Verified,
-    check_number,
-    check_option_names,
-    check_switch,
-    check_whole,
-    kernel_input,
-)
-from vllm_specplug.proposers.jacobi import Observed
+from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, kernel_input
+from vllm_specplug.proposers.options import check_number, check_option_names, check_switch, check_whole
+from vllm_specplug.proposers.prompt_queue import LEARNED_PER_STEP, PromptQueue
+from vllm_specplug.proposers.windows import Observed
 from vllm_specplug.samplers.noise import noise_of, noisy_score
 
 DEFAULT_OPTIONS: Mapping[str, int | float | bool] = {"successors": 8, "learn_prompt": True, "sharpness": 1.6}
@@ -48,8 +39,6 @@ FADE = 0.9
 """Factor of a token's weights whenever one of its successors is seen."""
 REJECTED_WEIGHT = 0.3
 """Weight of a token that the target chose behind a rejected draft token; that of all others is 1."""
-LEARNED_PER_STEP = 4096
-"""Most prompt tokens learned in one step, and of one prompt (its end counts)."""
 
 
 @njit(cache=True, nogil=True)
@@ -150,40 +139,6 @@ def _draft_batch(  # type: ignore[no-untyped-def]
             out_tokens[i, depth] = token
             depth += 1
         out_num_tokens[i] = depth
-
-
-class PromptQueue:
-    """Hands out the text of each request once, so much a step at most; the others come later.
-
-    Args:
-        limit: tokens a step, and of one request: of a longer text the end.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._done: set[str] = set()
-
-    def take(self, batch: DraftBatch) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None:
-        """(place in the batch, begin, end) of each text that is due, as arrays for a kernel; None where none is."""
-        new = [index for index, request_id in enumerate(batch.request_ids) if request_id not in self._done]
-        if not new:
-            return None
-        left = self._limit
-        taken = []
-        for index in new:
-            size = min(int(batch.num_tokens[index]), self._limit)
-            if size > left:
-                break
-            left -= size
-            taken.append(index)
-        self._done.update(batch.request_ids[index] for index in taken)
-        ends = batch.num_tokens[taken]
-        begins = np.maximum(ends - self._limit, 0)
-        return np.array(taken, dtype=np.int64), kernel_input(begins, np.int64), kernel_input(ends, np.int64)
-
-    def finish(self, request_ids: Sequence[str]) -> None:
-        """These requests are over."""
-        self._done.difference_update(request_ids)
 
 
 class RecyclingProposer(Proposer):

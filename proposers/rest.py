@@ -42,12 +42,9 @@ from vllm_specplug.proposers.base import (
     Proposer,
     ProposerContext,
     StoreStats,
-    check_number,
-    check_option_names,
-    check_probability,
-    check_whole,
     kernel_input,
 )
+from vllm_specplug.proposers.options import check_number, check_option_names, check_probability, check_whole
 from vllm_specplug.proposers.tree import (
     BRANCH_SHARE,
     MAX_BRANCHES,

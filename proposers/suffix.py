@@ -55,18 +55,8 @@ from vllm_specplug.proposers.automaton import (
     rehash,
     step,
 )
-from vllm_specplug.proposers.base import (
-    TENANT_OPTION,
-    DraftBatch,
-    Drafts,
-    Proposer,
-    ProposerContext,
-    check_number,
-    check_option_names,
-    check_probability,
-    check_whole,
-    kernel_input,
-)
+from vllm_specplug.proposers.base import TENANT_OPTION, DraftBatch, Drafts, Proposer, ProposerContext, kernel_input
+from vllm_specplug.proposers.options import check_number, check_option_names, check_probability, check_whole
 from vllm_specplug.proposers.tree import BRANCH_SHARE, MAX_BRANCHES, TAKEN, limit_siblings, most_promising, place_for
 from vllm_specplug.samplers.noise import noise_of, noisy_score
 

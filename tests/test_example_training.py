@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext, Verified
-from vllm_specplug.proposers.jacobi import JacobiProposer, fill_token
+from vllm_specplug.proposers.jacobi import JacobiProposer
+from vllm_specplug.proposers.windows import fill_token
 from vllm_specplug.samplers.gumbel import gumbel_noise
 from vllm_specplug.tiny_models import draft_path, target_path
 

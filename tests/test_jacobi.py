@@ -9,7 +9,8 @@ import pytest
 
 from vllm_specplug.proposers import DraftBatch, ProposerContext
 from vllm_specplug.proposers.base import Verified
-from vllm_specplug.proposers.jacobi import FIRST_SLOTS, JacobiProposer, fill_token
+from vllm_specplug.proposers.jacobi import JacobiProposer
+from vllm_specplug.proposers.windows import FIRST_SLOTS, fill_token
 
 K = 8
 Target = Callable[[Sequence[int]], int]
@@ -242,12 +243,12 @@ def test_memory_is_flat_over_many_requests():
 
 
 def test_warm_up_leaves_nothing_and_compiles_what_is_used():
-    from vllm_specplug.proposers import jacobi
+    from vllm_specplug.proposers import jacobi, windows
 
     proposer = proposer_with()
     proposer.warm_up()
     assert len(proposer._windows) == 0
-    kernels = jacobi._draft_batch, jacobi.advance_windows
+    kernels = jacobi._draft_batch, windows.advance_windows
     compiled = [len(kernel.signatures) for kernel in kernels]
     draft = draft_of(proposer, [1, 2, 3])
     proposer.observe(Verified(["a", "b"], [draft, []], [[1] * (K + 1), [1]], [1, 1]))

@@ -11,7 +11,7 @@ import pytest
 
 from vllm_specplug.proposers import DraftBatch, ProposerContext
 from vllm_specplug.proposers.base import TargetNoise, Verified
-from vllm_specplug.proposers.jacobi import FIRST_SLOTS, JacobiProposer
+from vllm_specplug.proposers.jacobi import JacobiProposer
 from vllm_specplug.proposers.lookahead import (
     FADE,
     ORDER_FACTOR,
@@ -19,6 +19,7 @@ from vllm_specplug.proposers.lookahead import (
     LookaheadProposer,
     candidate_confidence,
 )
+from vllm_specplug.proposers.windows import FIRST_SLOTS
 from vllm_specplug.samplers.gumbel import gumbel_noise
 from vllm_specplug.samplers.noise import SPLITMIX, splitmix_keys
 

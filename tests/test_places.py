@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_specplug.proposers.base import Drafts
-from vllm_specplug.proposers.places import Places, comb, first_confidence, other_confidence
+from vllm_specplug.proposers.comb import Places, comb, first_confidence, other_confidence
 
 
 def made(tokens: list[list[list[int]]], scores: list[list[list[float]]]) -> tuple[np.ndarray, np.ndarray, Places]:

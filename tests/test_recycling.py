@@ -12,7 +12,8 @@ import pytest
 
 from vllm_specplug.proposers import DraftBatch, ProposerContext
 from vllm_specplug.proposers.base import TargetNoise, Verified
-from vllm_specplug.proposers.recycling import FADE, LEARNED_PER_STEP, REJECTED_WEIGHT, PromptQueue, RecyclingProposer
+from vllm_specplug.proposers.prompt_queue import LEARNED_PER_STEP, PromptQueue
+from vllm_specplug.proposers.recycling import FADE, REJECTED_WEIGHT, RecyclingProposer
 from vllm_specplug.samplers.gumbel import gumbel_noise
 from vllm_specplug.samplers.noise import SPLITMIX, splitmix_keys
 

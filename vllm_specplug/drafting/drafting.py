@@ -29,8 +29,8 @@ from vllm_specplug.proposers.base import (
     Verified,
     read_only,
 )
+from vllm_specplug.proposers.comb import Places, comb
 from vllm_specplug.proposers.ensemble import Ensemble
-from vllm_specplug.proposers.places import Places, comb
 from vllm_specplug.settings import registry
 from vllm_specplug.settings.model import Settings
 

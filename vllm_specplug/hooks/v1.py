@@ -36,7 +36,7 @@ from vllm_specplug.hooks.marks import is_coupled
 from vllm_specplug.hooks.metrics import publish_metrics
 from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
-from vllm_specplug.proposers.places import Places
+from vllm_specplug.proposers.comb import Places
 from vllm_specplug.samplers import list_matching, minhash
 from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal, probabilities
 from vllm_specplug.samplers.gumbel import SeedStream
