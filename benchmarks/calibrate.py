@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from vllm_specplug import corpus
 from vllm_specplug.proposers import ngram, rest
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext
-from vllm_specplug.proposers.ensemble import Ensemble
+from vllm_specplug.proposers.ensemble.ensemble import Ensemble
 from vllm_specplug.proposers.ngram import NgramProposer, match_confidence
 from vllm_specplug.proposers.rest import RestProposer, vote_confidence
 from vllm_specplug.stores.format import tokenizer_fingerprint

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from vllm_specplug.errors import SpecplugError
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified
-from vllm_specplug.proposers.ensemble import Ensemble
+from vllm_specplug.proposers.ensemble.ensemble import Ensemble
 from vllm_specplug.settings.model import ProposerSettings, parse_settings
 from vllm_specplug.stores.format import tokenizer_fingerprint
 from vllm_specplug.stores.writer import DatastoreWriter

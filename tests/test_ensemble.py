@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from vllm_specplug.proposers import DraftBatch, Drafts
-from vllm_specplug.proposers import ensemble as ensemble_module
-from vllm_specplug.proposers.ensemble import Ensemble, StepCosts, _Tree, cut_to_what_pays
+from vllm_specplug.proposers.ensemble import estimate as ensemble_module
+from vllm_specplug.proposers.ensemble import forks
+from vllm_specplug.proposers.ensemble.costs import StepCosts, cut_to_what_pays
+from vllm_specplug.proposers.ensemble.ensemble import Ensemble
+from vllm_specplug.proposers.ensemble.forks import Tree
 
 K = 4
 
@@ -452,9 +455,9 @@ def test_forks_equal_a_plain_form(random: np.random.Generator) -> None:
             trees[best].chance.update(own)
             forks, rows, expected = forks + 1, rows + len(own), expected + accepted
         one = forking(num_members, max_chains)
-        got: list[_Tree] = []
+        got: list[Tree] = []
 
-        def spy(tree: _Tree, *_: object, costs: tuple[float, float, float] = (scale, row_cost, fork_cost)) -> int:
+        def spy(tree: Tree, *_: object, costs: tuple[float, float, float] = (scale, row_cost, fork_cost)) -> int:
             got.append(tree)  # noqa: B023
             return tree.grow(*costs, takes_all=False)
 
@@ -821,7 +824,7 @@ def test_a_fork_that_costs_more_than_it_brings_is_left_out() -> None:
 def test_kernels_of_forks_are_compiled_before_the_first_request(random: np.random.Generator) -> None:
     one = forking(2, 3)
     one.warm_up()
-    kernels = (ensemble_module._grow, ensemble_module._attribute, ensemble_module._combine, ensemble_module._learn)
+    kernels = (forks._grow, forks.attribute, ensemble_module.combine_drafts, ensemble_module.learn)
     before = [len(kernel.signatures) for kernel in kernels]
     drafts, _ = one.combine(batch_of(4), members_of(random, 2, 4), 4, 3)
     several = {index: chains_of(drafts, index) for index in range(4) if len(chains_of(drafts, index)) > 1}

@@ -35,7 +35,7 @@ from vllm_specplug import __version__
 from vllm_specplug.drafting.answers import well_formed
 from vllm_specplug.errors import ConfigurationError, DatastoreError, SpecplugError
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, read_only
-from vllm_specplug.proposers.ensemble import Ensemble
+from vllm_specplug.proposers.ensemble.ensemble import Ensemble
 from vllm_specplug.settings import registry
 from vllm_specplug.settings.model import (
     DEFAULT_SPECULATIVE_TOKENS,

@@ -30,7 +30,7 @@ from vllm_specplug.proposers.base import (
     read_only,
 )
 from vllm_specplug.proposers.comb import Places, comb
-from vllm_specplug.proposers.ensemble import Ensemble
+from vllm_specplug.proposers.ensemble.ensemble import Ensemble
 from vllm_specplug.settings import registry
 from vllm_specplug.settings.model import Settings
 

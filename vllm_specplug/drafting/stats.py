@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vllm_specplug.proposers.base import StoreStats
-from vllm_specplug.proposers.ensemble import EnsembleStats
+from vllm_specplug.proposers.ensemble.stats import EnsembleStats
 
 
 @dataclass

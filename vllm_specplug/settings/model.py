@@ -162,7 +162,7 @@ class Settings(BaseModel):
             if name != ENSEMBLE:
                 registry.proposer_class(name)
         if self.ensemble_options:
-            from vllm_specplug.proposers.ensemble import check_options  # numba takes its time to import
+            from vllm_specplug.proposers.ensemble.ensemble import check_options  # numba takes its time to import
 
             check_options(self.ensemble_options)
         if repeated := {name for name in names if names.count(name) > 1}:

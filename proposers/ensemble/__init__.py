@@ -1,0 +1,1 @@
+"""Several proposers as one: the drafts that promise most, as long as they pay."""
