@@ -27,11 +27,13 @@ from numba import njit
 from numpy.typing import NDArray
 
 from vllm_specplug import corpus
-from vllm_specplug.proposers import ngram, rest
+from vllm_specplug.proposers import ngram
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext
 from vllm_specplug.proposers.ensemble.ensemble import Ensemble
 from vllm_specplug.proposers.ngram import NgramProposer, match_confidence
-from vllm_specplug.proposers.rest import RestProposer, vote_confidence
+from vllm_specplug.proposers.rest import proposer as rest
+from vllm_specplug.proposers.rest.confidence import vote_confidence
+from vllm_specplug.proposers.rest.proposer import RestProposer
 from vllm_specplug.stores.format import tokenizer_fingerprint
 from vllm_specplug.stores.search import search_batch, spread_candidates
 from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of

@@ -37,7 +37,7 @@ from lookup import CONTEXT_TOKENS, MAX_DRAFT, held_out_tokens
 
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.rest import RestProposer
+from vllm_specplug.proposers.rest.proposer import RestProposer
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.merge import merge
 from vllm_specplug.stores.shards import publish, shard_of, writing

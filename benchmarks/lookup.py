@@ -25,7 +25,7 @@ from vllm_specplug import corpus
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
 from vllm_specplug.proposers.ngram import NgramProposer
-from vllm_specplug.proposers.rest import RestProposer
+from vllm_specplug.proposers.rest.proposer import RestProposer
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.format import tokenizer_fingerprint
 from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 from vllm_specplug.drafting.store_switch import StoreSwitch
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.rest import RestProposer
+from vllm_specplug.proposers.rest.proposer import RestProposer
 from vllm_specplug.reloading import ReloadError, reload_stores
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.format import shards_folder

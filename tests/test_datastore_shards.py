@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.rest import RestProposer
+from vllm_specplug.proposers.rest.proposer import RestProposer
 from vllm_specplug.stores import merge as datastore_shards
 from vllm_specplug.stores.datastore import Datastore, store_files
 from vllm_specplug.stores.format import shards_folder

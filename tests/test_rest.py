@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_specplug.errors import DatastoreError
-from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext, TargetNoise, rest
+from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext, TargetNoise
 from vllm_specplug.proposers.base import STORES_OPTION, expected_accepted
-from vllm_specplug.proposers.rest import RestProposer
+from vllm_specplug.proposers.rest import confidence, drafts
+from vllm_specplug.proposers.rest import proposer as rest
+from vllm_specplug.proposers.rest.proposer import RestProposer
 from vllm_specplug.samplers.gumbel import gumbel_noise, murmur_gumbel_noise
 from vllm_specplug.samplers.noise import MURMUR, SPLITMIX, murmur_keys, splitmix_keys
 from vllm_specplug.stores.writer import DatastoreWriter
@@ -431,21 +433,21 @@ def test_limits_of_each_request(tmp_path):
 def test_other_kinds_of_arrays_need_no_compilation(tmp_path):
     proposer = proposer_for(write_store(tmp_path, [[0, 1, 2, 3] * 8]), min_confidence=0.0)
     proposer.warm_up()
-    compiled = len(rest.draft_batch.signatures)
+    compiled = len(drafts.draft_batch.signatures)
     batch = DraftBatch.from_contexts([[0, 1]], 2)
     batch.token_ids.flags.writeable = False
     batch = dataclasses.replace(batch, rows=batch.rows.astype(np.int32), num_tokens=np.array([2, 9])[::2])
     assert proposer.propose(batch).token_ids.tolist() == [[2, 3]]
     noise = TargetNoise(SPLITMIX, np.zeros((4, 2), dtype=np.uint64)[::4], np.ones(1, dtype=np.float32))
     assert proposer.propose(dataclasses.replace(batch, noise=noise)).token_ids.tolist() == [[2, 3]]
-    assert len(rest.draft_batch.signatures) == compiled
+    assert len(drafts.draft_batch.signatures) == compiled
 
 
 def test_warm_up_compiles_for_every_store(tmp_path):
     proposer = with_stores({"code": write_store(tmp_path, [[0, 1]]), "tickets": write_store(tmp_path, [[0, 2]])})
     proposer.warm_up()
     kernels = (
-        rest.draft_batch, rest.draft_batch_parallel, rest._take_if_further, rest.draft_batch_trees, rest.merge_trees,
+        drafts.draft_batch, drafts.draft_batch_parallel, drafts.take_if_further, drafts.draft_batch_trees, rest.merge_trees,
     )  # fmt: skip
     compiled = [len(kernel.signatures) for kernel in kernels]
     assert all(compiled)
@@ -471,7 +473,7 @@ def test_drafts_of_one_step_outlive_the_next(tmp_path):
 
 
 def test_confidence_grows_with_evidence():
-    confidence = rest.vote_confidence
+    confidence = confidence.vote_confidence
     assert confidence(4, 1, 1) == pytest.approx(0.30, abs=0.005)
     assert confidence(4, 8, 8) == pytest.approx(0.78, abs=0.005)
     assert confidence(4, 4, 8) == pytest.approx(0.25, abs=0.005)
@@ -671,8 +673,8 @@ def test_with_chains_enough_every_continuation_is_a_path(tmp_path, rng):
 def test_where_the_first_chain_ends_others_go_on(tmp_path):
     """At "0" the chance falls below the limit of first chains, and stays above that of further ones."""
     path = write_store(tmp_path, [[3, 0, 1]] * 3 + [[3, 1, 2]] * 2)
-    chance = rest.vote_confidence(1, 3, 5)
-    after = chance * rest.vote_confidence(2, 3, 3)
+    chance = confidence.vote_confidence(1, 3, 5)
+    after = chance * confidence.vote_confidence(2, 3, 3)
     proposer = proposer_for(path, 2, min_confidence=(chance + after) / 2)
     batch = DraftBatch.from_contexts([[3]], 2)
     assert paths_of(proposer.propose(batch), 0) == [(0,)]

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from vllm_specplug import corpus
 from vllm_specplug.proposers import DraftBatch, ProposerContext
-from vllm_specplug.proposers.rest import RestProposer, vote_confidence
+from vllm_specplug.proposers.rest.confidence import vote_confidence
+from vllm_specplug.proposers.rest.proposer import RestProposer
 from vllm_specplug.stores.writer import DatastoreWriter
 from vllm_specplug.tiny_models import target_path
 
@@ -35,15 +36,15 @@ with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         pytest.importorskip("triton", reason="Triton is not installed")
         importlib.import_module("triton.experimental.gluon")  # which Triton itself imports late
-    from vllm_specplug.proposers import rest_device
-    from vllm_specplug.proposers.rest_device import DeviceRest, confidence_table
+    from vllm_specplug.proposers.rest import device
+    from vllm_specplug.proposers.rest.device import DeviceRest, confidence_table
 
 fresh_names = itertools.count()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels_run_here() -> None:
-    compiled = isinstance(rest_device.tl.sum, rest_device.triton.JITFunction)
+    compiled = isinstance(device.tl.sum, device.triton.JITFunction)
     assert compiled == (DEVICE == "cuda"), "Triton was imported before this module chose compiler or interpreter"
 
 
@@ -244,9 +245,9 @@ def test_device_memory(tmp_path):
 
 
 def test_pieces_of_an_upload_are_put_together(monkeypatch):
-    monkeypatch.setattr(rest_device, "UPLOAD_BYTES", 12)
+    monkeypatch.setattr(device, "UPLOAD_BYTES", 12)
     for array in (np.arange(100, dtype=np.uint32), np.arange(6, dtype=np.uint16), np.zeros(0, dtype=np.uint32)):
-        assert np.array_equal(rest_device._upload(array, torch.device(DEVICE)).cpu().numpy(), array)
+        assert np.array_equal(device._upload(array, torch.device(DEVICE)).cpu().numpy(), array)
 
 
 def test_confidence_table_holds_what_the_host_computes():
@@ -288,7 +289,7 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from vllm_specplug.proposers import ProposerContext
-from vllm_specplug.proposers.rest_device import NUM_WARPS, DeviceRest, _draft_kernel
+from vllm_specplug.proposers.rest.device import NUM_WARPS, DeviceRest, _draft_kernel
 
 pointers = dict(
     tokens="*u16", positions="*u32", segments="*i64", confidences="*fp64", min_confidence="*fp64", token_ids="*i32",

@@ -21,7 +21,7 @@ from rich.text import Text
 from vllm_specplug.cli.clusters import connect, released
 from vllm_specplug.errors import ConfigurationError, DatastoreError
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.rest import RestProposer
+from vllm_specplug.proposers.rest.proposer import RestProposer
 from vllm_specplug.ray.environment import require_ray
 from vllm_specplug.stores.building import (
     Plan,

@@ -235,7 +235,7 @@ class DeviceDrafting:
     """
 
     def __init__(self, context: ProposerContext, device: torch.device, req_states: Any) -> None:
-        from vllm_specplug.proposers.rest_device import DeviceRest
+        from vllm_specplug.proposers.rest.device import DeviceRest
 
         try:
             self.proposer = DeviceRest(context, device)

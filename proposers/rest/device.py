@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from vllm_specplug.proposers.base import ProposerContext
-from vllm_specplug.proposers.rest import RestProposer, vote_confidence
+from vllm_specplug.proposers.rest.confidence import vote_confidence
+from vllm_specplug.proposers.rest.proposer import RestProposer
 
 try:
     # not typed, and not there at all without CUDA
@@ -32,8 +33,8 @@ try:
     import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 except ImportError as error:
     raise ImportError(
-        "vllm_specplug.proposers.rest_device needs the package triton, which comes with CUDA builds of torch; without "
-        "it, vllm_specplug.proposers.rest drafts the same on the host"
+        "vllm_specplug.proposers.rest.device needs the package triton, which comes with CUDA builds of torch; without "
+        "it, vllm_specplug.proposers.rest.proposer drafts the same on the host"
     ) from error
 
 LARGEST_MAX_MATCH = 256
