@@ -42,7 +42,7 @@ from trajectories import TinyTarget, decode, prompts_of
 from vllm_specplug import corpus
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, TargetNoise
 from vllm_specplug.proposers.rest.proposer import RestProposer
-from vllm_specplug.proposers.suffix import SuffixProposer
+from vllm_specplug.proposers.suffix.proposer import SuffixProposer
 from vllm_specplug.samplers.noise import SPLITMIX, splitmix_keys
 from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
 from vllm_specplug.tiny_models import target_path

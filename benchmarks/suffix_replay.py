@@ -41,9 +41,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from vllm_specplug import corpus
-from vllm_specplug.proposers import automaton, suffix
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.suffix import SuffixProposer
+from vllm_specplug.proposers.suffix import automaton, confidence, drafts
+from vllm_specplug.proposers.suffix.proposer import SuffixProposer
 from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
 
 PROMPT_TOKENS = 200
@@ -320,8 +320,8 @@ def _collect(states, edges, table, sizes, last, text, owner, start, begin, out, 
     Returns:
         (state, position that found no room or the last one, candidates in ``out`` so far).
     """
-    found = np.empty((suffix.MAX_FOUND, 7), dtype=np.int64)
-    scores = np.empty(suffix.MAX_FOUND)
+    found = np.empty((drafts.MAX_FOUND, 7), dtype=np.int64)
+    scores = np.empty(drafts.MAX_FOUND)
     for index in range(start, len(text) - 1):
         after = automaton.extend(states, edges, table, sizes, last, text[index], owner)
         if after < 0:
@@ -330,7 +330,7 @@ def _collect(states, edges, table, sizes, last, text, owner, start, begin, out, 
         if index + 1 < begin:
             continue
         length = np.int64(states[last, automaton.LENGTH])
-        for nth in range(suffix._candidates(states, edges, last, length, 1, owner, 1, 0, found, scores, 0)):
+        for nth in range(drafts.candidates(states, edges, last, length, 1, owner, 1, 0, found, scores, 0)):
             out[count, :7] = found[nth]
             out[count, 7] = found[nth, 0] == text[index + 1]
             out[count, 8] = index
@@ -342,7 +342,7 @@ def collect(history: Sequence[Work], works: Sequence[Work]) -> NDArray[np.int64]
     """Candidates at all positions of all outputs: columns as in ``_candidates``, was it right, number of position."""
     each = automaton.Automaton()
     longest = max(len(tokens) for tokens, _ in [*history, *works])
-    out: NDArray[np.int64] = np.zeros((suffix.MAX_FOUND * longest, 9), dtype=np.int64)
+    out: NDArray[np.int64] = np.zeros((drafts.MAX_FOUND * longest, 9), dtype=np.int64)
     found = []
     num_positions = 0
     for owner, (tokens, num_prompt) in enumerate([*history, *works]):
@@ -383,7 +383,7 @@ def chosen(found: NDArray[np.int64], score: NDArray[np.float64]) -> tuple[NDArra
     best = np.maximum.reduceat(score[order], begin)
     support = np.add.reduceat(logistic(score[order]), begin) - logistic(best)
     tokens = found[order[begin]]
-    order = np.lexsort((-(best + suffix.SUPPORT * support), tokens[:, 8]))
+    order = np.lexsort((-(best + drafts.SUPPORT * support), tokens[:, 8]))
     first = np.diff(tokens[order, 8], prepend=-1) != 0
     chance = np.where(first, 0.0, logistic(best[order]))
     rival = np.maximum.reduceat(chance, np.flatnonzero(first))
@@ -408,9 +408,9 @@ def fit(arguments: argparse.Namespace) -> None:
     rows = []
     for size, found in zip(sizes, others, strict=True):
         new = logistic(chosen(found, score_inputs(found) @ coefficients)[0] @ weights)
-        in_code = np.array([suffix.continuation_score(*row) for row in found[:, [2, 3, 4, 6]]])
+        in_code = np.array([confidence.continuation_score(*row) for row in found[:, [2, 3, 4, 6]]])
         terms, is_right = chosen(found, in_code)
-        chance = np.array([suffix.draft_confidence(*row) for row in terms[:, 1:]])
+        chance = np.array([confidence.draft_confidence(*row) for row in terms[:, 1:]])
         new_right = chosen(found, score_inputs(found) @ coefficients)[1]
         losses = [f"{log_loss(*pair):.4f}" for pair in ((new, new_right), (chance, is_right))]
         tenth = np.minimum((chance * 10).astype(int), 9)

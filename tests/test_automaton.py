@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_specplug.proposers import automaton as module
-from vllm_specplug.proposers.automaton import (
+from vllm_specplug.proposers.suffix import automaton as module
+from vllm_specplug.proposers.suffix.automaton import (
     COUNT,
     LENGTH,
     LINK,

@@ -19,19 +19,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext
-from vllm_specplug.proposers.automaton import COUNT, MORE, TARGET, TOKEN, Automaton, find
 from vllm_specplug.proposers.base import TENANT_OPTION, TargetNoise
-from vllm_specplug.proposers.suffix import (
-    LONG_MATCH,
-    MAX_CANDIDATES,
-    OWN_WEIGHT,
-    SHORTER_SUFFIXES,
-    SUPPORT,
-    SuffixProposer,
-    _Tenant,
-    continuation_score,
-    draft_confidence,
-)
+from vllm_specplug.proposers.suffix.automaton import COUNT, MORE, TARGET, TOKEN, Automaton, find
+from vllm_specplug.proposers.suffix.confidence import continuation_score, draft_confidence
+from vllm_specplug.proposers.suffix.drafts import LONG_MATCH, MAX_CANDIDATES, OWN_WEIGHT, SHORTER_SUFFIXES, SUPPORT
+from vllm_specplug.proposers.suffix.proposer import SuffixProposer
+from vllm_specplug.proposers.suffix.tenants import Tenant
 from vllm_specplug.samplers.noise import SPLITMIX, noise_of, noisy_score, splitmix_keys
 
 VOCAB_SIZE = 250_000
@@ -667,14 +660,14 @@ def test_a_new_tenant_looks_at_few_others(monkeypatch):
     cap = 1 << 20
     proposer = proposer_with(max_history_bytes=cap)
     looked_at = 0
-    reserved_bytes = _Tenant.reserved_bytes
+    reserved_bytes = Tenant.reserved_bytes
 
     def counted(tenant):
         nonlocal looked_at
         looked_at += 1
         return reserved_bytes(tenant)
 
-    monkeypatch.setattr(_Tenant, "reserved_bytes", counted)
+    monkeypatch.setattr(Tenant, "reserved_bytes", counted)
     for nth in range(2000):
         proposer.follow(batch_of({"r": random_text(nth, 10)}, tenants={"r": str(nth)}))
         proposer.finish(["r"])
@@ -879,7 +872,7 @@ KILLED = """
 import sys
 import numpy as np
 from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext
-from vllm_specplug.proposers.suffix import SuffixProposer
+from vllm_specplug.proposers.suffix.proposer import SuffixProposer
 options = {"history_file": sys.argv[1], "save_interval_s": 0.001}
 proposer = SuffixProposer(ProposerContext(250_000, 8, max_num_requests=8, options=options))
 rng = np.random.default_rng(0)
@@ -940,7 +933,7 @@ WARM = """
 from numba.core import event
 from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext
 from vllm_specplug.proposers.base import TargetNoise
-from vllm_specplug.proposers.suffix import SuffixProposer
+from vllm_specplug.proposers.suffix.proposer import SuffixProposer
 import dataclasses
 import numpy as np
 proposer = SuffixProposer(ProposerContext(1000, 8, max_num_requests=8, options={"max_history_bytes": 1 << 20}))

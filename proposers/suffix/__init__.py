@@ -1,0 +1,1 @@
+"""Drafts from the history of this and earlier requests, in suffix automata."""

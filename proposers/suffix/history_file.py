@@ -1,0 +1,183 @@
+"""History that outlives the process: written in a thread of its own, read at start-up."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import zipfile
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_specplug.log import logger
+
+FILE_FORMAT = "specplug-history-1"
+
+
+class HistoryFile:
+    """Texts of finished requests on disk; the newest stay. Written by a thread of its own, whole, then renamed.
+
+    An ``.npz`` archive of: ``header``, JSON as bytes (format, vocab_size, tenants); ``tokens`` int32, all texts one
+    after the other, the oldest first; ``lengths`` int64 and ``tenants`` int32, one a text.
+    """
+
+    def __init__(self, path: Path, vocab_size: int, max_bytes: int, interval_s: float) -> None:
+        self.path = path
+        self._vocab_size = vocab_size
+        self._max_bytes = max_bytes
+        self._interval_s = interval_s
+        self._texts: deque[tuple[str, NDArray[np.int32]]] = deque()
+        self._growing: dict[str, tuple[str, list[NDArray[np.int32]]]] = {}
+        self._num_bytes = 0
+        self._is_dirty = False
+        self._lock = threading.Lock()
+        self._saving = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        try:
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"proposer 'suffix': history_file {str(path)!r}: its folder cannot be written to ({error.strerror}); "
+                "make it, or name a file somewhere else"
+            ) from error
+
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+    # -- Collecting --------------------------------------------------------------------------------------------------
+
+    def record(self, request_id: str, tenant: str, context: NDArray[np.int32], num_known: int) -> None:
+        """``context`` is the request's text now, of which ``num_known`` tokens were inserted before."""
+        _, pieces = self._growing.setdefault(request_id, (tenant, []))
+        num_kept = sum(map(len, pieces))
+        if num_kept != num_known or num_known > len(context):
+            num_kept = 0  # a context that was replaced
+            self._num_bytes -= sum(piece.nbytes for piece in pieces)
+            pieces.clear()
+        if num_kept < len(context):
+            pieces.append(context[num_kept:].copy())
+            if len(pieces) > 64:
+                pieces[:] = [np.concatenate(pieces)]
+            self._num_bytes += 4 * (len(context) - num_kept)
+            self._trim()
+
+    def finish(self, request_id: str) -> None:
+        """The text of a request is complete."""
+        tenant, pieces = self._growing.pop(request_id, ("", []))
+        if pieces:
+            with self._lock:
+                self._texts.append((tenant, np.concatenate(pieces)))
+                self._is_dirty = True
+
+    def _trim(self) -> None:
+        """Forget the oldest texts until what is left is small enough, at last texts that still grow."""
+        while self._num_bytes > self._max_bytes and self._texts:
+            with self._lock:
+                self._num_bytes -= self._texts.popleft()[1].nbytes
+        if self._num_bytes > self._max_bytes:
+            for _, pieces in self._growing.values():
+                self._num_bytes -= sum(piece.nbytes for piece in pieces)
+                pieces.clear()
+                if self._num_bytes <= self._max_bytes:
+                    break
+
+    # -- Disk --------------------------------------------------------------------------------------------------------
+
+    def load(self) -> list[tuple[str, NDArray[np.int32]]]:
+        """The texts in the file, the oldest first; none where there is no file yet."""
+        if not self.path.exists():
+            return []
+        try:
+            texts = self._read()
+        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"proposer 'suffix': history_file {str(self.path)!r} cannot be used: {error}. It is left as it is: "
+                "move it away to begin a new history, or name another file"
+            ) from error
+        self._texts.extend(texts)
+        self._num_bytes = sum(tokens.nbytes for _, tokens in texts)
+        self._trim()
+        return list(self._texts)
+
+    def _read(self) -> list[tuple[str, NDArray[np.int32]]]:
+        with self.path.open("rb") as file:
+            if file.read(2) != b"PK":
+                raise ValueError("it is no history of this proposer's")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                header = json.loads(archive["header"].tobytes())
+                tokens, lengths, tenants = archive["tokens"], archive["lengths"], archive["tenants"]
+        if header.get("format") != FILE_FORMAT:
+            raise ValueError(f"its format is {header.get('format')!r}, this version reads {FILE_FORMAT!r}")
+        if header["vocab_size"] != self._vocab_size:
+            raise ValueError(
+                f"it was written for a vocabulary of {header['vocab_size']} tokens, the model has {self._vocab_size}"
+            )
+        if tokens.dtype != np.int32 or len(lengths) != len(tenants) or lengths.sum() != len(tokens):
+            raise ValueError("its parts do not fit together")
+        if len(lengths) and (lengths.min() < 1 or tenants.min() < 0 or tenants.max() >= len(header["tenants"])):
+            raise ValueError("its parts do not fit together")
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
+            raise ValueError("it has tokens outside the vocabulary")
+        pieces = np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
+        # Copies: a view would keep all the others in memory.
+        return [(str(header["tenants"][tenant]), piece.copy()) for tenant, piece in zip(tenants, pieces, strict=True)]
+
+    def save(self) -> None:
+        """Write all finished texts if there are new ones."""
+        with self._saving:
+            with self._lock:
+                if not self._is_dirty:
+                    return
+                texts = list(self._texts)
+                self._is_dirty = False
+            names = sorted({tenant for tenant, _ in texts})
+            number = {name: index for index, name in enumerate(names)}
+            header = {"format": FILE_FORMAT, "vocab_size": self._vocab_size, "tenants": names}
+            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+            try:
+                with temporary.open("wb") as file:
+                    np.savez(
+                        file,
+                        header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
+                        tokens=np.concatenate([np.zeros(0, dtype=np.int32), *(tokens for _, tokens in texts)]),
+                        lengths=np.array([len(tokens) for _, tokens in texts], dtype=np.int64),
+                        tenants=np.array([number[tenant] for tenant, _ in texts], dtype=np.int32),
+                    )
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.path)
+            except OSError:
+                self._is_dirty = True
+                temporary.unlink(missing_ok=True)
+                raise
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._save_now_and_then, name="specplug-history", daemon=True)
+        self._thread.start()
+
+    def _save_now_and_then(self) -> None:
+        has_warned = False
+        while not self._stop.wait(self._interval_s):
+            try:
+                self.save()
+                has_warned = False
+            except OSError as error:
+                if not has_warned:
+                    logger.warning("proposer 'suffix': cannot save %s: %s; will try again", self.path, error)
+                has_warned = True
+
+    def close(self) -> None:
+        """Stop the thread and save, texts that still grow included."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        for request_id in list(self._growing):
+            self.finish(request_id)
+        self.save()

@@ -1,0 +1,27 @@
+"""Histories of tenants, kept apart and bounded in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_specplug.proposers.suffix.automaton import Automaton
+
+
+@dataclass(slots=True, eq=False)
+class Tenant:
+    """What the requests of one tenant have said: the automaton being built, and the one before it."""
+
+    key: tuple[str, str]
+    new: Automaton
+    old: Automaton | None
+    new_id: int
+    """Number of the automaton, so that a request sees when it was exchanged; never used twice."""
+    old_id: int = 0
+    last_used: int = 0
+    num_requests: int = 0
+
+    def automata(self) -> list[Automaton]:
+        return [self.new] if self.old is None else [self.new, self.old]
+
+    def reserved_bytes(self) -> int:
+        return sum(each.reserved_bytes() for each in self.automata())
