@@ -314,13 +314,14 @@ def _seam_targets() -> dict[str, Any]:
 def undone_seams(child: Any) -> tuple[int, int, int]:
     """Seams altogether, those wrapped after registration with both runners' hooks, those not restored after undoing."""
     from vllm_specplug import plugin
-    from vllm_specplug.hooks import v1, v2
+    from vllm_specplug.hooks import v2
+    from vllm_specplug.hooks.v1 import wrappers
 
     plugin.unregister()
     before = _seam_targets()
     for _ in range(2):
         plugin.register()
-        v1.install()
+        wrappers.install()
         v2.install()
     during = _seam_targets()
     plugin.unregister()
@@ -391,7 +392,7 @@ def first_tokens(
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-    from vllm_specplug.hooks import v1
+    from vllm_specplug.hooks.v1 import verifier, wrappers
 
     runner = child.runner
     batch = 500
@@ -411,12 +412,12 @@ def first_tokens(
     plain = stock_module.RejectionSampler(runner.sampler)
     verify: Any
     if verifier in ("gumbel", "minhash", "list"):
-        verify = v1.CoupledVerifier(stand_in, drafter)  # type: ignore[arg-type]
+        verify = verifier.CoupledVerifier(stand_in, drafter)  # type: ignore[arg-type]
     elif verifier == "rejection":
-        verify = v1.ObservedRejection(stand_in, drafter, plain)  # type: ignore[arg-type]
+        verify = verifier.ObservedRejection(stand_in, drafter, plain)  # type: ignore[arg-type]
     else:
         verify = plain
-        v1.patches.undo()
+        wrappers.patches.undo()
     rows = torch.from_numpy(logits).repeat(2 * batch, 1)
     params = SamplingMetadata(
         temperature=torch.full((batch,), temperature),
@@ -434,7 +435,7 @@ def first_tokens(
             output = verify(metadata, None, rows.clone(), params)
             counts += np.bincount(output.sampled_token_ids[:, 0].numpy(), minlength=len(logits))
     finally:
-        v1.install()
+        wrappers.install()
     return counts
 
 

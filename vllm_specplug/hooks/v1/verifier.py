@@ -1,0 +1,419 @@
+"""Verification on V1: the target's own token of every row, drafts accepted while equal to it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.sample.logits_processor.builtin import (
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
+
+from vllm_specplug.drafting.requests import TrackedRequest
+from vllm_specplug.hooks.forks import walk
+from vllm_specplug.hooks.v1 import forks as v1_chains
+from vllm_specplug.hooks.v1.drafter import Attachment
+from vllm_specplug.hooks.v1.draws import KeyedSampler, SeededNoise, draw_of, places_of
+from vllm_specplug.proposers.base import TargetNoise, Verified
+from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal
+from vllm_specplug.samplers.noise import SPLITMIX, list_kind, splitmix_keys
+
+
+class CoupledVerifier:
+    """Draws the target's token of every row as vLLM would in an ordinary step, and keeps drafts while they are equal.
+
+    Two ways give the same tokens. *At once*: every row is one row of a single sampling step, its parameters repeated
+    from its request. *Step by step*, when logits processors are active (min_p, logit_bias, min_tokens and custom ones
+    keep state by batch index): depth after depth, the whole batch goes through vLLM's sampler as it would have without
+    speculation, until every request has met its first rejected draft.
+    """
+
+    def __init__(self, runner: Any, attachment: Attachment) -> None:
+        self._runner = runner
+        self._attachment = attachment
+        stock: Sampler = runner.sampler
+        self._stock = runner.rejection_sampler
+        self._noise = SeededNoise(draw_of(attachment.settings))
+        self._keyed = KeyedSampler(stock.logprobs_mode, stock.use_fp64_gumbel)
+        self._sampler = copy.copy(stock)  # shares everything but the final draw
+        self._sampler._modules = {**stock._modules, "topk_topp_sampler": self._keyed}
+
+    @property
+    def num_streams(self) -> int:
+        """Requests that hold a stream of seeds."""
+        return len(self._noise)
+
+    @property
+    def num_running(self) -> int:
+        """Requests of the batch."""
+        return int(self._runner.input_batch.num_reqs)
+
+    def finish(self, request_id: str) -> None:
+        """Drop the request's stream of seeds."""
+        self._noise.finish(request_id)
+
+    def target_noise(self, requests: Sequence[TrackedRequest], width: int) -> TargetNoise:
+        """The Gumbel noise of the next ``width`` tokens of each request, without consuming any."""
+        runner = self._runner
+        temperature = np.array([request.temperature for request in requests], dtype=np.float32)
+        temperature[temperature < _SAMPLING_EPS] = 0.0  # vLLM calls these greedy
+        seeds: np.ndarray[Any, np.dtype[np.int64]] = np.zeros((len(requests), width), dtype=np.int64)
+        for index in np.flatnonzero(temperature).tolist():
+            request_id = requests[index].request_id
+            seeds[index] = self._noise.stream(request_id, runner.requests[request_id]).peek(width)
+        kind = list_kind(SPLITMIX, self._attachment.settings.num_noises)
+        return TargetNoise(kind, splitmix_keys(seeds), temperature)
+
+    def draw_ahead(self, logits: torch.Tensor, num_rows: int, depth: int) -> torch.Tensor:
+        """What the noise of coming tokens makes of other logits: a drafter's.
+
+        Args:
+            logits: ``[num_requests * num_rows, vocab]`` of all requests of the batch, temperature applied.
+            num_rows: consecutive tokens of each request.
+            depth: the first of them, counted from the request's next output token.
+        """
+        return self._noise.rows(self._coming(len(logits) // num_rows, num_rows, depth))(logits)
+
+    def rank_ahead(
+        self, logits: torch.Tensor, num_rows: int, depth: int, num_places: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`draw_ahead`, with the tokens that came close: see :func:`places_of`."""
+        draws = self._coming(len(logits) // num_rows, num_rows, depth)
+        return places_of(self._attachment.settings, num_places)(logits, self._noise.seeds(draws))
+
+    def _coming(self, num_requests: int, num_rows: int, depth: int) -> list[tuple[str, Any, int, int]]:
+        """Runs of rows for :class:`SeededNoise`. An incomplete prompt reads its first seeds ahead, and keeps them."""
+        runner = self._runner
+        greedy, requests = runner.input_batch.greedy_reqs, runner.requests
+        return [
+            (request_id, None if request_id in greedy else requests[request_id], depth, num_rows)
+            for request_id in runner.input_batch.req_ids[:num_requests]
+        ]
+
+    def __call__(
+        self,
+        metadata: Any,  # vLLM's SpecDecodeMetadata
+        draft_probs: torch.Tensor | None,
+        logits: torch.Tensor,  # [num_rows, vocab]
+        sampling_metadata: SamplingMetadata,
+    ) -> SamplerOutput:
+        """vLLM's call of its rejection sampler; returns ``[num_requests, max_draft_tokens + 1]`` token ids."""
+        runner = self._runner
+        counts: list[int] = metadata.num_draft_tokens
+        if len(counts) > len(runner.input_batch.req_ids):  # vLLM's warm-up with made-up rows
+            return self._stock(metadata, draft_probs, logits, sampling_metadata)
+        request_ids = runner.input_batch.req_ids[: len(counts)]
+        prefilling = runner.discard_request_mask.np[: len(counts)].tolist()
+        if sampling_metadata.all_greedy:
+            states: list[Any] = [None] * len(counts)
+        else:
+            greedy, requests = runner.input_batch.greedy_reqs, runner.requests
+            states = [
+                # Greedy requests draw nothing, nor do requests whose prompt is not complete yet.
+                None if skip or request_id in greedy else requests[request_id]
+                for request_id, skip in zip(request_ids, prefilling, strict=True)
+            ]
+        drafts: list[list[int]]
+        further: list[list[list[int]]] = []
+        if metadata.max_spec_len == 0:
+            output = self._no_drafts(logits, sampling_metadata, request_ids, states)
+            token_ids, logprobs = output.sampled_token_ids, output.logprobs_tensors
+            drafts, targets, emitted = [[]] * len(counts), token_ids.tolist(), [1] * len(counts)
+        else:
+            step_by_step = any(_is_active(p) for p in sampling_metadata.logitsprocs.all) or _budgets(sampling_metadata)
+            verify = self._step_by_step if step_by_step else self._at_once
+            forks = self._attachment.forks
+            step = None if forks is None else forks.take_step()
+            token_ids, targets, emitted, logprobs, winners = verify(metadata, logits, sampling_metadata, states, step)
+            drafts = _real_drafts(metadata)
+            if forks is not None and step is not None:
+                further = [[] for _ in drafts]
+                for index, chain in winners.items():
+                    tokens = step.chains[index].tokens
+                    drafts[index] = tokens[chain]
+                    further[index] = tokens[:chain] + tokens[chain + 1 :]
+                forks.copy_home(step, {index: (chain, emitted[index] - 1) for index, chain in winners.items()})
+        for request_id, state, count in zip(request_ids, states, emitted, strict=True):
+            if state is not None:
+                self._noise.consume(request_id, count)
+        verified = Verified(request_ids, drafts, targets, emitted, further=further)
+        if any(prefilling):
+            settled = [index for index, skip in enumerate(prefilling) if not skip]
+            verified = Verified(
+                [request_ids[index] for index in settled],
+                [drafts[index] for index in settled],
+                [targets[index] for index in settled],
+                [emitted[index] for index in settled],
+                num_unsettled=len(prefilling) - len(settled),
+                further=[further[index] for index in settled] if further else [],
+            )
+        self._attachment.drafting.observe(verified)
+        return SamplerOutput(sampled_token_ids=token_ids.to(torch.int32), logprobs_tensors=logprobs)
+
+    def _draw(self, runs: Sequence[tuple[int, Any, int, int]]) -> None:
+        """Key the sampler's next call by runs of rows: request's row, state, first output token, number of rows."""
+        request_ids = self._runner.input_batch.req_ids
+        self._keyed.draw_with(
+            self._noise.rows([(request_ids[index], state, first, count) for index, state, first, count in runs])
+        )
+
+    def _no_drafts(
+        self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, request_ids: list[str], states: list[Any]
+    ) -> SamplerOutput:
+        """An ordinary sampling step; quick, since a step without drafts must cost no more than it does elsewhere."""
+        if not sampling_metadata.all_greedy:
+            self._keyed.draw_with(self._noise.next_row(request_ids, states))
+        return self._sampler(logits=logits, sampling_metadata=sampling_metadata)
+
+    def _at_once(
+        self,
+        metadata: Any,
+        logits: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+        states: list[Any],
+        step: v1_chains.ForkedStep | None,
+    ) -> tuple[torch.Tensor, list[list[int]], list[int], LogprobsTensors | None, dict[int, int]]:
+        """Every row of every request, forks' rows behind, in one call of the sampler.
+
+        Returns:
+            Emitted tokens, ``[num_requests, max_draft_tokens + 1]``; the target's token at each row of the chain that
+            got furthest; how many are emitted; logprobs; and which chain that was, where there were several.
+        """
+        layout = RowLayout.of(metadata.num_draft_tokens, logits.device)
+        runs = [
+            (index, state, 0, count + 1)
+            for index, (state, count) in enumerate(zip(states, layout.num_draft_tokens, strict=True))
+        ]
+        drafts = _by_request(metadata.draft_token_ids, layout.num_draft_tokens)
+        of_row, prefixes = layout.request_of_row, [(index, draft, 0) for index, draft in enumerate(drafts)]
+        if step is not None:
+            for index, fork in zip(step.requests, step.forks, strict=True):
+                runs.append((index, states[index], fork.head + 1, len(fork.tokens) - fork.head))
+                prefixes.append((index, fork.tokens, fork.head + 1))
+            of_forks = torch.tensor(step.requests).repeat_interleave(torch.tensor(step.lengths))
+            of_row = torch.cat([of_row, of_forks.to(of_row.device)])
+        self._draw(runs)
+        output = self._sampler(logits=logits, sampling_metadata=_repeat_by_row(sampling_metadata, of_row, prefixes))
+        tokens = output.sampled_token_ids.view(-1).to(torch.int64)
+        num_rows = len(layout.request_of_row)
+        verification = accept_while_equal(tokens[:num_rows], metadata.draft_token_ids, layout)
+        token_ids, emitted = verification.token_ids, verification.num_emitted.tolist()
+        targets = _by_request(tokens[:num_rows], [count + 1 for count in layout.num_draft_tokens])
+        rows = layout.padded_rows
+        winners: dict[int, int] = {}
+        if step is not None:
+            values = tokens.tolist()
+            for index, chains in step.chains.items():
+                winner, out = walk(chains.tokens, lambda chain, depth, of=chains: values[of.logits_rows[chain][depth]])  # type: ignore[misc]
+                winners[index] = winner
+                if winner:
+                    token_ids[index] = REJECTED
+                    token_ids[index, : len(out)] = torch.tensor(out, dtype=token_ids.dtype)
+                    emitted[index] = len(out)
+                    targets[index] = [values[row] for row in chains.logits_rows[winner]]
+                    rows[index, : len(out)] = torch.tensor(chains.logits_rows[winner][: len(out)])
+        logprobs = output.logprobs_tensors
+        if logprobs is not None:
+            logprobs = LogprobsTensors(*(field[rows.view(-1)] for field in logprobs[:3]))
+        return token_ids, targets, emitted, logprobs, winners
+
+    def _step_by_step(
+        self,
+        metadata: Any,
+        logits: torch.Tensor,
+        sampling_metadata: SamplingMetadata,
+        states: list[Any],
+        step: v1_chains.ForkedStep | None,
+    ) -> tuple[torch.Tensor, list[list[int]], list[int], LogprobsTensors | None, dict[int, int]]:
+        """One call of the sampler a depth, whole batch in each, until every request met its first rejected draft.
+
+        Several chains are walked like one: at each depth only the target's own path has a row to look at.
+        """
+        runner = self._runner
+        layout = RowLayout.of(metadata.num_draft_tokens, logits.device)
+        chains = [
+            v1_chains.RequestChains([draft], [rows])
+            for draft, rows in zip(
+                _by_request(metadata.draft_token_ids, layout.num_draft_tokens), layout.padded_rows.tolist(), strict=True
+            )
+        ]
+        if step is not None:
+            for index, several in step.chains.items():
+                chains[index] = several
+        # vLLM's processors and penalties hold references to these very lists: what was accepted is appended for the
+        # depths behind, as an ordinary step would have, and taken off at the end (bookkeeping appends it for good).
+        request_ids = runner.input_batch.req_ids[: len(states)]
+        outputs = [runner.requests[request_id].output_token_ids for request_id in request_ids]
+        lengths = [len(output_ids) for output_ids in outputs]
+        targets: list[list[int]] = [[] for _ in states]
+        # Chains that begin with what was emitted so far, by request; of a request that is done, the one that led.
+        leading = [list(range(len(each.tokens))) for each in chains]
+        alive = set(range(len(states)))
+        logprobs: list[LogprobsTensors] = []
+        try:
+            for depth in range(layout.max_draft_tokens + 1):
+                if depth:
+                    for processor in sampling_metadata.logitsprocs.all:
+                        processor.update_state(None)
+                self._draw([(index, state if index in alive else None, depth, 1) for index, state in enumerate(states)])
+                rows = []
+                for each, leaders in zip(chains, leading, strict=True):
+                    own = each.logits_rows[leaders[0]]
+                    rows.append(own[min(depth, len(own) - 1)])
+                output = self._sampler(logits=logits[torch.tensor(rows)], sampling_metadata=sampling_metadata)
+                if output.logprobs_tensors is not None:
+                    logprobs.append(output.logprobs_tensors)
+                tokens = output.sampled_token_ids.view(-1).tolist()
+                for index in sorted(alive):
+                    token = tokens[index]
+                    targets[index].append(token)
+                    all_tokens = chains[index].tokens
+                    left = [
+                        chain
+                        for chain in leading[index]
+                        if depth < len(all_tokens[chain]) and all_tokens[chain][depth] == token
+                    ]
+                    if left:
+                        leading[index] = left
+                        outputs[index].append(token)
+                    else:
+                        alive.discard(index)
+                if not alive:
+                    break
+        finally:
+            for output_ids, length in zip(outputs, lengths, strict=True):
+                del output_ids[length:]
+        width = layout.max_draft_tokens + 1
+        padded = torch.tensor([row + [REJECTED] * (width - len(row)) for row in targets], device=logits.device)
+        emitted = [len(row) for row in targets]
+        winners = {} if step is None else {index: leading[index][0] for index in step.chains}
+        if not logprobs:
+            return padded, targets, emitted, None, winners
+        logprobs += [logprobs[-1]] * (width - len(logprobs))  # rows behind the last emitted token are filtered out
+        fields = zip(*(tensors[:3] for tensors in logprobs), strict=True)
+        stacked = LogprobsTensors(*(torch.stack(field, dim=1).flatten(0, 1) for field in fields))
+        return padded, targets, emitted, stacked, winners
+
+
+class ObservedRejection:
+    """vLLM's own rejection sampler, with what it accepted reported to the proposers."""
+
+    def __init__(self, runner: Any, attachment: Attachment, stock: Any) -> None:
+        self._runner = runner
+        self._attachment = attachment
+        self._stock = stock
+
+    def __call__(self, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> SamplerOutput:
+        """Same arguments and result as the stock sampler."""
+        runner = self._runner
+        if len(metadata.num_draft_tokens) > len(runner.input_batch.req_ids):  # vLLM's warm-up with made-up rows
+            return self._stock(metadata, draft_probs, logits, sampling_metadata)
+        # Half-prefilled requests must not draw: a CPU generator cannot be rewound afterwards.
+        prefilling = runner.discard_request_mask.np[: len(metadata.num_draft_tokens)]
+        drawing = {i: g for i, g in sampling_metadata.generators.items() if not prefilling[i]}
+        sampling_metadata = replace(sampling_metadata, generators=drawing)
+        if metadata.max_spec_len:
+            output = self._stock(metadata, draft_probs, logits, sampling_metadata)
+        else:
+            # An ordinary step. vLLM's verifier fails without any draft where some request has a top_k.
+            output = runner.sampler(logits=logits, sampling_metadata=sampling_metadata)
+        kept = [[token for token in row if token != REJECTED] for row in output.sampled_token_ids.tolist()]
+        drafts = _real_drafts(metadata)
+        settled = [index for index, skip in enumerate(prefilling) if not skip]
+        self._attachment.drafting.observe(
+            Verified(
+                [runner.input_batch.req_ids[index] for index in settled],
+                [drafts[index] for index in settled],
+                [kept[index] for index in settled],
+                [len(kept[index]) for index in settled],
+                num_unsettled=len(prefilling) - len(settled),
+            )
+        )
+        return output
+
+
+def _is_active(processor: Any) -> bool:
+    """True when a logits processor would change some row now; one that we do not know always may."""
+    if type(processor) is MinPLogitsProcessor:
+        return bool(processor.min_p_count)
+    if type(processor) is LogitBiasLogitsProcessor:
+        return bool(processor.biases)
+    if type(processor) is MinTokensLogitsProcessor:
+        return bool(processor.min_toks)
+    return True
+
+
+def _budgets(sampling_metadata: SamplingMetadata) -> bool:
+    holder = sampling_metadata.thinking_budget_state_holder
+    return holder is not None and bool(holder.has_tracked_requests())
+
+
+def _real_drafts(metadata: Any) -> list[list[int]]:
+    """Each request's verified draft; the placeholders (-1) that vLLM's scheduler pads with count as none."""
+    drafts = _by_request(metadata.draft_token_ids, metadata.num_draft_tokens)
+    return [draft if draft and draft[0] >= 0 else [] for draft in drafts]
+
+
+def _by_request(flat: torch.Tensor, counts: Sequence[int]) -> list[list[int]]:
+    """``[sum(counts)]`` values as one list a request."""
+    values, split, first = flat.tolist(), [], 0
+    for count in counts:
+        split.append(values[first : first + count])
+        first += count
+    return split
+
+
+def _repeat_by_row(
+    metadata: SamplingMetadata, of_row: torch.Tensor, prefixes: Sequence[tuple[int, list[int], int]]
+) -> SamplingMetadata:
+    """The sampling parameters of each request repeated for each of its rows, drafts counted as output before them.
+
+    Args:
+        metadata: vLLM's, one entry a request.
+        of_row: ``[num_rows]`` request of each row.
+        prefixes: the same rows, run by run: request, draft, and how many tokens of it precede the run's first row; the
+            run ends with the row behind the whole draft.
+    """
+    take = functools.partial(_optional_rows, rows=of_row)
+    requests = of_row.tolist()
+    outputs: list[list[int]] = []
+    if metadata.output_token_ids:
+        for request, draft, first in prefixes:
+            so_far = metadata.output_token_ids[request]
+            outputs += [[*so_far, *draft[:depth]] for depth in range(first, len(draft) + 1)]
+    by_row = {
+        row: metadata.bad_words_token_ids[r] for row, r in enumerate(requests) if r in metadata.bad_words_token_ids
+    }
+    specific = metadata.logprob_token_ids
+    return replace(
+        metadata,
+        temperature=take(metadata.temperature),
+        top_p=take(metadata.top_p),
+        top_k=take(metadata.top_k),
+        generators={},
+        prompt_token_ids=take(metadata.prompt_token_ids),
+        frequency_penalties=take(metadata.frequency_penalties),
+        presence_penalties=take(metadata.presence_penalties),
+        repetition_penalties=take(metadata.repetition_penalties),
+        output_token_ids=outputs,
+        allowed_token_ids_mask=take(metadata.allowed_token_ids_mask),
+        bad_words_token_ids=by_row,
+        logprob_token_ids={row: specific[r] for row, r in enumerate(requests) if r in specific}
+        if specific
+        else specific,
+        spec_token_ids=None,
+    )
+
+
+def _optional_rows(values: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+    return None if values is None else values[rows]
