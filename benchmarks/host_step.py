@@ -31,7 +31,7 @@ COLUMNS = ["proposers", "batch", "of it drafting, us", "median, us/step", "p99, 
 
 def speculator_of(proposers: list[str], store: str | None, batch: int, vocab_size: int) -> Any:
     """Our drafter as the V2 runner builds it, with a table of drafts to write to and no runner around it."""
-    from vllm_specplug.hooks.v2 import Speculator
+    from vllm_specplug.hooks.v2.drafter import Speculator
 
     settings = parse_settings({"proposers": proposers, "datastore": store, "num_speculative_tokens": MAX_DRAFT})
     config = SimpleNamespace(

@@ -20,7 +20,7 @@ import torch
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_CUDA else "cpu"
-NAME = "vllm_specplug.hooks.v2_copies"
+NAME = "vllm_specplug.hooks.v2.block_copies"
 NUM_BLOCKS = 12
 pytestmark = pytest.mark.filterwarnings(  # of torch, where vLLM's V2 runner is imported first
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
@@ -198,7 +198,7 @@ def test_layers_of_one_block_are_copied_by_few_programs(copies: ModuleType) -> N
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from vllm_specplug.hooks.v2_copies import _BLOCK_SIZE, _WORDS, _copy_kernel
+from vllm_specplug.hooks.v2.block_copies import _BLOCK_SIZE, _WORDS, _copy_kernel
 
 pointers = dict(sources_ptr="*i64", targets_ptr="*i64", runs_ptr="*i64")
 for capability in (80, 90):
@@ -244,7 +244,7 @@ def graphs(sizes: list[int], query_len: int, max_num_reqs: int = 64) -> Any:
 )
 def test_forks_do_not_cost_a_batch_its_graph(num_requests: int, room: int, expected: int) -> None:
     """Rows of 5 tokens, batches of up to 52 tokens captured: ten rows have a full graph (50 tokens), eleven none."""
-    from vllm_specplug.hooks.v2_chains import ForkedRows
+    from vllm_specplug.hooks.v2.forks import ForkedRows
 
     forks: Any = ForkedRows.__new__(ForkedRows)
     forks._runner = SimpleNamespace(cudagraph_manager=graphs([1, 2, 4, 8, 16, 24, 32, 40, 48, 50, 52], 5))
@@ -252,7 +252,7 @@ def test_forks_do_not_cost_a_batch_its_graph(num_requests: int, room: int, expec
 
 
 def test_rows_of_unlike_length_stay_within_what_is_captured_in_pieces() -> None:
-    from vllm_specplug.hooks.v2_chains import ForkedRows
+    from vllm_specplug.hooks.v2.forks import ForkedRows
 
     forks: Any = ForkedRows.__new__(ForkedRows)
     forks._runner = SimpleNamespace(cudagraph_manager=graphs([8, 16, 32], 5))
@@ -266,7 +266,7 @@ def test_every_tensor_of_a_batch_is_cut_when_the_forks_leave() -> None:
 
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
-    from vllm_specplug.hooks import v2_chains
+    from vllm_specplug.hooks.v2 import forks as v2_chains
 
     cut = inspect.getsource(v2_chains._take_forks_out)
     without_rows = {"has_prefill", "decode_graph_eligible", "has_structured_output_reqs", "max_query_len"}

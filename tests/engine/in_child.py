@@ -314,8 +314,8 @@ def _seam_targets() -> dict[str, Any]:
 def undone_seams(child: Any) -> tuple[int, int, int]:
     """Seams altogether, those wrapped after registration with both runners' hooks, those not restored after undoing."""
     from vllm_specplug import plugin
-    from vllm_specplug.hooks import v2
     from vllm_specplug.hooks.v1 import wrappers
+    from vllm_specplug.hooks.v2 import wrappers as v2
 
     plugin.unregister()
     before = _seam_targets()
@@ -517,7 +517,7 @@ def num_chunked_verifications(child: Any) -> int:
 
 def draft_on_device(child: Any, store: str | None) -> None:
     """Let ``rest`` draft on the device of the running V2 engine from now on; None: on the host again."""
-    from vllm_specplug.hooks.v2 import DeviceDrafting
+    from vllm_specplug.hooks.v2.on_device import DeviceDrafting
 
     speculator = child.drafter
     speculator._on_device = None

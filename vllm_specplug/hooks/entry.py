@@ -51,7 +51,7 @@ def _watch_scheduler() -> None:
 
 def uninstall() -> None:
     """Put vLLM's own functions back, the model runner's too where they were wrapped in this process."""
-    for module in ("vllm_specplug.hooks.v1.wrappers", "vllm_specplug.hooks.v2", "vllm_specplug.hooks.forks"):
+    for module in ("vllm_specplug.hooks.v1.wrappers", "vllm_specplug.hooks.v2.wrappers", "vllm_specplug.hooks.forks"):
         runner_hooks = sys.modules.get(module)
         if runner_hooks is not None:
             runner_hooks.patches.undo()
@@ -103,7 +103,7 @@ def _init_device(original: Callable[..., Any], self: Any, *args: Any, **kwargs: 
     config = self.vllm_config
     if config is not None and config.speculative_config is not None and settings_of(config.additional_config):
         if config.use_v2_model_runner:
-            from vllm_specplug.hooks import v2 as hooks
+            from vllm_specplug.hooks.v2 import wrappers as hooks
         else:
             from vllm_specplug.hooks.v1 import wrappers as hooks  # type: ignore[no-redef]
         hooks.install()

@@ -1,20 +1,11 @@
-"""vLLM's V2 model runner: our drafter in place of its own, our verifier in place of its rejection sampler.
-
-Tokens flow: target logits of every verified row -> :class:`CoupledVerifier` (the target's own token of every row,
-accepted while equal) -> vLLM's bookkeeping on the device -> one copy of what was emitted to the host ->
-:class:`Speculator` (drafts of the next step) -> one copy back.
-
-Under async scheduling the copy to the host starts when vLLM asks for drafts and is waited for only when the next step's
-inputs are made: in between, the device verifies while scheduler and worker do their host work.
-"""
+"""The speculator that vLLM's V2 runner holds."""
 
 from __future__ import annotations
 
 import atexit
-import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,251 +15,25 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import DraftTokenIds
-from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
-from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator, DraftModelSpeculator
+from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_specplug.drafting.drafting import Drafting
 from vllm_specplug.drafting.history import TokenHistory
 from vllm_specplug.drafting.requests import TrackedRequest
-from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.hooks import seam_list, seams, v2_chains
-from vllm_specplug.hooks.marks import is_coupled, is_ours
 from vllm_specplug.hooks.metrics import publish_metrics
+from vllm_specplug.hooks.v2 import forks as v2_chains
+from vllm_specplug.hooks.v2.on_device import DeviceDrafting
+from vllm_specplug.hooks.v2.transfer import Step
+from vllm_specplug.hooks.v2.verifier import check_verifier
 from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
-from vllm_specplug.samplers import list_matching, minhash
-from vllm_specplug.samplers.base import probabilities
-from vllm_specplug.samplers.gumbel import murmur_gumbel_noise_torch
-from vllm_specplug.samplers.kernels import pack_emitted, verify_drafts
+from vllm_specplug.samplers.kernels import pack_emitted
 from vllm_specplug.samplers.noise import MURMUR, list_kind, murmur_keys
 from vllm_specplug.settings.model import Settings, settings_of
 
-patches = seams.Patches()
-
 _WARM_UP_REQUESTS = ("_warmup_", "_v2_mixed_warmup")
 """vLLM warms kernels up with made-up requests of these names: nothing to learn from, nothing to count."""
-
-
-class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
-    """Draws the target's token of every row exactly as vLLM would in an ordinary step, and keeps drafts while equal.
-
-    vLLM's noise is keyed by (request seed, position, token id), so that neither the draft nor its length can change a
-    token. Draft logits are neither read nor kept.
-    """
-
-    draw = staticmethod(gumbel_sample)
-    """Draws one token a row from (logits, row's request, temperature, seed, position)."""
-    token_ids: torch.Tensor | None = None
-    """``[num_requests, num_speculative_tokens + 1]``: the target's tokens at all positions of the last step."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's own call; what was drawn behind a rejected draft is kept for proposers that learn from it."""
-        output = super().__call__(*args, **kwargs)
-        self.token_ids = output.sampled_token_ids
-        return output
-
-    def _verify(
-        self,
-        logits: torch.Tensor,  # [num_rows, vocab]
-        draft_logits: torch.Tensor | None,
-        draft_sampled: torch.Tensor,  # [num_rows] input token of each row
-        pos: torch.Tensor,  # [num_rows]
-        cu_num_logits: torch.Tensor,  # [num_requests + 1]
-        idx_mapping: torch.Tensor,
-        idx_mapping_np: NDArray[np.intp],
-        expanded_idx_mapping: torch.Tensor,  # [num_rows]
-        expanded_local_pos: torch.Tensor,
-        seq_lens_upper_bound_np: NDArray[np.int32],
-        verify_draft_sampled: torch.Tensor,  # [num_rows] the same, -1 where a draft must not be accepted
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """vLLM's one method for a chunk of rows; returns processed logits, tokens and how many of them are emitted."""
-        sampler = self.sampler
-        processed = sampler.apply_sampling_params(
-            logits,
-            expanded_idx_mapping,
-            idx_mapping,
-            idx_mapping_np,
-            pos,
-            draft_sampled,
-            expanded_local_pos,
-            seq_lens_upper_bound_np,
-        )
-        targets = self.draw(
-            processed,
-            expanded_idx_mapping,
-            sampler.sampling_states.temperature.gpu,
-            sampler.sampling_states.seeds.gpu,
-            pos,
-            apply_temperature=False,
-            is_drafting=False,
-            use_fp64=sampler.use_fp64_gumbel,
-        )
-        token_ids, num_emitted = verify_drafts(
-            targets, verify_draft_sampled, cu_num_logits, self.num_speculative_steps + 1
-        )
-        return processed, token_ids, num_emitted
-
-
-def _darts(
-    logits: torch.Tensor,  # [num_rows, vocab]
-    expanded_idx_mapping: torch.Tensor,  # [num_rows]
-    temperature: torch.Tensor,
-    seeds: torch.Tensor,
-    pos: torch.Tensor,  # [num_rows]
-    apply_temperature: bool,
-    **_: Any,
-) -> torch.Tensor:
-    """The MinHash draw, with the arguments of vLLM's ``gumbel_sample`` and its keys: request seed and position."""
-    temperature = temperature[expanded_idx_mapping]
-    is_greedy = temperature == 0.0
-    scaled = logits.double()
-    if apply_temperature:
-        scaled = scaled / torch.where(is_greedy, 1.0, temperature)[:, None]
-    keys = minhash.keys_at(seeds[expanded_idx_mapping], pos)
-    drawn = minhash.sample_torch(probabilities(scaled), keys)
-    return torch.where(is_greedy, logits.argmax(dim=-1), drawn)
-
-
-def _several_races(
-    num_chains: int,
-    logits: torch.Tensor,  # [num_rows, vocab]
-    expanded_idx_mapping: torch.Tensor,  # [num_rows]
-    temperature: torch.Tensor,
-    seeds: torch.Tensor,
-    pos: torch.Tensor,  # [num_rows]
-    apply_temperature: bool,
-    **options: Any,
-) -> torch.Tensor:
-    """The draw of list matching: vLLM's ``gumbel_sample`` once for each chain, and the best of all.
-
-    The arguments are that function's. Nothing here waits for the device.
-    """
-    tokens, noise = [], []
-    for chain in range(num_chains):
-        positions = list_matching.chain_positions(pos, chain)
-        tokens.append(
-            gumbel_sample(logits, expanded_idx_mapping, temperature, seeds, positions, apply_temperature, **options)
-        )
-        noise.append(murmur_gumbel_noise_torch(seeds[expanded_idx_mapping], positions.long(), tokens[-1]))
-    if apply_temperature:
-        temperature = temperature[expanded_idx_mapping]
-        logits = logits.float() / torch.where(temperature == 0.0, 1.0, temperature)[:, None]
-    # Of a greedy request all chains have the same token.
-    best, _ = list_matching.best_of(logits, torch.stack(tokens, dim=1), torch.stack(noise, dim=1))
-    return best[:, 0].contiguous()
-
-
-def _draw_of(settings: Settings | None) -> Callable[..., torch.Tensor]:
-    """How the sampler draws, with the arguments of vLLM's ``gumbel_sample``."""
-    if settings is not None and settings.sampler == "list":
-        return functools.partial(_several_races, settings.num_chains)
-    return _darts if settings is not None and settings.sampler == "minhash" else gumbel_sample
-
-
-def _draw_by(runner: Any, draw: Callable[..., torch.Tensor]) -> None:
-    """Draw in this way wherever this runner draws a token: while verifying, and in steps without drafts."""
-    sampler = runner.sampler
-    runner.rejection_sampler.draw = draw
-
-    def sample(
-        logits: torch.Tensor,
-        expanded_idx_mapping: torch.Tensor,
-        idx_mapping: torch.Tensor,
-        idx_mapping_np: NDArray[np.intp],
-        pos: torch.Tensor,
-        *args: Any,
-        return_logprobs: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        processed = sampler.apply_sampling_params(logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, *args)
-        states = sampler.sampling_states
-        drawn = draw(
-            processed,
-            expanded_idx_mapping,
-            states.temperature.gpu,
-            states.seeds.gpu,
-            pos,
-            apply_temperature=False,
-            is_drafting=False,
-        )
-        return drawn, processed
-
-    sampler.sample = sample
-
-
-def check_verifier(runner: Any) -> None:
-    """Raise ConfigurationError when the model brings a sampler of its own, so that our verifier is not in place."""
-    if not isinstance(runner.rejection_sampler, CoupledVerifier):
-        raise ConfigurationError(
-            f"speculative_config: {type(runner.model).__name__} brings a sampler of its own "
-            f"({type(runner.rejection_sampler).__name__}), which no coupling can replace. "
-            'Give "sampler": "rejection".'
-        )
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What a step emitted, on its way to the host."""
-
-    request_ids: list[str]
-    rows: NDArray[np.int64]  # [n]
-    occupation: NDArray[np.int64]  # [n] of those rows then
-    num_verified: NDArray[np.int64]  # [n] draft rows that were verified
-    max_draft_tokens: int
-    packed: torch.Tensor | None  # [n, 2 + width] on the host; None on ranks that only receive drafts
-    arrived: Any
-    native: torch.Tensor | None = None  # [n, k] on the host: drafts of vLLM's own drafter, where ours join it
-    chains: dict[str, list[list[int]]] | None = None  # all chains of requests that had several
-    winners: torch.Tensor | None = None  # [n] on the host: which of its chains got furthest
-
-
-class DeviceDrafting:
-    """``rest`` with ``on_device``: what it needs of the requests is on the device, and so are its drafts.
-
-    Args:
-        context: sizes, the store and the proposer's options.
-        device: of the runner.
-        req_states: the runner's per-request tensors.
-
-    Raises:
-        ConfigurationError: the proposer refuses its options there.
-    """
-
-    def __init__(self, context: ProposerContext, device: torch.device, req_states: Any) -> None:
-        from vllm_specplug.proposers.rest.device import DeviceRest
-
-        try:
-            self.proposer = DeviceRest(context, device)
-        except ValueError as error:
-            raise ConfigurationError(f"speculative_config: {error}") from error
-        self._req_states = req_states
-        # Tokens (prompt + output) that each row's request can have; 0 where it wants no drafts.
-        self._longest = torch.zeros(context.max_num_requests, dtype=torch.int32, device=device)
-
-    def warm_up(self) -> None:
-        """Compile the kernel."""
-        row = torch.zeros(1, dtype=torch.int64, device=self._longest.device)
-        states = self._req_states
-        self.proposer.propose(states.all_token_ids.gpu, states.total_len.gpu, row, row.to(torch.int32))
-
-    def add(self, rows: list[int], longest: list[int]) -> None:
-        """These rows have new requests."""
-        # Not torch.tensor(..., device=...): that would wait for the device, which is still busy with the step before.
-        device = self._longest.device
-        at = async_tensor_h2d(rows, device=device, dtype=torch.int64)
-        self._longest[at] = async_tensor_h2d(longest, device=device, dtype=torch.int32)
-
-    def propose(self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, limit: int, drafts: torch.Tensor) -> None:
-        """Write drafts over ``drafts``, ``[num_requests, num_speculative_tokens]``, as far as each of them goes."""
-        states = self._req_states
-        # The step emits one token more than it accepts, and none may pass max_tokens or max_model_len.
-        wanted = (self._longest[idx_mapping] - states.total_len.gpu[idx_mapping] - 1).clamp(0, limit)
-        wanted = torch.where(num_sampled > 0, wanted, 0).to(torch.int32)
-        token_ids, num_tokens, _ = self.proposer.propose(
-            states.all_token_ids.gpu, states.total_len.gpu, idx_mapping, wanted
-        )
-        column = torch.arange(drafts.shape[1], device=drafts.device)
-        drafts.copy_(torch.where(column[None, :] < num_tokens[:, None], token_ids, drafts))
 
 
 class Speculator(BaseSpeculator):  # type: ignore[misc]
@@ -326,7 +91,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             self._drafts.shape if native is not None else (0, 0), dtype=torch.int64, pin_memory=device.type == "cuda"
         )
         self._sampling_states: Any = None
-        self._pending: _Step | None = None
+        self._pending: Step | None = None
         self._in_place: dict[str, list[int]] = {}  # request id -> its draft that the next step verifies
         self.forks: v2_chains.ForkedRows | None = None
         self.verified_chains: tuple[dict[str, list[list[int]]], torch.Tensor] | None = None
@@ -581,7 +346,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
                 its chains got furthest.
         """
         occupation = self.history.occupation[rows]
-        self._pending = _Step(
+        self._pending = Step(
             request_ids, rows, occupation, num_verified, max_draft_tokens, packed, arrived, native, chains, winners
         )
 
@@ -619,7 +384,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         rows = np.asarray(input_batch.idx_mapping_np[:num_requests], dtype=np.int64)
         self.take_in(list(input_batch.req_ids), rows, verified, limit, packed, arrived, native, chains, winners)
 
-    def _draft(self, step: _Step, packed: NDArray[np.int32], alive: NDArray[np.bool_]) -> list[list[int]]:
+    def _draft(self, step: Step, packed: NDArray[np.int32], alive: NDArray[np.bool_]) -> list[list[int]]:
         """Take in what a step emitted and ask the proposers; one draft a request of the step, empty where none."""
         drafts: list[list[int]] = [[] for _ in step.request_ids]
         totals, counts = packed[:, 0].astype(np.int64), packed[:, 1].astype(np.int64)
@@ -654,7 +419,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             drafts[index] = draft
         return drafts
 
-    def _observe(self, step: _Step, packed: NDArray[np.int32], emitting: NDArray[np.intp]) -> None:
+    def _observe(self, step: Step, packed: NDArray[np.int32], emitting: NDArray[np.intp]) -> None:
         """Tell counters and proposers what was verified."""
         verified = Verified([], [], [], packed[emitting, 1].tolist(), len(step.request_ids) - len(emitting))
         for index in emitting.tolist():
@@ -678,7 +443,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             )
         self.drafting.observe(verified)
 
-    def _share(self, step: _Step, drafts: list[list[int]], alive: NDArray[np.bool_], out: torch.Tensor | None) -> None:
+    def _share(self, step: Step, drafts: list[list[int]], alive: NDArray[np.bool_], out: torch.Tensor | None) -> None:
         """Every rank of a tensor-parallel group must run the model on the same drafts: those of the first."""
         shared = self._drafts[: len(step.request_ids)]  # the placeholders, which are the same on all ranks
         chosen = [index for index, draft in enumerate(drafts) if draft]
@@ -709,158 +474,6 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         target[on_device[:, 0]] = on_device[:, 1:]
 
 
-def _sample_with_the_targets_noise(
-    draw: Callable[..., torch.Tensor],
-    speculator: DraftModelSpeculator,
-    hidden_states: torch.Tensor,
-    sample_src_positions: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    temperature: torch.Tensor,
-    seeds: torch.Tensor,
-    draft_step: torch.Tensor,
-    draft_logits: torch.Tensor | None,
-    spec_step_idx: int = 0,
-    **_: Any,
-) -> torch.Tensor:
-    """vLLM's ``sample_draft`` with the noise that the verifier will use, and without keeping the draft's logits."""
-    logits = speculator.compute_draft_logits(hidden_states, spec_step_idx)
-    sampled = draw(
-        logits,
-        idx_mapping,
-        temperature,
-        seeds,
-        sample_src_positions,
-        apply_temperature=True,
-        is_drafting=False,  # vLLM salts a draft's noise; with accept-if-equal the same noise is what makes tokens agree
-        use_fp64=speculator.use_fp64_gumbel,
-    )
-    speculator._maybe_predict_acceptance(logits, idx_mapping, draft_step)
-    return sampled
-
-
-def install() -> None:
-    """Wrap the runner's seams in this process, after checking their signatures. Idempotent."""
-    seams.check(seam_list.V2_USED)
-    patches.install(
-        seam_list.V2_SEAMS,
-        {
-            "init_speculator": _init_speculator,
-            "RejectionSampler": _rejection_sampler,
-            "GPUModelRunner.load_model": _load_model,
-            "GPUModelRunner.add_requests": _add_requests,
-            "GPUModelRunner.finish_requests": _finish_requests,
-            "GPUModelRunner.prepare_inputs": _prepare_inputs,
-            "GPUModelRunner.initialize_kv_cache": _initialize_kv_cache,
-            "GPUModelRunner.execute_model": v2_chains.execute_model,
-            "GPUModelRunner.update_requests": v2_chains.update_requests,
-            "GPUModelRunner.gather_batch_req_state": v2_chains.gather_batch_req_state,
-            "GPUModelRunner.prepare_attn": v2_chains.prepare_attn,
-            "GPUModelRunner.sample": v2_chains.sample,
-            "DraftTokensHandler.get_draft_tokens": _get_draft_tokens,
-        },
-    )
-
-
-def _speculator_of(runner: Any) -> Speculator | None:
+def speculator_of(runner: Any) -> Speculator | None:
     speculator = getattr(runner, "speculator", None)
     return speculator if isinstance(speculator, Speculator) else getattr(speculator, "_specplug", None)
-
-
-def _init_speculator(original: Callable[..., Any], vllm_config: Any, device: torch.device, req_states: Any) -> Any:
-    config = vllm_config.speculative_config
-    if is_ours(config):
-        return Speculator(vllm_config, device, req_states)
-    native = _native_speculator(original, vllm_config, device, req_states)
-    settings = settings_of(vllm_config.additional_config)
-    if settings is not None and settings.host_proposers and is_coupled(config):
-        joining = Speculator(vllm_config, device, req_states, native)
-        native.propose = functools.partial(joining.join, native.propose)
-        native._specplug = joining
-    return native
-
-
-def _native_speculator(original: Callable[..., Any], vllm_config: Any, device: torch.device, req_states: Any) -> Any:
-    """vLLM's own drafter; one that samples draws with the target's noise under a coupled verifier."""
-    config = vllm_config.speculative_config
-    if not is_coupled(config) or config.draft_sample_method != "probabilistic":
-        return original(vllm_config, device, req_states)
-    # Built as a greedy drafter, it allocates no cache of draft logits (requests x k x vocabulary): none is read.
-    config.draft_sample_method = "greedy"
-    try:
-        speculator = original(vllm_config, device, req_states)
-    finally:
-        config.draft_sample_method = "probabilistic"
-    if isinstance(speculator, DraftModelSpeculator):
-        draw = _draw_of(settings_of(vllm_config.additional_config))
-        speculator.sample_draft = functools.partial(_sample_with_the_targets_noise, draw, speculator)
-    return speculator
-
-
-def _rejection_sampler(original: Callable[..., Any], sampler: Any, spec_config: Any, *args: Any, **kwargs: Any) -> Any:
-    build = CoupledVerifier if is_coupled(spec_config) else original
-    return build(sampler, spec_config, *args, **kwargs)
-
-
-def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    result = original(self, *args, **kwargs)
-    settings = settings_of(self.vllm_config.additional_config)
-    if is_coupled(self.vllm_config.speculative_config) and (draw := _draw_of(settings)) is not gumbel_sample:
-        check_verifier(self)
-        _draw_by(self, draw)
-    speculator = _speculator_of(self)
-    if speculator is not None:
-        speculator.attach(self)
-    elif self.speculator is not None and is_coupled(self.vllm_config.speculative_config):
-        check_verifier(self)
-        config = self.vllm_config.speculative_config
-        logger.info(
-            "specplug is active: runner V2, sampler %s (drafter-invariant) verifies the drafts of vLLM's %s (%s)",
-            settings_of(self.vllm_config.additional_config).sampler,  # type: ignore[union-attr]
-            config.method,
-            config.draft_sample_method,
-        )
-    return result
-
-
-def _add_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> Any:
-    result = original(self, scheduler_output)
-    speculator = _speculator_of(self)
-    if speculator is not None:
-        speculator.add_requests(scheduler_output)
-    return result
-
-
-def _finish_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> Any:
-    speculator = _speculator_of(self)
-    if speculator is not None:
-        speculator.finish_requests(scheduler_output)
-    return original(self, scheduler_output)
-
-
-def _prepare_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    speculator = _speculator_of(self)
-    if speculator is not None:
-        speculator.put_in_place()
-    input_batch = original(self, *args, **kwargs)
-    if speculator is not None and speculator.forks is not None:
-        speculator.forks.fill(input_batch)
-    return input_batch
-
-
-def _initialize_kv_cache(
-    original: Callable[..., Any], self: Any, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
-) -> Any:
-    result = original(self, kv_cache_config, is_profiling, **kwargs)
-    speculator = _speculator_of(self)
-    if speculator is not None and not is_profiling:
-        speculator.attach_forks(self)
-    return result
-
-
-def _get_draft_tokens(original: Callable[..., Any], self: Any) -> Any:
-    proposed = original(self)
-    speculator: Speculator | None = getattr(self, "_specplug", None)
-    return proposed if speculator is None else speculator.cut(proposed)
-
-
-__all__ = ["CoupledVerifier", "Speculator", "install"]

@@ -26,7 +26,7 @@ from vllm.v1.outputs import LogprobsTensors
 
 from vllm_specplug.hooks.forks import Fork, Further, plan_forks, warn_once
 from vllm_specplug.hooks.scratch_blocks import Scratch, plan_scratch
-from vllm_specplug.hooks.v2_copies import BlockCopies
+from vllm_specplug.hooks.v2.block_copies import BlockCopies
 
 _FORK_ID = "specplug fork {} of {}"
 

@@ -1,0 +1,60 @@
+"""Lets vLLM's own sampling drafters on V2 draw with the target's noise."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+from vllm_specplug.hooks.marks import is_coupled
+from vllm_specplug.hooks.v2.draws import draw_of
+from vllm_specplug.settings.model import settings_of
+
+
+def _sample_with_the_targets_noise(
+    draw: Callable[..., torch.Tensor],
+    speculator: DraftModelSpeculator,
+    hidden_states: torch.Tensor,
+    sample_src_positions: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    temperature: torch.Tensor,
+    seeds: torch.Tensor,
+    draft_step: torch.Tensor,
+    draft_logits: torch.Tensor | None,
+    spec_step_idx: int = 0,
+    **_: Any,
+) -> torch.Tensor:
+    """vLLM's ``sample_draft`` with the noise that the verifier will use, and without keeping the draft's logits."""
+    logits = speculator.compute_draft_logits(hidden_states, spec_step_idx)
+    sampled = draw(
+        logits,
+        idx_mapping,
+        temperature,
+        seeds,
+        sample_src_positions,
+        apply_temperature=True,
+        is_drafting=False,  # vLLM salts a draft's noise; with accept-if-equal the same noise is what makes tokens agree
+        use_fp64=speculator.use_fp64_gumbel,
+    )
+    speculator._maybe_predict_acceptance(logits, idx_mapping, draft_step)
+    return sampled
+
+
+def native_speculator(original: Callable[..., Any], vllm_config: Any, device: torch.device, req_states: Any) -> Any:
+    """vLLM's own drafter; one that samples draws with the target's noise under a coupled verifier."""
+    config = vllm_config.speculative_config
+    if not is_coupled(config) or config.draft_sample_method != "probabilistic":
+        return original(vllm_config, device, req_states)
+    # Built as a greedy drafter, it allocates no cache of draft logits (requests x k x vocabulary): none is read.
+    config.draft_sample_method = "greedy"
+    try:
+        speculator = original(vllm_config, device, req_states)
+    finally:
+        config.draft_sample_method = "probabilistic"
+    if isinstance(speculator, DraftModelSpeculator):
+        draw = draw_of(settings_of(vllm_config.additional_config))
+        speculator.sample_draft = functools.partial(_sample_with_the_targets_noise, draw, speculator)
+    return speculator

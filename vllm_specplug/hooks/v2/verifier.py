@@ -1,0 +1,84 @@
+"""Verification on V2: the target's own token of every row, drafts accepted while equal to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.samplers.kernels import verify_drafts
+
+
+class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
+    """Draws the target's token of every row exactly as vLLM would in an ordinary step, and keeps drafts while equal.
+
+    vLLM's noise is keyed by (request seed, position, token id), so that neither the draft nor its length can change a
+    token. Draft logits are neither read nor kept.
+    """
+
+    draw = staticmethod(gumbel_sample)
+    """Draws one token a row from (logits, row's request, temperature, seed, position)."""
+    token_ids: torch.Tensor | None = None
+    """``[num_requests, num_speculative_tokens + 1]``: the target's tokens at all positions of the last step."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's own call; what was drawn behind a rejected draft is kept for proposers that learn from it."""
+        output = super().__call__(*args, **kwargs)
+        self.token_ids = output.sampled_token_ids
+        return output
+
+    def _verify(
+        self,
+        logits: torch.Tensor,  # [num_rows, vocab]
+        draft_logits: torch.Tensor | None,
+        draft_sampled: torch.Tensor,  # [num_rows] input token of each row
+        pos: torch.Tensor,  # [num_rows]
+        cu_num_logits: torch.Tensor,  # [num_requests + 1]
+        idx_mapping: torch.Tensor,
+        idx_mapping_np: NDArray[np.intp],
+        expanded_idx_mapping: torch.Tensor,  # [num_rows]
+        expanded_local_pos: torch.Tensor,
+        seq_lens_upper_bound_np: NDArray[np.int32],
+        verify_draft_sampled: torch.Tensor,  # [num_rows] the same, -1 where a draft must not be accepted
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """vLLM's one method for a chunk of rows; returns processed logits, tokens and how many of them are emitted."""
+        sampler = self.sampler
+        processed = sampler.apply_sampling_params(
+            logits,
+            expanded_idx_mapping,
+            idx_mapping,
+            idx_mapping_np,
+            pos,
+            draft_sampled,
+            expanded_local_pos,
+            seq_lens_upper_bound_np,
+        )
+        targets = self.draw(
+            processed,
+            expanded_idx_mapping,
+            sampler.sampling_states.temperature.gpu,
+            sampler.sampling_states.seeds.gpu,
+            pos,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=sampler.use_fp64_gumbel,
+        )
+        token_ids, num_emitted = verify_drafts(
+            targets, verify_draft_sampled, cu_num_logits, self.num_speculative_steps + 1
+        )
+        return processed, token_ids, num_emitted
+
+
+def check_verifier(runner: Any) -> None:
+    """Raise ConfigurationError when the model brings a sampler of its own, so that our verifier is not in place."""
+    if not isinstance(runner.rejection_sampler, CoupledVerifier):
+        raise ConfigurationError(
+            f"speculative_config: {type(runner.model).__name__} brings a sampler of its own "
+            f"({type(runner.rejection_sampler).__name__}), which no coupling can replace. "
+            'Give "sampler": "rejection".'
+        )

@@ -1,0 +1,136 @@
+"""vLLM's V2 model runner: our drafter in place of its own, our verifier in place of its rejection sampler.
+
+Tokens flow: target logits of every verified row -> :class:`CoupledVerifier` (the target's own token of every row,
+accepted while equal) -> vLLM's bookkeeping on the device -> one copy of what was emitted to the host ->
+:class:`Speculator` (drafts of the next step) -> one copy back.
+
+Under async scheduling the copy to the host starts when vLLM asks for drafts and is waited for only when the next step's
+inputs are made: in between, the device verifies while scheduler and worker do their host work.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+
+from vllm_specplug.hooks import seam_list, seams
+from vllm_specplug.hooks.marks import is_coupled, is_ours
+from vllm_specplug.hooks.v2 import forks
+from vllm_specplug.hooks.v2.drafter import Speculator, speculator_of
+from vllm_specplug.hooks.v2.draws import draw_by, draw_of
+from vllm_specplug.hooks.v2.native import native_speculator
+from vllm_specplug.hooks.v2.verifier import CoupledVerifier, check_verifier
+from vllm_specplug.log import logger
+from vllm_specplug.settings.model import settings_of
+
+patches = seams.Patches()
+
+
+def install() -> None:
+    """Wrap the runner's seams in this process, after checking their signatures. Idempotent."""
+    seams.check(seam_list.V2_USED)
+    patches.install(
+        seam_list.V2_SEAMS,
+        {
+            "init_speculator": _init_speculator,
+            "RejectionSampler": _rejection_sampler,
+            "GPUModelRunner.load_model": _load_model,
+            "GPUModelRunner.add_requests": _add_requests,
+            "GPUModelRunner.finish_requests": _finish_requests,
+            "GPUModelRunner.prepare_inputs": _prepare_inputs,
+            "GPUModelRunner.initialize_kv_cache": _initialize_kv_cache,
+            "GPUModelRunner.execute_model": forks.execute_model,
+            "GPUModelRunner.update_requests": forks.update_requests,
+            "GPUModelRunner.gather_batch_req_state": forks.gather_batch_req_state,
+            "GPUModelRunner.prepare_attn": forks.prepare_attn,
+            "GPUModelRunner.sample": forks.sample,
+            "DraftTokensHandler.get_draft_tokens": _get_draft_tokens,
+        },
+    )
+
+
+def _init_speculator(original: Callable[..., Any], vllm_config: Any, device: torch.device, req_states: Any) -> Any:
+    config = vllm_config.speculative_config
+    if is_ours(config):
+        return Speculator(vllm_config, device, req_states)
+    native = native_speculator(original, vllm_config, device, req_states)
+    settings = settings_of(vllm_config.additional_config)
+    if settings is not None and settings.host_proposers and is_coupled(config):
+        joining = Speculator(vllm_config, device, req_states, native)
+        native.propose = functools.partial(joining.join, native.propose)
+        native._specplug = joining
+    return native
+
+
+def _rejection_sampler(original: Callable[..., Any], sampler: Any, spec_config: Any, *args: Any, **kwargs: Any) -> Any:
+    build = CoupledVerifier if is_coupled(spec_config) else original
+    return build(sampler, spec_config, *args, **kwargs)
+
+
+def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    result = original(self, *args, **kwargs)
+    settings = settings_of(self.vllm_config.additional_config)
+    if is_coupled(self.vllm_config.speculative_config) and (draw := draw_of(settings)) is not gumbel_sample:
+        check_verifier(self)
+        draw_by(self, draw)
+    speculator = speculator_of(self)
+    if speculator is not None:
+        speculator.attach(self)
+    elif self.speculator is not None and is_coupled(self.vllm_config.speculative_config):
+        check_verifier(self)
+        config = self.vllm_config.speculative_config
+        logger.info(
+            "specplug is active: runner V2, sampler %s (drafter-invariant) verifies the drafts of vLLM's %s (%s)",
+            settings_of(self.vllm_config.additional_config).sampler,  # type: ignore[union-attr]
+            config.method,
+            config.draft_sample_method,
+        )
+    return result
+
+
+def _add_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> Any:
+    result = original(self, scheduler_output)
+    speculator = speculator_of(self)
+    if speculator is not None:
+        speculator.add_requests(scheduler_output)
+    return result
+
+
+def _finish_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> Any:
+    speculator = speculator_of(self)
+    if speculator is not None:
+        speculator.finish_requests(scheduler_output)
+    return original(self, scheduler_output)
+
+
+def _prepare_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    speculator = speculator_of(self)
+    if speculator is not None:
+        speculator.put_in_place()
+    input_batch = original(self, *args, **kwargs)
+    if speculator is not None and speculator.forks is not None:
+        speculator.forks.fill(input_batch)
+    return input_batch
+
+
+def _initialize_kv_cache(
+    original: Callable[..., Any], self: Any, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
+) -> Any:
+    result = original(self, kv_cache_config, is_profiling, **kwargs)
+    speculator = speculator_of(self)
+    if speculator is not None and not is_profiling:
+        speculator.attach_forks(self)
+    return result
+
+
+def _get_draft_tokens(original: Callable[..., Any], self: Any) -> Any:
+    proposed = original(self)
+    speculator: Speculator | None = getattr(self, "_specplug", None)
+    return proposed if speculator is None else speculator.cut(proposed)
+
+
+__all__ = ["CoupledVerifier", "Speculator", "install"]
