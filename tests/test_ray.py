@@ -29,7 +29,7 @@ from harness import Engine
 from vllm_specplug.corpus import held_out_prompts
 from vllm_specplug.engines import lifeline
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.ray import batch, environment, inputs, serve, settings, stores
+from vllm_specplug.ray import batch, environment, inputs, output, replica, serve, settings, stores
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.shards import publish, shard_of, writing
 from vllm_specplug.stores.writer import DatastoreWriter
@@ -137,10 +137,10 @@ def test_seeds_that_vllm_cannot_take_are_refused(tmp_path: Path) -> None:
 
 
 def test_seeds_of_rows_follow_from_run_and_number() -> None:
-    seeds = {batch.row_seed(run, row) for run in range(3) for row in range(1000)}
+    seeds = {replica.row_seed(run, row) for run in range(3) for row in range(1000)}
     assert len(seeds) == 3000
-    assert max(seeds) < 2**batch.SEED_BITS
-    assert batch.row_seed(5, 17) == batch.row_seed(5, 17)
+    assert max(seeds) < 2**replica.SEED_BITS
+    assert replica.row_seed(5, 17) == replica.row_seed(5, 17)
 
 
 def begun(folder: Path, prompts: Path) -> dict[str, Any]:
@@ -148,8 +148,8 @@ def begun(folder: Path, prompts: Path) -> dict[str, Any]:
     arguments: dict[str, Any] = {"model": "m", "sampling": {"max_tokens": 4}, "seed": 3, "rows_per_part": 4}
     folder.mkdir()
     found = inputs.scan(inputs.find([str(prompts)]), None, folder)
-    job = batch.Job("m", None, {}, (), arguments["sampling"], 3, found.field)
-    batch._begin(folder, batch.manifest(job, found), 4, 1)
+    job = replica.Job("m", None, {}, (), arguments["sampling"], 3, found.field)
+    output.begin(folder, output.manifest(job, found), 4, 1)
     for part in found.parts(4):
         table = inputs.read(part, found.schema)
         table = table.append_column("output_token_ids", pa.array([[1, 2]] * len(table)))
@@ -207,7 +207,7 @@ def test_other_settings_are_refused(mixed: Path, tmp_path: Path, changed: dict[s
 
 def test_other_inputs_and_other_runs_are_refused(mixed: Path, tmp_path: Path) -> None:
     arguments = begun(tmp_path / "out", mixed)
-    with batch._owned(tmp_path / "out"), pytest.raises(ConfigurationError, match="another run"):
+    with output.owned(tmp_path / "out"), pytest.raises(ConfigurationError, match="another run"):
         batch.generate([mixed], tmp_path / "out", **arguments)
     (mixed / "a.jsonl").write_text('{"prompt": "changed"}\n')
     with pytest.raises(ConfigurationError, match="inputs"):
@@ -221,7 +221,7 @@ def test_other_inputs_and_other_runs_are_refused(mixed: Path, tmp_path: Path) ->
 def test_rows_that_come_twice_are_stored_once(mixed: Path, tmp_path: Path) -> None:
     found = inputs.scan(inputs.find([str(mixed)]), None, tmp_path)
     parts = {part.number: part for part in found.parts(16)}
-    output = batch._Output(tmp_path, parts, 16, None)
+    output = output.Output(tmp_path, parts, 16, None)
     table = inputs.read(parts[1], found.schema)
     table = table.append_column("output_token_ids", pa.array([[1]] * len(table)))
     table = table.append_column("error", pa.array([None] * len(table), pa.string()))
@@ -232,7 +232,7 @@ def test_rows_that_come_twice_are_stored_once(mixed: Path, tmp_path: Path) -> No
     assert pq.read_table(tmp_path / "part-000001.parquet") == table
     assert [part.number for part in output.missing()] == [0]
     (tmp_path / "part-000001.parquet").write_bytes(b"PAR1 damaged")
-    assert [part.number for part in batch._Output(tmp_path, parts, 16, None).missing()] == [0, 1]
+    assert [part.number for part in output.Output(tmp_path, parts, 16, None).missing()] == [0, 1]
 
 
 def test_replicas_that_never_fit_are_refused() -> None:
@@ -538,7 +538,7 @@ def test_batch_survives_its_driver_and_its_replicas(store: Path, tmp_path: Path,
     assert [row["row_id"] for row in done] == list(range(72))
     assert [row["name"] for row in done] == [row["name"] for row in rows]
     assert done[3]["seed"] == 12345
-    assert [row["seed"] for row in done[:3]] == [batch.row_seed(11, i) for i in range(3)]
+    assert [row["seed"] for row in done[:3]] == [replica.row_seed(11, i) for i in range(3)]
     assert "1024" in done[5]["error"]
     assert done[5]["output_token_ids"] == []
     del done[5], rows[5]

@@ -12,7 +12,7 @@ from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
 from vllm_specplug.corpus import held_out_prompts
 from vllm_specplug.ray import data_llm
-from vllm_specplug.ray.batch import row_seed
+from vllm_specplug.ray.replica import row_seed
 from vllm_specplug.ray.settings import STAGE_CPUS
 from vllm_specplug.tiny_models import target_path
 

@@ -1,0 +1,258 @@
+"""Output of a batch run: Parquet parts and their manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.log import logger
+from vllm_specplug.ray import inputs
+from vllm_specplug.ray.replica import Job
+from vllm_specplug.settings.model import METHOD
+
+MANIFEST = "_manifest.json"  # Parquet readers pass over names that begin with an underscore
+
+
+FORMAT = 1
+
+
+PARTS_PER_REPLICA = 8
+"""Parts that each replica gets where their size is not given, so that replicas end at about the same time."""
+
+
+SMALLEST_PART, LARGEST_PART = 16, 512
+
+
+NO_SPECULATION = "gumbel"
+
+
+Progress = Callable[[int, int, float, float], None]
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a run did.
+
+    Attributes:
+        out: the folder.
+        num_rows: rows of all inputs, all of them in the folder now.
+        num_kept: of these, rows that an earlier run had done.
+        num_errors: rows whose column ``error`` says why they have no output, those of earlier runs among them.
+        num_output_tokens: generated in this run.
+        elapsed_s: of this run, replicas' start included.
+    """
+
+    out: Path
+    num_rows: int
+    num_kept: int
+    num_errors: int
+    num_output_tokens: int
+    elapsed_s: float
+
+    @property
+    def rows_per_s(self) -> float:
+        return (self.num_rows - self.num_kept) / self.elapsed_s
+
+
+@contextlib.contextmanager
+def owned(out: Path) -> Iterator[Path]:
+    """The folder, made where it is missing, for this process alone."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / "_lock").open("a")
+    except OSError as error:
+        raise ConfigurationError(f"the folder {out} cannot be written: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigurationError(f"another run is writing to {out}: wait for it, or give another folder") from None
+        yield out
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """A folder for temporary files, gone at the end; those of runs that were killed go too."""
+    for left in folder.glob("_tmp-*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+    made = Path(tempfile.mkdtemp(prefix="_tmp-", dir=folder))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def manifest(job: Job, found: inputs.Inputs) -> dict[str, Any]:
+    """Everything that decides about the output, as plain types.
+
+    How tokens are drafted is not among it where it cannot change them: a run may go on with other drafters, or none.
+    """
+    return {
+        "format": FORMAT,
+        "model": job.model,
+        "speculation": _speculation(job.speculative_config),
+        "engine": _plain({**job.engine_args, "options": list(job.options)}),
+        "sampling": _plain(job.sampling),
+        "seed": job.seed,
+        "prompt_field": job.field,
+        "inputs": [asdict(source) for source in found.sources],
+    }
+
+
+def _speculation(config: Mapping[str, Any] | None) -> Any:
+    """The sampler where it is drafter-invariant (with its number of chains where that counts), else everything."""
+    sampler = NO_SPECULATION if config is None else config.get("sampler")
+    if sampler is None and config is not None and config.get("method") == METHOD:
+        sampler = NO_SPECULATION
+    if sampler == "list" and config is not None:
+        spelt = {key.replace("-", "_"): value for key, value in config.items()}
+        return _plain({"sampler": sampler, "num_chains": spelt.get("num_chains")})
+    return sampler if sampler in ("gumbel", "minhash") else _plain(config)
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str, sort_keys=True))
+
+
+def begin(folder: Path, wanted: dict[str, Any], rows_per_part: int | None, replicas: int) -> int:
+    """Write the manifest, or compare with the one that is there; the size of parts."""
+    path = folder / MANIFEST
+    has_parts = any(folder.glob("*.parquet"))
+    if not path.exists() or not has_parts:
+        if has_parts:
+            raise ConfigurationError(f"{folder} has Parquet files and no {MANIFEST}: give a folder of its own")
+        num_rows = sum(each["num_rows"] for each in wanted["inputs"])
+        share = -(-num_rows // (replicas * PARTS_PER_REPLICA))
+        rows_per_part = rows_per_part or min(max(share, SMALLEST_PART), LARGEST_PART)
+        _write(path, lambda to: to.write_text(json.dumps({**wanted, "rows_per_part": rows_per_part}, indent=1) + "\n"))
+        return rows_per_part
+    try:
+        begun = json.loads(path.read_text())
+        size = int(begun.pop("rows_per_part"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"{path} is damaged: {error}; give another folder") from error
+    differing = [key for key in {**begun, **wanted} if _compared(begun, key) != _compared(wanted, key)]
+    if differing:
+        key = differing[0]
+        raise ConfigurationError(
+            f"{folder} was begun with other settings ({', '.join(differing)}): {key} was "
+            f"{json.dumps(_compared(begun, key)):.300}, and is now {json.dumps(_compared(wanted, key)):.300}. Give the "
+            "same again to go on, or another folder."
+        )
+    if rows_per_part not in (None, size):
+        raise ConfigurationError(f"{folder} was begun with {size} rows a part: leave rows_per_part out to go on")
+    return size
+
+
+def _compared(settings: Mapping[str, Any], key: str) -> Any:
+    value = settings.get(key)
+    if key == "inputs" and isinstance(value, list):  # files may have moved
+        return [{"name": Path(each["path"]).name, "digest": each["digest"]} for each in value]
+    return value
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file that is there whole or not at all."""
+    temporary = path.with_name(f"_tmp-{path.name}")
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class Output:
+    """The files of a run: which are there, and rows on their way into others."""
+
+    def __init__(
+        self, folder: Path, parts: Mapping[int, inputs.Part], rows_per_part: int, on_progress: Progress | None
+    ) -> None:
+        self._folder = folder
+        self._parts = parts
+        self._rows_per_part = rows_per_part
+        self._on_progress = on_progress
+        self._waiting: dict[int, dict[int, pa.Table]] = {}
+        self._done: set[int] = set()
+        self._num_kept = self._num_errors = self._num_tokens = 0
+        self._first: tuple[float, int, int] | None = None
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"part-{number:06d}.parquet"
+
+    def missing(self) -> list[inputs.Part]:
+        """Parts that are not in the folder yet."""
+        for number, part in self._parts.items():
+            path = self._path(number)
+            if not path.is_file():
+                continue
+            try:
+                errors = pq.read_table(path, columns=["error"]).column(0)
+            except (pa.ArrowException, OSError) as error:
+                logger.warning("%s cannot be read and is generated again: %s", path, error)
+                continue
+            if len(errors) == part.num_rows:
+                self._done.add(number)
+                self._num_kept += part.num_rows
+                self._num_errors += len(errors) - errors.null_count
+        self._tell()
+        return [part for number, part in self._parts.items() if number not in self._done]
+
+    def add(self, table: pa.Table) -> None:
+        """Rows that a replica has done, those of one part together or in pieces; a part that is whole is stored."""
+        for row, row_id in enumerate(table[inputs.ROW_ID].to_pylist()):
+            number = row_id // self._rows_per_part
+            if number in self._done:
+                continue  # a part that was given out twice, with the same contents
+            waiting = self._waiting.setdefault(number, {})
+            waiting[row_id] = table.slice(row, 1)
+            if len(waiting) == self._parts[number].num_rows:
+                self._store(number, pa.concat_tables([waiting[each] for each in sorted(waiting)]).combine_chunks())
+
+    def _store(self, number: int, table: pa.Table) -> None:
+        _write(self._path(number), lambda to: pq.write_table(table, to, compression="zstd"))
+        del self._waiting[number]
+        self._done.add(number)
+        self._num_errors += len(table) - table["error"].null_count
+        self._num_tokens += sum(len(each) for each in table["output_token_ids"].to_pylist())
+        self._tell()
+        if self._first is None:
+            self._first = (time.monotonic(), self.num_done, self._num_tokens)
+
+    def _tell(self) -> None:
+        if self._on_progress is None:
+            return
+        total = sum(part.num_rows for part in self._parts.values())
+        if self._first is None:
+            self._on_progress(self.num_done, total, 0.0, 0.0)
+            return
+        began, rows, tokens = self._first  # without the start of the engines
+        elapsed_s = max(time.monotonic() - began, 1e-9)
+        self._on_progress(
+            self.num_done, total, (self.num_done - rows) / elapsed_s, (self._num_tokens - tokens) / elapsed_s
+        )
+
+    @property
+    def num_done(self) -> int:
+        """Rows in the folder."""
+        return sum(self._parts[number].num_rows for number in self._done)
+
+    def result(self, elapsed_s: float) -> BatchResult:
+        """After the end."""
+        return BatchResult(
+            self._folder, self.num_done, self._num_kept, self._num_errors, self._num_tokens, max(elapsed_s, 1e-9)
+        )

@@ -1,0 +1,152 @@
+"""A replica of a batch run on Ray Data: one engine and the rows it completes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from vllm_specplug.engines.arguments import with_cli_arguments
+from vllm_specplug.engines.environment import is_cpu_wheel
+from vllm_specplug.log import logger
+from vllm_specplug.ray import environment, inputs, stores
+from vllm_specplug.ray.environment import Share
+
+SEED_BITS = 53
+"""What any JSON reader can hold."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every replica needs to know.
+
+    Attributes:
+        model: name, or folder that every node has.
+        speculative_config: with absolute paths, see :func:`vllm_specplug.ray.stores.located`.
+        engine_args: arguments of vLLM's engine.
+        options: the same as ``vllm serve`` takes them.
+        sampling: arguments of ``SamplingParams``, of every row.
+        seed: of the run.
+        field: column of the prompt.
+    """
+
+    model: str
+    speculative_config: Mapping[str, Any] | None
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    options: Sequence[str] = ()
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    field: str = "prompt"
+
+
+def row_seed(seed: int, row_id: int) -> int:
+    """Seed of a row: the run's seed and the row's number, mixed."""
+    digest = hashlib.blake2b(f"{seed}/{row_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
+
+
+class Replica:
+    """One engine in an actor of Ray Data.
+
+    Args:
+        job, share: what to do, and with what.
+        source: of stores that this node lacks.
+    """
+
+    def __init__(self, job: Job, share: Share, source: Any) -> None:
+        environment.prepare_replica(share, job.engine_args, job.options)
+        self._job = job
+        from vllm import SamplingParams
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        config = stores.placed(job.speculative_config, source)
+        arguments = {"disable_log_stats": True, **_unsplit(job), **job.engine_args}
+        if config is not None:
+            arguments["speculative_config"] = config
+        arguments["cli"] = ["--model", job.model, *job.options]
+        self._sampling: Callable[[int], Any] = lambda seed: SamplingParams(
+            **job.sampling, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        self._sampling(0)  # a mistake there is told before a model is loaded
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**with_cli_arguments(arguments)))
+
+    async def __call__(self, table: pa.Table) -> AsyncIterator[pa.Table]:
+        """The rows of a part with their outputs."""
+        ids = table[inputs.ROW_ID].to_pylist()
+        given = table[inputs.SEED].to_pylist() if inputs.SEED in table.column_names else [None] * len(ids)
+        seeds = [
+            # -1 is vLLM's word for no seed; such a row too has tokens that can be had again.
+            row_seed(self._job.seed, row_id) if seed is None or seed < 0 else seed
+            for row_id, seed in zip(ids, given, strict=True)
+        ]
+        prompts = table[self._job.field].to_pylist()
+        outputs = await asyncio.gather(*map(self._complete, prompts, seeds))
+        if inputs.SEED in table.column_names:
+            table = table.drop_columns([inputs.SEED])
+        columns = {
+            inputs.SEED: pa.array(seeds, pa.int64()),
+            "output_text": pa.array([each.text for each in outputs], pa.string()),
+            "output_token_ids": pa.array([each.token_ids for each in outputs], pa.list_(pa.int32())),
+            "finish_reason": pa.array([each.finish_reason for each in outputs], pa.string()),
+            "error": pa.array([each.error for each in outputs], pa.string()),
+        }
+        for name, values in columns.items():
+            table = table.append_column(name, values)
+        yield table
+
+    async def _complete(self, prompt: Any, seed: int) -> _Outcome:
+        try:
+            given = await self._prompt(prompt)
+            async for output in self._engine.generate(given, self._sampling(seed), uuid.uuid4().hex):
+                done = output.outputs[0]
+        except Exception as error:
+            if self._engine.errored:
+                # Nothing can come from here any more. Another process starts in its place, and gets the same rows.
+                logger.exception("the engine died")
+                os._exit(1)
+            # This row's own trouble: too long, say.
+            cause = error if str(error) else error.__cause__ or error
+            return _Outcome("", [], None, str(cause) or type(cause).__name__)
+        return _Outcome(done.text, list(done.token_ids), done.finish_reason, None)
+
+    async def _prompt(self, prompt: Any) -> Any:
+        if isinstance(prompt, str):
+            return {"prompt": prompt}
+        if isinstance(prompt, list) and prompt and all(isinstance(each, int) for each in prompt):
+            return {"prompt_token_ids": prompt}
+        if isinstance(prompt, list) and prompt and all(isinstance(each, dict) for each in prompt):
+            tokenizer = self._engine.get_tokenizer()
+            if asyncio.iscoroutine(tokenizer):
+                tokenizer = await tokenizer
+            text = tokenizer.apply_chat_template(_without_nulls(prompt), tokenize=False, add_generation_prompt=True)
+            return {"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+        raise ValueError(f"column {self._job.field!r} holds no text, token ids or messages here, but {prompt!r:.100}")
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    error: str | None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Messages as they were written: a table fills in what only others have."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _unsplit(job: Job) -> dict[str, Any]:
+    """What keeps prompts in one step where splitting them is fatal: seeded ones, in vLLM 0.32 on CPUs as it ships."""
+    is_given = "enable_chunked_prefill" in job.engine_args or any("chunked-prefill" in each for each in job.options)
+    return {"enable_chunked_prefill": False} if is_cpu_wheel() and not job.speculative_config and not is_given else {}
