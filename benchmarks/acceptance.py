@@ -36,7 +36,8 @@ from scipy.stats import norm
 from vllm_specplug.corpus import held_out_prompts
 from vllm_specplug.engines.work import Completed
 from vllm_specplug.errors import SpecplugError
-from vllm_specplug.samplers import list_matching, theory
+from vllm_specplug.samplers import theory
+from vllm_specplug.samplers.offline import lists as list_matching
 from vllm_specplug.tiny_models import draft_path, target_path
 
 FORMULAS = {"gumbel": theory.gumbel, "minhash": theory.minhash, "rejection": theory.rejection}

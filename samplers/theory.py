@@ -99,7 +99,7 @@ def low_communication(target: Vector, draft: Vector, epsilon: float) -> float:
     A token's match is the smaller of both probabilities, save where they end in the same cell of height: there sender
     and receiver draw by the share of the cell that is covered, independently.
     """
-    from vllm_specplug.samplers.low_communication import height_bits
+    from vllm_specplug.samplers.offline.low_communication import height_bits
 
     target, draft = checked(target, draft)
     cells = 2.0 ** height_bits(len(target), epsilon)

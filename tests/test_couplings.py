@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, chisquare
 
-from vllm_specplug.samplers import list_matching, low_communication, minhash, reference, rejection, theory
+from vllm_specplug.samplers import list_matching, minhash, reference, theory
 from vllm_specplug.samplers.base import probabilities
 from vllm_specplug.samplers.gumbel import coupled_argmax, gumbel_noise
+from vllm_specplug.samplers.offline import lists, low_communication, rejection
 
 SIGNIFICANCE = 1e-6  # of each of the statistical tests here; their seeds are fixed
 TARGET = np.array([0.4, 0.3, 0.2, 0.1, 0.0])
@@ -98,7 +99,7 @@ def by_low_communication(target, draft, rng, count):
 
 def by_list(target, draft, rng, count):
     seeds = torch.from_numpy(rng.integers(0, 2**31, (count, 3)))
-    token, listed = list_matching.couple(*(log(each)[None].expand(count, -1) for each in (target, draft)), seeds)
+    token, listed = lists.couple(*(log(each)[None].expand(count, -1) for each in (target, draft)), seeds)
     return token.numpy(), listed[:, 2].numpy()
 
 
@@ -475,7 +476,7 @@ def test_lists_are_exact_and_match_at_least_as_often_as_the_lemma_says(num_draft
     rng = np.random.default_rng(num_drafts)
     seeds = torch.from_numpy(rng.integers(0, 2**31, (count, num_drafts)))
     rows = [log(each)[None].expand(count, -1) for each in (TARGET, DRAFT)]
-    token, listed = list_matching.couple(*rows, seeds)
+    token, listed = lists.couple(*rows, seeds)
     assert p_value(token, TARGET) > SIGNIFICANCE
     for nth in range(num_drafts):
         assert p_value(listed[:, nth], DRAFT) > SIGNIFICANCE
@@ -485,7 +486,7 @@ def test_lists_are_exact_and_match_at_least_as_often_as_the_lemma_says(num_draft
         assert is_rate(matches, count, least)
     else:
         assert binomtest(matches, count, least, alternative="less").pvalue > SIGNIFICANCE
-    best = list_matching.optimal_acceptance(TARGET, DRAFT, num_drafts)
+    best = lists.optimal_acceptance(TARGET, DRAFT, num_drafts)
     assert least <= best <= theory.list_bound(TARGET, DRAFT, num_drafts) + 1e-9
     assert binomtest(matches, count, min(best, 1.0), alternative="greater").pvalue > SIGNIFICANCE
 
@@ -495,10 +496,10 @@ def test_lists_are_exact_and_match_at_least_as_often_as_the_lemma_says(num_draft
 def test_lists_equal_the_loop_with_drafters_that_differ(made, seed):
     target, *drafts = made
     seeds = np.array([[seed, seed + 1]])
-    token, listed = list_matching.couple(
+    token, listed = lists.couple(
         log(target)[None], torch.stack([log(each) for each in drafts])[None], torch.from_numpy(seeds)
     )
-    noise = list_matching.list_noise(seeds, len(target))[0]
+    noise = lists.list_noise(seeds, len(target))[0]
     assert (int(token[0]), listed[0].tolist()) == reference.list_tokens(
         target.tolist(), [d.tolist() for d in drafts], noise
     )
@@ -511,7 +512,7 @@ def test_the_engines_list_is_the_same_list_best_first(num_chains):
     seeds = np.random.default_rng(num_chains).integers(0, 2**31, count)
     rows = [log(each)[None].expand(count, -1) for each in (TARGET, DRAFT)]
     of_chains = np.stack([list_matching.chain_seeds(seeds, chain) for chain in range(num_chains)], axis=1)
-    token, listed = list_matching.couple(*rows, torch.from_numpy(of_chains))
+    token, listed = lists.couple(*rows, torch.from_numpy(of_chains))
     drawn, drafted = (list_matching.draw(each, torch.from_numpy(seeds), num_chains, coupled_argmax) for each in rows)
     assert drawn[0][:, 0].tolist() == token.tolist()
     assert drafted[0].sort(dim=1).values.tolist() == listed.sort(dim=1).values.tolist()
@@ -540,18 +541,16 @@ def test_the_first_places_of_one_race():
 @settings(max_examples=20)
 def test_the_linear_programme_is_the_optimal_coupling_for_one_draft(pair):
     target, draft = pair
-    assert list_matching.optimal_acceptance(target, draft, 1) == pytest.approx(
-        theory.rejection(target, draft), abs=1e-7
-    )
-    assert list_matching.optimal_acceptance(target, draft, 2) >= theory.list_matching_bound(target, draft, 2) - 1e-7
+    assert lists.optimal_acceptance(target, draft, 1) == pytest.approx(theory.rejection(target, draft), abs=1e-7)
+    assert lists.optimal_acceptance(target, draft, 2) >= theory.list_matching_bound(target, draft, 2) - 1e-7
 
 
 def test_lists_need_a_draft():
-    for bound in list_matching.optimal_acceptance, theory.list_matching_bound, theory.list_bound:
+    for bound in lists.optimal_acceptance, theory.list_matching_bound, theory.list_bound:
         with pytest.raises(ValueError, match="at least 1, not 0"):
             bound(np.array([1.0]), np.array([1.0]), 0)
     with pytest.raises(ValueError, match="sum to 1"):
-        list_matching.optimal_acceptance(np.array([0.5, 0.1]), np.array([0.5, 0.5]), 2)
+        lists.optimal_acceptance(np.array([0.5, 0.1]), np.array([0.5, 0.5]), 2)
 
 
 def test_float32_rows_are_distributions_too():
@@ -568,4 +567,4 @@ def test_probabilities_near_the_smallest_float_match_like_none():
 def test_too_large_a_programme_is_refused():
     for vocab, num_drafts in ((1600, 3), (2, 20), (1, 10**9)):
         with pytest.raises(ValueError, match=r"more lists than the 1,000,000 .*Use fewer"):
-            list_matching.optimal_acceptance(np.full(vocab, 1 / vocab), np.full(vocab, 1 / vocab), num_drafts)
+            lists.optimal_acceptance(np.full(vocab, 1 / vocab), np.full(vocab, 1 / vocab), num_drafts)

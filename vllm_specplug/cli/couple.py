@@ -84,8 +84,9 @@ def measure(target: Probs, draft: Probs, draws: int, seed: int) -> tuple[dict[st
     """Share of ``draws`` draws in which both sides have the same token, and the mean bits of low communication."""
     import torch
 
-    from vllm_specplug.samplers import low_communication, minhash, rejection
+    from vllm_specplug.samplers import minhash
     from vllm_specplug.samplers.gumbel import coupled_argmax
+    from vllm_specplug.samplers.offline import low_communication, rejection
 
     generator = torch.Generator().manual_seed(seed)
     rows = max(1, min(draws, 4_000_000 // len(target)))

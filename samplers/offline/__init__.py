@@ -1,0 +1,1 @@
+"""Couplings that no engine runs: mathematics for comparison."""

@@ -1,0 +1,83 @@
+"""List couplings of two distributions, and the optimum they are held against."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vllm_specplug.samplers import theory
+from vllm_specplug.samplers.gumbel import gumbel_noise
+
+MAX_LISTS = 1_000_000
+"""Most lists of drafts that :func:`optimal_acceptance` enumerates."""
+
+
+def list_noise(seeds: NDArray[np.int64], vocab: int) -> NDArray[np.float64]:
+    """Gumbel noise ``[num_rows, K, vocab]`` for seeds ``[num_rows, K]``, one a draft."""
+    return gumbel_noise(seeds[:, :, None], np.arange(vocab)[None, None, :])
+
+
+def couple(
+    target_logits: torch.Tensor, draft_logits: torch.Tensor, seeds: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The target's token and the list of drafts.
+
+    Args:
+        target_logits: ``[num_rows, vocab]`` processed; -inf where excluded.
+        draft_logits: ``[num_rows, vocab]``, or ``[num_rows, K, vocab]`` for drafters that differ.
+        seeds: ``[num_rows, K]`` int64.
+
+    Returns:
+        ``[num_rows]`` and ``[num_rows, K]`` int64.
+    """
+    noise = torch.from_numpy(list_noise(seeds.cpu().numpy(), target_logits.shape[-1])).to(target_logits.device)
+    if draft_logits.ndim == 2:
+        draft_logits = draft_logits[:, None]
+    drafts = (draft_logits.double() + noise).argmax(dim=-1)
+    return (target_logits.double() + noise.amax(dim=1)).argmax(dim=-1), drafts
+
+
+def optimal_acceptance(target: NDArray[np.float64], draft: NDArray[np.float64], num_drafts: int) -> float:
+    """The largest chance that the target's token is among ``num_drafts`` independent drafts, by linear programming.
+
+    Args:
+        target: ``[vocab]`` probabilities.
+        draft: ``[vocab]``.
+        num_drafts: drafts in the list; the sets of ``num_drafts`` tokens are enumerated: keep the vocabulary small.
+
+    Raises:
+        ValueError: there would be more than :data:`MAX_LISTS` lists, there is no draft, or the two are no distributions
+            of one length.
+        ImportError: scipy is not installed.
+    """
+    target, draft = theory.checked(target, draft)
+    vocab = len(target)
+    if num_drafts < 1:
+        raise ValueError(f"num_drafts must be at least 1, not {num_drafts}")
+    if num_drafts > MAX_LISTS.bit_length() or vocab**num_drafts > MAX_LISTS:
+        raise ValueError(
+            f"{vocab:,} tokens in lists of {num_drafts:,} make more lists than the {MAX_LISTS:,} that the linear "
+            "programme takes. Use fewer tokens or drafts."
+        )
+    from scipy.optimize import linprog
+    from scipy.sparse import coo_matrix
+
+    mass: dict[tuple[int, ...], float] = {}
+    for drawn in itertools.product(np.flatnonzero(draft).tolist(), repeat=num_drafts):
+        tokens = tuple(sorted(set(drawn)))
+        mass[tokens] = mass.get(tokens, 0.0) + float(np.prod(draft[list(drawn)]))
+    # Variables: how much of each set of tokens goes to each token of it.
+    edges = [(row, token) for row, tokens in enumerate(mass) for token in tokens]
+    rows = [row for row, _ in edges] + [len(mass) + token for _, token in edges]
+    matrix = coo_matrix(
+        (np.ones(2 * len(edges)), (rows, [*range(len(edges))] * 2)), shape=(len(mass) + vocab, len(edges))
+    )
+    solved = linprog(
+        -np.ones(len(edges)), A_ub=matrix, b_ub=np.concatenate([list(mass.values()), target]), method="highs"
+    )
+    if not solved.success:
+        raise RuntimeError(f"the linear programme was not solved: {solved.message}")
+    return float(-solved.fun)
