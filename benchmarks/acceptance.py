@@ -33,9 +33,9 @@ from common import MAX_MODEL_LEN, SEED, engine_arguments, engines, print_markdow
 from scipy.special import logsumexp
 from scipy.stats import norm
 
-from vllm_specplug.corpus import held_out_prompts
 from vllm_specplug.engines.work import Completed
 from vllm_specplug.errors import SpecplugError
+from vllm_specplug.measure.corpus import held_out_prompts
 from vllm_specplug.samplers import theory
 from vllm_specplug.samplers.offline import lists as list_matching
 from vllm_specplug.tiny_models import draft_path, target_path

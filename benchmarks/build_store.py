@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_specplug import corpus
+from vllm_specplug.measure import corpus
 from vllm_specplug.stores.format import tokenizer_fingerprint
 from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
 from vllm_specplug.stores.writer import DatastoreWriter, Piece, add_texts

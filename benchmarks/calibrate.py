@@ -26,7 +26,7 @@ from build_store import TINY_TOKENIZER, installed_sources, machine_line, parse_c
 from numba import njit
 from numpy.typing import NDArray
 
-from vllm_specplug import corpus
+from vllm_specplug.measure import corpus
 from vllm_specplug.proposers import ngram
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext
 from vllm_specplug.proposers.ensemble.ensemble import Ensemble

@@ -39,7 +39,7 @@ from calibrate import (
 from numpy.typing import NDArray
 from trajectories import TinyTarget, decode, prompts_of
 
-from vllm_specplug import corpus
+from vllm_specplug.measure import corpus
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, TargetNoise
 from vllm_specplug.proposers.rest.proposer import RestProposer
 from vllm_specplug.proposers.suffix.proposer import SuffixProposer

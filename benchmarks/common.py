@@ -18,9 +18,9 @@ from typing import Any
 
 from rich.console import Console
 
-from vllm_specplug.corpus import held_out_prompts
 from vllm_specplug.engines.engine import Engine, EngineError
 from vllm_specplug.engines.work import Completed, Work
+from vllm_specplug.measure.corpus import held_out_prompts
 
 MAX_MODEL_LEN = 1024
 WARM_UP_TOKENS = 16

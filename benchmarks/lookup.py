@@ -21,8 +21,8 @@ from build_store import TINY_TOKENIZER, add_up_to, machine_line, parse_count, pr
 from numba import njit
 from numpy.typing import NDArray
 
-from vllm_specplug import corpus
 from vllm_specplug.errors import DatastoreError
+from vllm_specplug.measure import corpus
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
 from vllm_specplug.proposers.ngram import NgramProposer
 from vllm_specplug.proposers.rest.proposer import RestProposer

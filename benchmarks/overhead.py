@@ -58,7 +58,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each batch size, temperature and configuration."""
     from vllm import SamplingParams
 
-    from vllm_specplug import corpus
+    from vllm_specplug.measure import corpus
 
     engines = start_engines(arguments, CONFIGURATIONS)
     rows = []

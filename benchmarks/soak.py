@@ -34,8 +34,8 @@ import numpy as np
 from common import print_markdown, progress, setting
 
 from vllm_specplug.cli.top import Sample, fetch
-from vllm_specplug.corpus import held_out_prompts, standard_library_sources, without_copies_of_held_out
 from vllm_specplug.errors import SpecplugError
+from vllm_specplug.measure.corpus import held_out_prompts, standard_library_sources, without_copies_of_held_out
 from vllm_specplug.tiny_models import target_path
 
 SCHEMA = {

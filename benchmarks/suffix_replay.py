@@ -40,7 +40,7 @@ from calibrate import calibration_sources, fit_logistic, log_loss, logistic, sto
 from numba import njit
 from numpy.typing import NDArray
 
-from vllm_specplug import corpus
+from vllm_specplug.measure import corpus
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
 from vllm_specplug.proposers.suffix import automaton, confidence, drafts
 from vllm_specplug.proposers.suffix.proposer import SuffixProposer

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.nn import functional
 
-from vllm_specplug.corpus import held_out_prompts, held_out_sources, read_text
+from vllm_specplug.measure.corpus import held_out_prompts, held_out_sources, read_text
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, TargetNoise, Verified
 from vllm_specplug.proposers.jacobi import JacobiProposer
 from vllm_specplug.proposers.lookahead import LookaheadProposer

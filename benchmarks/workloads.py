@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from vllm_specplug import corpus
+from vllm_specplug.measure import corpus
 
 CODE, EDIT, TEXT, MIXED = "code", "edit", "text", "mixed"
 PROMPT_CHARS = 800

@@ -33,7 +33,7 @@ from train_consistency import CONTEXT, Clock, Decoder, Workers, optimizers_of, r
 from train_tiny_models import encode, held_out_loss, save
 from transformers import LlamaForCausalLM
 
-from vllm_specplug import corpus
+from vllm_specplug.measure import corpus
 from vllm_specplug.samplers.gumbel import gumbel_noise
 from vllm_specplug.tiny_models import draft_path, target_path
 

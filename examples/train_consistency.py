@@ -44,7 +44,7 @@ from train_tiny_models import encode, held_out_loss, package_sources, save
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vllm_specplug import corpus
+from vllm_specplug.measure import corpus
 from vllm_specplug.tiny_models import target_path
 
 CONTEXT = 512  # tokens of a row of real text, and of a window of the held-out loss, as in train_tiny_models.py

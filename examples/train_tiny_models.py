@@ -5,7 +5,7 @@
 
 Both are Llama models in Hugging Face format with one byte-level BPE tokenizer. They learn from the interpreter's own
 standard library and from installed packages whose licence allows it; the modules of
-``vllm_specplug.corpus.HELD_OUT_MODULES``, their tests and copies of them are left out, and the held-out loss is
+``vllm_specplug.measure.corpus.HELD_OUT_MODULES``, their tests and copies of them are left out, and the held-out loss is
 measured on them. Matrices are trained with Muon (Jordan et al., 2024), everything else with AdamW.
 """
 
@@ -30,7 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vllm_specplug import corpus
+from vllm_specplug.measure import corpus
 
 VOCAB_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"

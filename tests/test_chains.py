@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, requests
 
-from vllm_specplug import corpus
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.measure import corpus
 from vllm_specplug.tiny_models import draft_path, target_path
 
 NUM_DRAFT = 6

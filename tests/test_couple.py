@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_specplug.cli.couple import COUPLINGS, EPSILON, SYNTHETIC, app
+from vllm_specplug.cli.couple import app
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.measure.couple import COUPLINGS, EPSILON, SYNTHETIC
 from vllm_specplug.tiny_models import draft_path, target_path
 
 

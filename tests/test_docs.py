@@ -31,7 +31,7 @@ from typing import Any
 import pytest
 import tomllib
 
-from vllm_specplug.corpus import read_text, standard_library_sources
+from vllm_specplug.measure.corpus import read_text, standard_library_sources
 from vllm_specplug.metrics import files, series
 from vllm_specplug.settings import registry
 from vllm_specplug.settings.model import OWN_KEYS, Settings, parse_settings

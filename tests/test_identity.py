@@ -12,7 +12,7 @@ from compare import assert_close_logprobs, assert_same, tokens
 from harness import Engine, EngineError
 from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, noise_alone, requests
 
-from vllm_specplug import corpus
+from vllm_specplug.measure import corpus
 from vllm_specplug.tiny_models import target_path
 
 pytestmark = pytest.mark.engine

@@ -10,7 +10,7 @@ import pytest
 from harness import Engine
 from scipy.stats import chisquare
 
-from vllm_specplug import corpus
+from vllm_specplug.measure import corpus
 
 pytestmark = pytest.mark.engine
 

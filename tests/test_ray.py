@@ -26,9 +26,9 @@ import pytest
 import zstandard
 from harness import Engine
 
-from vllm_specplug.corpus import held_out_prompts
 from vllm_specplug.engines import lifeline
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.measure.corpus import held_out_prompts
 from vllm_specplug.ray import batch, environment, inputs, output, replica, serve, settings, stores
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.shards import publish, shard_of, writing

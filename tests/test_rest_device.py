@@ -21,7 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_specplug import corpus
+from vllm_specplug.measure import corpus
 from vllm_specplug.proposers import DraftBatch, ProposerContext
 from vllm_specplug.proposers.rest.confidence import vote_confidence
 from vllm_specplug.proposers.rest.proposer import RestProposer

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from vllm_specplug.corpus import held_out_prompts
 from vllm_specplug.engines.environment import CPU_DISTRIBUTION, answer_for_cpu_wheel
+from vllm_specplug.measure.corpus import held_out_prompts
 from vllm_specplug.metrics.series import ALL_SERIES
 from vllm_specplug.tiny_models import target_path
 

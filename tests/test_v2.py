@@ -46,7 +46,7 @@ def files(stock: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory)
     """Paths: what the oracle knows, and a token store."""
     from transformers import AutoTokenizer
 
-    from vllm_specplug import corpus
+    from vllm_specplug.measure import corpus
     from vllm_specplug.stores.format import tokenizer_fingerprint
     from vllm_specplug.stores.writer import DatastoreWriter, Piece, add_texts
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from vllm_specplug.corpus import held_out_prompts
+from vllm_specplug.measure.corpus import held_out_prompts
 from vllm_specplug.ray import generate
 from vllm_specplug.tiny_models import target_path
 

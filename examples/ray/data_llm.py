@@ -10,7 +10,7 @@ import argparse
 import ray
 from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
-from vllm_specplug.corpus import held_out_prompts
+from vllm_specplug.measure.corpus import held_out_prompts
 from vllm_specplug.ray import data_llm
 from vllm_specplug.ray.replica import row_seed
 from vllm_specplug.ray.settings import STAGE_CPUS

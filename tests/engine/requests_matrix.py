@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from vllm_specplug import corpus
+from vllm_specplug.measure import corpus
 
 JSON_SCHEMA = {
     "type": "object",

@@ -14,7 +14,7 @@ import numpy as np
 
 from vllm_specplug.audit.run import QUESTIONS
 from vllm_specplug.audit.statistics import two_sided
-from vllm_specplug.pages import counted, html_table, markdown_table, page
+from vllm_specplug.measure.reports import counted, html_table, markdown_table, page
 
 SURPRISING = 1e-6
 """Binomial p-value below which a token's dot is red, about that of five standard deviations."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_specplug.pages import counted, html_table, markdown_table, page
+from vllm_specplug.measure.reports import counted, html_table, markdown_table, page
 
 NOTES = (
     "Speed-up: tokens/s over the first configuration's in the same round, median over rounds. Emitted/step: tokens "

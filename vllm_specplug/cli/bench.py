@@ -18,6 +18,7 @@ from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.cli.progress import Shown, ended_by_signals
 from vllm_specplug.engines.engine import NGRAM, OFF, SPECPLUG, speculative_config
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.measure import measured
 from vllm_specplug.settings.model import DEFAULT_SPECULATIVE_TOKENS
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
@@ -147,7 +148,7 @@ def bench(
         run.check(options, shown)
         result: dict[str, Any] = run.bench(options, shown)
         kept.keep |= bool(result["failed"])
-    result |= runs.about(options, source) | runs.measured_with("bench", begun)
+    result |= runs.about(options, source) | measured.measured_with("bench", begun)
     title = f"{len(options.prompts)} prompts, {concurrency} in flight, temperature {temperature:g}"
     runs.print_table(title, reports.short_rows(result))
     for name, reason in result["failed"].items():

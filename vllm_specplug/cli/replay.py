@@ -7,12 +7,8 @@ proposers alone, whatever the machine (but for times).
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import json
-import os
-import platform
-import re
 import shlex
 import sys
 import time
@@ -31,9 +27,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vllm_specplug import __version__
 from vllm_specplug.drafting.answers import well_formed
 from vllm_specplug.errors import ConfigurationError, DatastoreError, SpecplugError
+from vllm_specplug.measure.measured import machine, versions
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, read_only
 from vllm_specplug.proposers.ensemble.ensemble import Ensemble
 from vllm_specplug.settings import registry
@@ -557,26 +553,6 @@ class Replay:
 # ---------------------------------------------------------------------------------------------------------------------
 # Command
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    """What times depend on; no names."""
-    model = None
-    if Path("/proc/cpuinfo").is_file():
-        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return {
-        "processor": model.group(1) if model else platform.machine(),
-        "num_processors": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "system": platform.system(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
-    packages = ("numpy", "numba", "tokenizers", "transformers")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"vllm-specplug": __version__, "python": platform.python_version(), **found}
 
 
 def _check_writable(path: Path) -> None:

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
-import platform
-import shlex
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,64 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_specplug import corpus
-from vllm_specplug.cli.progress import versions_line
 from vllm_specplug.engines.environment import is_cpu_wheel
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.measure.prompts import encode, load_tasks
 
 if TYPE_CHECKING:
     from vllm_specplug.bench.run import Options
 
-MAX_PROMPT_TOKENS = 1024
 OWN_OPTIONS = ("speculative-config", "sc", "spec-method", "spec-model", "spec-tokens", "model")
-
-
-def chosen(tasks: Sequence[corpus.Task], num_prompts: int) -> list[corpus.Task]:
-    """``num_prompts`` of the tasks, as many of each category as there are, in turn."""
-    groups: dict[str, list[corpus.Task]] = {}
-    for task in tasks:
-        groups.setdefault(task.category, []).append(task)
-    found: list[corpus.Task] = []
-    for nth in range(max(map(len, groups.values()))):
-        found += [group[nth] for group in groups.values() if nth < len(group)]
-    return found[:num_prompts]
-
-
-def load_tasks(paths: Sequence[Path], num_prompts: int) -> tuple[list[corpus.Task], str]:
-    """The prompts, and where they are from, in words."""
-    if not paths:
-        texts = corpus.held_out_prompts(num_prompts, 600)
-        return [corpus.Task("python", text, False) for text in texts], "Python's standard library"
-    tasks = [task for path in paths for task in corpus.read_tasks(path)]
-    return chosen(tasks, num_prompts), ", ".join(path.name for path in paths)
-
-
-def encode(model: str, tasks: Sequence[corpus.Task], chat: bool | None) -> list[list[int]]:
-    """Token ids of every task, through the chat template where wanted, at most :data:`MAX_PROMPT_TOKENS`.
-
-    Args:
-        chat: None: what is a message, where the model has a template.
-
-    Raises:
-        ConfigurationError: the tokenizer cannot be loaded, or has no template.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ConfigurationError(f"the tokenizer of {model!r} cannot be loaded: {first}") from error
-    if chat and not tokenizer.chat_template:
-        raise ConfigurationError(f"--chat: {model} has no chat template; leave it out")
-    found = []
-    for task in tasks:
-        text = task.text
-        if tokenizer.chat_template and (task.is_chat if chat is None else chat):
-            messages = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        found.append(tokenizer.encode(text)[:MAX_PROMPT_TOKENS])
-    return found
 
 
 def engine_cli(rest: Sequence[str], concurrency: int, prompts: Sequence[Sequence[int]]) -> list[str]:
@@ -170,17 +115,6 @@ def logs(log: Path | None, prefix: str) -> Iterator[Logs]:
 def _remove(found: Logs) -> None:
     if not found.keep:
         shutil.rmtree(found.folder, ignore_errors=True)
-
-
-def measured_with(command: str, begun: float) -> dict[str, Any]:
-    """What a reader needs to judge a number."""
-    return {
-        "command": shlex.join(["specplug", command, *sys.argv[2:]]),
-        "versions": versions_line(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "date": time.strftime("%Y-%m-%d"),
-        "seconds": time.monotonic() - begun,
-    }
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from vllm_specplug.cli import runs
 from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.cli.progress import Shown, ended_by_signals
+from vllm_specplug.measure import measured
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
@@ -88,7 +89,7 @@ def tune(
         options = replace(options, log=kept.folder)
         run.check(options, shown)
         result: dict[str, Any] = search.tune(search.trial_of(options, shown), stores, lengths, repeats)
-    result |= runs.about(options, source) | runs.measured_with("tune", begun)
+    result |= runs.about(options, source) | measured.measured_with("tune", begun)
     runs.print_table(
         f"{len(options.prompts)} prompts of {source}, {concurrency} in flight, temperature {temperature:g}",
         list(search.rows(result)),

@@ -6,16 +6,9 @@ modules that is held out everywhere: no store and no shipped model has seen them
 
 from __future__ import annotations
 
-import gzip
-import json
 import sysconfig
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-from vllm_specplug.errors import ConfigurationError
 
 HELD_OUT_MODULES = (
     "argparse", "calendar", "cmd", "configparser", "contextlib", "csv", "difflib", "fractions",
@@ -107,94 +100,3 @@ def held_out_prompts(num_prompts: int, prompt_chars: int = 800) -> list[str]:
             piece = text[start : start + prompt_chars]
             prompts.append(piece[: piece.rfind("\n") + 1] or piece)
     return prompts[:num_prompts]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One prompt of a file.
-
-    Attributes:
-        category: kind of task, where the file says; else the file's name.
-        text: what is asked.
-        is_chat: it is somebody's message, for a model's chat template.
-    """
-
-    category: str
-    text: str
-    is_chat: bool
-
-
-def read_tasks(path: Path) -> list[Task]:
-    """Prompts of a file: JSON lines, one JSON list, or one prompt a line; gzip where the name ends in ``.gz``.
-
-    JSON records hold ``turns`` (Spec-Bench), ``conversations`` (ShareGPT), ``messages``, ``prompt`` (HumanEval) or
-    ``text``, and may hold a ``category``. Of a conversation the first message of the user counts.
-
-    Raises:
-        ConfigurationError: it cannot be read, or holds none.
-    """
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--prompts {path} cannot be read: {error}") from error
-    name = path.name.partition(".")[0]
-    tasks: list[Task] = []
-    for place, record in _records(path, text):
-        try:
-            found = Task(name, record, False) if isinstance(record, str) else _task(record, name)
-        except (KeyError, IndexError, AttributeError, TypeError, StopIteration):
-            raise ConfigurationError(
-                f"--prompts {path}, {place}: must be JSON with 'prompt', 'text', 'turns', 'conversations' or "
-                "'messages', "
-                'as in {"prompt": "def main():"}'
-            ) from None
-        if found.text.strip():
-            tasks.append(found)
-    if not tasks:
-        raise ConfigurationError(f"--prompts {path} holds no prompt")
-    return tasks
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The texts of :func:`read_tasks`."""
-    return [task.text for task in read_tasks(path)]
-
-
-def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """(where, record) of a file's text; a plain line is a record of its own."""
-    if ".json" not in "".join(path.suffixes):
-        yield from ((f"line {number}", line) for number, line in enumerate(text.splitlines(), 1))
-        return
-    if text.lstrip().startswith("["):
-        try:
-            yield from ((f"record {number}", record) for number, record in enumerate(json.loads(text), 1))
-        except ValueError as error:
-            raise ConfigurationError(f"--prompts {path} is no JSON: {error}") from None
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        yield f"line {number}", {} if isinstance(record, str) else record
-
-
-def _task(record: Mapping[str, Any], name: str) -> Task:
-    category = str(record.get("category") or name)
-    if "turns" in record:
-        return Task(category, _text(record["turns"][0]), True)
-    for key, speaker, said in (("conversations", "from", "value"), ("messages", "role", "content")):
-        if key in record:
-            return Task(
-                category, _text(next(each[said] for each in record[key] if each[speaker] in ("human", "user"))), True
-            )
-    return Task(category, _text(record.get("prompt") or record["text"]), False)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value

@@ -1,0 +1,1 @@
+"""Libraries behind the measuring commands: audit, bench, replay, couple."""

