@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vllm_specplug.audit import places, report, statistics
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.measure import prompts as corpus
+from vllm_specplug.measure.audit import places, report, statistics
 from vllm_specplug.tiny_models import target_path
 
 PROBS = np.random.default_rng(0).dirichlet(np.full(200, 0.2))

@@ -93,8 +93,8 @@ def audit(
 
     Example: specplug audit MODEL --speculative-config '{"method": "specplug"}' --report audit.html
     """
-    from vllm_specplug.audit import report as reports
-    from vllm_specplug.audit import run
+    from vllm_specplug.measure.audit import asked, run
+    from vllm_specplug.measure.audit import report as reports
 
     begun = time.monotonic()
     _check_order(model, context.args)
@@ -111,7 +111,7 @@ def audit(
         corpus.held_out_prompts(num_prompts, 600) if prompts is None else prompts.read_prompts(prompts)[:num_prompts]
     )
     with runs.logs(log, "specplug-audit-") as kept:
-        options = run.Options(
+        options = asked.Options(
             model=model,
             speculative_config=config,
             engine_cli=list(context.args),

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_specplug.audit.statistics import softmax
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.measure.audit.statistics import softmax
 from vllm_specplug.samplers import theory
 
 EPSILON = 1e-3

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_specplug.audit.places import AFTER, NO_DRAFT, VERIFY, name_of
 from vllm_specplug.hooks.audit_steps import Step, between, is_v2
+from vllm_specplug.measure.audit.places import AFTER, NO_DRAFT, VERIFY, name_of
 
 STEP_SECONDS = 10.0
 """Longest that one engine step is held up for draws."""

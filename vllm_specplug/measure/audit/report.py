@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_specplug.audit.run import QUESTIONS
-from vllm_specplug.audit.statistics import two_sided
+from vllm_specplug.measure.audit.asked import QUESTIONS
+from vllm_specplug.measure.audit.statistics import two_sided
 from vllm_specplug.measure.reports import counted, html_table, markdown_table, page
 
 SURPRISING = 1e-6

@@ -1,0 +1,126 @@
+"""Contexts at which an audit draws tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vllm_specplug.engines.engine import Engine
+from vllm_specplug.engines.work import Completed, Work
+from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.measure.audit.asked import AT_ONCE, Options, Row, num_in_flight
+
+
+@dataclass
+class Context:
+    """A place in a text, and what is known of it without speculation.
+
+    Attributes:
+        prompt: token ids.
+        first: token behind it.
+        drafts: ``[k]`` the target's favourites behind that.
+        num_accepted: how many of them the audit lets through before it replaces one.
+        replacement: by what.
+        unlikely: a draft token that is hardly ever right.
+        rows: target logits of an ordinary step by place.
+    """
+
+    prompt: list[int]
+    first: int
+    drafts: list[int]
+    num_accepted: int = 0
+    replacement: int = 0
+    unlikely: int = 0
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    def prefixes(self) -> dict[str, list[int]]:
+        """What the target has read at each place."""
+        k = len(self.drafts)
+        made = {"no draft": self.prompt}
+        if not k:
+            return made
+        start = [*self.prompt, self.first]
+        for depth in range(k + 1):
+            made["bonus" if depth == k else f"draft {depth + 1}"] = [*start, *self.drafts[:depth]]
+        made["after a rejection"] = [*start, *self.drafts[: self.num_accepted], self.replacement]
+        return made
+
+    def to_dict(self, tokenizer: Any) -> dict[str, Any]:
+        """For the report: the end of the prompt as text, and every chosen token."""
+        return {
+            "num_tokens": len(self.prompt),
+            "ends_with": tokenizer.decode(self.prompt[-16:]),
+            "first": tokenizer.decode([self.first]),
+            "drafts": [tokenizer.decode([each]) for each in self.drafts],
+            "unlikely": tokenizer.decode([self.unlikely]) if self.drafts else None,
+            "num_accepted": self.num_accepted,
+            "replacement": tokenizer.decode([self.replacement]) if self.drafts else None,
+        }
+
+
+def context_rows(engine: Engine, prefixes: Sequence[Sequence[int]]) -> list[Row]:
+    """Target logits behind each prefix, from ordinary prefill steps."""
+    if not prefixes:
+        return []
+    done = engine.complete(
+        Work(prefixes, 1, 0.0, concurrency=AT_ONCE, before={"capture_begin": []}, after={"capture_rows": []})
+    )
+    return [np.array(row, dtype=np.float64) for row in done.answers["capture_rows"]]
+
+
+def drawn_contexts(
+    engine: Engine,
+    options: Options,
+    prompts: Sequence[Sequence[int]],
+    greedy: Completed,
+    about: Mapping[str, Any],
+    k: int,
+) -> list[Context]:
+    """Contexts whose favourites are accepted often enough to reach the last place, and seldom enough to matter."""
+    longest = about["max_model_len"] - k - 4
+    # So short that all requests are read in one step: they go on side by side then, and every draw is one of many.
+    room = max(1, min(longest, about["max_num_batched_tokens"] // 2 // num_in_flight(about)))
+    candidates = [
+        Context(list(prompt[-room:]), out[0], list(out[1 : k + 1]))
+        for prompt, out in list(zip(prompts, greedy.token_ids, strict=True))[:48]
+        if len(out) > k and longest > 0
+    ]
+    if not candidates:
+        raise ConfigurationError(
+            f"no prompt serves: of {len(prompts)} none has {k + 1} tokens of output in a context of "
+            f"{about['max_model_len']} tokens; give --max-tokens of at least {k + 1}, or shorter drafts"
+        )
+    prefixes, tokens = [], []
+    for context in candidates:
+        for depth, draft in enumerate(context.drafts or [context.first]):
+            prefixes.append([*context.prompt, context.first, *context.drafts[:depth]])
+            tokens.append(draft)
+    scored = engine.complete(
+        Work(
+            prefixes,
+            1,
+            0.0,
+            concurrency=AT_ONCE,
+            before={"capture_begin": []},
+            after={"capture_scores": [tokens, options.temperature]},
+        )
+    ).answers["capture_scores"]
+    chances = np.array(scored).reshape(len(candidates), max(k, 1))
+    whole = np.log(np.maximum(chances, 1e-12)).sum(axis=1)
+    order = np.argsort(np.abs(whole - math.log(0.3)), kind="stable")[: options.contexts].tolist()
+    chosen = [candidates[index] for index in order]
+    for context in chosen:
+        context.num_accepted = k // 2
+        if k:
+            middle = [*context.prompt, context.first, *context.drafts[: context.num_accepted]]
+            first, at_middle = context_rows(engine, [[*context.prompt, context.first], middle])
+            context.unlikely = int(np.argsort(first)[len(first) // 2])
+            favourites = np.argsort(-at_middle)[:2].tolist()
+            context.replacement = next(token for token in favourites if token != context.drafts[context.num_accepted])
+        prefixed = context.prefixes()
+        context.rows = dict(zip(prefixed, context_rows(engine, list(prefixed.values())), strict=True))
+    return chosen

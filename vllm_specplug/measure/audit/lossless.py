@@ -1,0 +1,190 @@
+"""The audit's first question: do emitted tokens follow the target's softmax?"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vllm_specplug.engines.engine import Engine
+from vllm_specplug.engines.work import Work
+from vllm_specplug.errors import SpecplugError
+from vllm_specplug.measure.audit import places as named
+from vllm_specplug.measure.audit import statistics
+from vllm_specplug.measure.audit.asked import NEAR_TIE, NEAR_TIE_ELSEWHERE, Options, Progress, Row, num_in_flight
+from vllm_specplug.measure.audit.contexts import Context
+
+BIAS = 0.01
+"""Share of rejected draft tokens that the imagined wrong verifier accepts, to show that it would be caught."""
+
+
+def ask_lossless(
+    engine: Engine,
+    options: Options,
+    contexts: Sequence[Context],
+    about: Mapping[str, Any],
+    tokenizer: Any,
+    progress: Progress,
+) -> dict[str, Any]:
+    if about["async_scheduling"] and about["runner"] == "V1":
+        return {
+            "passed": None,
+            "why": "on the V1 runner drafts cannot be planted under async scheduling; add --no-async-scheduling",
+        }
+    bound = NEAR_TIE.get(about["dtype"], NEAR_TIE_ELSEWHERE)
+    k = about["num_speculative_tokens"]
+    at_once = num_in_flight(about)
+    hypotheses: list[statistics.Hypothesis] = []
+    imagined: list[statistics.Hypothesis] = []
+    biased: list[str] = []
+    shown, wrong_rows, unreached, redrawn = [], [], [], False
+
+    def spell(token: int) -> str:
+        return f"token {token} ({tokenizer.decode([token])!r})"
+
+    for nth, context in enumerate(contexts):
+        places, redrawn = _drawn(engine, options, context, k, at_once, nth, len(contexts), progress)
+        unreached += [
+            f"context {nth + 1}, {name}"
+            for name in named.names_of(k, redrawn)
+            if name not in places or not places[name]["counts"].sum()
+        ]
+        for name, found in places.items():
+            where = f"context {nth + 1}, {name}"
+            probs = statistics.softmax(found["row"], options.temperature)
+            accepted = None if found["accept_chance"] is None else (found["accepted"], found["accept_chance"])
+            made = statistics.hypotheses_of(where, found["counts"], probs, accepted, spell)
+            if found["missing"]:
+                seen = f"{found['missing']:,} times no token was emitted where one had to be"
+                made.append(statistics.Hypothesis(where, "missing", 0.0, seen))
+            hypotheses += made
+            if found["accept_chance"] is not None and found["counts"].sum():
+                biased.append(where)
+                imagined += statistics.hypotheses_of(where, found["biased"], probs)
+            place = name.partition(",")[0]
+            gap = _gap(found["row"], context.rows[place]) if place in context.rows else 0.0
+            if gap > bound:
+                wrong_rows.append(f"{where}: logits differ by {gap:.3g} from those of an ordinary step")
+            draws = int(found["counts"].sum())
+            if draws:
+                measured, expected = statistics.deviation(found["counts"], probs)
+                shown.append(_shown(where, found, probs, made, measured, expected, gap))
+    rejected = statistics.rejected(hypotheses)
+    caught = statistics.rejected(imagined)
+    return {
+        "passed": not rejected and not wrong_rows,
+        "why": "",
+        "alpha": statistics.ALPHA,
+        "num_hypotheses": len(hypotheses),
+        "rejected": [vars(each) for each in rejected],
+        "wrong_rows": wrong_rows,
+        "unreached": unreached,
+        "row_bound": bound,
+        "is_redrawn": redrawn,
+        "places": shown,
+        "power": {"bias": BIAS, "at": sorted({each.place for each in caught}), "num_places": len(biased)}
+        if k
+        else None,
+    }
+
+
+def _gap(row: Row, plain: Row) -> float:
+    """Largest difference of log-probabilities, over tokens that matter (a ten-thousandth or more)."""
+    mine, theirs = (each - each.max() - np.log(np.exp(each - each.max()).sum()) for each in (row, plain))
+    matters = theirs > math.log(1e-4)
+    return float(np.abs(mine - theirs)[matters].max())
+
+
+def _drawn(
+    engine: Engine, options: Options, context: Context, k: int, at_once: int, nth: int, total: int, progress: Progress
+) -> tuple[dict[str, dict[str, Any]], bool]:
+    """Draws at one context, wave after wave of requests until there are enough at every stage."""
+    stages = ["no draft", "verify", "after a rejection"] if k else ["no draft"]
+    missing = dict.fromkeys(stages, options.draws)
+    places: dict[str, dict[str, Any]] = {}
+    is_new, is_redrawn = True, False
+    for wave in itertools.count():
+        if not any(count > 0 for count in missing.values()):
+            break
+        before = dict(missing)
+        plan = {
+            "draws": missing,
+            "temperature": options.temperature,
+            "first": context.first,
+            "drafts": context.drafts,
+            "unlikely": context.unlikely,
+            "num_accepted": context.num_accepted,
+            "replacement": context.replacement,
+            "bias": BIAS,
+            "seed": wave * total + nth,
+        }
+        done = engine.complete(
+            Work(
+                [context.prompt] * at_once,
+                context.num_accepted + 3 if k else 1,
+                options.temperature,
+                seed=None,
+                concurrency=at_once,
+                before={"audit_begin": [plan, is_new]},
+                after={"audit_take": []},
+            )
+        ).answers["audit_take"]
+        is_new, is_redrawn = False, is_redrawn or done["is_redrawn"]
+        for name, found in done["places"].items():
+            row = np.array(found["row"], dtype=np.float64)
+            place = places.setdefault(
+                name,
+                {
+                    "counts": np.zeros(len(row), np.int64),
+                    "biased": np.zeros(len(row), np.int64),
+                    "row": row,
+                    "missing": 0,
+                    "accepted": 0,
+                    "accept_chance": found["accept_chance"],
+                },
+            )
+            for key in ("counts", "biased"):
+                pairs = np.array(found[key], dtype=np.int64).reshape(-1, 2)
+                place[key][pairs[:, 0]] += pairs[:, 1]
+            place["missing"] += found["missing"]
+            place["accepted"] += found["accepted"]
+        missing = {stage: max(0, missing[stage] - done["drawn"].get(stage, 0)) for stage in stages}
+        if missing == before:
+            raise SpecplugError(
+                f"context {nth + 1}: none of the stages still missing ({missing}) came about; the engine does not "
+                "verify drafts that are given to it. Was something else meant by this speculative_config?"
+            )
+        share = 1.0 - sum(missing.values()) / (len(stages) * options.draws)
+        progress("draws", (nth + share) / total, f"context {nth + 1} of {total}")
+    return places, is_redrawn
+
+
+def _shown(
+    where: str,
+    found: Mapping[str, Any],
+    probs: Row,
+    made: Sequence[statistics.Hypothesis],
+    measured: float,
+    expected: float,
+    gap: float,
+) -> dict[str, Any]:
+    """A place for tables and plots."""
+    counts = found["counts"]
+    draws = int(counts.sum())
+    top = np.argsort(-np.maximum(probs, counts / draws))[:200]
+    return {
+        "place": where,
+        "draws": draws,
+        "accepted": found["accepted"] / draws if found["accept_chance"] is not None else None,
+        "accept_chance": found["accept_chance"],
+        "deviation": measured,
+        "expected_deviation": expected,
+        "row_gap": gap,
+        "p_values": {each.test: each.p_value for each in made},
+        "tokens": top.tolist(),
+        "expected": probs[top].tolist(),
+        "emitted": (counts[top] / draws).tolist(),
+    }
