@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vllm_specplug.bench import report, run, tune
 from vllm_specplug.cli.bench import configurations
 from vllm_specplug.engines.work import Completed
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.measure import prompts as corpus
+from vllm_specplug.measure.bench import report, run, tune
 from vllm_specplug.measure.prompts import chosen
 from vllm_specplug.tiny_models import target_path
 

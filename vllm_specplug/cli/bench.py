@@ -121,8 +121,8 @@ def bench(
 
     Example: specplug bench MODEL --datastore code.specstore --prompts question.jsonl --report bench.html
     """
-    from vllm_specplug.bench import report as reports
-    from vllm_specplug.bench import run
+    from vllm_specplug.measure.bench import report as reports
+    from vllm_specplug.measure.bench import run
 
     begun = time.monotonic()
     configs = configurations(config or (), datastore, k)

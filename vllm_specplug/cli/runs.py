@@ -21,7 +21,7 @@ from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.measure.prompts import encode, load_tasks
 
 if TYPE_CHECKING:
-    from vllm_specplug.bench.run import Options
+    from vllm_specplug.measure.bench.run import Options
 
 OWN_OPTIONS = ("speculative-config", "sc", "spec-method", "spec-model", "spec-tokens", "model")
 
@@ -56,7 +56,7 @@ def prepared(
     """What to run, and where its prompts are from, in words; the folder of logs is to be filled in.
 
     Args:
-        model, configs: as in :class:`~vllm_specplug.bench.run.Options`.
+        model, configs: as in :class:`~vllm_specplug.measure.bench.run.Options`.
         rest: vLLM's own options.
         paths, num_prompts: see :func:`load_tasks`.
         chat: see :func:`encode`.
@@ -65,7 +65,7 @@ def prepared(
     Raises:
         ConfigurationError: vLLM is not installed, or some of it cannot be.
     """
-    from vllm_specplug.bench.run import Options
+    from vllm_specplug.measure.bench.run import Options
 
     if model.startswith("-"):
         raise ConfigurationError(f"MODEL comes first, and then the options, not {model!r}")

@@ -64,8 +64,8 @@ def tune(
 
     Example: specplug tune MODEL --prompts mine.jsonl --concurrency 8 --datastore code.specstore
     """
-    from vllm_specplug.bench import run
-    from vllm_specplug.bench import tune as search
+    from vllm_specplug.measure.bench import run
+    from vllm_specplug.measure.bench import tune as search
 
     begun = time.monotonic()
     lengths = sorted(set(length or search.DRAFT_LENGTHS))

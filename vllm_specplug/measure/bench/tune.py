@@ -1,6 +1,6 @@
 """Which proposers, how long a draft, which store: found by trying, on one's own prompts.
 
-A search over one choice at a time, by :data:`STAGE_ROUNDS` of :func:`vllm_specplug.bench.run.bench` each: the longest
+A search over one choice at a time, by :data:`STAGE_ROUNDS` of :func:`vllm_specplug.measure.bench.run.bench` each: the longest
 draft first, then the stores, then the proposers. The best few of all then run against each other, and against no
 speculation, for several rounds, and these numbers are what is expected. Speed-ups nearer than :data:`NOTHING_BETWEEN`
 count as the same: then the choice with fewer stores stays, or the one that was tried earlier.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vllm_specplug.bench.run import Options, Progress, bench
+from vllm_specplug.measure.bench.run import Options, Progress, bench
 
 OFF = "off"
 NOTHING_BETWEEN = 0.02
