@@ -1,0 +1,1 @@
+"""Replays texts through proposers without an engine."""

@@ -1,0 +1,99 @@
+"""How a replay chooses between the drafts of several proposers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_specplug.proposers.base import DraftBatch, Drafts, Verified
+from vllm_specplug.proposers.ensemble.ensemble import Ensemble
+
+Ids = NDArray[np.int32]
+
+
+Lengths = NDArray[np.int64]
+
+
+class Chooser:
+    """Takes one draft a request from those of the proposers: here the only proposer's."""
+
+    def choose(self, batch: DraftBatch, answers: Sequence[Drafts], truth: Ids) -> tuple[Ids, Lengths]:
+        """Draft tokens ``[num_requests, max_tokens]`` and how many of them count, ``[num_requests]``.
+
+        Args:
+            answers: one a proposer, each ``[num_requests, max_tokens]``.
+            truth: ``[num_requests, k]``, what the target will say; for those that know in hindsight.
+        """
+        (drafts,) = answers
+        return drafts.token_ids, drafts.num_tokens
+
+    def learn(self, verified: Verified, emitted: Ids) -> None:
+        """See what came of it; ``emitted``: ``[num_requests, k + 1]``."""
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        """These requests are over."""
+
+    def warm_up(self) -> None:
+        """Compile."""
+
+
+class LongestMatch(Chooser):
+    """The draft behind the longest match, of equals the first proposer's; no draft loses against any."""
+
+    def choose(self, batch: DraftBatch, answers: Sequence[Drafts], truth: Ids) -> tuple[Ids, Lengths]:
+        matches = [
+            np.where(each.num_tokens > 0, 0 if each.match_length is None else each.match_length, -1) for each in answers
+        ]
+        return _picked(answers, np.argmax(np.stack(matches), axis=0))
+
+
+class Furthest(Chooser):
+    """Hindsight: the draft of which most tokens are accepted, of equals the first proposer's."""
+
+    def choose(self, batch: DraftBatch, answers: Sequence[Drafts], truth: Ids) -> tuple[Ids, Lengths]:
+        accepted = [num_accepted(each.token_ids, each.num_tokens, truth) for each in answers]
+        return _picked(answers, np.argmax(np.stack(accepted), axis=0))
+
+
+class Learned(Chooser):
+    """The ensemble as it runs in an engine, except that drafts are never shortened for what they cost."""
+
+    def __init__(self, names: Sequence[str], k: int, options: Mapping[str, Any]) -> None:
+        self.ensemble = Ensemble(names, k, {**options, "gate": False})
+
+    def choose(self, batch: DraftBatch, answers: Sequence[Drafts], truth: Ids) -> tuple[Ids, Lengths]:
+        best, _ = self.ensemble.combine(batch, answers, len(batch))
+        return best.token_ids, best.num_tokens
+
+    def learn(self, verified: Verified, emitted: Ids) -> None:
+        num_verified = np.array([len(draft) for draft in verified.draft_token_ids], dtype=np.int64)
+        num_emitted = np.array(verified.num_emitted, dtype=np.int64)
+        self.ensemble.observe(verified.request_ids, emitted, num_emitted, num_verified)
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        self.ensemble.finish(request_ids)
+
+    def warm_up(self) -> None:
+        self.ensemble.warm_up()
+
+
+def _picked(answers: Sequence[Drafts], places: NDArray[np.intp]) -> tuple[Ids, Lengths]:
+    """The drafts of the proposers that ``places`` names, one a request."""
+    width = max(each.token_ids.shape[1] for each in answers)
+    tokens: Ids = np.zeros((len(places), width), dtype=np.int32)
+    lengths: Lengths = np.zeros(len(places), dtype=np.int64)
+    for place, each in enumerate(answers):
+        mine = places == place
+        tokens[mine, : each.token_ids.shape[1]] = each.token_ids[mine]
+        lengths[mine] = each.num_tokens[mine]
+    return tokens, lengths
+
+
+def num_accepted(tokens: Ids, lengths: Lengths, truth: Ids) -> Lengths:
+    """Draft tokens that are as ``truth`` up to the first that is not, ``[num_requests]``."""
+    width = tokens.shape[1]
+    is_right = (tokens == truth[:, :width]) & (np.arange(width) < lengths[:, None])
+    return np.asarray(np.cumprod(is_right, axis=1, dtype=np.int64).sum(axis=1), dtype=np.int64)

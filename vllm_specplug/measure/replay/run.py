@@ -1,0 +1,345 @@
+"""The replay itself: requests, proposers, counts."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vllm_specplug.drafting.answers import well_formed
+from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.measure.replay.choosers import Chooser, Furthest, Ids, Learned, Lengths, LongestMatch, num_accepted
+from vllm_specplug.proposers.base import DraftBatch, Proposer, ProposerContext, Verified, read_only
+from vllm_specplug.settings import registry
+from vllm_specplug.settings.model import ENSEMBLE, ProposerSettings, Settings
+from vllm_specplug.stores.datastore import Datastore
+
+ORACLE = "oracle"
+
+
+LONGEST_MATCH = "longest-match"
+
+
+ALWAYS_SHOWN = (LONGEST_MATCH, ORACLE)
+"""Ways to choose between proposers that are shown whether they are named or not."""
+
+
+@dataclass(frozen=True)
+class Makers:
+    """Makes fresh proposers, so that nothing of one replay is known to the next."""
+
+    settings: Settings
+    context: ProposerContext
+
+    def one(self, entry: ProposerSettings) -> Proposer:
+        """A proposer that has seen nothing.
+
+        Raises:
+            ConfigurationError: it refuses its options.
+        """
+        context = ProposerContext(
+            vocab_size=self.context.vocab_size,
+            num_speculative_tokens=self.context.num_speculative_tokens,
+            max_num_requests=self.context.max_num_requests,
+            max_model_len=self.context.max_model_len,
+            datastores=self.settings.datastore or {},
+            options=entry.options,
+        )
+        try:
+            return registry.proposer_class(entry.name)(context)
+        except ConfigurationError:
+            raise
+        except (ValueError, TypeError, OSError, ArithmeticError) as error:
+            told = str(error)
+            prefix = "" if told.startswith(f"proposer {entry.name!r}") else f"proposer {entry.name!r}: "
+            raise ConfigurationError(f"{prefix}{told}") from error
+
+    def several(self, entries: Sequence[ProposerSettings]) -> dict[str, Proposer]:
+        """Fresh proposers by name."""
+        return {entry.name: self.one(entry) for entry in entries}
+
+
+def requests_of(document: Ids, prompt_tokens: int, max_tokens: int) -> list[Ids]:
+    """Requests of at most ``max_tokens``, the first ``prompt_tokens`` being the prompt.
+
+    Together their outputs are the document from its token number ``prompt_tokens`` on, every token once: 10 tokens
+    with prompts of 2 and at most 6 give [0:6] and [4:10]. The prompt of each is the end of the output before.
+    """
+    starts = range(0, len(document) - prompt_tokens, max_tokens - prompt_tokens)
+    return [document[start : start + max_tokens] for start in starts]
+
+
+@dataclass
+class Counts:
+    """What decoding all requests came to.
+
+    Attributes:
+        request_steps: steps, counted once for every request in them.
+        emitted, drafted, accepted: tokens.
+        seconds: spent proposing, choosing and learning.
+        fed: tokens that the proposers were given: of prompts, outputs and history.
+        kept_bytes: most that proposers said to keep at a time, after any step.
+        kept_of: ``fed`` when that was last so.
+        store_bytes, store_tokens: of the stores that are read.
+    """
+
+    request_steps: int = 0
+    emitted: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    seconds: float = 0.0
+    fed: int = 0
+    kept_bytes: int = 0
+    kept_of: int = 0
+    store_bytes: int = 0
+    store_tokens: int = 0
+
+    def keep(self, num_bytes: int) -> None:
+        """Proposers keep so much now."""
+        if num_bytes and num_bytes >= self.kept_bytes:
+            self.kept_bytes, self.kept_of = num_bytes, self.fed
+
+    @property
+    def emitted_per_step(self) -> float:
+        """Tokens that a request gains in a step: 1 where nothing is accepted."""
+        return self.emitted / self.request_steps
+
+    @property
+    def acceptance(self) -> float | None:
+        """Accepted over drafted tokens; None where nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def us_per_step(self) -> float:
+        """Microseconds of one request in one step."""
+        return 1e6 * self.seconds / self.request_steps
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes kept over tokens that they are kept of; None where nothing is kept."""
+        of = self.kept_of + self.store_tokens
+        return (self.kept_bytes + self.store_bytes) / of if of else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return {
+            "emitted_per_step": round(self.emitted_per_step, 5),
+            "acceptance": None if self.acceptance is None else round(self.acceptance, 5),
+            "us_per_step": round(self.us_per_step, 3),
+            "bytes_per_token": None if self.bytes_per_token is None else round(self.bytes_per_token, 3),
+            "request_steps": self.request_steps,
+            "emitted_tokens": self.emitted,
+            "drafted_tokens": self.drafted,
+            "accepted_tokens": self.accepted,
+            "kept_bytes": self.kept_bytes,
+            "kept_of_tokens": self.kept_of,
+            "store_bytes": self.store_bytes,
+            "store_tokens": self.store_tokens,
+        }
+
+
+class Replay:
+    """Decodes requests with some proposers, of whose drafts ``chooser`` takes one.
+
+    Args:
+        proposers: by name, in order of preference; fresh ones.
+        k: longest draft.
+        batch: requests at a time, each of another document.
+    """
+
+    def __init__(self, proposers: Mapping[str, Proposer], chooser: Chooser, k: int, batch: int) -> None:
+        self.proposers = proposers
+        self.chooser = chooser
+        self.k = k
+        self.batch = batch
+        self.counts = Counts()
+        self._has_learners = any(type(each).observe is not Proposer.observe for each in proposers.values())
+        self.chooser.warm_up()
+        for each in proposers.values():
+            each.warm_up()
+
+    def remember(self, texts: Sequence[Ids], on_progress: Callable[[int], None]) -> None:
+        """Show the proposers requests that are over before the first one starts; nothing is counted but tokens."""
+        for first in range(0, len(texts), self.batch):
+            part = texts[first : first + self.batch]
+            names = [f"warm-{first + index}" for index in range(len(part))]
+            batch = DraftBatch.from_contexts(part, max_draft_tokens=1, request_ids=names)
+            self.counts.fed += sum(map(len, part))
+            for each in self.proposers.values():
+                each.propose(batch)
+                each.finish(names)
+            self.counts.keep(self._kept_bytes())
+            on_progress(sum(map(len, part)))
+
+    def decode(
+        self, documents: Sequence[Sequence[Ids]], prompt_tokens: int, on_progress: Callable[[int], None]
+    ) -> Counts:
+        """All requests to their ends.
+
+        Those of a document run one after the other, never side by side: the prompt of one is output of the one before,
+        and proposers that share what requests say would know that output before it is decoded.
+
+        Args:
+            documents: the requests of each, at least one.
+            on_progress: called with the number of tokens emitted in a step.
+        """
+        counts, k = self.counts, self.k
+        num_rows = min(self.batch, len(documents))
+        longest = max(len(request) for requests in documents for request in requests)
+        truth: Ids = np.full((num_rows, longest + k + 1), -1, dtype=np.int32)
+        table: Ids = np.zeros((num_rows, longest + k + 1), dtype=np.int32)  # holds what was emitted, nothing more
+        num_tokens: Lengths = np.zeros(num_rows, dtype=np.int64)
+        ends: Lengths = np.zeros(num_rows, dtype=np.int64)
+        names = [""] * num_rows
+        waiting = iter(documents)
+        current: list[Iterator[Ids]] = [iter(())] * num_rows  # what is left of the document that a row is at
+        count = itertools.count()
+        depths = np.arange(k + 1)
+
+        def fill(rows: Sequence[int]) -> None:
+            for row in rows:
+                tokens = next(current[row], None)
+                if tokens is None:
+                    current[row] = iter(next(waiting, ()))
+                    tokens = next(current[row], None)
+                if tokens is None:
+                    continue
+                names[row] = str(next(count))
+                truth[row] = -1
+                truth[row, : len(tokens)] = tokens
+                table[row] = 0
+                table[row, :prompt_tokens] = tokens[:prompt_tokens]
+                num_tokens[row], ends[row] = prompt_tokens, len(tokens)
+                counts.fed += prompt_tokens
+
+        fill(range(num_rows))
+        while len(rows := np.flatnonzero(ends)):
+            # A step emits one token more than it accepts: for the last token nobody is asked.
+            limits = np.minimum(k, ends[rows] - num_tokens[rows] - 1)
+            asking = np.flatnonzero(limits > 0)
+            coming = truth[rows[:, None], num_tokens[rows][:, None] + depths]
+            drafts: Ids = np.zeros((len(rows), k), dtype=np.int32)
+            lengths: Lengths = np.zeros(len(rows), dtype=np.int64)
+            if len(asking):
+                asked = rows[asking]
+                batch = DraftBatch(
+                    request_ids=[names[row] for row in asked],
+                    token_ids=read_only(table),
+                    rows=read_only(asked),
+                    num_tokens=read_only(num_tokens[asked]),
+                    num_prompt_tokens=read_only(np.full(len(asked), prompt_tokens, dtype=np.int64)),
+                    max_draft_tokens=read_only(limits[asking]),
+                    options=[{}] * len(asked),
+                )
+                tokens, lengths[asking] = self._propose(batch, coming[asking, :k])
+                drafts[asking, : tokens.shape[1]] = tokens
+            accepted = num_accepted(drafts, lengths, coming[:, :k])
+            emitted = accepted + 1
+            self._learn([names[row] for row in rows], drafts, lengths, coming, emitted)
+            fresh = depths < emitted[:, None]
+            table[np.repeat(rows, emitted), (num_tokens[rows][:, None] + depths)[fresh]] = coming[fresh]
+            num_tokens[rows] += emitted
+            counts.request_steps += len(rows)
+            counts.emitted += int(emitted.sum())
+            counts.fed += int(emitted.sum())
+            counts.drafted += int(lengths.sum())
+            counts.accepted += int(accepted.sum())
+            counts.keep(self._kept_bytes())
+            over = rows[num_tokens[rows] >= ends[rows]].tolist()
+            if over:
+                finished = [names[row] for row in over]
+                self.chooser.finish(finished)
+                for each in self.proposers.values():
+                    each.finish(finished)
+                ends[over] = 0
+                fill(over)
+            on_progress(int(emitted.sum()))
+        return counts
+
+    def _propose(self, batch: DraftBatch, truth: Ids) -> tuple[Ids, Lengths]:
+        answers = []
+        for name, each in self.proposers.items():
+            start = time.perf_counter()
+            answer = each.propose(batch)
+            self.counts.seconds += time.perf_counter() - start
+            answers.append(well_formed(name, answer, batch))
+        start = time.perf_counter()
+        chosen = self.chooser.choose(batch, answers, truth)
+        self.counts.seconds += time.perf_counter() - start
+        return chosen
+
+    def _learn(self, names: list[str], drafts: Ids, lengths: Lengths, coming: Ids, emitted: Lengths) -> None:
+        """Tell everybody what was verified. What the target would have said behind a rejected token nobody knows."""
+        verified = Verified(
+            request_ids=names,
+            draft_token_ids=[row[:count] for row, count in zip(drafts.tolist(), lengths.tolist(), strict=True)],
+            target_token_ids=[row[:count] for row, count in zip(coming.tolist(), emitted.tolist(), strict=True)],
+            num_emitted=emitted.tolist(),
+        )
+        start = time.perf_counter()
+        self.chooser.learn(verified, coming)
+        if self._has_learners:
+            for each in self.proposers.values():
+                each.observe(verified)
+        self.counts.seconds += time.perf_counter() - start
+
+    def _kept_bytes(self) -> int:
+        return sum(each.memory_bytes() for each in self.proposers.values())
+
+
+def run_all(
+    console: Console,
+    makers: Makers,
+    stores: Mapping[str, Datastore],
+    requests: Sequence[Sequence[Ids]],
+    history: Sequence[Ids],
+    prompt_tokens: int,
+) -> dict[str, Counts]:
+    settings, k, batch = makers.settings, makers.context.num_speculative_tokens, makers.context.max_num_requests
+    entries = settings.host_proposers
+    names = [entry.name for entry in entries]
+
+    def contenders() -> Iterator[tuple[str, Sequence[ProposerSettings], Chooser]]:
+        for entry in entries:
+            yield entry.name, [entry], Chooser()
+        if any(entry.name == ENSEMBLE for entry in settings.proposers):
+            yield ENSEMBLE, entries, Learned(names, k, settings.ensemble_options)
+        if len(entries) > 1:
+            yield LONGEST_MATCH, entries, LongestMatch()
+        yield ORACLE, entries, Furthest()
+
+    counts: dict[str, Counts] = {}
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        outputs = sum(len(request) - prompt_tokens for each in requests for request in each)
+        total = sum(map(len, history)) + outputs
+        for name, members, chooser in contenders():
+            task = progress.add_task(name, total=total)
+
+            def advance(num_tokens: int, task: Any = task) -> None:
+                progress.advance(task, num_tokens)
+
+            run = Replay(makers.several(members), chooser, k, batch)
+            if any(each.name in registry.NEEDS_DATASTORE for each in members):
+                run.counts.store_bytes = sum(store.file_bytes for store in stores.values())
+                run.counts.store_tokens = sum(store.header.num_tokens for store in stores.values())
+            run.remember(history, advance)
+            counts[name] = run.decode(requests, prompt_tokens, advance)
+    return counts
+
+
+def ratios_of(counts: Mapping[str, Counts]) -> dict[str, float]:
+    """Emitted tokens per step of the ensemble over those of others."""
+    if ENSEMBLE not in counts:
+        return {}
+    ensemble = counts[ENSEMBLE].emitted_per_step
+    others = {"ensemble_over_oracle": ORACLE, "ensemble_over_longest_match": LONGEST_MATCH}
+    return {name: ensemble / counts[other].emitted_per_step for name, other in others.items() if other in counts}
