@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import signal
 import time
@@ -15,13 +14,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from vllm_specplug.cli.clusters import connect, released
 from vllm_specplug.errors import ConfigurationError, DatastoreError
-from vllm_specplug.proposers.base import DraftBatch, ProposerContext
-from vllm_specplug.proposers.rest.proposer import RestProposer
 from vllm_specplug.ray.environment import require_ray
 from vllm_specplug.stores.building import (
     Plan,
@@ -77,7 +73,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "G
 
 
 @contextlib.contextmanager
-def _errors_to_stderr(exit_code: int = EXIT_BAD_INPUT) -> Iterator[None]:
+def errors_to_stderr(exit_code: int = EXIT_BAD_INPUT) -> Iterator[None]:
     """Print what is wrong with a store or with the system's files as one line, and leave with ``exit_code``."""
     try:
         yield
@@ -188,9 +184,9 @@ def build(
     console = Console(stderr=True)
     started = time.monotonic()
     if ray is not None and "-" in inputs:
-        with _errors_to_stderr():
+        with errors_to_stderr():
             raise DatastoreError("nodes of a Ray cluster do not see the standard input that - stands for: give files")
-    with _errors_to_stderr(), _stops_cleanly(console, f"{out} was not written"), _cluster(ray):
+    with errors_to_stderr(), _stops_cleanly(console, f"{out} was not written"), _cluster(ray):
         out = _target(out)
         paths = find_paths(inputs, pattern, out)
         _check_free(out, force)
@@ -262,7 +258,7 @@ def add(
     """
     console = Console(stderr=True)
     started = time.monotonic()
-    with _errors_to_stderr(), _stops_cleanly(console, f"{store} was not changed"), _cluster(ray):
+    with errors_to_stderr(), _stops_cleanly(console, f"{store} was not changed"), _cluster(ray):
         store = _target(store)
         opened = Datastore.open(store)
         paths = find_paths(inputs, pattern, store)
@@ -300,7 +296,7 @@ def merge(
     """
     console = Console(stderr=True)
     started = time.monotonic()
-    with _errors_to_stderr(), _stops_cleanly(console, f"{out} was not written"):
+    with errors_to_stderr(), _stops_cleanly(console, f"{out} was not written"):
         out = _target(out)
         _check_free(out, force)
         for path in stores:
@@ -496,89 +492,3 @@ def _tokenize_and_sort(console: Console, sources: Sources, writer: DatastoreWrit
             progress.update(sorting, total=of, completed=done, num_tokens=done)
 
         writer.finish(on_progress)
-
-
-@app.command()
-def info(
-    store: Annotated[Path, typer.Argument(help="A token store.")],
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
-) -> None:
-    """Say what a store holds."""
-    with _errors_to_stderr():
-        opened = Datastore.open(store)
-    header = opened.header
-    values: dict[str, Any] = {
-        "path": str(store),
-        "tokens": header.num_tokens,
-        "documents": header.num_documents,
-        "bytes": opened.file_bytes,
-        "bytes_per_token": round(opened.file_bytes / header.num_tokens, 3),
-        "token_bits": 8 * header.token_bytes,
-        "shards": len(opened.files),
-        "segments": len(header.segments),
-        "vocab_size": header.vocab_size,
-        "tokenizer": header.tokenizer,
-        "fingerprint": header.fingerprint,
-        "created": header.created,
-    }
-    if as_json:
-        print(json.dumps(values))
-        return
-    table = Table(show_header=False, box=None)
-    for name, value in values.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else escape(str(value)))
-    Console(soft_wrap=True).print(table)
-
-
-@app.command()
-def verify(store: Annotated[Path, typer.Argument(help="A token store.")]) -> None:
-    """Read a whole store and check it; exits with 1 if something is wrong with it."""
-    console = Console(stderr=True)
-    with _errors_to_stderr(EXIT_CORRUPTED if store.is_file() else EXIT_BAD_INPUT):
-        opened = Datastore.open(store)
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("checking")
-            opened.verify(lambda done, of: progress.update(task, completed=done, total=of))
-    print(f"{store}: intact, {opened.header.num_tokens:,} tokens of {opened.header.num_documents:,} documents")
-
-
-@app.command()
-def query(
-    store: Annotated[Path, typer.Argument(help="A token store.")],
-    text: Annotated[str, typer.Argument(help="Text that a request has so far.")],
-    tokenizer: Annotated[str | None, typer.Option(help="By default the one that the store was built with.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest draft.")] = 16,
-    min_confidence: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="The rest proposer's option of that name.")
-    ] = None,
-) -> None:
-    """Show what the rest proposer would draft after a text."""
-    with _errors_to_stderr():
-        opened = Datastore.open(store)
-        loaded = load_tokenizer(tokenizer or opened.header.tokenizer)
-        opened.check_tokenizer(tokenizer_fingerprint(loaded), vocab_size_of(loaded), repr(tokenizer))
-    options = {} if min_confidence is None else {"min_confidence": min_confidence}
-    proposer = RestProposer(
-        ProposerContext(
-            vocab_size=opened.header.vocab_size,
-            num_speculative_tokens=max_tokens,
-            datastores={store.stem: str(store)},
-            options=options,
-        )
-    )
-    batch = DraftBatch.from_contexts([loaded.encode(text, add_special_tokens=False)], max_tokens)
-    length, num_matches = proposer.longest_match(batch.context(0))
-    drafts = proposer.propose(batch)
-    num_drafted = int(drafts.num_tokens[0])
-    console = Console()
-    console.print(f"longest match: {length} tokens, {num_matches:,} times", highlight=False)
-    if not num_drafted:
-        console.print("no draft: " + ("nothing matches" if not length else "too unlikely to be accepted"))
-        return
-    table = Table("id", "text", "confidence", "this far")
-    so_far = 1.0
-    for token_id, confidence in zip(drafts.token_ids[0, :num_drafted], drafts.confidence[0], strict=False):
-        so_far *= float(confidence)
-        table.add_row(str(token_id), escape(repr(loaded.decode([int(token_id)]))), f"{confidence:.2f}", f"{so_far:.2f}")
-    console.print(table)
-    console.print("draft: " + escape(repr(loaded.decode(drafts.token_ids[0, :num_drafted].tolist()))), highlight=False)
