@@ -468,11 +468,11 @@ def _as_text(value: ast.expr) -> str:
 
 def seam_count() -> str:
     """How many names of vLLM are held against their signatures."""
-    from vllm_specplug.hooks import seams
+    from vllm_specplug.hooks import seam_list, seams
 
     groups = [
         value
-        for value in vars(seams).values()
+        for value in vars(seam_list).values()
         if isinstance(value, tuple) and value and isinstance(value[0], seams.Seam)
     ]
     touched = {(seam.module, seam.name) for group in groups for seam in group}

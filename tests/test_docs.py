@@ -509,8 +509,8 @@ def test_the_reference_has_what_the_code_has(site: Path) -> None:
     for option in ("--max-memory", "--speculative-config", "--prompt-tokens", "--once"):
         assert f"<code>{option}</code>" in commands
     shown = (site / "metrics.html").read_text()
-    for series in series.ALL_SERIES:
-        assert f"<code>{series.name}{'_total' if series.kind == 'counter' else ''}</code>" in shown
+    for one in series.ALL_SERIES:
+        assert f"<code>{one.name}{'_total' if one.kind == 'counter' else ''}</code>" in shown
     for path in site.rglob("*.html"):
         assert "<!-- generated" not in path.read_text(), path
 

@@ -221,16 +221,16 @@ def test_other_inputs_and_other_runs_are_refused(mixed: Path, tmp_path: Path) ->
 def test_rows_that_come_twice_are_stored_once(mixed: Path, tmp_path: Path) -> None:
     found = inputs.scan(inputs.find([str(mixed)]), None, tmp_path)
     parts = {part.number: part for part in found.parts(16)}
-    output = output.Output(tmp_path, parts, 16, None)
+    writer = output.Output(tmp_path, parts, 16, None)
     table = inputs.read(parts[1], found.schema)
     table = table.append_column("output_token_ids", pa.array([[1]] * len(table)))
     table = table.append_column("error", pa.array([None] * len(table), pa.string()))
     for piece in (table.slice(5), table.slice(3, 3), table.slice(0, 4)):
         assert not (tmp_path / "part-000001.parquet").exists()
-        output.add(piece)
-    output.add(table)
+        writer.add(piece)
+    writer.add(table)
     assert pq.read_table(tmp_path / "part-000001.parquet") == table
-    assert [part.number for part in output.missing()] == [0]
+    assert [part.number for part in writer.missing()] == [0]
     (tmp_path / "part-000001.parquet").write_bytes(b"PAR1 damaged")
     assert [part.number for part in output.Output(tmp_path, parts, 16, None).missing()] == [0, 1]
 

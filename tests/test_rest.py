@@ -447,8 +447,12 @@ def test_warm_up_compiles_for_every_store(tmp_path):
     proposer = with_stores({"code": write_store(tmp_path, [[0, 1]]), "tickets": write_store(tmp_path, [[0, 2]])})
     proposer.warm_up()
     kernels = (
-        drafts.draft_batch, drafts.draft_batch_parallel, drafts.take_if_further, drafts.draft_batch_trees, rest.merge_trees,
-    )  # fmt: skip
+        drafts.draft_batch,
+        drafts.draft_batch_parallel,
+        drafts.take_if_further,
+        drafts.draft_batch_trees,
+        rest.merge_trees,
+    )
     compiled = [len(kernel.signatures) for kernel in kernels]
     assert all(compiled)
     for size in (1, rest.PARALLEL_BATCH):
@@ -473,14 +477,14 @@ def test_drafts_of_one_step_outlive_the_next(tmp_path):
 
 
 def test_confidence_grows_with_evidence():
-    confidence = confidence.vote_confidence
-    assert confidence(4, 1, 1) == pytest.approx(0.30, abs=0.005)
-    assert confidence(4, 8, 8) == pytest.approx(0.78, abs=0.005)
-    assert confidence(4, 4, 8) == pytest.approx(0.25, abs=0.005)
+    vote_confidence = confidence.vote_confidence
+    assert vote_confidence(4, 1, 1) == pytest.approx(0.30, abs=0.005)
+    assert vote_confidence(4, 8, 8) == pytest.approx(0.78, abs=0.005)
+    assert vote_confidence(4, 4, 8) == pytest.approx(0.25, abs=0.005)
     for length, votes in itertools.product((1, 3, 10, 32), (1, 5, 64)):
-        assert confidence(length + 1, votes, votes) > confidence(length, votes, votes)
-        assert confidence(length, votes + 1, votes + 1) > confidence(length, votes, votes)
-        assert confidence(length, votes, votes) > confidence(length, votes, votes + 1)
+        assert vote_confidence(length + 1, votes, votes) > vote_confidence(length, votes, votes)
+        assert vote_confidence(length, votes + 1, votes + 1) > vote_confidence(length, votes, votes)
+        assert vote_confidence(length, votes, votes) > vote_confidence(length, votes, votes + 1)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from vllm_specplug.hooks import seams
+from vllm_specplug.hooks import seam_list, seams
 from vllm_specplug.hooks.seams import Seam
 
 Root = Path | zipfile.Path
@@ -34,7 +34,7 @@ INSTALLED = "installed"
 VERSIONS = [version for minor in range(100) if (version := f"0.{minor}.0") in SpecifierSet(seams.SUPPORTED_VLLM)]
 SEAM_TUPLES = {
     name: value
-    for name, value in vars(seams).items()
+    for name, value in vars(seam_list).items()
     if isinstance(value, tuple) and value and all(isinstance(element, Seam) for element in value)
 }
 SEAMS = list(dict.fromkeys(seam for group in SEAM_TUPLES.values() for seam in group))
@@ -242,7 +242,7 @@ def test_there_are_seams_and_each_says_why() -> None:
     assert SEAMS
     assert VERSIONS
     # A list, or a tuple with something else in it, would go unchecked.
-    assert {name for name in vars(seams) if name.endswith("SEAMS")} <= set(SEAM_TUPLES)
+    assert {name for name in vars(seam_list) if name.endswith("SEAMS")} <= set(SEAM_TUPLES)
     assert [seam_id(seam) for seam in SEAMS if not seam.why.strip()] == []
 
 

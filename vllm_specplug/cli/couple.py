@@ -36,6 +36,7 @@ from vllm_specplug.measure.couple import (
     synthetic_pairs,
     write_csv,
 )
+from vllm_specplug.measure.prompts import read_prompts
 
 app = typer.Typer(help="Measure how often target and draft agree under each coupling.", rich_markup_mode="markdown")
 
@@ -113,7 +114,7 @@ def couple(
     names = str(target or target_path()), str(draft or draft_path())
     if contexts:
         _check_folders(names)
-    texts = corpus.held_out_prompts(max(8, contexts // 20), 1200) if prompts is None else prompts.read_prompts(prompts)
+    texts = corpus.held_out_prompts(max(8, contexts // 20), 1200) if prompts is None else read_prompts(prompts)
     pairs: list[Pair] = []
     console = Console(stderr=True)
     with Progress(console=console) as progress:

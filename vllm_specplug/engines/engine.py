@@ -1,7 +1,7 @@
 """vLLM engines in processes of their own, driven by the demo and the benchmarks.
 
-The parent starts ``python -m vllm_specplug.engines.engine``, sends one JSON object a line and reads one a line; everything
-that vLLM prints goes to a log file. No state and no memory carries over from one configuration to the next.
+The parent starts ``python -m vllm_specplug.engines.process``, sends one JSON object a line and reads one a line;
+everything that vLLM prints goes to a log file. No state and no memory carries over from one configuration to the next.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import IO, Any
 
 from vllm_specplug.engines.environment import environment
-from vllm_specplug.engines.process import serve
 from vllm_specplug.engines.work import CHECK_ONLY, Completed, Work
 from vllm_specplug.errors import SpecplugError
 
@@ -69,7 +68,7 @@ class Engine:
         self.log = log
         self._output = log.open("ab")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_specplug.engines.engine"],
+            [sys.executable, "-m", "vllm_specplug.engines.process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._output,
@@ -162,12 +161,3 @@ class Engine:
 def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
     assert stream is not None
     return stream
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The engine's own process
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-if __name__ == "__main__":
-    serve()

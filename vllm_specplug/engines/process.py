@@ -153,3 +153,7 @@ def _counters(llm: Any) -> dict[str, Any]:
         if name in counters and metric.name.startswith(prefix):
             counters[name] = counters[name] + np.asarray(getattr(metric, "values", None) or metric.value)
     return counters
+
+
+if __name__ == "__main__":
+    serve()

@@ -51,7 +51,11 @@ def _watch_scheduler() -> None:
 
 def uninstall() -> None:
     """Put vLLM's own functions back, the model runner's too where they were wrapped in this process."""
-    for module in ("vllm_specplug.hooks.v1.wrappers", "vllm_specplug.hooks.v2.wrappers", "vllm_specplug.hooks.forks"):
+    for module in (
+        "vllm_specplug.hooks.v1.wrappers",
+        "vllm_specplug.hooks.v2.wrappers",
+        "vllm_specplug.hooks.scratch_blocks",
+    ):
         runner_hooks = sys.modules.get(module)
         if runner_hooks is not None:
             runner_hooks.patches.undo()

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.hooks import seams
+from vllm_specplug.hooks import seam_list, seams
 from vllm_specplug.log import logger
 from vllm_specplug.settings.model import settings_of
 
@@ -169,7 +169,7 @@ _initializing: list[Any] = []
 def watch_scheduler() -> None:
     """Wrap where the scheduler learns how many blocks there are. Idempotent."""
     patches.install(
-        seams.SCHEDULER_SEAMS,
+        seam_list.SCHEDULER_SEAMS,
         {
             "EngineCore._initialize_kv_caches": _initialize_kv_caches,
             "generate_scheduler_kv_cache_config": _generate_scheduler_kv_cache_config,

@@ -108,27 +108,27 @@ def _text(value: object) -> str:
 MAX_PROMPT_TOKENS = 1024
 
 
-def chosen(tasks: Sequence[corpus.Task], num_prompts: int) -> list[corpus.Task]:
+def chosen(tasks: Sequence[Task], num_prompts: int) -> list[Task]:
     """``num_prompts`` of the tasks, as many of each category as there are, in turn."""
-    groups: dict[str, list[corpus.Task]] = {}
+    groups: dict[str, list[Task]] = {}
     for task in tasks:
         groups.setdefault(task.category, []).append(task)
-    found: list[corpus.Task] = []
+    found: list[Task] = []
     for nth in range(max(map(len, groups.values()))):
         found += [group[nth] for group in groups.values() if nth < len(group)]
     return found[:num_prompts]
 
 
-def load_tasks(paths: Sequence[Path], num_prompts: int) -> tuple[list[corpus.Task], str]:
+def load_tasks(paths: Sequence[Path], num_prompts: int) -> tuple[list[Task], str]:
     """The prompts, and where they are from, in words."""
     if not paths:
         texts = corpus.held_out_prompts(num_prompts, 600)
-        return [corpus.Task("python", text, False) for text in texts], "Python's standard library"
-    tasks = [task for path in paths for task in corpus.read_tasks(path)]
+        return [Task("python", text, False) for text in texts], "Python's standard library"
+    tasks = [task for path in paths for task in read_tasks(path)]
     return chosen(tasks, num_prompts), ", ".join(path.name for path in paths)
 
 
-def encode(model: str, tasks: Sequence[corpus.Task], chat: bool | None) -> list[list[int]]:
+def encode(model: str, tasks: Sequence[Task], chat: bool | None) -> list[list[int]]:
     """Token ids of every task, through the chat template where wanted, at most :data:`MAX_PROMPT_TOKENS`.
 
     Args:

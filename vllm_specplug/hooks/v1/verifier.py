@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
 from vllm_specplug.drafting.requests import TrackedRequest
 from vllm_specplug.hooks.forks import walk
 from vllm_specplug.hooks.v1 import forks as v1_chains
-from vllm_specplug.hooks.v1.drafter import Attachment
 from vllm_specplug.hooks.v1.draws import KeyedSampler, SeededNoise, draw_of, places_of
 from vllm_specplug.proposers.base import TargetNoise, Verified
 from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal
 from vllm_specplug.samplers.noise import SPLITMIX, list_kind, splitmix_keys
+
+if TYPE_CHECKING:
+    from vllm_specplug.hooks.v1.drafter import Attachment
 
 
 class CoupledVerifier:

@@ -156,6 +156,3 @@ def _expand_batch_to_tokens(
     values = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     return torch.repeat_interleave(values, counts, output_size=num_tokens)
-
-
-__all__ = ["CoupledVerifier", "Proposer", "ProposerWithRejection", "install"]

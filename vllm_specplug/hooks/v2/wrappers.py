@@ -131,6 +131,3 @@ def _get_draft_tokens(original: Callable[..., Any], self: Any) -> Any:
     proposed = original(self)
     speculator: Speculator | None = getattr(self, "_specplug", None)
     return proposed if speculator is None else speculator.cut(proposed)
-
-
-__all__ = ["CoupledVerifier", "Speculator", "install"]

@@ -1,9 +1,9 @@
 """Which proposers, how long a draft, which store: found by trying, on one's own prompts.
 
-A search over one choice at a time, by :data:`STAGE_ROUNDS` of :func:`vllm_specplug.measure.bench.run.bench` each: the longest
-draft first, then the stores, then the proposers. The best few of all then run against each other, and against no
-speculation, for several rounds, and these numbers are what is expected. Speed-ups nearer than :data:`NOTHING_BETWEEN`
-count as the same: then the choice with fewer stores stays, or the one that was tried earlier.
+A search over one choice at a time, by :data:`STAGE_ROUNDS` of :func:`~vllm_specplug.measure.bench.run.bench` each:
+the longest draft first, then the stores, then the proposers. The best few of all then run against each other, and
+against no speculation, for several rounds, and these numbers are what is expected. Speed-ups nearer than
+:data:`NOTHING_BETWEEN` count as the same: then the choice with fewer stores stays, or the one that was tried earlier.
 """
 
 from __future__ import annotations
