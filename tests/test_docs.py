@@ -37,7 +37,7 @@ from vllm_specplug.corpus import read_text, standard_library_sources
 from vllm_specplug.tiny_models import draft_path, target_path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 QUICK_START = ROOT / "docs" / "quick-start.md"
 LANGUAGES = ("bash", "console", "json", "python", "sh", "shell", "toml", "yaml", "yml")
 START_TIMEOUT_S = 300
@@ -255,7 +255,7 @@ def test_the_numbers_of_the_sampler_example(home: Path) -> None:
 
 
 def configurations() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where it stands, and the dictionary, for every speculative_config of README and pages."""
+    """The place and the dictionary of every speculative_config in the README and the pages."""
     for block in BLOCKS:
         if block.language == "json":
             yield str(block), json.loads(block.code)
@@ -532,7 +532,7 @@ def test_the_reference_needs_no_vllm() -> None:
         "found = importlib.util.spec_from_file_location('hooks', 'docs/hooks.py')\n"
         "hooks = importlib.util.module_from_spec(found)\n"
         "found.loader.exec_module(hooks)\n"
-        "arguments = {'refusals': ['_unfit_v2'], 'readme': ['Measured']}\n"
+        "arguments = {'refusals': ['_unfit_v2'], 'page': ['CONTRIBUTING.md']}\n"
         "print(min(len(made(*arguments.get(name, []))) for name, made in hooks.GENERATORS.items()))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
