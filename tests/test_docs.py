@@ -143,6 +143,12 @@ def test_the_blocks_are_found() -> None:
     assert {block.page for block in BLOCKS} > {ROOT / "README.md", QUICK_START}
 
 
+def test_the_readme_is_one_page() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    assert len(text.split()) <= 900
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What runs without an engine
 # ---------------------------------------------------------------------------------------------------------------------
