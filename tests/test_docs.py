@@ -143,6 +143,14 @@ def test_the_blocks_are_found() -> None:
     assert {block.page for block in BLOCKS} > {ROOT / "README.md", QUICK_START}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """Paths in code spans, from the top of the repository or of the package."""
+    named = re.findall(r"`([\w.-]+(?:/[\w.-]+)+\.py)(?:::\w+)?`", page.read_text())
+    named = [path for path in named if not path.endswith("/yours.py")]
+    assert not [path for path in named if not (ROOT / path).is_file() and not (ROOT / "vllm_specplug" / path).is_file()]
+
+
 def test_the_readme_is_one_page() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 130
