@@ -240,7 +240,7 @@ def proposers() -> str:
     from vllm_specplug.settings import registry
 
     parts = []
-    for name, target in {**registry.PROPOSERS, "ensemble": "vllm_specplug.proposers.ensemble:"}.items():
+    for name, target in {**registry.PROPOSERS, "ensemble": "vllm_specplug.proposers.ensemble.ensemble:"}.items():
         module = importlib.import_module(target.partition(":")[0])
         texts = named_paragraphs(docstring_after(module, "DEFAULT_OPTIONS"))
         options = dict(module.DEFAULT_OPTIONS)
@@ -484,16 +484,16 @@ def seam_count() -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def readme(heading: str) -> str:
-    """A section of the README, without its heading; ``demo``: the demo's table."""
-    text = (ROOT / "README.md").read_text()
-    if heading == "demo":
-        (table_of_demo,) = re.findall(r"```\n( +Same prompts, same seeds.*?)```", text, re.S)
-        return f"```text\n{table_of_demo}```"
-    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.S | re.M)
-    if found is None:
-        raise PluginError(f"README.md has no section {heading!r}")
-    return found[1].strip()
+def demo() -> str:
+    """The table of the demo, which stands in the README."""
+    (table_of_demo,) = re.findall(r"```\n( +Same prompts, same seeds.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return f"```text\n{table_of_demo}```"
+
+
+def page(name: str) -> str:
+    """A page that lies beside the README, such as CHANGELOG.md, without its title. Its page here is changelog.md."""
+    text = (ROOT / name).read_text().partition("\n")[2].strip()
+    return re.sub(r"(?<=\]\()[A-Z]+\.md", lambda found: found[0].lower(), text)
 
 
 GENERATORS: Mapping[str, Callable[..., str]] = {
@@ -508,5 +508,6 @@ GENERATORS: Mapping[str, Callable[..., str]] = {
     "native-methods": native_methods,
     "refusals": refusals,
     "seam-count": seam_count,
-    "readme": readme,
+    "demo": demo,
+    "page": page,
 }

@@ -38,7 +38,7 @@ from vllm_specplug.settings.model import OWN_KEYS, Settings, parse_settings
 from vllm_specplug.tiny_models import draft_path, target_path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 QUICK_START = ROOT / "docs" / "quick-start.md"
 LANGUAGES = ("bash", "console", "json", "python", "sh", "shell", "toml", "yaml", "yml")
 START_TIMEOUT_S = 300
@@ -142,6 +142,20 @@ def test_the_blocks_are_found() -> None:
     assert len(BLOCKS) > 25
     assert {block.language for block in RUN} == {"bash", "json", "python", "toml"}
     assert {block.page for block in BLOCKS} > {ROOT / "README.md", QUICK_START}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """Paths in code spans, from the top of the repository or of the package."""
+    named = re.findall(r"`([\w.-]+(?:/[\w.-]+)+\.py)(?:::\w+)?`", page.read_text())
+    named = [path for path in named if not path.endswith("/yours.py")]
+    assert not [path for path in named if not (ROOT / path).is_file() and not (ROOT / "vllm_specplug" / path).is_file()]
+
+
+def test_the_readme_is_one_page() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 130
+    assert len(text.split()) <= 900
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +270,7 @@ def test_the_numbers_of_the_sampler_example(home: Path) -> None:
 
 
 def configurations() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where it stands, and the dictionary, for every speculative_config of README and pages."""
+    """The place and the dictionary of every speculative_config in the README and the pages."""
     for block in BLOCKS:
         if block.language == "json":
             yield str(block), json.loads(block.code)
@@ -533,7 +547,7 @@ def test_the_reference_needs_no_vllm() -> None:
         "found = importlib.util.spec_from_file_location('hooks', 'docs/hooks.py')\n"
         "hooks = importlib.util.module_from_spec(found)\n"
         "found.loader.exec_module(hooks)\n"
-        "arguments = {'refusals': ['_unfit_v2'], 'readme': ['Measured']}\n"
+        "arguments = {'refusals': ['_unfit_v2'], 'page': ['CONTRIBUTING.md']}\n"
         "print(min(len(made(*arguments.get(name, []))) for name, made in hooks.GENERATORS.items()))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)

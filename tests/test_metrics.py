@@ -166,7 +166,7 @@ def test_trouble_ends_publishing_and_nothing_else(
 
 
 def test_the_folder_goes_with_its_process(tmp_path: Path) -> None:
-    program = "from vllm_specplug import metrics; print(metrics.open_folder()); print(metrics.open_folder())"
+    program = "from vllm_specplug.metrics import files; print(files.open_folder()); print(files.open_folder())"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     environment.pop(files.FOLDER_VARIABLE, None)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)

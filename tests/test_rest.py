@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_specplug.errors import DatastoreError
-from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext, TargetNoise
+from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext, TargetNoise, tree
 from vllm_specplug.proposers.base import STORES_OPTION, expected_accepted
 from vllm_specplug.proposers.rest import confidence, drafts
 from vllm_specplug.proposers.rest import proposer as rest
@@ -451,7 +451,7 @@ def test_warm_up_compiles_for_every_store(tmp_path):
         drafts.draft_batch_parallel,
         drafts.take_if_further,
         drafts.draft_batch_trees,
-        rest.merge_trees,
+        tree.merge_trees,
     )
     compiled = [len(kernel.signatures) for kernel in kernels]
     assert all(compiled)
@@ -646,7 +646,7 @@ def test_trees_follow_the_vote(tmp_path, rng, temperature):
             assert len(paths) == num_chains or paths == paths_of(more, index)
             chances = branch_chances(drafts, index)
             assert all(earlier >= later - 1e-6 for earlier, later in itertools.pairwise(chances))
-            assert all(chance >= rest.BRANCH_SHARE * min_confidence - 1e-6 for chance in chances)
+            assert all(chance >= tree.BRANCH_SHARE * min_confidence - 1e-6 for chance in chances)
             length, continuations = naive_continuations(documents, context, 2, 1)
             for each in (drafts, *drafts.others):
                 path = each.token_ids[index, : each.num_tokens[index]].tolist()

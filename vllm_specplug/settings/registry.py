@@ -20,8 +20,8 @@ PROPOSERS = {
     "lookahead": "vllm_specplug.proposers.lookahead:LookaheadProposer",
     "ngram": "vllm_specplug.proposers.ngram:NgramProposer",
     "recycling": "vllm_specplug.proposers.recycling:RecyclingProposer",
-    "rest": "vllm_specplug.proposers.rest:RestProposer",
-    "suffix": "vllm_specplug.proposers.suffix:SuffixProposer",
+    "rest": "vllm_specplug.proposers.rest.proposer:RestProposer",
+    "suffix": "vllm_specplug.proposers.suffix.proposer:SuffixProposer",
 }
 SAMPLERS = ("gumbel", "minhash", "list", "rejection")
 NEEDS_DATASTORE = frozenset({"rest"})
