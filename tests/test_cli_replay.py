@@ -16,7 +16,8 @@ from typer.testing import CliRunner, Result
 
 from vllm_specplug.drafting import answers
 from vllm_specplug.errors import SpecplugError
-from vllm_specplug.measure.replay import choosers, run
+from vllm_specplug.measure.replay import choosers
+from vllm_specplug.measure.replay import run as replay
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified
 from vllm_specplug.proposers.ensemble.ensemble import Ensemble
 from vllm_specplug.settings.model import ProposerSettings, parse_settings
@@ -143,10 +144,10 @@ def test_warm_texts_are_history(tmp_path, tokenizer):
 
 
 def test_requests_cover_a_document():
-    pieces = run.requests_of(np.arange(10, dtype=np.int32), 2, 6)
+    pieces = replay.requests_of(np.arange(10, dtype=np.int32), 2, 6)
     assert [piece.tolist() for piece in pieces] == [[0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9]]
-    assert run.requests_of(np.arange(2, dtype=np.int32), 2, 6) == []
-    assert [len(piece) for piece in run.requests_of(np.arange(13, dtype=np.int32), 0, 6)] == [6, 6, 1]
+    assert replay.requests_of(np.arange(2, dtype=np.int32), 2, 6) == []
+    assert [len(piece) for piece in replay.requests_of(np.arange(13, dtype=np.int32), 0, 6)] == [6, 6, 1]
 
 
 def slow_replay(
@@ -211,12 +212,12 @@ def test_as_a_slow_replay(tmp_path, tokenizer, rng, batch):
     requests = [
         request
         for path in files
-        for request in run.requests_of(
+        for request in replay.requests_of(
             np.array([WORDS.index(word) for word in path.read_text().split()], dtype=np.int32), 10, 60
         )
     ]
     settings = parse_settings({"proposers": ["ngram", "rest"], "datastore": str(store)})
-    makers = run.Makers(settings, ProposerContext(len(WORDS), 5, 1, 65))
+    makers = replay.Makers(settings, ProposerContext(len(WORDS), 5, 1, 65))
     ngram, rest = settings.drafting_proposers
 
     def expected(rule: str, *entries: ProposerSettings) -> tuple[int, int, int, int]:
@@ -272,7 +273,7 @@ class Recorder(Proposer):
 def test_what_a_proposer_is_shown():
     recorder = Recorder(ProposerContext(40, 3))
     documents = [[np.arange(1, 8), np.arange(5, 10)], [np.arange(11, 15)], [np.arange(21, 30)]]
-    replay = run.Replay({"recorder": recorder}, choosers.Chooser(), 3, 2)
+    replayed_twice = replay.Replay({"recorder": recorder}, choosers.Chooser(), 3, 2)
     replay.remember([np.arange(31, 36)], lambda _: None)
     assert recorder.finished == ["warm-0"]
     counts = replay.decode(documents, 3, lambda _: None)
@@ -296,7 +297,7 @@ def test_what_a_proposer_is_shown():
 
 
 def test_memory_is_of_the_tokens_fed_when_most_was_kept():
-    counts = run.Counts(request_steps=1)
+    counts = replay.Counts(request_steps=1)
     assert counts.bytes_per_token is None
     for fed, num_bytes in ((10, 500), (20, 800), (30, 800), (40, 100)):
         counts.fed = fed
