@@ -1,0 +1,36 @@
+"""The tiny models cut to 512 tokens and two layers: what runs under Triton's interpreter costs as much as its vocabulary.
+
+Byte-pair tokens are numbered in the order in which they are merged, so the first 512 are a tokenizer of their own, and
+rows of the embedding that go with them. What the cut models write is worse text than before, of the same alphabet.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+VOCAB = 512
+NUM_LAYERS = 2
+
+
+def cut(model: Path, out: Path) -> Path:
+    """Write the model folder ``model``, cut, to the folder ``out``; returns ``out``."""
+    from safetensors.torch import load_file, save_file
+
+    out.mkdir(parents=True)
+    config = json.loads((model / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "vocab_size": VOCAB, "num_hidden_layers": NUM_LAYERS}))
+    weights = load_file(model / "model.safetensors")
+    dropped = [f"model.layers.{layer}." for layer in range(NUM_LAYERS, config["num_hidden_layers"])]
+    kept = {name: each for name, each in weights.items() if not name.startswith(tuple(dropped))}
+    kept["model.embed_tokens.weight"] = kept["model.embed_tokens.weight"][:VOCAB].clone()
+    save_file(kept, out / "model.safetensors")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    of = tokenizer["model"]
+    of["vocab"] = {token: number for token, number in of["vocab"].items() if number < VOCAB}
+    of["merges"] = [pair for pair in of["merges"] if "".join(pair) in of["vocab"]]
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(model / name, out)
+    return out
