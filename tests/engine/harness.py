@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import os
 import pickle
+import select
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,10 +19,70 @@ from typing import Any
 from vllm_specplug.tiny_models import target_path
 
 HERE = Path(__file__).parent
+END_TIMEOUT_S = 20
 
 
 class EngineError(Exception):
     """The child answered with an exception, or died; the message carries its text or the end of its log."""
+
+
+class Nursery:
+    """The process that this one's engines are forked from; see ``nursery.py``.
+
+    Args:
+        v2: for engines on the V2 model runner, whose kernels run under Triton's interpreter.
+    """
+
+    def __init__(self, v2: bool) -> None:
+        self.v2 = v2
+        self._socket, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        command = [sys.executable, str(HERE / "nursery.py"), str(theirs.fileno())]
+        with tempfile.TemporaryFile() as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(),
+                pass_fds=[theirs.fileno()],
+            )  # fmt: skip
+        theirs.close()
+        atexit.register(self.close)
+
+    def _environment(self) -> dict[str, str]:
+        environment = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            # One unpinned thread: a tiny model gains nothing from two, and pinned ones stall when the machine is busy.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(HERE),
+        }
+        environment.pop("TRITON_INTERPRET", None)
+        if self.v2:
+            environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE / "v2_site")])
+            environment["TRITON_INTERPRET"] = "1"
+            environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+        return environment
+
+    def fork(self, channel: socket.socket, log: int, plugin: bool) -> int:
+        """Start a child that serves ``channel`` and prints to ``log``; returns its process id."""
+        environment = self._environment()
+        if not plugin:
+            environment["VLLM_PLUGINS"] = "none-of-them"
+        socket.send_fds(self._socket, [pickle.dumps(environment)], [channel.fileno(), log])
+        answer = self._socket.recv(100)
+        if not answer:
+            raise EngineError(f"the process that engines are forked from ended with status {self._process.wait()}")
+        return int(answer)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.wait()
+
+
+@functools.cache
+def nursery(v2: bool) -> Nursery:
+    return Nursery(v2)
 
 
 class Engine:
@@ -30,31 +96,11 @@ class Engine:
 
     def __init__(self, engine_args: dict[str, Any] | None = None, plugin: bool = True, v2: bool = False) -> None:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine, closed with it
-        environment = {
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            # One unpinned thread: a tiny model gains nothing from two, and pinned ones stall when the machine is busy.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(HERE),
-        }
-        environment.pop("TRITON_INTERPRET", None)
-        if v2:
-            environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE / "v2_site")])
-            environment["TRITON_INTERPRET"] = "1"
-            environment["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-        if not plugin:
-            environment["VLLM_PLUGINS"] = "none-of-them"
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "child.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            env=environment,
-        )
+        channel, theirs = socket.socketpair()
+        self._process = os.pidfd_open(nursery(v2).fork(theirs, self.log.fileno(), plugin))
+        theirs.close()
+        self._commands, self._answers = channel.makefile("wb"), channel.makefile("rb")
+        channel.close()  # with the last of the two
         if engine_args is not None:
             try:
                 self.send("start", {**ENGINE_ARGS, **engine_args})
@@ -64,13 +110,11 @@ class Engine:
 
     def send(self, command: str, *args: Any) -> Any:
         """Run a method of ``child.Child`` there and return what it returned."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         try:
-            pickle.dump((command, args), self.process.stdin)
-            self.process.stdin.flush()
-            kind, value = pickle.load(self.process.stdout)
-        except (EOFError, BrokenPipeError) as error:
+            pickle.dump((command, args), self._commands)
+            self._commands.flush()
+            kind, value = pickle.load(self._answers)
+        except (EOFError, ConnectionError) as error:
             raise EngineError(f"the engine process died:\n{self.tail()}") from error
         if kind == "error":
             raise EngineError(f"{value}\n{self.tail()}")
@@ -88,15 +132,16 @@ class Engine:
 
     def close(self) -> None:
         """Stop the child; safe to call twice."""
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        if self.log.closed:
+            return
+        with contextlib.suppress(ConnectionError):
+            self._commands.close()
+        self._answers.close()
+        if not select.select([self._process], [], [], END_TIMEOUT_S)[0]:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+            select.select([self._process], [], [])
+        os.close(self._process)
         self.log.close()
 
     def __enter__(self) -> Engine:
