@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import json
 import os
 import pickle
 import select
@@ -13,8 +14,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import small_model
 
 from vllm_specplug.tiny_models import target_path
 
@@ -91,10 +95,18 @@ class Engine:
     Args:
         engine_args: for ``vllm.LLM``; None starts no engine yet.
         plugin: False keeps this project's plugin from loading: stock vLLM.
-        v2: run the V2 model runner, its kernels under Triton's interpreter: some ten tokens a second.
+        v2: run the V2 model runner, its kernels under Triton's interpreter: some tens of tokens a second, of a model
+            with a small vocabulary unless ``engine_args`` name another.
+        asynchronous: schedule a step while the one before it runs, as on a GPU.
     """
 
-    def __init__(self, engine_args: dict[str, Any] | None = None, plugin: bool = True, v2: bool = False) -> None:
+    def __init__(
+        self,
+        engine_args: dict[str, Any] | None = None,
+        plugin: bool = True,
+        v2: bool = False,
+        asynchronous: bool = False,
+    ) -> None:
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine, closed with it
         channel, theirs = socket.socketpair()
         self._process = os.pidfd_open(nursery(v2).fork(theirs, self.log.fileno(), plugin))
@@ -103,7 +115,10 @@ class Engine:
         channel.close()  # with the last of the two
         if engine_args is not None:
             try:
-                self.send("start", {**ENGINE_ARGS, **engine_args})
+                if asynchronous:
+                    self.send("call", "keep_async_scheduling")
+                model = {"model": str(small_model.target_path())} if v2 else {}
+                self.send("start", {**ENGINE_ARGS, **model, **engine_args})
             except BaseException:
                 self.close()
                 raise
@@ -149,6 +164,37 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Engines:
+    """Engines that stay for the next test with the same arguments.
+
+    Args:
+        room: how many stay while nobody uses them; of more, those that were used longest ago are stopped.
+    """
+
+    def __init__(self, room: int = 2) -> None:
+        self._room = room
+        self._idle: dict[str, Engine] = {}
+
+    @contextlib.contextmanager
+    def borrowed(self, engine_args: dict[str, Any], **more: bool) -> Iterator[Engine]:
+        """An engine for one user at a time, with nothing in its prefix cache; arguments as of :class:`Engine`."""
+        key = json.dumps([engine_args, more], sort_keys=True)
+        engine = self._idle.pop(key, None) or Engine(engine_args, **more)
+        try:
+            engine.generate([], reset_prefix_cache=True)
+            yield engine
+        except BaseException:
+            engine.close()
+            raise
+        self._idle[key] = engine
+        while len(self._idle) > self._room:
+            self._idle.pop(next(iter(self._idle))).close()
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.popitem()[1].close()
 
 
 ENGINE_ARGS: dict[str, Any] = {

@@ -7,6 +7,7 @@ process id. The nursery and its children end when the sockets' other ends do.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import os
@@ -56,6 +57,8 @@ def main() -> None:
         os.dup2(log, standard)
     os.close(log)
     child.serve(socket.socket(fileno=channel))
+    atexit._run_exitfuncs()
+    os._exit(0)  # without taking vLLM's modules apart one by one, which takes seconds
 
 
 if __name__ == "__main__":

@@ -6,12 +6,31 @@ rows of the embedding that go with them. What the cut models write is worse text
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+import tempfile
 from pathlib import Path
+
+from vllm_specplug import tiny_models
 
 VOCAB = 512
 NUM_LAYERS = 2
+
+
+_folder = tempfile.TemporaryDirectory(prefix="specplug-small-models-")
+
+
+@functools.cache
+def target_path() -> Path:
+    """The tiny target, cut."""
+    return cut(tiny_models.target_path(), Path(_folder.name) / "target")
+
+
+@functools.cache
+def draft_path() -> Path:
+    """The tiny draft, cut."""
+    return cut(tiny_models.draft_path(), Path(_folder.name) / "draft")
 
 
 def cut(model: Path, out: Path) -> Path:
