@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
 
-from harness import Engines  # noqa: E402 - from the folder above
+from harness import Engines
 
 # Files that take minutes, longest first: a worker that begins one of them last keeps the other one waiting.
 LONGEST = (

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from compare import assert_close_logprobs, assert_same
 from harness import Engine, EngineError, Engines
-from requests_matrix import noise_alone, requests_v2
+from requests_matrix import noise_alone, requests, requests_v2
 from small_model import draft_path, target_path
 
 from vllm_specplug import tiny_models
@@ -160,6 +160,18 @@ def test_every_oracle_token_is_accepted(roomy: Engine, stock: list[dict[str, Any
     (counters,) = roomy.send("stats")["proposers"].values()
     assert counters["drafted"] > 40
     assert counters["accepted"] == counters["drafted"]
+
+
+def test_a_vocabulary_of_several_blocks() -> None:
+    """Kernels take 1024 tokens at a time, more than the small vocabulary has."""
+    arguments = {**SIZES, "model": str(tiny_models.target_path())}
+    sent = requests(6, [{}, {"top_k": 20, "top_p": 0.9}, {"logprobs": 2}], first_seed=700, longest=6)
+    with Engine(arguments, plugin=False, v2=True) as engine:
+        expected = engine.generate(sent)
+    config = {**SPECPLUG, "proposers": ["ngram", "in_child.RandomTokens", UNGATED]}
+    with Engine({**arguments, "speculative_config": config}, v2=True) as engine:
+        check(engine.generate(sent), expected, "several blocks", sent, at_least=5)
+        assert sum(each["drafted"] for each in engine.send("stats")["proposers"].values()) > 20
 
 
 @pytest.mark.parametrize("name", ["Raises", "OutsideVocabulary", "TooMany", "WritesTable"])

@@ -54,7 +54,9 @@ def roomy() -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def tight() -> Iterator[Engine]:
     """As on a GPU: async scheduling. And what is small elsewhere: a cache with preemptions."""
-    with Engine({**TIGHT, "speculative_config": {**CHAINS, "scratch_blocks": 30}}, v2=True, asynchronous=True) as engine:
+    with Engine(
+        {**TIGHT, "speculative_config": {**CHAINS, "scratch_blocks": 30}}, v2=True, asynchronous=True
+    ) as engine:
         assert "async scheduling on" in engine.tail(1_000_000)
         yield engine
 

@@ -1,4 +1,4 @@
-"""The tiny models cut to 512 tokens and two layers: what runs under Triton's interpreter costs as much as its vocabulary.
+"""The tiny models cut to 512 tokens and two layers: under Triton's interpreter, time grows with the vocabulary.
 
 Byte-pair tokens are numbered in the order in which they are merged, so the first 512 are a tokenizer of their own, and
 rows of the embedding that go with them. What the cut models write is worse text than before, of the same alphabet.
