@@ -80,7 +80,7 @@ def test_tokens_do_not_depend_on_who_drafts(v2: bool, engines: Engines) -> None:
 def test_proposers_are_given_the_noise_that_the_verifier_uses(v2: bool) -> None:
     """Where noise alone decides, a proposer that knows it is always right; with one chain's alone it would not be."""
     num_draft = 3
-    sent = noise_alone(4, 1 + 2 * (num_draft + 1))
+    sent = noise_alone(4, 1 + 2 * (num_draft + 1), small_model.VOCAB if v2 else 4096)
     config = {**settings([]), "num_speculative_tokens": num_draft}
     with Engine({"speculative_config": config, **({} if v2 else ROOMY)}, v2=v2) as engine:
         engine.send(

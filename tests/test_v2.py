@@ -13,7 +13,7 @@ import pytest
 from compare import assert_close_logprobs, assert_same
 from harness import Engine, EngineError, Engines
 from requests_matrix import noise_alone, requests, requests_v2
-from small_model import draft_path, target_path
+from small_model import VOCAB, draft_path, target_path
 
 from vllm_specplug import tiny_models
 
@@ -233,7 +233,7 @@ def test_drafting_on_the_device(roomy: Engine, stock: list[dict[str, Any]], file
 
 def test_proposers_are_given_the_noise_that_the_verifier_uses(roomy: Engine, tight: Engine) -> None:
     """Where noise alone decides, a proposer that knows it is always right."""
-    sent = noise_alone(4, 1 + 2 * (NUM_DRAFT + 1))
+    sent = noise_alone(4, 1 + 2 * (NUM_DRAFT + 1), VOCAB)
     for engine in (roomy, tight):
         engine.send(
             "set_drafting", {"num_speculative_tokens": NUM_DRAFT, "proposers": ["in_child.NoiseAlone", UNGATED]}

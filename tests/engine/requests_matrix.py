@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 from vllm_specplug import corpus
@@ -92,16 +91,15 @@ def requests_v2(count: int, first_seed: int, longest: int = 10) -> list[dict[str
     return made
 
 
-def noise_alone(
-    num_requests: int, max_tokens: int, allowed: Sequence[int] = (50, 51, 77, 300, 301, 400, 500)
-) -> list[dict[str, Any]]:
+def noise_alone(num_requests: int, max_tokens: int, vocab_size: int = 4096) -> list[dict[str, Any]]:
     """Requests so hot that the target's noise alone chooses among the tokens that they allow."""
+    allowed = [50, 51, 77, 300, 301, vocab_size // 4, vocab_size - 96]
     return [
         {
             "prompt": prompt[:80],
             "params": {
                 "hot": True, "seed": 3 * index - 5, "max_tokens": max_tokens, "ignore_eos": True,
-                "allowed_token_ids": list(allowed), "extra_args": {"allowed": list(allowed)},
+                "allowed_token_ids": allowed, "extra_args": {"allowed": allowed},
             },
         }
         for index, prompt in enumerate(corpus.held_out_prompts(num_requests, 900))
