@@ -33,6 +33,13 @@ PLAIN = requests(112, PLAIN_FEATURES)
 MIXED = requests(100, [*PLAIN_FEATURES, *PROCESSOR_FEATURES], first_seed=1000)
 
 
+# What is preempted again and again is served several times over: every feature there too, in fewer requests.
+SENT = {
+    "roomy": {"plain": range(len(PLAIN)), "mixed": range(len(MIXED))},
+    "tight": {"plain": range(0, len(PLAIN), 3), "mixed": range(0, len(MIXED), 2)},
+}
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoTokenizer
@@ -98,6 +105,10 @@ def drafting(name: str, store: Path, oracle_file: Path) -> dict[str, Any]:
 
 def test_enough_requests() -> None:
     assert len(PLAIN) + len(MIXED) >= 200
+    for kinds in SENT.values():
+        assert {index % len(PLAIN_FEATURES) for index in kinds["plain"]} == set(range(len(PLAIN_FEATURES)))
+        num_mixed = len(PLAIN_FEATURES) + len(PROCESSOR_FEATURES)
+        assert {index % num_mixed for index in kinds["mixed"]} == set(range(num_mixed))
 
 
 # Which cache there is and who drafts have nothing to do with each other: every drafter of ours by itself in one of the
@@ -121,15 +132,17 @@ def test_same_tokens_as_stock(
     engine: Engine = request.getfixturevalue(cache)
     engine.send("set_drafting", drafting(proposer, store, oracle_file))
     before = engine.send("metrics")
-    for kind, sent in (("plain", PLAIN), ("mixed", MIXED)):
+    for kind, requests_of_kind in (("plain", PLAIN), ("mixed", MIXED)):
+        sent = [requests_of_kind[index] for index in SENT[cache][kind]]
+        expected = [stock[kind][index] for index in SENT[cache][kind]]
         ours = engine.generate(sent, reset_prefix_cache=cache == "roomy")
-        assert_same(ours, stock[kind], f"{proposer}, {cache}, {kind}", sent)
+        assert_same(ours, expected, f"{proposer}, {cache}, {kind}", sent)
         compared = 0
-        for mine, theirs in zip(ours, stock[kind], strict=True):
+        for mine, theirs in zip(ours, expected, strict=True):
             assert_close_logprobs(mine["prompt_logprobs"], theirs["prompt_logprobs"])
             for a, b in zip(mine["outputs"], theirs["outputs"], strict=True):
                 compared += assert_close_logprobs(a["logprobs"], b["logprobs"])
-        assert compared > 200
+        assert compared > (200 if cache == "roomy" else 60)
     after, stats = engine.send("metrics"), engine.send("stats")
     delta = {name: after[name] - before[name] for name in after if isinstance(after[name], int | float)}
     if cache == "tight":
