@@ -51,6 +51,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             name = report.nodeid.partition("::")[0]
             seconds[name] += report.duration  # type: ignore[assignment]
             tests[name] += report.when == "call"
+    if not seconds:
+        return
     terminalreporter.section("minutes by file")
     for name, spent in seconds.most_common():
         if spent >= 1:
