@@ -1,11 +1,15 @@
-"""Makes the engine harness importable by name in every test, and lets two workers end at the same time."""
+"""Makes the engine harness importable by name in every test, shares engines, and prints minutes by file at the end."""
 
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
+
+from harness import Engines
 
 # Files that take minutes, longest first: a worker that begins one of them last keeps the other one waiting.
 LONGEST = (
@@ -28,3 +32,29 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[Engines]:
+    """Engines for all tests of this worker."""
+    shared = Engines()
+    yield shared
+    shared.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Minutes and tests by file, longest first: all that took a second or more."""
+    seconds: Counter[str] = Counter()
+    tests: Counter[str] = Counter()
+    for report in (each for kind in terminalreporter.stats.values() for each in kind):
+        if isinstance(report, pytest.TestReport):
+            name = report.nodeid.partition("::")[0]
+            seconds[name] += report.duration  # type: ignore[assignment]
+            tests[name] += report.when == "call"
+    if not seconds:
+        return
+    terminalreporter.section("minutes by file")
+    for name, spent in seconds.most_common():
+        if spent >= 1:
+            terminalreporter.write_line(f"{spent / 60:6.2f}  {tests[name]:5d} tests  {name}")
+    terminalreporter.write_line(f"{sum(seconds.values()) / 60:6.2f}  {sum(tests.values()):5d} tests  together")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_model
 
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.measure import prompts as corpus
@@ -129,8 +130,8 @@ def test_what_is_not_promised_is_no_bug():
     assert report._example_rows(answer, True)[1][4:6] == ["2.5", "unknown"]
 
 
-def audit(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "audit", str(target_path())]
+def audit(*arguments: str, model: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "audit", str(model or target_path())]
     small = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     return subprocess.run(
         [*command, *arguments],
@@ -259,7 +260,7 @@ def test_draws_on_the_v2_runner(tmp_path: Path):
     few = ["--draws", "192", "--contexts", "1", "--num-prompts", "2", "--max-tokens", "4"]
     done = audit(
         "--speculative-config", json.dumps(config), *few, "--max-model-len", "256", "--max-num-seqs", "16",
-        "--dtype", "float32", "--enforce-eager", "--json", str(tmp_path / "a.json"),
+        "--dtype", "float32", "--enforce-eager", "--json", str(tmp_path / "a.json"), model=small_model.target_path(),
         TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1", PYTHONPATH=str(V2_SITE),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

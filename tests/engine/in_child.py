@@ -96,7 +96,7 @@ class SeveralChains(Oracle):
             return full[: max(limit // 2, 1)]
         at = limit - 2 if kind == "late" else int(self._random.integers(0, limit + 1))
         if kind in ("corrupted", "late") and 0 <= at < limit:
-            full[at] = (full[at] + 1) % 4000
+            full[at] = (full[at] + 1) % self.context.vocab_size
         return full
 
     def observe(self, verified: Verified) -> None:
@@ -189,8 +189,9 @@ def save_tiny_window_model(child: Any, folder: str, tokenizer: str) -> None:
 
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
+    vocab_size = json.loads((Path(tokenizer) / "config.json").read_text())["vocab_size"]
     config = Gemma2Config(
-        vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, sliding_window=24, max_position_embeddings=512, query_pre_attn_scalar=32,
         attn_logit_softcapping=None, final_logit_softcapping=None,
     )  # fmt: skip
