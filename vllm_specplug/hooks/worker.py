@@ -13,7 +13,7 @@ class WorkerExtension:
     vllm_config: Any
 
     def specplug_stats(self) -> dict[str, Any] | None:
-        """Counters of this worker (see ``vllm_specplug.drafting.DraftingStats``); None where our drafter is not active.
+        """Counters of this worker (see ``vllm_specplug.drafting.stats.DraftingStats``); None where our drafter is not active.
 
         ``live_requests`` is the number of requests that hold state in proposers or verifier: 0 once all have ended.
         """
@@ -28,7 +28,7 @@ class WorkerExtension:
         return switch is not None
 
     def specplug_opened_stores(self, name: str) -> dict[str, Any] | None:
-        """How far that is; see ``vllm_specplug.reloading.StoreSwitch.look``."""
+        """How far that is; see ``vllm_specplug.drafting.store_switch.StoreSwitch.look``."""
         switch = _store_switch(self)
         return None if switch is None else switch.look(name)
 
