@@ -13,7 +13,7 @@ class WorkerExtension:
     vllm_config: Any
 
     def specplug_stats(self) -> dict[str, Any] | None:
-        """Counters of this worker (see ``vllm_specplug.drafting.stats.DraftingStats``); None where our drafter is not active.
+        """Counters of this worker (``vllm_specplug.drafting.stats.DraftingStats``); None if our drafter is inactive.
 
         ``live_requests`` is the number of requests that hold state in proposers or verifier: 0 once all have ended.
         """
