@@ -434,21 +434,22 @@ def versions() -> str:
     return table(["what", "versions", "where that is said"], rows)
 
 
-def _entry() -> ast.Module:
-    return ast.parse((ROOT / "vllm_specplug/hooks/entry.py").read_text())
+def _hook(name: str) -> ast.Module:
+    """The parsed source of a file in hooks/: importing it needs vLLM."""
+    return ast.parse((ROOT / "vllm_specplug/hooks" / name).read_text())
 
 
 def native_methods() -> str:
     """vLLM's own drafters that our samplers verify."""
-    for statement in _entry().body:
+    for statement in _hook("configuration.py").body:
         if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == "NATIVE_METHODS":
             return ", ".join(f"`{name}`" for name in ast.literal_eval(statement.value))
-    raise PluginError("hooks/entry.py has no NATIVE_METHODS any more")
+    raise PluginError("hooks/configuration.py has no NATIVE_METHODS any more")
 
 
 def refusals(function: str) -> str:
-    """Why a coupled sampler refuses a runner: what ``_unfit_v1`` or ``_unfit_v2`` of hooks/entry.py answers."""
-    (found,) = (node for node in _entry().body if isinstance(node, ast.FunctionDef) and node.name == function)
+    """Why a coupled sampler refuses a runner: what ``_unfit_v1`` or ``_unfit_v2`` of hooks/fitness.py answers."""
+    (found,) = (node for node in _hook("fitness.py").body if isinstance(node, ast.FunctionDef) and node.name == function)
     reasons = []
     for node in ast.walk(found):
         if isinstance(node, ast.Return) and not (isinstance(node.value, ast.Constant) and not node.value.value):
@@ -462,7 +463,7 @@ def _as_text(value: ast.expr) -> str:
     if isinstance(value, ast.Constant):
         return str(value.value)
     if not isinstance(value, ast.JoinedStr):
-        raise PluginError(f"hooks/entry.py:{value.lineno}: not a plain string")
+        raise PluginError(f"hooks/fitness.py:{value.lineno}: not a plain string")
     return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in value.values)
 
 
