@@ -25,6 +25,9 @@ from vllm_specplug.tiny_models import target_path
 HERE = Path(__file__).parent
 END_TIMEOUT_S = 20
 
+num_started = 0
+"""Engines that this process has asked for, those that refused to start included."""
+
 
 class EngineError(Exception):
     """The child answered with an exception, or died; the message carries its text or the end of its log."""
@@ -114,6 +117,8 @@ class Engine:
         self._commands, self._answers = channel.makefile("wb"), channel.makefile("rb")
         channel.close()  # with the last of the two
         if engine_args is not None:
+            global num_started
+            num_started += 1
             try:
                 if asynchronous:
                     self.send("call", "keep_async_scheduling")

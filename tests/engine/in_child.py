@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -232,6 +234,20 @@ def __getattr__(name: str) -> Any:
     if name == "NoRepeat":
         return make_no_repeat_processor()
     raise AttributeError(name)
+
+
+def command(child: Any, arguments: list[str]) -> tuple[int, str]:
+    """Exit status of a ``specplug`` command run in this process, and what it wrote to stderr; once in a process."""
+    from vllm_specplug.cli import main
+
+    sys.argv = ["specplug", *arguments]
+    written = io.StringIO()
+    with contextlib.redirect_stderr(written), contextlib.redirect_stdout(sys.stderr):
+        try:
+            main()
+        except SystemExit as ended:
+            return int(ended.code or 0), written.getvalue()
+    return 0, written.getvalue()
 
 
 def config_error(child: Any, speculative_config: dict[str, Any], engine_args: dict[str, Any]) -> str:
