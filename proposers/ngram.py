@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, kernel_input
 from vllm_specplug.proposers.options import check_option_names, check_probability, check_whole
+from vllm_specplug.proposers.slots import SlotMap
 
 DEFAULT_OPTIONS: Mapping[str, int | float] = {
     "min_match": 1,
@@ -37,7 +38,6 @@ min_confidence: a draft ends before the token whose chance of counting (itself a
 
 FIRST_CAPACITY = 8192
 """Tokens of a request for which room is made at first, unless requests cannot get that long."""
-FIRST_SLOTS = 8
 LONG_KEY = 3
 _INDEXED, _MATCH_END, _MATCH_LENGTH, _LAST_TOKEN = 0, 1, 2, 3
 
@@ -196,35 +196,28 @@ class NgramProposer(Proposer):
                 f"proposer 'ngram': min_match {options['min_match']} is above max_match {options['max_match']}"
             )
         self._min_confidence = check_probability("ngram", "min_confidence", options["min_confidence"])
-        self._slot_of: dict[str, int] = {}
-        self._free: list[int] = []
-        self._make_room(FIRST_SLOTS, min(context.max_model_len, FIRST_CAPACITY))
+        self._slots = SlotMap()
+        self._make_room(self._slots.num_slots, min(context.max_model_len, FIRST_CAPACITY))
 
     def _make_room(self, num_slots: int, num_tokens: int) -> None:
-        """New, empty indices: requests under way are indexed again when they are next seen. Rare, as it doubles."""
+        """New, empty indices: requests under way are indexed again when they are next seen. Rare, as both double."""
         capacity = 1 << max(num_tokens - 1, 1).bit_length()
         self._states: NDArray[np.int64] = np.zeros((num_slots, 4), dtype=np.int64)
         # Pages of these that no request gets to are never backed by memory.
         self._earlier: NDArray[np.int32] = np.zeros((num_slots, 2, capacity), dtype=np.int32)
         self._latest: NDArray[np.int32] = np.zeros((num_slots, 2, capacity), dtype=np.int32)
-        taken = set(self._slot_of.values())
-        self._free = [slot for slot in reversed(range(num_slots)) if slot not in taken]
 
-    def _slots(self, request_ids: Sequence[str], longest: int) -> NDArray[np.int64]:
-        slot_of = self._slot_of
-        new = [request_id for request_id in request_ids if request_id not in slot_of]
+    def _enter(self, request_ids: Sequence[str], longest: int) -> NDArray[np.int64]:
+        """Slots of these requests, with room for ``longest`` tokens each."""
+        slots = self._slots.enter(request_ids)
         num_slots, _, capacity = self._earlier.shape
-        if len(new) > len(self._free) or longest > capacity:
-            while num_slots < len(slot_of) + len(new):
-                num_slots *= 2
-            self._make_room(num_slots, max(longest, capacity))
-        for request_id in new:
-            slot_of[request_id] = self._free.pop()
-        return np.array([slot_of[request_id] for request_id in request_ids], dtype=np.int64)
+        if num_slots < self._slots.num_slots or capacity < longest:
+            self._make_room(self._slots.num_slots, max(longest, capacity))
+        return slots
 
     def propose(self, batch: DraftBatch) -> Drafts:
         drafts = Drafts.empty(len(batch), int(batch.max_draft_tokens.max(initial=0)))
-        slots = self._slots(batch.request_ids, int(batch.num_tokens.max(initial=0)))
+        slots = self._enter(batch.request_ids, int(batch.num_tokens.max(initial=0)))
         _draft_batch(
             kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
             kernel_input(batch.num_tokens, np.int64), kernel_input(batch.max_draft_tokens, np.int64), slots,
@@ -234,11 +227,8 @@ class NgramProposer(Proposer):
         return drafts
 
     def finish(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            slot = self._slot_of.pop(request_id, None)
-            if slot is not None:
-                self._states[slot] = 0
-                self._free.append(slot)
+        for slot in self._slots.free(request_ids):
+            self._states[slot] = 0
 
     def warm_up(self) -> None:
         name = "specplug-warm-up"
@@ -247,7 +237,7 @@ class NgramProposer(Proposer):
 
     def memory_bytes(self) -> int:
         """Bytes of the live requests' indices that were ever written: two chains and two tables a token."""
-        return 16 * int(self._states[list(self._slot_of.values()), _INDEXED].sum())
+        return 16 * int(self._states[:, _INDEXED].sum())  # 0 in free slots
 
     def describe(self) -> str:
         return f"matches of {self._settings[0]} tokens and more in each request's own context"

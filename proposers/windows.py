@@ -10,9 +10,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from vllm_specplug.proposers.base import Verified, kernel_input
-
-FIRST_SLOTS = 8
-
+from vllm_specplug.proposers.slots import SlotMap
 
 FILL, KEPT, MOVED = 0, 1, 2
 """How a token of a window was obtained: not at all; in an earlier round, and another token than expected was emitted
@@ -129,15 +127,15 @@ class Windows:
     """
 
     def __init__(self, width: int) -> None:
-        self._slot_of: dict[str, int] = {}
-        self._free: list[int] = []
+        self._slots = SlotMap()
         self.tokens: NDArray[np.int32] = np.zeros((0, width), dtype=np.int32)
         self.kinds: NDArray[np.uint8] = np.zeros((0, width), dtype=np.uint8)
         self.states: NDArray[np.int64] = np.zeros((0, 3), dtype=np.int64)
-        self.make_room(FIRST_SLOTS, width)
+        self._make_room(width)
 
-    def make_room(self, num_slots: int, width: int) -> None:
-        """Grow to ``num_slots`` windows of ``width`` tokens; rare, as both only ever grow, slots by doubling."""
+    def _make_room(self, width: int) -> None:
+        """A window of ``width`` tokens for each slot; rare, as both only ever grow, slots by doubling."""
+        num_slots = self._slots.num_slots
         before, columns = self.tokens.shape
         for name in ("tokens", "kinds"):
             old = getattr(self, name)
@@ -147,39 +145,28 @@ class Windows:
         states = np.zeros((num_slots, 3), dtype=np.int64)
         states[:before] = self.states
         self.states = states
-        self._free = [*reversed(range(before, num_slots)), *self._free]
 
     def enter(self, request_ids: Sequence[str], width: int) -> NDArray[np.int64]:
         """Slots of these requests, new ones for those that have none; windows become at least ``width`` wide."""
-        slot_of = self._slot_of
-        new = [request_id for request_id in request_ids if request_id not in slot_of]
+        slots = self._slots.enter(request_ids)
         num_slots, columns = self.tokens.shape
-        if len(new) > len(self._free) or width > columns:
-            while num_slots < len(slot_of) + len(new):
-                num_slots *= 2
-            self.make_room(num_slots, max(width, columns))
-        for request_id in new:
-            slot_of[request_id] = self._free.pop()
-        return self.known(request_ids)
+        if num_slots < self._slots.num_slots or columns < width:
+            self._make_room(max(width, columns))
+        return slots
 
     def known(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
         """Slots of these requests, -1 for those that have none."""
-        get = self._slot_of.get
-        return np.array([get(request_id, -1) for request_id in request_ids], dtype=np.int64)
+        return self._slots.known(request_ids)
 
     def finish(self, request_ids: Sequence[str]) -> list[int]:
-        """Free the slots of these requests, and say which."""
-        freed = []
-        for request_id in request_ids:
-            slot = self._slot_of.pop(request_id, None)
-            if slot is not None:
-                self.states[slot] = 0
-                self._free.append(slot)
-                freed.append(slot)
+        """Free the slots of these requests and return them."""
+        freed = self._slots.free(request_ids)
+        for slot in freed:
+            self.states[slot] = 0
         return freed
 
     def __len__(self) -> int:
-        return len(self._slot_of)
+        return len(self._slots)
 
     def memory_bytes(self) -> int:
         """Bytes of all windows, in use or not."""

@@ -170,7 +170,7 @@ def test_nothing_is_read_behind_the_context():
 def test_empty_batch_and_warm_up():
     proposer = proposer_with()
     proposer.warm_up()
-    assert not proposer._slot_of
+    assert len(proposer._slots) == 0
     assert len(proposer.propose(DraftBatch.from_contexts([], 4)).num_tokens) == 0
     assert proposer.describe()
 
