@@ -1,22 +1,22 @@
 """What an engine asks of a sampler, and the samplers that come with this package.
 
 A sampler is asked for what follows from it (:class:`Sampler`); one that couples also draws (:class:`Coupling`). A
-sampler of your own is a subclass of :class:`Coupling`. torch and numpy only; nothing here knows vLLM.
+sampler of your own is a subclass of :class:`Coupling`. Nothing here knows vLLM, and torch is imported only to draw:
+settings are also read where it is missing.
 """
 
 from __future__ import annotations
 
 import abc
-from typing import ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from vllm_specplug.samplers import list_matching, minhash
-from vllm_specplug.samplers.base import probabilities
-from vllm_specplug.samplers.keys import Keys, Race
-from vllm_specplug.samplers.noise import NO_NOISE
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_specplug.samplers.keys import Keys, Race
 
 Text: TypeAlias = Literal["stock", "own", "per num_chains", "per drafter"]
 """What decides about the text that a seed gives:
@@ -56,6 +56,8 @@ class Sampler:
 
         The kind is :data:`NO_NOISE` when the sampler draws otherwise.
         """
+        from vllm_specplug.samplers.noise import NO_NOISE
+
         kind, packed = keys.packed(max(self.num_noises, 1))
         return kind if self.num_noises else NO_NOISE, packed
 
@@ -106,7 +108,7 @@ class Coupling(Sampler, abc.ABC):
             ``[num_rows, any]`` int64 tokens and float64 scores, descending.
         """
         tokens = self.draw(logits, keys, race)[:, None]
-        return tokens, torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
+        return tokens, tokens.double().zero_()
 
 
 class Gumbel(Coupling):
@@ -127,6 +129,8 @@ class Gumbel(Coupling):
         self, logits: torch.Tensor, keys: Keys, race: Race, num_places: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The first places of the one race."""
+        from vllm_specplug.samplers import list_matching
+
         return list_matching.ranked(logits, keys, num_places, race)
 
 
@@ -150,12 +154,14 @@ class ListMatching(Coupling):
 
     def draw(self, logits: torch.Tensor, keys: Keys, race: Race) -> torch.Tensor:
         """The winner of all races."""
-        return list_matching.draw(logits, keys, self.num_chains, race)[0][:, 0]
+        return self.ranked(logits, keys, race, 1)[0][:, 0]
 
     def ranked(
         self, logits: torch.Tensor, keys: Keys, race: Race, num_places: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The winner of each race, best first."""
+        """The winner of each race, best first, however many are of use."""
+        from vllm_specplug.samplers import list_matching
+
         return list_matching.draw(logits, keys, self.num_chains, race)
 
 
@@ -164,7 +170,27 @@ class MinHash(Coupling):
 
     def draw(self, logits: torch.Tensor, keys: Keys, race: Race) -> torch.Tensor:
         """Compiled on the CPU, in torch elsewhere: the same tokens."""
+        import torch
+
+        from vllm_specplug.samplers import minhash
+        from vllm_specplug.samplers.base import probabilities
+
         probs, bits = probabilities(logits), keys.bits()
         if probs.device.type == "cpu":
             return torch.from_numpy(minhash.sample(probs.numpy(), bits.numpy().view(np.uint64)))
         return minhash.sample_torch(probs, bits)
+
+
+SAMPLERS: dict[str, type[Sampler]] = {
+    "gumbel": Gumbel,
+    "minhash": MinHash,
+    "list": ListMatching,
+    "rejection": VllmRejection,
+}
+"""The samplers of this package by the names that settings give them."""
+
+STOCK_TEXT = "gumbel"
+"""The default, whose text is that of vLLM without speculation."""
+
+VLLMS_OWN = "rejection"
+"""vLLM's own verifier."""

@@ -61,7 +61,7 @@ class Keys(abc.ABC):
 
     def uniforms(self) -> torch.Tensor:
         """``[num_rows]`` float64 between 0 and 1, ends excluded, made of :meth:`bits`."""
-        return ((self.bits() >> 11 & (1 << 53) - 1).double() + 0.5) * 2.0**-53
+        return ((self.bits() >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52
 
 
 Race: TypeAlias = Callable[[torch.Tensor, Any], torch.Tensor]

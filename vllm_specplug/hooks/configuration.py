@@ -13,8 +13,9 @@ from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.hooks.marks import CHOICES_MARK, COUPLED_DRAFTER, COUPLED_MARK, DRAFTERS, REJECTION_DRAFTER
 from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import ProposerContext
+from vllm_specplug.samplers.couplings import VLLMS_OWN
 from vllm_specplug.settings.model import ENSEMBLE, METHOD, ON_DEVICE, OWN_KEYS, SETTINGS_KEY, Settings, parse_settings
-from vllm_specplug.settings.registry import NEEDS_DATASTORE, PROPOSERS, VLLMS_OWN, nearest
+from vllm_specplug.settings.registry import NEEDS_DATASTORE, PROPOSERS, nearest
 from vllm_specplug.settings.requests import RequestChoices
 
 NATIVE_METHODS = ("ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3", "mtp", "medusa")

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticSerializationError
 
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.samplers.couplings import STOCK_TEXT, Sampler
 from vllm_specplug.settings import registry
-
-if TYPE_CHECKING:
-    from vllm_specplug.samplers.couplings import Sampler
 
 METHOD = "specplug"
 """Our value of vLLM's ``"method"`` key."""
@@ -89,7 +87,7 @@ class Settings(BaseModel):
     num_speculative_tokens: int = Field(default=DEFAULT_SPECULATIVE_TOKENS, ge=1, le=MAX_SPECULATIVE_TOKENS)
     proposers: tuple[ProposerSettings, ...] = ()
     datastore: dict[str, str] | None = None
-    sampler: str = registry.STOCK_TEXT
+    sampler: str = STOCK_TEXT
     num_chains: int = Field(default=1, ge=1, le=MAX_CHAINS)
     scratch_blocks: int | None = Field(default=None, ge=1)
 

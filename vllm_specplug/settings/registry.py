@@ -10,13 +10,11 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.proposers.base import Proposer
-
-if TYPE_CHECKING:
-    from vllm_specplug.samplers.couplings import Sampler
+from vllm_specplug.samplers.couplings import SAMPLERS, Coupling, Sampler
 
 PROPOSER_GROUP = "vllm_specplug.proposers"
 SAMPLER_GROUP = "vllm_specplug.samplers"
@@ -29,16 +27,6 @@ PROPOSERS = {
     "rest": "vllm_specplug.proposers.rest.proposer:RestProposer",
     "suffix": "vllm_specplug.proposers.suffix.proposer:SuffixProposer",
 }
-SAMPLERS = {
-    "gumbel": "vllm_specplug.samplers.couplings:Gumbel",
-    "minhash": "vllm_specplug.samplers.couplings:MinHash",
-    "list": "vllm_specplug.samplers.couplings:ListMatching",
-    "rejection": "vllm_specplug.samplers.couplings:VllmRejection",
-}
-STOCK_TEXT = "gumbel"
-"""The default sampler, whose text is that of vLLM without speculation."""
-VLLMS_OWN = "rejection"
-"""vLLM's own verifier."""
 NEEDS_DATASTORE = frozenset({"rest"})
 
 
@@ -69,7 +57,8 @@ def proposer_class(name: str) -> type[Proposer]:
         ConfigurationError: no such name, module or class, or it is not a :class:`Proposer`.
     """
     if name in PROPOSERS:
-        loaded = _built_in(PROPOSERS[name])
+        module, _, attribute = PROPOSERS[name].partition(":")
+        loaded: object = getattr(importlib.import_module(module), attribute)
     else:
         loaded = _class_of_users("proposer", "proposers: ", name, PROPOSER_GROUP, proposer_names)
     if not (isinstance(loaded, type) and issubclass(loaded, Proposer)):
@@ -85,22 +74,14 @@ def sampler_class(name: str) -> type[Sampler]:
     Raises:
         ConfigurationError: no such name, module or class, or it is not a :class:`Coupling`.
     """
-    from vllm_specplug.samplers.couplings import Coupling  # torch takes its time to import
-
     if name in SAMPLERS:
-        built_in: type[Sampler] = _built_in(SAMPLERS[name])
-        return built_in
+        return SAMPLERS[name]
     loaded = _class_of_users("sampler", "", name, SAMPLER_GROUP, sampler_names)
     if not (isinstance(loaded, type) and issubclass(loaded, Coupling)):
         raise ConfigurationError(
             f"{name!r} is {loaded!r}, not a subclass of vllm_specplug.samplers.couplings.Coupling."
         )
     return loaded
-
-
-def _built_in(place: str) -> Any:
-    module, _, attribute = place.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def _class_of_users(what: str, where: str, name: str, group: str, names: Callable[[], list[str]]) -> Any:
