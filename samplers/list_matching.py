@@ -17,33 +17,9 @@ The yardstick is the best that is possible when drafts are drawn independently o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from vllm_specplug.samplers.gumbel import gumbel_noise, unmix64
-from vllm_specplug.samplers.noise import CHAIN_POSITIONS, SPLITMIX, chain_noise, list_kind, splitmix_keys
-
-Race = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""Draws ``[num_rows]`` tokens from ``[num_rows, vocab]`` logits and ``[num_rows]`` seeds."""
-
-
-def chain_seeds(seeds: NDArray[np.int64], chain: int) -> NDArray[np.int64]:
-    """Seeds of one chain's draws, made of those of the first: chain 0 has these, the others independent ones.
-
-    Args:
-        seeds: any shape, as :func:`vllm_specplug.samplers.gumbel.gumbel_noise` takes them.
-        chain: from 0 on.
-    """
-    _, keys = chain_noise(list_kind(SPLITMIX, chain + 1), splitmix_keys(seeds), chain)
-    return unmix64(keys).astype(np.int64) if chain else np.asarray(seeds, dtype=np.int64)
-
-
-def chain_positions(positions: torch.Tensor, chain: int) -> torch.Tensor:
-    """:func:`chain_seeds` for noise that is keyed by (request seed, position): where chain ``chain`` draws."""
-    return positions + chain * CHAIN_POSITIONS
+from vllm_specplug.samplers.keys import Keys, Race
 
 
 def best_of(logits: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,12 +42,12 @@ def best_of(logits: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor) -> 
     return tokens.gather(1, order), scores
 
 
-def ranked(logits: torch.Tensor, seeds: torch.Tensor, num_places: int, race: Race) -> tuple[torch.Tensor, torch.Tensor]:
+def ranked(logits: torch.Tensor, keys: Keys, num_places: int, race: Race) -> tuple[torch.Tensor, torch.Tensor]:
     """The first places of one race: each time without those before.
 
     Args:
-        logits: ``[num_rows, vocab]`` on the CPU, processed.
-        seeds: ``[num_rows]`` int64.
+        logits: ``[num_rows, vocab]``, processed.
+        keys: of the rows.
         num_places: how many.
         race: see :func:`draw`.
 
@@ -80,28 +56,30 @@ def ranked(logits: torch.Tensor, seeds: torch.Tensor, num_places: int, race: Rac
     """
     left, tokens = logits, []
     for _ in range(num_places):
-        tokens.append(race(left, seeds))
+        tokens.append(race(left, keys))
         left = left.scatter(1, tokens[-1][:, None], -torch.inf)
     places = torch.stack(tokens, dim=1)
-    noise = gumbel_noise(seeds.numpy()[:, None], places.numpy())
-    return places, logits.gather(1, places).double() + torch.from_numpy(noise)
+    return places, logits.gather(1, places).double() + keys.gumbel(places)
 
 
-def draw(logits: torch.Tensor, seeds: torch.Tensor, num_chains: int, race: Race) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(logits: torch.Tensor, keys: Keys, num_chains: int, race: Race) -> tuple[torch.Tensor, torch.Tensor]:
     """The target's token and the K drafts of these logits: winners of K races, the best first.
 
+    Nothing here waits for the device.
+
     Args:
-        logits: ``[num_rows, vocab]`` on the CPU, processed.
-        seeds: ``[num_rows]`` int64, of the first chain.
+        logits: ``[num_rows, vocab]``, processed.
+        keys: of the rows; those of the first chain.
         num_chains: K.
-        race: such as :func:`vllm_specplug.samplers.gumbel.coupled_argmax`.
+        race: draws ``[num_rows]`` tokens as the argmax of logits plus ``keys.gumbel``, such as
+            :func:`vllm_specplug.samplers.gumbel.coupled_argmax` by ``keys.seeds``.
 
     Returns:
         ``[num_rows, K]`` tokens, of which the target's is the first, and float64 scores.
     """
     tokens, noise = [], []
     for chain in range(num_chains):
-        keyed = chain_seeds(seeds.numpy(), chain)
-        tokens.append(race(logits, torch.from_numpy(keyed)))
-        noise.append(gumbel_noise(keyed, tokens[-1].numpy()))
-    return best_of(logits, torch.stack(tokens, dim=1), torch.from_numpy(np.stack(noise, axis=1)))
+        of_chain = keys.chain(chain)
+        tokens.append(race(logits, of_chain))
+        noise.append(of_chain.gumbel(tokens[-1]))
+    return best_of(logits, torch.stack(tokens, dim=1), torch.stack(noise, dim=1))

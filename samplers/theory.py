@@ -88,11 +88,6 @@ def gumbel(target: Vector, draft: Vector) -> float:
     return float((1.0 / times).sum())
 
 
-def without_noise(target: Vector, draft_token: int) -> float:
-    """Target's probability of a draft token that was chosen without its noise: the same under every coupling here."""
-    return float(np.asarray(target, dtype=np.float64)[draft_token])
-
-
 def low_communication(target: Vector, draft: Vector, epsilon: float) -> float:
     """Exactly what the scheme of :mod:`.low_communication` matches.
 

@@ -15,6 +15,7 @@ from scipy.stats import binomtest, chisquare
 from vllm_specplug.samplers import list_matching, minhash, reference, theory
 from vllm_specplug.samplers.base import probabilities
 from vllm_specplug.samplers.gumbel import coupled_argmax, gumbel_noise
+from vllm_specplug.samplers.keys import SeedKeys
 from vllm_specplug.samplers.offline import lists, low_communication, rejection
 
 SIGNIFICANCE = 1e-6  # of each of the statistical tests here; their seeds are fixed
@@ -62,6 +63,10 @@ def log(probs) -> torch.Tensor:
 # All of them: what any coupling must do with any two distributions
 
 
+def race(logits, keys):
+    return coupled_argmax(logits, keys.seeds)
+
+
 def by_gumbel(target, draft, rng, count):
     seeds = torch.from_numpy(rng.integers(0, 2**31, count))
     return tuple(coupled_argmax(log(each)[None].expand(count, -1), seeds).numpy() for each in (target, draft))
@@ -107,7 +112,7 @@ def by_list_in_engine(target, draft, rng, count):
     """As the engine draws: the target against the best of the chains' drafts, from one seed a row."""
     seeds = torch.from_numpy(rng.integers(0, 2**31, count))
     rows = (log(each)[None].expand(count, -1) for each in (target, draft))
-    return tuple(list_matching.draw(each, seeds, 3, coupled_argmax)[0][:, 0].numpy() for each in rows)
+    return tuple(list_matching.draw(each, SeedKeys(seeds), 3, race)[0][:, 0].numpy() for each in rows)
 
 
 COUPLINGS = [
@@ -511,9 +516,10 @@ def test_the_engines_list_is_the_same_list_best_first(num_chains):
     count = 20_000
     seeds = np.random.default_rng(num_chains).integers(0, 2**31, count)
     rows = [log(each)[None].expand(count, -1) for each in (TARGET, DRAFT)]
-    of_chains = np.stack([list_matching.chain_seeds(seeds, chain) for chain in range(num_chains)], axis=1)
-    token, listed = lists.couple(*rows, torch.from_numpy(of_chains))
-    drawn, drafted = (list_matching.draw(each, torch.from_numpy(seeds), num_chains, coupled_argmax) for each in rows)
+    keys = SeedKeys(torch.from_numpy(seeds))
+    of_chains = torch.stack([keys.chain(chain).seeds for chain in range(num_chains)], dim=1)
+    token, listed = lists.couple(*rows, of_chains)
+    drawn, drafted = (list_matching.draw(each, keys, num_chains, race) for each in rows)
     assert drawn[0][:, 0].tolist() == token.tolist()
     assert drafted[0].sort(dim=1).values.tolist() == listed.sort(dim=1).values.tolist()
     assert (drafted[1].diff(dim=1) <= 0).all()
@@ -530,7 +536,7 @@ def test_the_first_places_of_one_race():
     count = 20_000
     seeds = torch.from_numpy(np.random.default_rng(5).integers(0, 2**31, count))
     logits = log(TARGET)[None].expand(count, -1)
-    tokens, scores = list_matching.ranked(logits, seeds, 4, coupled_argmax)
+    tokens, scores = list_matching.ranked(logits, SeedKeys(seeds), 4, race)
     noise = torch.from_numpy(gumbel_noise(seeds.numpy()[:, None], np.arange(5)[None, :]))
     expected = (logits + noise).sort(dim=1, descending=True)
     assert tokens.tolist() == expected.indices[:, :4].tolist()

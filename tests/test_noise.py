@@ -15,7 +15,7 @@ from vllm_specplug.samplers.gumbel import (
     splitmix64,
     unmix64,
 )
-from vllm_specplug.samplers.list_matching import chain_positions, chain_seeds
+from vllm_specplug.samplers.keys import PositionKeys, SeedKeys
 from vllm_specplug.samplers.noise import (
     MURMUR,
     NO_NOISE,
@@ -69,14 +69,15 @@ def test_the_largest_of_several_noises(kind: int, num_chains: int, random: np.ra
     if kind == SPLITMIX:
         seeds = random.integers(0, 2**31, 400)
         keys = splitmix_keys(seeds)
-        of_chains = [gumbel_noise(chain_seeds(seeds, chain), tokens) for chain in range(num_chains)]
-        assert (chain_seeds(seeds, 0) == seeds).all()
+        of_rows = SeedKeys(torch.from_numpy(seeds))
+        of_chains = [gumbel_noise(of_rows.chain(chain).seeds.numpy(), tokens) for chain in range(num_chains)]
+        assert (of_rows.chain(0).seeds.numpy() == seeds).all()
     else:
         seeds, positions = random.integers(-(2**63), 2**63 - 1, 400), random.integers(0, 2**20, 400)
         keys = murmur_keys(seeds, positions, num_chains)
+        of_rows = PositionKeys(torch.from_numpy(seeds), torch.from_numpy(positions))
         of_chains = [
-            murmur_gumbel_noise(seeds, chain_positions(torch.from_numpy(positions), chain).numpy(), tokens)
-            for chain in range(num_chains)
+            murmur_gumbel_noise(seeds, of_rows.chain(chain).positions.numpy(), tokens) for chain in range(num_chains)
         ]
     several = list_kind(kind, num_chains)
     ours = [noise_of(several, key, token) for key, token in zip(keys, tokens, strict=True)]

@@ -409,7 +409,9 @@ def first_tokens(
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-    from vllm_specplug.hooks.v1 import verifier, wrappers
+    from vllm_specplug.hooks.v1 import wrappers
+    from vllm_specplug.hooks.v1.verifier import CoupledVerifier, ObservedRejection
+    from vllm_specplug.settings.model import parse_settings
 
     runner = child.runner
     batch = 500
@@ -424,17 +426,17 @@ def first_tokens(
         requests={i: SimpleNamespace(generator=None, output_token_ids=[]) for i in request_ids},
         discard_request_mask=SimpleNamespace(np=np.zeros(batch, dtype=bool)),
     )
-    settings = SimpleNamespace(sampler=verifier, num_chains=3)
-    drafter = SimpleNamespace(drafting=SimpleNamespace(observe=lambda verified: None), settings=settings, forks=None)
+    drafter = SimpleNamespace(drafting=SimpleNamespace(observe=lambda verified: None), settings=None, forks=None)
     plain = stock_module.RejectionSampler(runner.sampler)
     verify: Any
-    if verifier in ("gumbel", "minhash", "list"):
-        verify = verifier.CoupledVerifier(stand_in, drafter)  # type: ignore[arg-type]
-    elif verifier == "rejection":
-        verify = verifier.ObservedRejection(stand_in, drafter, plain)  # type: ignore[arg-type]
-    else:
+    if verifier == "stock":
         verify = plain
         wrappers.patches.undo()
+    else:
+        several = {"num_chains": 3} if verifier == "list" else {}
+        drafter.settings = parse_settings({"sampler": verifier, "proposers": [], **several})
+        is_coupled = drafter.settings.is_coupled
+        verify = CoupledVerifier(stand_in, drafter) if is_coupled else ObservedRejection(stand_in, drafter, plain)
     rows = torch.from_numpy(logits).repeat(2 * batch, 1)
     params = SamplingMetadata(
         temperature=torch.full((batch,), temperature),

@@ -10,9 +10,10 @@ from typing import Any
 from vllm.config import SpeculativeConfig
 
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.hooks.marks import CHOICES_MARK, COUPLED_DRAFTER, DRAFTERS, REJECTION_DRAFTER, SAMPLER_MARK
+from vllm_specplug.hooks.marks import CHOICES_MARK, COUPLED_DRAFTER, COUPLED_MARK, DRAFTERS, REJECTION_DRAFTER
 from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import ProposerContext
+from vllm_specplug.samplers.couplings import VLLMS_OWN
 from vllm_specplug.settings.model import ENSEMBLE, METHOD, ON_DEVICE, OWN_KEYS, SETTINGS_KEY, Settings, parse_settings
 from vllm_specplug.settings.registry import NEEDS_DATASTORE, PROPOSERS, nearest
 from vllm_specplug.settings.requests import RequestChoices
@@ -69,7 +70,7 @@ def create_speculative_config(
         )
     settings_beside = settings_beside.model_copy(update={"num_speculative_tokens": config.num_speculative_tokens})
     _send_along(self, settings_beside)
-    setattr(config, SAMPLER_MARK, settings_beside.sampler)
+    setattr(config, COUPLED_MARK, settings_beside.is_coupled)
     setattr(config, CHOICES_MARK, _choices(settings_beside, config.method))
     return config
 
@@ -217,15 +218,15 @@ def _read(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> S
                 f"speculative_config: key {key!r} (given: {data[key]!r}) is for vLLM's own drafters; method {METHOD!r} "
                 f"knows {', '.join(Settings.model_fields)}."
             )
-    if model == REJECTION_DRAFTER:
-        sampler = {**elsewhere, **data}.get("sampler", "rejection")
-        if sampler != "rejection":
-            raise ConfigurationError(
-                f"speculative_config: model {model!r} verifies by rejection, and sampler {sampler!r} is given. Leave "
-                f"the sampler out, or give model {COUPLED_DRAFTER!r}."
-            )
-        data["sampler"] = sampler
-    return parse_settings({**elsewhere, **data})
+    if model != REJECTION_DRAFTER:
+        return parse_settings({**elsewhere, **data})
+    settings = parse_settings({"sampler": VLLMS_OWN, **elsewhere, **data})
+    if settings.is_coupled:
+        raise ConfigurationError(
+            f"speculative_config: model {model!r} verifies by rejection, and sampler {settings.sampler!r} is given. "
+            f"Leave the sampler out, or give model {COUPLED_DRAFTER!r}."
+        )
+    return settings
 
 
 def check_proposers(settings: Settings, model_config: Any) -> None:

@@ -60,7 +60,7 @@ def _unfit_v2(config: Any) -> str:
     if getattr(config.model_config, "enable_trace_replay", False):
         return "trace replay forces tokens instead of drawing them"
     settings = settings_of(config.additional_config)
-    if config.model_config.use_fp64_gumbel and settings is not None and settings.sampler == "list":
+    if config.model_config.use_fp64_gumbel and settings is not None and settings.num_noises > 1:
         return "use_fp64_gumbel hashes its noise in another way than the races of the chains are compared"
     if speculative_config.rejection_sample_method != "standard":
         return f"rejection_sample_method {speculative_config.rejection_sample_method!r} is a verifier of its own"

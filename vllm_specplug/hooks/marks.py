@@ -14,7 +14,7 @@ DRAFTERS = (COUPLED_DRAFTER, REJECTION_DRAFTER)
 
 
 # On vLLM's SpeculativeConfig, which is all that a request's validation gets to see.
-SAMPLER_MARK = "_specplug_sampler"
+COUPLED_MARK = "_specplug_coupled"
 
 
 V2_MARK = "_specplug_v2"
@@ -32,4 +32,4 @@ def is_coupled(speculative_config: Any) -> bool:
     """True when a coupled verifier is at work, which draws every row like an ordinary sampling step."""
     if is_ours(speculative_config):
         return bool(speculative_config.model == COUPLED_DRAFTER)
-    return getattr(speculative_config, SAMPLER_MARK, "rejection") != "rejection"
+    return bool(getattr(speculative_config, COUPLED_MARK, False))

@@ -21,7 +21,9 @@ from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.log import logger
 from vllm_specplug.ray import inputs
 from vllm_specplug.ray.replica import Job
+from vllm_specplug.samplers.couplings import STOCK_TEXT, Text
 from vllm_specplug.settings.model import METHOD
+from vllm_specplug.settings.registry import sampler_class
 
 MANIFEST = "_manifest.json"  # Parquet readers pass over names that begin with an underscore
 
@@ -34,9 +36,6 @@ PARTS_PER_REPLICA = 8
 
 
 SMALLEST_PART, LARGEST_PART = 16, 512
-
-
-NO_SPECULATION = "gumbel"
 
 
 Progress = Callable[[int, int, float, float], None]
@@ -117,13 +116,16 @@ def manifest(job: Job, found: inputs.Inputs) -> dict[str, Any]:
 
 def _speculation(config: Mapping[str, Any] | None) -> Any:
     """The sampler where it is drafter-invariant (with its number of chains where that counts), else everything."""
-    sampler = NO_SPECULATION if config is None else config.get("sampler")
+    sampler = STOCK_TEXT if config is None else config.get("sampler")
     if sampler is None and config is not None and config.get("method") == METHOD:
-        sampler = NO_SPECULATION
-    if sampler == "list" and config is not None:
+        sampler = STOCK_TEXT
+    text: Text = "per drafter"
+    with contextlib.suppress(ConfigurationError):  # the replicas will say what is wrong, if anything is there
+        text = sampler_class(sampler).text if isinstance(sampler, str) else text
+    if text == "per num_chains" and config is not None:
         spelt = {key.replace("-", "_"): value for key, value in config.items()}
         return _plain({"sampler": sampler, "num_chains": spelt.get("num_chains")})
-    return sampler if sampler in ("gumbel", "minhash") else _plain(config)
+    return _plain(config) if text == "per drafter" else sampler
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticSerializationError
 
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.samplers.couplings import STOCK_TEXT, Sampler
 from vllm_specplug.settings import registry
 
 METHOD = "specplug"
@@ -72,7 +74,8 @@ class Settings(BaseModel):
             one path or a list of paths, whose names then are the files' without folder and suffix.
         sampler: ``gumbel`` (drafter-invariant: seeded output as without speculation), ``minhash`` (drafter-invariant:
             seeded output as with ``minhash`` and no proposers), ``list`` (drafter-invariant for each ``num_chains``:
-            seeded output as with ``list``, as many chains and no proposers) or ``rejection`` (vLLM's own).
+            seeded output as with ``list``, as many chains and no proposers), ``rejection`` (vLLM's own), or a coupling
+            of yours: the name of an entry point, or ``"module.Class"``.
         num_chains: most drafts of a request that one step verifies side by side, as far as rows and memory are idle
             and it pays. 1: one draft.
         scratch_blocks: most blocks of the KV cache that are set aside for chains beyond the first. Default: a
@@ -84,7 +87,7 @@ class Settings(BaseModel):
     num_speculative_tokens: int = Field(default=DEFAULT_SPECULATIVE_TOKENS, ge=1, le=MAX_SPECULATIVE_TOKENS)
     proposers: tuple[ProposerSettings, ...] = ()
     datastore: dict[str, str] | None = None
-    sampler: str = "gumbel"
+    sampler: str = STOCK_TEXT
     num_chains: int = Field(default=1, ge=1, le=MAX_CHAINS)
     scratch_blocks: int | None = Field(default=None, ge=1)
 
@@ -148,11 +151,7 @@ class Settings(BaseModel):
     @field_validator("sampler")
     @classmethod
     def _known_sampler(cls, value: str) -> str:
-        if value not in registry.SAMPLERS:
-            raise ValueError(
-                f"there is no sampler {value!r}.{registry.nearest(value, list(registry.SAMPLERS))} "
-                f"Known: {', '.join(registry.SAMPLERS)}"
-            )
+        registry.sampler_class(value)
         return value
 
     @model_validator(mode="after")
@@ -195,11 +194,7 @@ class Settings(BaseModel):
                 f"num_chains {self.num_chains} needs a coupled sampler, whose tokens do not depend on who drafted; "
                 f'sampler is {self.sampler!r}. Give "sampler": "gumbel", or leave num_chains out'
             )
-        if self.sampler == "list" and self.num_chains == 1:
-            raise ValueError(
-                "sampler 'list' draws with the noise of several chains, and of one it would be 'gumbel'; give "
-                f'num_chains (2 to {MAX_CHAINS}) too, or "sampler": "gumbel"'
-            )
+        _ = self.coupling  # which may refuse the number of chains
         if self.scratch_blocks is not None and self.num_chains == 1:
             raise ValueError("scratch_blocks is for chains beyond the first; give num_chains (2 to 8) too")
         return self
@@ -224,15 +219,29 @@ class Settings(BaseModel):
         """The one that drafts on the device, where there is one."""
         return next((entry for entry in self.proposers if entry.on_device), None)
 
+    @cached_property
+    def coupling(self) -> Sampler:
+        """The sampler itself.
+
+        Raises:
+            ValueError: it cannot do with this number of chains, or its constructor raises something else.
+        """
+        try:
+            return registry.sampler_class(self.sampler)(self.num_chains)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever a user's class raises
+            raise ConfigurationError(f"sampler {self.sampler!r} cannot be made: {error!r}") from error
+
     @property
     def is_coupled(self) -> bool:
         """True when the sampler's tokens do not depend on the drafter."""
-        return self.sampler != "rejection"
+        return self.coupling.is_coupled
 
     @property
     def num_noises(self) -> int:
-        """Gumbel noises that a token of the target races with, the largest counting; 0 where it is drawn otherwise."""
-        return {"gumbel": 1, "list": self.num_chains}.get(self.sampler, 0)
+        """See :attr:`vllm_specplug.samplers.couplings.Sampler.num_noises`."""
+        return self.coupling.num_noises
 
     def forks_native(self, speculative_config: Any) -> bool:
         """True where a drafter of vLLM's own makes several chains: one that samples, by the target's noise."""

@@ -1,19 +1,23 @@
 """Names of proposers and samplers, resolved to classes when they are needed.
 
 Users add their own under a dotted path (``"my_module.MyProposer"``) or, for a distribution, as an entry point in the
-group ``vllm_specplug.proposers``.
+group ``vllm_specplug.proposers`` or ``vllm_specplug.samplers``.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Callable
 from difflib import get_close_matches
+from typing import Any
 
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.proposers.base import Proposer
+from vllm_specplug.samplers.couplings import SAMPLERS, Coupling, Sampler
 
 PROPOSER_GROUP = "vllm_specplug.proposers"
+SAMPLER_GROUP = "vllm_specplug.samplers"
 
 PROPOSERS = {
     "jacobi": "vllm_specplug.proposers.jacobi:JacobiProposer",
@@ -23,7 +27,6 @@ PROPOSERS = {
     "rest": "vllm_specplug.proposers.rest.proposer:RestProposer",
     "suffix": "vllm_specplug.proposers.suffix.proposer:SuffixProposer",
 }
-SAMPLERS = ("gumbel", "minhash", "list", "rejection")
 NEEDS_DATASTORE = frozenset({"rest"})
 
 
@@ -33,13 +36,18 @@ def nearest(given: str, known: list[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    return {point.name: point for point in importlib.metadata.entry_points(group=PROPOSER_GROUP)}
+def _entry_points(group: str) -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=group)}
 
 
 def proposer_names() -> list[str]:
     """Every proposer that can be named here, built in or installed."""
-    return sorted({*PROPOSERS, *_entry_points()})
+    return sorted({*PROPOSERS, *_entry_points(PROPOSER_GROUP)})
+
+
+def sampler_names() -> list[str]:
+    """Every sampler that can be named here: the built-in ones, then those installed."""
+    return [*SAMPLERS, *sorted({*_entry_points(SAMPLER_GROUP)} - {*SAMPLERS})]
 
 
 def proposer_class(name: str) -> type[Proposer]:
@@ -51,27 +59,48 @@ def proposer_class(name: str) -> type[Proposer]:
     if name in PROPOSERS:
         module, _, attribute = PROPOSERS[name].partition(":")
         loaded: object = getattr(importlib.import_module(module), attribute)
-    elif name in (points := _entry_points()):
-        try:
-            loaded = points[name].load()
-        except Exception as error:
-            raise ConfigurationError(f"proposer {name!r} ({points[name].value}) failed to import: {error!r}") from error
-    elif "." in name or ":" in name:
-        module, _, attribute = name.replace(":", ".").rpartition(".")
-        try:
-            loaded = getattr(importlib.import_module(module), attribute)
-        except Exception as error:  # whatever a user's module raises when imported
-            raise ConfigurationError(
-                f"proposers: cannot load {name!r}: {error!r}. Give 'module.Class' importable by every vLLM process "
-                f"(PYTHONPATH), or one of: {', '.join(proposer_names())}."
-            ) from error
     else:
-        raise ConfigurationError(
-            f"proposers: there is no proposer {name!r}.{nearest(name, proposer_names())} "
-            f"Known: {', '.join(proposer_names())}, or a class of your own as 'module.Class'."
-        )
+        loaded = _class_of_users("proposer", "proposers: ", name, PROPOSER_GROUP, proposer_names)
     if not (isinstance(loaded, type) and issubclass(loaded, Proposer)):
         raise ConfigurationError(
             f"proposers: {name!r} is {loaded!r}, not a subclass of vllm_specplug.proposers.Proposer."
         )
     return loaded
+
+
+def sampler_class(name: str) -> type[Sampler]:
+    """The class behind ``name``: built in, an entry point, or ``"module.Class"``.
+
+    Raises:
+        ConfigurationError: no such name, module or class, or it is not a :class:`Coupling`.
+    """
+    if name in SAMPLERS:
+        return SAMPLERS[name]
+    loaded = _class_of_users("sampler", "", name, SAMPLER_GROUP, sampler_names)
+    if not (isinstance(loaded, type) and issubclass(loaded, Coupling)):
+        raise ConfigurationError(
+            f"{name!r} is {loaded!r}, not a subclass of vllm_specplug.samplers.couplings.Coupling."
+        )
+    return loaded
+
+
+def _class_of_users(what: str, where: str, name: str, group: str, names: Callable[[], list[str]]) -> Any:
+    """What stands behind an entry point's name or a dotted path; errors begin with ``where``."""
+    if name in (points := _entry_points(group)):
+        try:
+            return points[name].load()
+        except Exception as error:
+            raise ConfigurationError(f"{what} {name!r} ({points[name].value}) failed to import: {error!r}") from error
+    if "." not in name and ":" not in name:
+        raise ConfigurationError(
+            f"{where}there is no {what} {name!r}.{nearest(name, names())} "
+            f"Known: {', '.join(names())}, or a class of your own as 'module.Class'."
+        )
+    module, _, attribute = name.replace(":", ".").rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever a user's module raises when imported
+        raise ConfigurationError(
+            f"{where}cannot load {name!r}: {error!r}. Give 'module.Class' importable by every vLLM process "
+            f"(PYTHONPATH), or one of: {', '.join(names())}."
+        ) from error

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
 
-from vllm_specplug.samplers import list_matching, minhash
-from vllm_specplug.samplers.base import probabilities
+from vllm_specplug.samplers.couplings import Coupling
 from vllm_specplug.samplers.gumbel import SeedStream
-from vllm_specplug.settings.model import Settings
+from vllm_specplug.samplers.keys import SeedKeys
 
 
 class KeyedSampler(TopKTopPSampler):  # type: ignore[misc]
@@ -42,52 +43,16 @@ class KeyedSampler(TopKTopPSampler):  # type: ignore[misc]
         return self._noise[0](logits), returned
 
 
-def _race(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+def _race(logits: torch.Tensor, keys: SeedKeys) -> torch.Tensor:
     """vLLM's own draw on CPUs: argmax of ``[num_rows, vocab]`` logits + noise of ``[num_rows]`` seeds."""
-    return torch.ops._C.fused_gumbel_argmax(logits.to(torch.float32), seeds)  # type: ignore[no-any-return]
-
-
-def _darts(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-    """The MinHash draw from the same seeds."""
-    return torch.from_numpy(minhash.sample(probabilities(logits).numpy(), minhash.keys_of(seeds.numpy())))
-
-
-def draw_of(settings: Settings) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """How the sampler makes tokens of logits and seeds, each row's of its own alone."""
-    if settings.sampler == "list":
-        num_chains = settings.num_chains
-        return lambda logits, seeds: list_matching.draw(logits, seeds, num_chains, _race)[0][:, 0]
-    return {"gumbel": _race, "minhash": _darts}[settings.sampler]
-
-
-def places_of(
-    settings: Settings, num_places: int
-) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """What a drafter drafts first, second and so on, ``[num_rows, num_places]``, and scores; the first as it is drawn.
-
-    ``list``: the winners of all its races. ``gumbel``: the first places of the one. ``minhash``: the first dart alone.
-    """
-    if settings.sampler == "list":
-        return lambda logits, seeds: list_matching.draw(logits, seeds, settings.num_chains, _race)
-    if settings.sampler == "gumbel":
-        return lambda logits, seeds: list_matching.ranked(logits, seeds, num_places, _race)
-
-    def dart(logits: torch.Tensor, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = _darts(logits, seeds)[:, None]
-        return tokens, torch.zeros(tokens.shape, dtype=torch.float64)
-
-    return dart
+    return torch.ops._C.fused_gumbel_argmax(logits.to(torch.float32), keys.seeds)  # type: ignore[no-any-return]
 
 
 class SeededNoise:
-    """What rows are drawn with: one seed a row, each request's seeds drawn ahead from its generator.
+    """Draws rows by the coupling: one seed a row, each request's seeds drawn ahead from its generator."""
 
-    Args:
-        draw: makes tokens of logits and seeds, each row's of its own alone.
-    """
-
-    def __init__(self, draw: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-        self._draw = draw
+    def __init__(self, coupling: Coupling) -> None:
+        self._coupling = coupling
         self._streams: dict[str, SeedStream] = {}
 
     def stream(self, request_id: str, state: Any) -> SeedStream:
@@ -97,8 +62,8 @@ class SeededNoise:
             self._streams[request_id] = stream
         return stream
 
-    def seeds(self, draws: Sequence[tuple[str, Any, int, int]]) -> torch.Tensor:
-        """Seeds of rows laid out one run of consecutive tokens after the other, int64.
+    def _keys(self, draws: Sequence[tuple[str, Any, int, int]]) -> SeedKeys:
+        """Keys of rows laid out one run of consecutive tokens after the other.
 
         Args:
             draws: for each run the request's id, its state (None: no draw, any seed will do), the output token, counted
@@ -107,12 +72,26 @@ class SeededNoise:
         seeds: list[int] = []
         for request_id, state, first, count in draws:
             seeds += [0] * count if state is None else self.stream(request_id, state).peek(first + count)[first:]
-        return torch.tensor(seeds, dtype=torch.int64)
+        return SeedKeys(torch.tensor(seeds, dtype=torch.int64))
 
     def rows(self, draws: Sequence[tuple[str, Any, int, int]]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A drawing function for the rows of :meth:`seeds`."""
-        keyed = self.seeds(draws)
-        return lambda logits: self._draw(logits, keyed)
+        """A function that draws tokens from the ``[num_rows, vocab]`` logits of these runs of rows.
+
+        Args:
+            draws: see :meth:`_keys`.
+        """
+        keys = self._keys(draws)
+        return lambda logits: self._coupling.draw(logits, keys, _race)
+
+    def ranked(
+        self, logits: torch.Tensor, draws: Sequence[tuple[str, Any, int, int]], num_places: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a drafter drafts first, second and so on in these runs of rows, and scores: see ``Coupling.ranked``."""
+        return self._coupling.ranked(logits, self._keys(draws), _race, num_places)
+
+    def coming(self, seeds: NDArray[np.int64]) -> tuple[int, NDArray[np.uint64]]:
+        """The noise of draws by these seeds (any shape), as proposers take it: see ``Sampler.noise``."""
+        return self._coupling.noise(SeedKeys(torch.from_numpy(seeds)))
 
     def next_row(self, request_ids: Sequence[str], states: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
         """:meth:`rows` for one row of each request, its next output token."""
@@ -120,8 +99,8 @@ class SeededNoise:
             0 if state is None else self.stream(request_id, state).peek(1)[0]
             for request_id, state in zip(request_ids, states, strict=True)
         ]
-        keyed = torch.tensor(seeds, dtype=torch.int64)
-        return lambda logits: self._draw(logits, keyed)
+        keys = SeedKeys(torch.tensor(seeds, dtype=torch.int64))
+        return lambda logits: self._coupling.draw(logits, keys, _race)
 
     def consume(self, request_id: str, count: int) -> None:
         if request_id in self._streams:

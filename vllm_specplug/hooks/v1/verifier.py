@@ -22,10 +22,10 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
 from vllm_specplug.drafting.requests import TrackedRequest
 from vllm_specplug.hooks.forks import walk
 from vllm_specplug.hooks.v1 import forks as v1_chains
-from vllm_specplug.hooks.v1.draws import KeyedSampler, SeededNoise, draw_of, places_of
+from vllm_specplug.hooks.v1.draws import KeyedSampler, SeededNoise
 from vllm_specplug.proposers.base import TargetNoise, Verified
 from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal
-from vllm_specplug.samplers.noise import SPLITMIX, list_kind, splitmix_keys
+from vllm_specplug.samplers.couplings import Coupling
 
 if TYPE_CHECKING:
     from vllm_specplug.hooks.v1.drafter import Attachment
@@ -45,7 +45,9 @@ class CoupledVerifier:
         self._attachment = attachment
         stock: Sampler = runner.sampler
         self._stock = runner.rejection_sampler
-        self._noise = SeededNoise(draw_of(attachment.settings))
+        coupling = attachment.settings.coupling
+        assert isinstance(coupling, Coupling)
+        self._noise = SeededNoise(coupling)
         self._keyed = KeyedSampler(stock.logprobs_mode, stock.use_fp64_gumbel)
         self._sampler = copy.copy(stock)  # shares everything but the final draw
         self._sampler._modules = {**stock._modules, "topk_topp_sampler": self._keyed}
@@ -73,8 +75,7 @@ class CoupledVerifier:
         for index in np.flatnonzero(temperature).tolist():
             request_id = requests[index].request_id
             seeds[index] = self._noise.stream(request_id, runner.requests[request_id]).peek(width)
-        kind = list_kind(SPLITMIX, self._attachment.settings.num_noises)
-        return TargetNoise(kind, splitmix_keys(seeds), temperature)
+        return TargetNoise(*self._noise.coming(seeds), temperature)
 
     def draw_ahead(self, logits: torch.Tensor, num_rows: int, depth: int) -> torch.Tensor:
         """What the noise of coming tokens makes of other logits: a drafter's.
@@ -89,9 +90,8 @@ class CoupledVerifier:
     def rank_ahead(
         self, logits: torch.Tensor, num_rows: int, depth: int, num_places: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`draw_ahead`, with the tokens that came close: see :func:`places_of`."""
-        draws = self._coming(len(logits) // num_rows, num_rows, depth)
-        return places_of(self._attachment.settings, num_places)(logits, self._noise.seeds(draws))
+        """:meth:`draw_ahead`, with the tokens that came close: see ``Coupling.ranked``."""
+        return self._noise.ranked(logits, self._coming(len(logits) // num_rows, num_rows, depth), num_places)
 
     def _coming(self, num_requests: int, num_rows: int, depth: int) -> list[tuple[str, Any, int, int]]:
         """Runs of rows for :class:`SeededNoise`. An incomplete prompt reads its first seeds ahead, and keeps them."""

@@ -29,7 +29,7 @@ from vllm_specplug.hooks.v2.verifier import check_verifier
 from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
 from vllm_specplug.samplers.kernels import pack_emitted
-from vllm_specplug.samplers.noise import MURMUR, list_kind, murmur_keys
+from vllm_specplug.samplers.keys import PositionKeys
 from vllm_specplug.settings.model import Settings, settings_of
 
 _WARM_UP_REQUESTS = ("_warmup_", "_v2_mixed_warmup")
@@ -395,15 +395,14 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self.history.append(rows, totals[emitting], counts[emitting], packed[emitting, 2:])
         self._observe(step, packed, emitting)
         requests = [request for row in rows.tolist() if (request := self.history.requests[row]) is not None]
-        states = self._sampling_states
+        states, coupling = self._sampling_states, self.settings.coupling
 
         def noise(chosen: Sequence[int], width: int) -> TargetNoise:
             temperature = np.array([requests[index].temperature for index in chosen], dtype=np.float32)
             # The token after position p is drawn with the noise of p: the next one's is the last token's.
             positions = (totals[emitting[chosen]] - 1)[:, None] + np.arange(width)
-            num_noises = self.settings.num_noises
-            keys = murmur_keys(states.seeds.np[rows[chosen]][:, None], positions, num_noises)
-            return TargetNoise(list_kind(MURMUR, num_noises), keys, temperature)
+            seeds = torch.from_numpy(states.seeds.np[rows[chosen]][:, None])
+            return TargetNoise(*coupling.noise(PositionKeys(seeds, torch.from_numpy(positions))), temperature)
 
         answers = self.drafting.propose(
             requests,

@@ -11,34 +11,13 @@ import torch
 from numpy.typing import NDArray
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
-from vllm_specplug.samplers import list_matching, minhash
-from vllm_specplug.samplers.base import probabilities
-from vllm_specplug.samplers.gumbel import murmur_gumbel_noise_torch
+from vllm_specplug.samplers.couplings import Coupling, Gumbel
+from vllm_specplug.samplers.keys import PositionKeys
 from vllm_specplug.settings.model import Settings
 
 
-def _darts(
-    logits: torch.Tensor,  # [num_rows, vocab]
-    expanded_idx_mapping: torch.Tensor,  # [num_rows]
-    temperature: torch.Tensor,
-    seeds: torch.Tensor,
-    pos: torch.Tensor,  # [num_rows]
-    apply_temperature: bool,
-    **_: Any,
-) -> torch.Tensor:
-    """The MinHash draw, with the arguments of vLLM's ``gumbel_sample`` and its keys: request seed and position."""
-    temperature = temperature[expanded_idx_mapping]
-    is_greedy = temperature == 0.0
-    scaled = logits.double()
-    if apply_temperature:
-        scaled = scaled / torch.where(is_greedy, 1.0, temperature)[:, None]
-    keys = minhash.keys_at(seeds[expanded_idx_mapping], pos)
-    drawn = minhash.sample_torch(probabilities(scaled), keys)
-    return torch.where(is_greedy, logits.argmax(dim=-1), drawn)
-
-
-def _several_races(
-    num_chains: int,
+def _draw(
+    coupling: Coupling,
     logits: torch.Tensor,  # [num_rows, vocab]
     expanded_idx_mapping: torch.Tensor,  # [num_rows]
     temperature: torch.Tensor,
@@ -47,30 +26,29 @@ def _several_races(
     apply_temperature: bool,
     **options: Any,
 ) -> torch.Tensor:
-    """The draw of list matching: vLLM's ``gumbel_sample`` once for each chain, and the best of all.
-
-    The arguments are that function's. Nothing here waits for the device.
-    """
-    tokens, noise = [], []
-    for chain in range(num_chains):
-        positions = list_matching.chain_positions(pos, chain)
-        tokens.append(
-            gumbel_sample(logits, expanded_idx_mapping, temperature, seeds, positions, apply_temperature, **options)
-        )
-        noise.append(murmur_gumbel_noise_torch(seeds[expanded_idx_mapping], positions.long(), tokens[-1]))
+    """A coupling's draw with the arguments of vLLM's ``gumbel_sample``, which is its race."""
+    processed = logits
     if apply_temperature:
-        temperature = temperature[expanded_idx_mapping]
-        logits = logits.float() / torch.where(temperature == 0.0, 1.0, temperature)[:, None]
-    # Of a greedy request all chains have the same token.
-    best, _ = list_matching.best_of(logits, torch.stack(tokens, dim=1), torch.stack(noise, dim=1))
-    return best[:, 0].contiguous()
+        of_rows = temperature[expanded_idx_mapping]
+        processed = logits.float() / torch.where(of_rows == 0.0, 1.0, of_rows)[:, None]
+
+    def race(rows: torch.Tensor, keys: PositionKeys) -> torch.Tensor:
+        # The kernel applies temperatures itself, and of a greedy request draws the argmax.
+        source, is_raw = (logits, apply_temperature) if rows is processed else (rows, False)
+        return gumbel_sample(source, expanded_idx_mapping, temperature, seeds, keys.positions, is_raw, **options)  # type: ignore[no-any-return]
+
+    drawn = coupling.draw(processed, PositionKeys(seeds[expanded_idx_mapping], pos), race).contiguous()
+    if coupling.num_noises:
+        return drawn
+    return torch.where(temperature[expanded_idx_mapping] == 0.0, logits.argmax(dim=-1), drawn)
 
 
 def draw_of(settings: Settings | None) -> Callable[..., torch.Tensor]:
-    """How the sampler draws, with the arguments of vLLM's ``gumbel_sample``."""
-    if settings is not None and settings.sampler == "list":
-        return functools.partial(_several_races, settings.num_chains)
-    return _darts if settings is not None and settings.sampler == "minhash" else gumbel_sample
+    """How the sampler draws, with the arguments of vLLM's ``gumbel_sample``; that function itself if it is its race."""
+    coupling = None if settings is None else settings.coupling
+    if not isinstance(coupling, Coupling) or type(coupling).draw is Gumbel.draw:
+        return gumbel_sample  # type: ignore[no-any-return]
+    return functools.partial(_draw, coupling)
 
 
 def draw_by(runner: Any, draw: Callable[..., torch.Tensor]) -> None:

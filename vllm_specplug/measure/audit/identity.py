@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from vllm_specplug.engines.engine import Engine
 from vllm_specplug.engines.work import Completed, Work
 from vllm_specplug.measure.audit.asked import NEAR_TIE, NEAR_TIE_ELSEWHERE, Options, Progress, Row
+from vllm_specplug.samplers.couplings import Gumbel, Sampler
 
 MAX_EXAMPLES = 20
 
@@ -78,22 +77,15 @@ def ask_identity(
     theirs: Sequence[Row],
     options: Options,
     about: Mapping[str, Any],
-    sampler: str | None,
+    sampler: Sampler | None,
     tokenizer: Any,
 ) -> dict[str, Any]:
     bound = NEAR_TIE.get(about["dtype"], NEAR_TIE_ELSEWHERE)
     examples = []
     num_bugs = 0
     for each, row, plain in zip(found, mine, theirs, strict=False):
-        margins = (
-            None
-            if each.theirs is None or each.mine is None
-            else [
-                _margin(key, each, len(prompts[each.request]), at, each.theirs, each.mine, options, about, sampler)
-                for at in (plain, row)
-            ]
-        )
-        known = [margin for margin in margins or () if margin is not None]
+        margins = _margins(key, each, (plain, row), len(prompts[each.request]), options, about, sampler)
+        known = [margin for margin in margins if margin is not None]
         is_near_tie = len(known) == 2 and all(abs(margin) <= bound for margin in known)
         num_bugs += not is_near_tie
         examples.append(
@@ -102,8 +94,8 @@ def ask_identity(
                 "position": each.position,
                 "reference": _spelled(each.theirs, tokenizer),
                 "audited": _spelled(each.mine, tokenizer),
-                "margin_reference": None if margins is None else margins[0],
-                "margin_audited": None if margins is None else margins[1],
+                "margin_reference": margins[0],
+                "margin_audited": margins[1],
                 "near_tie": is_near_tie,
             }
         )
@@ -125,35 +117,27 @@ def _spelled(token: int | None, tokenizer: Any) -> str:
     return "(end)" if token is None else f"{token} {tokenizer.decode([token])!r}"
 
 
-def _margin(
+def _margins(
     key: str,
     each: Difference,
+    rows: Sequence[Row],
     prompt_length: int,
-    row: Row,
-    first: int,
-    second: int,
     options: Options,
     about: Mapping[str, Any],
-    sampler: str | None,
-) -> float | None:
-    """How far the reference's token is ahead of the other one, noise included; None where the noise is not known."""
+    sampler: Sampler | None,
+) -> list[float | None]:
+    """How far the reference's token is ahead of the other one in each row, noise included; None if that is unknown."""
+    if each.theirs is None or each.mine is None:
+        return [None for _ in rows]
     if key == "greedy_identical":
-        return float(row[first] - row[second])
-    if sampler == "minhash" or (about["runner"] == "V1" and about["device"] != "cpu"):
-        return None
-    import torch
+        return [float(row[each.theirs] - row[each.mine]) for row in rows]
+    from vllm_specplug.samplers.keys import PositionKeys, SeedKeys
+    from vllm_specplug.samplers.noise import NO_NOISE, noise_of
 
-    from vllm_specplug.samplers.gumbel import SeedStream
-    from vllm_specplug.samplers.noise import MURMUR, SPLITMIX, list_kind, murmur_keys, noise_of, splitmix_keys
-
-    seed, num_noises = options.seed + each.request, 1
-    if sampler == "list":
-        num_noises = int(about["settings"]["num_chains"])
-    if about["runner"] == "V2":
-        kind, position = MURMUR, np.array([prompt_length + each.position - 1])
-        (key,) = murmur_keys(np.array([seed]), position, num_noises)
-    else:
-        draws = SeedStream(torch.Generator().manual_seed(seed)).peek(each.position + 1)
-        kind, (key,) = SPLITMIX, splitmix_keys(np.array(draws[-1:]))
-    noise = [noise_of(list_kind(kind, num_noises), key, token) for token in (first, second)]
-    return float((row[first] - row[second]) / options.temperature + noise[0] - noise[1])
+    keys = PositionKeys if about["runner"] == "V2" else SeedKeys
+    coupling = sampler if sampler is not None and sampler.is_coupled else Gumbel()
+    kind, (noise_key,) = coupling.noise(keys.of_token(options.seed + each.request, prompt_length, each.position))
+    if kind == NO_NOISE or (about["runner"] == "V1" and about["device"] != "cpu"):
+        return [None for _ in rows]
+    mine, theirs = (noise_of(kind, noise_key, token) for token in (each.mine, each.theirs))
+    return [float((row[each.theirs] - row[each.mine]) / options.temperature + theirs - mine) for row in rows]

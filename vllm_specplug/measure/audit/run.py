@@ -12,6 +12,9 @@ from vllm_specplug.measure.audit.asked import QUESTIONS, Options, Progress, Row
 from vllm_specplug.measure.audit.contexts import context_rows, drawn_contexts
 from vllm_specplug.measure.audit.identity import Runs, ask_identity, first_differences, prefixes
 from vllm_specplug.measure.audit.lossless import ask_lossless
+from vllm_specplug.samplers.couplings import Sampler
+from vllm_specplug.settings.model import METHOD
+from vllm_specplug.settings.registry import sampler_class
 
 
 def audit(options: Options, progress: Progress) -> dict[str, Any]:
@@ -58,9 +61,10 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
     reference = plain
     name = "vLLM without speculation"
     settings = dict(options.speculative_config or {})
-    if (own_text := settings.get("sampler")) in ("minhash", "list"):
+    own_text = settings.get("sampler")
+    if own_text is not None and sampler_class(own_text).text in ("own", "per num_chains"):
         name = "the same sampler without proposers"
-        alone = {"method": "specplug", "sampler": own_text, "proposers": [], "num_speculative_tokens": k}
+        alone = {"method": METHOD, "sampler": own_text, "proposers": [], "num_speculative_tokens": k}
         alone |= {key: value for key, value in settings.items() if key.replace("-", "_") == "num_chains"}
         with Engine(options.engine_args(alone), options.log / f"{own_text}.log") as engine:
             progress(f"{own_text} without proposers", 0.0, "starting")
@@ -92,11 +96,11 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
             engine.wait_until_ready()
             others = {key: context_rows(engine, prefixes(found, prompts)) for key, found in pairs.items()}
             progress("margins without speculation", 1.0, "done")
-    sampler = (about["settings"] or {}).get("sampler")
+    sampler = _sampler(about)
     is_promised = {
         "lossless": True,
         "greedy_identical": True,
-        "drafter_invariant": is_plain or sampler in ("gumbel", "minhash", "list"),
+        "drafter_invariant": is_plain or (sampler is not None and sampler.is_coupled),
     }
     answers: dict[str, Any] = {"lossless": lossless}
     for key, found in pairs.items():
@@ -144,4 +148,7 @@ def _about(engine: Engine) -> dict[str, Any]:
     return dict(done.answers["audit_about"])
 
 
-# Token for token
+def _sampler(about: Mapping[str, Any]) -> Sampler | None:
+    """The engine's sampler; None where this plugin does nothing."""
+    settings = about["settings"]
+    return None if settings is None else sampler_class(settings["sampler"])(settings["num_chains"])
