@@ -392,7 +392,9 @@ def first_tokens(
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-    from vllm_specplug.hooks.v1 import verifier, wrappers
+    from vllm_specplug.hooks.v1 import wrappers
+    from vllm_specplug.hooks.v1.step import Steps
+    from vllm_specplug.hooks.v1.verifier import CoupledVerifier, ObservedRejection
 
     runner = child.runner
     batch = 500
@@ -408,13 +410,13 @@ def first_tokens(
         discard_request_mask=SimpleNamespace(np=np.zeros(batch, dtype=bool)),
     )
     settings = SimpleNamespace(sampler=verifier, num_chains=3)
-    drafter = SimpleNamespace(drafting=SimpleNamespace(observe=lambda verified: None), settings=settings, forks=None)
+    steps, observe = Steps(), lambda verified: None
     plain = stock_module.RejectionSampler(runner.sampler)
     verify: Any
     if verifier in ("gumbel", "minhash", "list"):
-        verify = verifier.CoupledVerifier(stand_in, drafter)  # type: ignore[arg-type]
+        verify = CoupledVerifier(stand_in, settings, steps, None, observe)  # type: ignore[arg-type]
     elif verifier == "rejection":
-        verify = verifier.ObservedRejection(stand_in, drafter, plain)  # type: ignore[arg-type]
+        verify = ObservedRejection(stand_in, plain, steps, observe)
     else:
         verify = plain
         wrappers.patches.undo()

@@ -21,13 +21,13 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm_specplug.drafting.drafting import Drafting
 from vllm_specplug.drafting.history import TokenHistory
 from vllm_specplug.drafting.requests import TrackedRequest
+from vllm_specplug.hooks.attached import attach, log_start, proposer_context
 from vllm_specplug.hooks.metrics import publish_metrics
 from vllm_specplug.hooks.v2 import forks as v2_chains
 from vllm_specplug.hooks.v2.on_device import DeviceDrafting
 from vllm_specplug.hooks.v2.transfer import Step
 from vllm_specplug.hooks.v2.verifier import check_verifier
-from vllm_specplug.log import logger
-from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
+from vllm_specplug.proposers.base import TargetNoise, Verified
 from vllm_specplug.samplers.kernels import pack_emitted
 from vllm_specplug.samplers.noise import MURMUR, list_kind, murmur_keys
 from vllm_specplug.settings.model import Settings, settings_of
@@ -61,13 +61,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self.is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._req_states = req_states
         self._width = self.num_speculative_tokens + 1
-        context = ProposerContext(
-            vocab_size=vllm_config.model_config.get_vocab_size(),
-            num_speculative_tokens=self.num_speculative_tokens,
-            max_num_requests=max_num_requests,
-            max_model_len=self.max_model_len,
-            datastores=settings.datastore or {},
-        )
+        context = proposer_context(vllm_config, settings)
         # Under async scheduling the scheduler reserves k rows a request before any draft is known: none can be saved.
         self.drafting = Drafting(
             settings,
@@ -92,6 +86,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         )
         self._sampling_states: Any = None
         self._pending: Step | None = None
+        self._side_chains: dict[str, list[list[int]]] = {}  # of the latest proposal
         self._in_place: dict[str, list[int]] = {}  # request id -> its draft that the next step verifies
         self.forks: v2_chains.ForkedRows | None = None
         self.verified_chains: tuple[dict[str, list[list[int]]], torch.Tensor] | None = None
@@ -119,7 +114,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self._has_pipeline = runner.use_pp
         if self.settings.num_noises and not runner.sampler.use_fp64_gumbel:  # which hashes in another way
             self._sampling_states = runner.sampler.sampling_states
-        runner.draft_tokens_handler._specplug = self
+        attach(runner, self)
+        attach(runner.draft_tokens_handler, self)
         group = get_tp_group()
         if group.world_size > 1:
             self._tp_group, self.is_first_rank = group, group.rank_in_group == 0
@@ -130,24 +126,15 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             self.drafting.warm_up()
             atexit.register(self.drafting.close)
             publish_metrics(lambda: self.snapshot(is_fresh=False), runner.vllm_config)
-            logger.info(
-                "specplug is active: runner V2, sampler %s (%s), proposers: %s%s; up to %d draft tokens, "
-                "async scheduling %s (warm-up %.1f s)",
-                self.settings.sampler,
-                "drafter-invariant" if self.settings.is_coupled else "vLLM's own verifier",
-                self._describe_proposers(),
-                "" if self._native is None else f", joining vLLM's {self.drafting.native}",
-                self.num_speculative_tokens,
-                "on: drafts are padded to that length" if self.is_async else "off: drafts keep their own length",
-                time.perf_counter() - start,
-            )
+            log_start("V2", self.settings, self._role(time.perf_counter() - start))
 
     def attach_forks(self, runner: Any) -> None:
         """The runner has its KV cache: several chains of a request need blocks of it."""
 
         def take_further() -> dict[str, list[list[int]]]:
             self.put_in_place()
-            return self.drafting.take_further()
+            side_chains, self._side_chains = self._side_chains, {}
+            return side_chains
 
         self.forks = v2_chains.attach(runner, take_further, lambda: self._in_place)
 
@@ -156,10 +143,17 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         """Most tokens of a request; vLLM 0.33 may lower it after this drafter is built, to what fits the cache."""
         return int(self._model_config.max_model_len)
 
-    def _describe_proposers(self) -> str:
+    def _role(self, warm_up_s: float) -> str:
+        """Who drafts, for the start-up line."""
+        proposers = self.drafting.describe()
         if self._on_device is not None:
-            return f"rest ({self._on_device.proposer.describe()})"
-        return self.drafting.describe()
+            proposers = f"rest ({self._on_device.proposer.describe()})"
+        joining = "" if self._native is None else f", joining vLLM's {self.drafting.native}"
+        length = "on: drafts are padded to that length" if self.is_async else "off: drafts keep their own length"
+        return (
+            f", proposers: {proposers}{joining}; up to {self.num_speculative_tokens} draft tokens, async scheduling "
+            f"{length} (warm-up {warm_up_s:.1f} s)"
+        )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Nothing of ours runs in a CUDA graph."""
@@ -405,7 +399,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             keys = murmur_keys(states.seeds.np[rows[chosen]][:, None], positions, num_noises)
             return TargetNoise(list_kind(MURMUR, num_noises), keys, temperature)
 
-        answers = self.drafting.propose(
+        proposal = self.drafting.propose(
             requests,
             self.history.token_ids,
             rows,
@@ -415,7 +409,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             None if step.native is None else step.native.numpy()[emitting].astype(np.int32),
             0 if self.forks is None else self.forks.max_forks(len(step.request_ids)),
         )
-        for index, draft in zip(emitting.tolist(), answers, strict=True):
+        self._side_chains = proposal.side_chains
+        for index, draft in zip(emitting.tolist(), proposal.drafts, strict=True):
             drafts[index] = draft
         return drafts
 
@@ -472,8 +467,3 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         ]
         on_device = table.to(self.device, non_blocking=self.device.type == "cuda").to(torch.int64)
         target[on_device[:, 0]] = on_device[:, 1:]
-
-
-def speculator_of(runner: Any) -> Speculator | None:
-    speculator = getattr(runner, "speculator", None)
-    return speculator if isinstance(speculator, Speculator) else getattr(speculator, "_specplug", None)

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 
-from vllm_specplug.hooks.forks import Fork, Further, plan_forks, warn_once
+from vllm_specplug.hooks.attached import drafter_of
+from vllm_specplug.hooks.forks import Fork, SideChains, plan_forks, warn_once
 from vllm_specplug.hooks.scratch_blocks import Scratch, plan_scratch
 from vllm_specplug.hooks.v2.block_copies import BlockCopies
 
@@ -68,7 +69,7 @@ class ForkedRows:
         self,
         runner: Any,
         scratch: Scratch,
-        take_further: Callable[[], Further],
+        take_further: Callable[[], SideChains],
         drafts: Callable[[], Mapping[str, list[int]]],
     ) -> None:
         self._runner = runner
@@ -359,7 +360,7 @@ def _take_forks_out(input_batch: Any, num_requests: int) -> None:
 
 
 def attach(
-    runner: Any, take_further: Callable[[], Further], drafts: Callable[[], Mapping[str, list[int]]]
+    runner: Any, take_further: Callable[[], SideChains], drafts: Callable[[], Mapping[str, list[int]]]
 ) -> ForkedRows | None:
     """Forks for this runner; None where every request keeps one chain, which the log says.
 
@@ -372,8 +373,8 @@ def attach(
 
 
 def _forks_of(runner: Any) -> ForkedRows | None:
-    speculator = getattr(runner, "speculator", None)
-    return getattr(getattr(speculator, "_specplug", speculator), "forks", None)
+    drafter = drafter_of(runner)
+    return None if drafter is None else drafter.forks
 
 
 def execute_model(original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
@@ -421,7 +422,7 @@ def sample(
     forks = _forks_of(self)
     if forks is None:
         return result
-    speculator = getattr(self.speculator, "_specplug", self.speculator)
+    speculator = drafter_of(self)
     speculator.verified_chains = None
     if forks.step is None:
         return result
