@@ -627,7 +627,8 @@ def keep_logits_v2(child: Any) -> None:
     def keeping(hidden_states: Any, input_batch: Any, grammar_output: Any) -> Any:
         first, ids = input_batch.cu_num_logits_np.copy(), list(input_batch.req_ids)
         result = sample(hidden_states, input_batch, grammar_output)
-        chains, winners = child.drafter.verified_chains or ({}, None)
+        step = child.drafter.steps.now
+        chains, winners = {} if step.forks is None else step.forks.chains, step.winners
         states, seeds = runner.req_states, runner.sampler.sampling_states.seeds.np
         for row, request_id in enumerate(input_batch.req_ids):
             index, source = int(input_batch.idx_mapping_np[row]), row
