@@ -434,37 +434,19 @@ def versions() -> str:
     return table(["what", "versions", "where that is said"], rows)
 
 
-def _hook(name: str) -> ast.Module:
-    """The parsed source of a file in hooks/: importing it needs vLLM."""
-    return ast.parse((ROOT / "vllm_specplug/hooks" / name).read_text())
-
-
 def native_methods() -> str:
     """vLLM's own drafters that our samplers verify."""
-    for statement in _hook("configuration.py").body:
-        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == "NATIVE_METHODS":
-            return ", ".join(f"`{name}`" for name in ast.literal_eval(statement.value))
-    raise PluginError("hooks/configuration.py has no NATIVE_METHODS any more")
+    from vllm_specplug.hooks.marks import NATIVE_METHODS
+
+    return ", ".join(f"`{name}`" for name in NATIVE_METHODS)
 
 
-def refusals(function: str) -> str:
-    """Why a coupled sampler refuses a runner: what ``_unfit_v1`` or ``_unfit_v2`` of hooks/fitness.py answers."""
-    (found,) = (node for node in _hook("fitness.py").body if isinstance(node, ast.FunctionDef) and node.name == function)
-    reasons = []
-    for node in ast.walk(found):
-        if isinstance(node, ast.Return) and not (isinstance(node.value, ast.Constant) and not node.value.value):
-            assert node.value is not None
-            reasons.append(_as_text(node.value))
-    return "\n".join(f"* {reason}" for reason in reasons)
+def refusals(runner: str) -> str:
+    """Why a coupled sampler refuses runner ``V1`` or ``V2``; what is filled in at run time is left open."""
+    from vllm_specplug.hooks import fitness
 
-
-def _as_text(value: ast.expr) -> str:
-    """A string of the code; what is filled in at run time is left open."""
-    if isinstance(value, ast.Constant):
-        return str(value.value)
-    if not isinstance(value, ast.JoinedStr):
-        raise PluginError(f"hooks/fitness.py:{value.lineno}: not a plain string")
-    return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in value.values)
+    reasons = {"V1": fitness.UNFIT_V1, "V2": fitness.UNFIT_V2}[runner]
+    return "\n".join("* " + re.sub(r"\{.*?\}", "…", reason.text) for reason in reasons)
 
 
 def seam_count() -> str:

@@ -551,7 +551,7 @@ def test_the_reference_needs_no_vllm() -> None:
         "found = importlib.util.spec_from_file_location('hooks', 'docs/hooks.py')\n"
         "hooks = importlib.util.module_from_spec(found)\n"
         "found.loader.exec_module(hooks)\n"
-        "arguments = {'refusals': ['_unfit_v2'], 'page': ['CONTRIBUTING.md']}\n"
+        "arguments = {'refusals': ['V2'], 'page': ['CONTRIBUTING.md']}\n"
         "print(min(len(made(*arguments.get(name, []))) for name, made in hooks.GENERATORS.items()))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)

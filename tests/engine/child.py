@@ -88,8 +88,9 @@ class Child:
     @property
     def drafter(self) -> Any:
         """What our plugin attached to the runner, V1 or V2."""
-        attached = getattr(self.runner, "_specplug", None) or self.runner.speculator
-        return getattr(attached, "_specplug", attached)  # V2: ours beside one of vLLM's own
+        from vllm_specplug.hooks.attached import drafter_of
+
+        return drafter_of(self.runner)
 
     def stats(self) -> Any:
         return self.drafter.snapshot()

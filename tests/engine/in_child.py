@@ -410,6 +410,7 @@ def first_tokens(
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
     from vllm_specplug.hooks.v1 import wrappers
+    from vllm_specplug.hooks.v1.step import Steps
     from vllm_specplug.hooks.v1.verifier import CoupledVerifier, ObservedRejection
     from vllm_specplug.settings.model import parse_settings
 
@@ -426,7 +427,7 @@ def first_tokens(
         requests={i: SimpleNamespace(generator=None, output_token_ids=[]) for i in request_ids},
         discard_request_mask=SimpleNamespace(np=np.zeros(batch, dtype=bool)),
     )
-    drafter = SimpleNamespace(drafting=SimpleNamespace(observe=lambda verified: None), settings=None, forks=None)
+    steps, observe = Steps(), lambda verified: None
     plain = stock_module.RejectionSampler(runner.sampler)
     verify: Any
     if verifier == "stock":
@@ -434,9 +435,11 @@ def first_tokens(
         wrappers.patches.undo()
     else:
         several = {"num_chains": 3} if verifier == "list" else {}
-        drafter.settings = parse_settings({"sampler": verifier, "proposers": [], **several})
-        is_coupled = drafter.settings.is_coupled
-        verify = CoupledVerifier(stand_in, drafter) if is_coupled else ObservedRejection(stand_in, drafter, plain)
+        settings = parse_settings({"sampler": verifier, "proposers": [], **several})
+        if settings.is_coupled:
+            verify = CoupledVerifier(stand_in, settings, steps, None, observe)  # type: ignore[arg-type]
+        else:
+            verify = ObservedRejection(stand_in, plain, steps, observe)
     rows = torch.from_numpy(logits).repeat(2 * batch, 1)
     params = SamplingMetadata(
         temperature=torch.full((batch,), temperature),
@@ -644,7 +647,8 @@ def keep_logits_v2(child: Any) -> None:
     def keeping(hidden_states: Any, input_batch: Any, grammar_output: Any) -> Any:
         first, ids = input_batch.cu_num_logits_np.copy(), list(input_batch.req_ids)
         result = sample(hidden_states, input_batch, grammar_output)
-        chains, winners = child.drafter.verified_chains or ({}, None)
+        step = child.drafter.steps.now
+        chains, winners = {} if step.forks is None else step.forks.chains, step.winners
         states, seeds = runner.req_states, runner.sampler.sampling_states.seeds.np
         for row, request_id in enumerate(input_batch.req_ids):
             index, source = int(input_batch.idx_mapping_np[row]), row
