@@ -273,10 +273,10 @@ class Recorder(Proposer):
 def test_what_a_proposer_is_shown():
     recorder = Recorder(ProposerContext(40, 3))
     documents = [[np.arange(1, 8), np.arange(5, 10)], [np.arange(11, 15)], [np.arange(21, 30)]]
-    replayed_twice = replay.Replay({"recorder": recorder}, choosers.Chooser(), 3, 2)
-    replay.remember([np.arange(31, 36)], lambda _: None)
+    decoder = replay.Replay({"recorder": recorder}, choosers.Chooser(), 3, 2)
+    decoder.remember([np.arange(31, 36)], lambda _: None)
     assert recorder.finished == ["warm-0"]
-    counts = replay.decode(documents, 3, lambda _: None)
+    counts = decoder.decode(documents, 3, lambda _: None)
     assert sorted(recorder.finished) == ["0", "1", "2", "3", "warm-0"]
     assert not recorder.running
     assert recorder.most_running == 2
@@ -335,7 +335,7 @@ def test_table_and_json(tmp_path, tokenizer):
 
 
 def test_bad_input_is_one_clear_error_before_anything_runs(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(cli, "Replay", None)  # nothing gets so far
+    monkeypatch.setattr(replay, "Replay", None)  # nothing gets so far
     path = write(tmp_path / "a.txt", [1, 2, 3])
     store = make_store(tmp_path / "s.specstore", tokenizer, [[1, 2, 3]])
     other = make_store(

@@ -23,9 +23,9 @@ __all__ = [
 
 _LAZY = {
     "ConfigurationError": ".errors",
-    "Proposer": ".hooks.v1",  # what vLLM's native custom_class spelling names
-    "ProposerWithRejection": ".hooks.v1",
-    "Settings": ".config",
+    "Proposer": ".hooks.v1.drafter",  # what vLLM's native custom_class spelling names
+    "ProposerWithRejection": ".hooks.v1.drafter",
+    "Settings": ".settings.model",
     "SpecplugError": ".errors",
     "UnsupportedVersionError": ".errors",
     "reload_stores": ".reloading",

@@ -131,7 +131,7 @@ class Drafting:
         """False when nobody drafts (any more)."""
         return bool(self._proposers) or self.native is not None
 
-    def propose(
+    def propose(  # noqa: PLR0913 - the inputs of one step
         self,
         requests: Sequence[TrackedRequest],
         token_ids: NDArray[np.int32],
@@ -182,7 +182,7 @@ class Drafting:
             if self._has_drafted:
                 self.ensemble.drafting_took(self._step_began - now)
 
-    def _propose(
+    def _propose(  # noqa: PLR0913 - the inputs of one step
         self,
         requests: Sequence[TrackedRequest],
         token_ids: NDArray[np.int32],

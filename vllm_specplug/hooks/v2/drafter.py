@@ -199,7 +199,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self.drafting.finish(list(scheduler_output.finished_req_ids))
 
     @torch.inference_mode()
-    def propose(
+    def propose(  # noqa: PLR0913 - vLLM's signature
         self,
         input_batch: Any,
         attn_metadata: Any,
@@ -318,7 +318,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         counters["live_requests"] = max(counters["live_requests"], len(self.history), len(self._in_place))
         return counters
 
-    def take_in(
+    def take_in(  # noqa: PLR0913 - what one step leaves
         self,
         request_ids: list[str],
         rows: NDArray[np.int64],

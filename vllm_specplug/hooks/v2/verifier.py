@@ -32,7 +32,7 @@ class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
         self.token_ids = output.sampled_token_ids
         return output
 
-    def _verify(
+    def _verify(  # noqa: PLR0913 - vLLM's signature
         self,
         logits: torch.Tensor,  # [num_rows, vocab]
         draft_logits: torch.Tensor | None,

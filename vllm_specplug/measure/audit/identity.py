@@ -70,7 +70,7 @@ def prefixes(found: Sequence[Difference], prompts: Sequence[Sequence[int]]) -> l
     return [[*prompts[each.request], *each.common] for each in found[:MAX_EXAMPLES]]
 
 
-def ask_identity(
+def ask_identity(  # noqa: PLR0913 - all that an answer depends on
     key: str,
     found: Sequence[Difference],
     prompts: Sequence[Sequence[int]],
@@ -125,7 +125,7 @@ def _spelled(token: int | None, tokenizer: Any) -> str:
     return "(end)" if token is None else f"{token} {tokenizer.decode([token])!r}"
 
 
-def _margin(
+def _margin(  # noqa: PLR0913 - all that a margin depends on
     key: str,
     each: Difference,
     prompt_length: int,

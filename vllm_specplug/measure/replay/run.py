@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_specplug.drafting.answers import well_formed
 from vllm_specplug.errors import ConfigurationError
@@ -294,46 +292,50 @@ class Replay:
 
 
 def run_all(
-    console: Console,
     makers: Makers,
     stores: Mapping[str, Datastore],
     requests: Sequence[Sequence[Ids]],
     history: Sequence[Ids],
     prompt_tokens: int,
+    begin: Callable[[str, int], Callable[[int], None]],
 ) -> dict[str, Counts]:
-    settings, k, batch = makers.settings, makers.context.num_speculative_tokens, makers.context.max_num_requests
-    entries = settings.host_proposers
-    names = [entry.name for entry in entries]
+    """Replay all requests with each proposer alone, then with each way to choose between them.
 
-    def contenders() -> Iterator[tuple[str, Sequence[ProposerSettings], Chooser]]:
-        for entry in entries:
-            yield entry.name, [entry], Chooser()
-        if any(entry.name == ENSEMBLE for entry in settings.proposers):
-            yield ENSEMBLE, entries, Learned(names, k, settings.ensemble_options)
-        if len(entries) > 1:
-            yield LONGEST_MATCH, entries, LongestMatch()
-        yield ORACLE, entries, Furthest()
+    Args:
+        stores: those of the settings, opened: their sizes are counted.
+        requests: those of each document.
+        history: requests that are over before the first one starts.
+        prompt_tokens: tokens of each prompt.
+        begin: called with the name of what is replayed next and the number of its tokens; what it returns is called
+            with the number of tokens decoded since the last call.
 
+    Returns:
+        Counts by name, in the order of the runs.
+    """
+    k, batch = makers.context.num_speculative_tokens, makers.context.max_num_requests
+    total = sum(map(len, history)) + sum(len(request) - prompt_tokens for each in requests for request in each)
     counts: dict[str, Counts] = {}
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        outputs = sum(len(request) - prompt_tokens for each in requests for request in each)
-        total = sum(map(len, history)) + outputs
-        for name, members, chooser in contenders():
-            task = progress.add_task(name, total=total)
-
-            def advance(num_tokens: int, task: Any = task) -> None:
-                progress.advance(task, num_tokens)
-
-            run = Replay(makers.several(members), chooser, k, batch)
-            if any(each.name in registry.NEEDS_DATASTORE for each in members):
-                run.counts.store_bytes = sum(store.file_bytes for store in stores.values())
-                run.counts.store_tokens = sum(store.header.num_tokens for store in stores.values())
-            run.remember(history, advance)
-            counts[name] = run.decode(requests, prompt_tokens, advance)
+    for name, members, chooser in contenders(makers.settings, k):
+        advance = begin(name, total)
+        run = Replay(makers.several(members), chooser, k, batch)
+        if any(each.name in registry.NEEDS_DATASTORE for each in members):
+            run.counts.store_bytes = sum(store.file_bytes for store in stores.values())
+            run.counts.store_tokens = sum(store.header.num_tokens for store in stores.values())
+        run.remember(history, advance)
+        counts[name] = run.decode(requests, prompt_tokens, advance)
     return counts
+
+
+def contenders(settings: Settings, k: int) -> Iterator[tuple[str, Sequence[ProposerSettings], Chooser]]:
+    """What is compared: (name, proposers, the way to choose between their drafts)."""
+    entries = settings.host_proposers
+    for entry in entries:
+        yield entry.name, [entry], Chooser()
+    if any(entry.name == ENSEMBLE for entry in settings.proposers):
+        yield ENSEMBLE, entries, Learned([entry.name for entry in entries], k, settings.ensemble_options)
+    if len(entries) > 1:
+        yield LONGEST_MATCH, entries, LongestMatch()
+    yield ORACLE, entries, Furthest()
 
 
 def ratios_of(counts: Mapping[str, Counts]) -> dict[str, float]:
