@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from vllm_specplug.drafting.answers import well_formed
-from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.drafting.answers import checked
+from vllm_specplug.errors import SpecplugError
 from vllm_specplug.measure.replay.choosers import Chooser, Furthest, Ids, Learned, Lengths, LongestMatch, num_accepted
-from vllm_specplug.proposers.base import DraftBatch, Proposer, ProposerContext, Verified, read_only
+from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, read_only
 from vllm_specplug.settings import registry
 from vllm_specplug.settings.model import ENSEMBLE, ProposerSettings, Settings
 from vllm_specplug.stores.datastore import Datastore
@@ -41,22 +41,7 @@ class Makers:
         Raises:
             ConfigurationError: it refuses its options.
         """
-        context = ProposerContext(
-            vocab_size=self.context.vocab_size,
-            num_speculative_tokens=self.context.num_speculative_tokens,
-            max_num_requests=self.context.max_num_requests,
-            max_model_len=self.context.max_model_len,
-            datastores=self.settings.datastore or {},
-            options=entry.options,
-        )
-        try:
-            return registry.proposer_class(entry.name)(context)
-        except ConfigurationError:
-            raise
-        except (ValueError, TypeError, OSError, ArithmeticError) as error:
-            told = str(error)
-            prefix = "" if told.startswith(f"proposer {entry.name!r}") else f"proposer {entry.name!r}: "
-            raise ConfigurationError(f"{prefix}{told}") from error
+        return registry.build(entry.name, self.context, self.settings.datastore or {}, entry.options)
 
     def several(self, entries: Sequence[ProposerSettings]) -> dict[str, Proposer]:
         """Fresh proposers by name."""
@@ -149,13 +134,17 @@ class Replay:
         proposers: by name, in order of preference; fresh ones.
         k: longest draft.
         batch: requests at a time, each of another document.
+        vocab_size: number of token ids.
     """
 
-    def __init__(self, proposers: Mapping[str, Proposer], chooser: Chooser, k: int, batch: int) -> None:
+    def __init__(
+        self, proposers: Mapping[str, Proposer], chooser: Chooser, k: int, batch: int, vocab_size: int
+    ) -> None:
         self.proposers = proposers
         self.chooser = chooser
         self.k = k
         self.batch = batch
+        self.vocab_size = vocab_size
         self.counts = Counts()
         self._has_learners = any(type(each).observe is not Proposer.observe for each in proposers.values())
         self.chooser.warm_up()
@@ -266,7 +255,7 @@ class Replay:
             start = time.perf_counter()
             answer = each.propose(batch)
             self.counts.seconds += time.perf_counter() - start
-            answers.append(well_formed(name, answer, batch))
+            answers.append(well_formed(name, answer, batch, self.vocab_size))
         start = time.perf_counter()
         chosen = self.chooser.choose(batch, answers, truth)
         self.counts.seconds += time.perf_counter() - start
@@ -289,6 +278,26 @@ class Replay:
 
     def _kept_bytes(self) -> int:
         return sum(each.memory_bytes() for each in self.proposers.values())
+
+
+def well_formed(name: str, answer: Drafts | Sequence[Sequence[int]], batch: DraftBatch, vocab_size: int) -> Drafts:
+    """A proposer's answer, made well-formed as in an engine, in arrays no wider than the longest draft asked for.
+
+    Raises:
+        SpecplugError: it is not one draft for each request.
+    """
+    try:
+        drafts = checked(answer, batch, vocab_size)
+    except (ValueError, TypeError) as error:
+        raise SpecplugError(f"proposer {name!r} {error}") from error
+    width = int(batch.max_draft_tokens.max())
+    return Drafts(
+        drafts.token_ids[:, :width].astype(np.int32, copy=False),
+        drafts.num_tokens,
+        drafts.confidence[:, :width],
+        drafts.match_length,
+        None if drafts.votes is None else drafts.votes[:, :width],
+    )
 
 
 def run_all(
@@ -317,7 +326,7 @@ def run_all(
     counts: dict[str, Counts] = {}
     for name, members, chooser in contenders(makers.settings, k):
         advance = begin(name, total)
-        run = Replay(makers.several(members), chooser, k, batch)
+        run = Replay(makers.several(members), chooser, k, batch, makers.context.vocab_size)
         if any(each.name in registry.NEEDS_DATASTORE for each in members):
             run.counts.store_bytes = sum(store.file_bytes for store in stores.values())
             run.counts.store_tokens = sum(store.header.num_tokens for store in stores.values())
