@@ -41,6 +41,7 @@ $(VENV)/.ready: pyproject.toml Makefile
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 # proposers/ and samplers/ are installed under vllm_specplug: the installed package is what gets checked.
 types: setup

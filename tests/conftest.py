@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-ENGINE = Path(__file__).parent / "engine"
-sys.path.insert(0, str(ENGINE))
+sys.path.insert(0, str(Path(__file__).parent / "engine"))
 
 import harness
 from harness import Engines
@@ -49,7 +48,7 @@ def engines() -> Iterator[Engines]:
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Before two workers would compile the same kernels at the same time."""
     if not hasattr(session.config, "workerinput") and session.config.getoption("numprocesses", None):
-        subprocess.run([sys.executable, str(ENGINE / "compile_kernels.py")], check=True)
+        subprocess.run([sys.executable, str(Path(harness.__file__).with_name("compile_kernels.py"))], check=True)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -124,7 +124,7 @@ token_lists = st.lists(st.integers(0, 3), max_size=30)
     segment_tokens=st.one_of(st.none(), st.integers(40, 80)),
     parallel_batch=st.sampled_from([1, 100]),
 )
-def test_drafts_follow_the_vote(
+def test_drafts_follow_the_vote(  # noqa: PLR0913 - what hypothesis varies
     tmp_path, documents, contexts, max_match, min_match, max_draft, min_confidence, segment_tokens, parallel_batch
 ):
     max_match = max(max_match, min_match)

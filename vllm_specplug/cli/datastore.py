@@ -21,6 +21,7 @@ from vllm_specplug.errors import ConfigurationError, DatastoreError
 from vllm_specplug.ray.environment import require_ray
 from vllm_specplug.stores.building import (
     Plan,
+    Recipe,
     UnitDone,
     UnitProgress,
     clear,
@@ -384,15 +385,18 @@ def _plan(
 ) -> Plan:
     vocab_size = vocab_size_of(loaded)
     num_workers = workers or default_workers(len(units), unit_bytes, vocab_size, _memory(max_memory))
-    return plan(
-        units,
-        folder,
+    recipe = Recipe(
         field=field,
         tokenizer=_everywhere(tokenizer),
         tokenizer_name=tokenizer_name,
         vocab_size=vocab_size,
         fingerprint=tokenizer_fingerprint(loaded),
         max_memory_bytes=_memory(max_memory) // num_workers,
+    )
+    return plan(
+        units,
+        folder,
+        recipe,
         num_workers=num_workers,
         version=version,
         base=base,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vllm_specplug.errors import ConfigurationError, DatastoreError, SpecplugError
@@ -119,21 +121,6 @@ def settings_from(proposers: str | None, datastores: Sequence[str], k: int) -> S
 
 def _known_names() -> str:
     return ", ".join([*registry.proposer_names(), ENSEMBLE, *ALWAYS_SHOWN])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Who decides whose draft is verified
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Replay
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,7 +226,7 @@ def replay(
         console.print(f"left out {skipped:,} files that are not UTF-8 text", highlight=False)
     # Not as overlapping requests: no token shall be in the history twice.
     history = [each for ids in warm_documents for each in requests_of(ids, 0, max_tokens)]
-    counts = run_all(console, makers, stores, requests, history, prompt_tokens)
+    counts = _replayed(console, partial(run_all, makers, stores, requests, history, prompt_tokens))
     num_requests, num_outputs = sum(map(len, requests)), counts[ORACLE].emitted
     _print_table(counts, f"{num_requests:,} requests, {num_outputs:,} tokens of output, drafts of up to {k}")
     if json_path is not None:
@@ -278,6 +265,19 @@ def replay(
             **{name: round(value, 5) for name, value in ratios_of(counts).items()},
         }
         json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _replayed(console: Console, run: Callable[..., dict[str, Counts]]) -> dict[str, Counts]:
+    """What ``run``, a :func:`run_all` without its last argument, answers; with a bar for each run."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+
+        def begin(name: str, total: int) -> Callable[[int], None]:
+            return partial(progress.advance, progress.add_task(name, total=total))
+
+        return run(begin=begin)
 
 
 def _print_table(counts: Mapping[str, Counts], caption: str) -> None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_specplug.drafting.answers import evidence, from_lists, is_well_formed, spread
+from vllm_specplug.drafting.answers import checked, is_well_formed, spread
 from vllm_specplug.drafting.requests import TrackedRequest
 from vllm_specplug.drafting.stats import DraftingStats, ProposerStats
 from vllm_specplug.drafting.store_switch import StoreSwitch
-from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import (
     DraftBatch,
@@ -76,7 +76,7 @@ class Drafting:
         self._proposers: dict[str, Proposer] = {}
         self._seen: set[str] = set()
         for entry in settings.host_proposers:
-            self._proposers[entry.name] = self._build(entry.name, entry.options)
+            self._proposers[entry.name] = registry.build(entry.name, context, settings.datastore or {}, entry.options)
             self.stats.proposers[entry.name] = ProposerStats()
         self.stores = StoreSwitch(self._proposers)
         self._observers = [n for n, each in self._proposers.items() if type(each).observe is not Proposer.observe]
@@ -99,22 +99,6 @@ class Drafting:
         self._num_steps = 0
         self._has_drafted = False
         self._is_resting = False
-
-    def _build(self, name: str, options: dict[str, Any]) -> Proposer:
-        try:
-            context = replace(self.context, datastores=self.settings.datastore or {}, options=options)
-            return registry.proposer_class(name)(context)
-        except ConfigurationError:
-            raise
-        except MemoryError as error:
-            size = f" ({error})" if str(error) else ""
-            raise ConfigurationError(
-                f"proposer {name!r}: there is not enough memory for what its options ask for{size}"
-            ) from error
-        except (ValueError, TypeError, OSError, ArithmeticError) as error:
-            told = str(error)
-            prefix = "" if told.startswith(f"proposer {name!r}") else f"proposer {name!r}: "
-            raise ConfigurationError(f"{prefix}{told}") from error
 
     def warm_up(self) -> None:
         """Let every proposer compile and map what it needs, before the first request."""
@@ -142,7 +126,7 @@ class Drafting:
         """False when nobody drafts (any more)."""
         return bool(self._proposers) or self.native is not None
 
-    def propose(
+    def propose(  # noqa: PLR0913 - the inputs of one step
         self,
         requests: Sequence[TrackedRequest],
         token_ids: NDArray[np.int32],
@@ -270,7 +254,8 @@ class Drafting:
         stats = self.stats.proposers[name]
         start = time.perf_counter()
         try:
-            answer = self._well_formed(proposer.propose(part), part, stats)
+            on_invalid = partial(self._count_invalid, stats)
+            answer = checked(proposer.propose(part), part, self.context.vocab_size, on_invalid)
             return answer if part is batch else spread(answer, mine, len(batch))
         except Exception:
             self._leave_out(name, "raised")
@@ -405,60 +390,14 @@ class Drafting:
         self._observers = [each for each in self._observers if each != name]
         logger.exception("proposer %r %s and is left out from now on; requests go on without its drafts", name, what)
 
-    def _well_formed(self, answer: Drafts | Sequence[Sequence[int]], batch: DraftBatch, stats: ProposerStats) -> Drafts:
-        """Check shapes, cut drafts to what is allowed, and cut them before ids outside the vocabulary."""
-        drafts = answer if isinstance(answer, Drafts) else from_lists(answer)
-        if isinstance(drafts.others, tuple) and not drafts.others:
-            return self._well_formed_chain(drafts, batch, stats)
-        if drafts.others is not None and not isinstance(drafts.others, (tuple, list)):
-            raise ValueError(f"answered others of type {type(drafts.others).__name__}; a tuple of Drafts is expected")
-        others = (drafts.others or ())[: batch.num_chains - 1]
-        first = replace(drafts, others=())
-        checked = [self._well_formed_chain(each, batch, stats) for each in (first, *others)]
-        return replace(checked[0], others=tuple(checked[1:]))
-
-    def _well_formed_chain(self, drafts: Drafts, batch: DraftBatch, stats: ProposerStats) -> Drafts:
-        """:meth:`_well_formed` for one chain a request."""
-        num_requests = len(batch)
-        if not isinstance(drafts, Drafts) or not (drafts.others is None or len(drafts.others) == 0):
-            raise ValueError(f"answered {type(drafts).__name__} among others; Drafts without others are expected there")
-        if is_well_formed(drafts, batch, self.context.vocab_size):
-            return drafts  # ours always are, and this is asked for every proposer in every step
-        token_ids = np.asarray(drafts.token_ids)
-        if token_ids.ndim != 2 or len(token_ids) != num_requests or len(drafts.num_tokens) != num_requests:
-            raise ValueError(
-                f"answered drafts of shape {token_ids.shape} for {num_requests} requests; "
-                "one row of token ids a request is expected"
+    def _count_invalid(self, stats: ProposerStats, token_id: int, num_tokens: int) -> None:
+        if stats.invalid_tokens == 0:
+            logger.warning(
+                "a proposer drafted token id %d; ids run from 0 to %d. Drafts are cut before such ids.",
+                token_id,
+                self.context.vocab_size - 1,
             )
-        if token_ids.dtype.kind not in "iu":
-            raise ValueError(f"answered token ids of type {token_ids.dtype}; integers are expected")
-        confidence = np.clip(np.nan_to_num(np.asarray(drafts.confidence, dtype=np.float32)), 0.0, 1.0)
-        if confidence.shape != token_ids.shape:
-            raise ValueError(f"answered confidence of shape {confidence.shape} for token ids of {token_ids.shape}")
-        longest = token_ids.shape[1]
-        num_tokens: NDArray[np.int64] = np.clip(
-            np.asarray(drafts.num_tokens, dtype=np.int64), 0, np.minimum(batch.max_draft_tokens, longest)
-        )
-        invalid = (token_ids < 0) | (token_ids >= self.context.vocab_size)
-        invalid &= np.arange(longest)[None, :] < num_tokens[:, None]
-        if invalid.any():
-            first = np.where(invalid.any(axis=1), invalid.argmax(axis=1), longest)
-            cut = np.minimum(num_tokens, first)
-            if stats.invalid_tokens == 0:
-                logger.warning(
-                    "a proposer drafted token id %d; ids run from 0 to %d. Drafts are cut before such ids.",
-                    int(token_ids[invalid][0]),
-                    self.context.vocab_size - 1,
-                )
-            stats.invalid_tokens += int((num_tokens - cut).sum())
-            num_tokens = cut
-        return Drafts(
-            token_ids,
-            num_tokens,
-            confidence,
-            evidence("match_length", drafts.match_length, (num_requests,)),
-            evidence("votes", drafts.votes, token_ids.shape),
-        )
+        stats.invalid_tokens += num_tokens
 
 
 def _longest_drafts(

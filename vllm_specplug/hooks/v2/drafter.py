@@ -188,7 +188,7 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
         self.drafting.finish(list(scheduler_output.finished_req_ids))
 
     @torch.inference_mode()
-    def propose(
+    def propose(  # noqa: PLR0913 - vLLM's signature
         self,
         input_batch: Any,
         attn_metadata: Any,

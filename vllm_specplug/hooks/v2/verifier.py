@@ -34,7 +34,7 @@ class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
             self.steps.now.targets = output.sampled_token_ids
         return output
 
-    def _verify(
+    def _verify(  # noqa: PLR0913 - vLLM's signature
         self,
         logits: torch.Tensor,  # [num_rows, vocab]
         draft_logits: torch.Tensor | None,
