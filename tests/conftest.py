@@ -12,8 +12,7 @@ import pytest
 ENGINE = Path(__file__).parent / "engine"
 sys.path.insert(0, str(ENGINE))
 
-import harness
-from harness import Engines
+import harness  # noqa: E402 - of the folder just added
 
 # Files that take minutes, longest first: a worker that begins one of them last keeps the other one waiting.
 LONGEST = (
@@ -39,9 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def engines() -> Iterator[Engines]:
+def engines() -> Iterator[harness.Engines]:
     """Engines for all tests of this worker."""
-    shared = Engines()
+    shared = harness.Engines()
     yield shared
     shared.close()
 
