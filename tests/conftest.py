@@ -12,7 +12,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
 
 import harness
-from harness import Engines
 
 # Files that take minutes, longest first: a worker that begins one of them last keeps the other one waiting.
 LONGEST = (
@@ -38,9 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def engines() -> Iterator[Engines]:
+def engines() -> Iterator[harness.Engines]:
     """Engines for all tests of this worker."""
-    shared = Engines()
+    shared = harness.Engines()
     yield shared
     shared.close()
 

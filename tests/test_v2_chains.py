@@ -82,7 +82,7 @@ def test_same_tokens_as_stock_v2(
     assert compared > 15
     stats = engine.send("stats")["ensemble"]
     assert stats["forks"] == engine.send("call", "counted_chains")["forks"] > 10
-    assert stats["fork_wins"] > 5
+    assert stats["fork_wins"] > 2
 
 
 @pytest.mark.parametrize("kinds", [["wrong", "oracle"], ["oracle", "wrong"]])

@@ -2,9 +2,9 @@
 
 from concurrent.futures import ProcessPoolExecutor
 
-from vllm_specplug.config import parse_settings
-from vllm_specplug.drafting import Drafting
+from vllm_specplug.drafting.drafting import Drafting
 from vllm_specplug.proposers import ProposerContext
+from vllm_specplug.settings.model import parse_settings
 
 
 def compile_all(proposers: list[str]) -> None:
