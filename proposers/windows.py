@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.proposers.base import Verified, kernel_input
+from vllm_specplug.proposers.kernels import GOLDEN, SPLITMIX_FACTOR
 from vllm_specplug.proposers.slots import SlotMap
 
 FILL, KEPT, MOVED = 0, 1, 2
@@ -39,8 +41,8 @@ one place off and keeps doing so; with noise of its own a position holds on to i
 LENGTH, _ANCHOR, _LAST_TOKEN = 0, 1, 2
 
 
-@njit(cache=True, nogil=True)
-def moved_kind(is_stable, run):  # type: ignore[no-untyped-def]
+@kernel
+def moved_kind(is_stable, run):
     """The kind of a token that the target chose behind a rejected draft token.
 
     Args:
@@ -50,18 +52,18 @@ def moved_kind(is_stable, run):  # type: ignore[no-untyped-def]
     return MOVED + (LONGEST_RUN + 1 if is_stable else 0) + min(run, LONGEST_RUN)
 
 
-@njit(cache=True, nogil=True)
-def fill_token(context, position, repeat):  # type: ignore[no-untyped-def]
+@kernel
+def fill_token(context, position, repeat):
     """A guess for ``position`` out of ``context`` (not empty), the same whenever it is asked for."""
     if repeat:
         return context[-1]
-    z = np.uint64(position) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = np.uint64(position) * GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * SPLITMIX_FACTOR
     return context[np.int64((z >> np.uint64(33)) % np.uint64(len(context)))]
 
 
-@njit(cache=True, nogil=True)
-def _shift(tokens, kinds, state, num_overtaken, is_right):  # type: ignore[no-untyped-def]
+@kernel
+def _shift(tokens, kinds, state, num_overtaken, is_right):
     """Drop the first ``num_overtaken`` tokens of a window; ``is_right``: they were what the request got."""
     length = max(state[LENGTH] - num_overtaken, 0)
     for index in range(length):
@@ -71,8 +73,8 @@ def _shift(tokens, kinds, state, num_overtaken, is_right):  # type: ignore[no-un
     state[_ANCHOR] += num_overtaken
 
 
-@njit(cache=True, nogil=True)
-def advance_windows(slots, drafts, draft_ends, targets, target_ends, num_emitted, tokens, kinds, states):  # type: ignore[no-untyped-def]
+@kernel
+def advance_windows(slots, drafts, draft_ends, targets, target_ends, num_emitted, tokens, kinds, states):
     """Take in what was verified: request ``i``'s draft and target tokens end before ``draft_ends[i]`` and so on."""
     width = tokens.shape[1]
     for i in range(len(slots)):
@@ -100,8 +102,8 @@ def advance_windows(slots, drafts, draft_ends, targets, target_ends, num_emitted
         state[LENGTH] = max(state[LENGTH], num_moved)
 
 
-@njit(cache=True, nogil=True)
-def align_window(context, tokens, kinds, state):  # type: ignore[no-untyped-def]
+@kernel
+def align_window(context, tokens, kinds, state):
     """Make a window one of the tokens that follow ``context``, and empty where it is not of this text."""
     num_tokens = len(context)
     anchor = state[_ANCHOR]
@@ -189,7 +191,7 @@ class Observed:
         self.targets, self.target_ends = _flat(verified.target_token_ids)
         self.num_emitted = kernel_input(np.array(verified.num_emitted, dtype=np.int64), np.int64)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[NDArray[Any]]:
         return iter((self.drafts, self.draft_ends, self.targets, self.target_ends, self.num_emitted))
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_specplug.proposers import DraftBatch, ProposerContext
-from vllm_specplug.proposers.ngram import FIRST_SLOTS, NgramProposer
+from vllm_specplug.proposers.ngram import NgramProposer
+from vllm_specplug.proposers.slots import FIRST_SLOTS
 
 
 def proposer_with(num_speculative_tokens: int = 8, max_model_len: int = 4096, **options) -> NgramProposer:

@@ -32,8 +32,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_specplug.proposers.base import TENANT_OPTION, DraftBatch, Drafts, Proposer, ProposerContext, kernel_input
-from vllm_specplug.proposers.options import check_number, check_option_names, check_probability, check_whole
+from vllm_specplug.proposers.base import (
+    TENANT_OPTION,
+    DraftBatch,
+    Drafts,
+    NoiseInputs,
+    Proposer,
+    ProposerContext,
+    kernel_input,
+)
+from vllm_specplug.proposers.options import check_number, check_probability, check_whole, with_defaults
 from vllm_specplug.proposers.slots import SlotMap
 from vllm_specplug.proposers.suffix.automaton import (
     ROOT,
@@ -99,15 +107,14 @@ class SuffixProposer(Proposer):
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
-        check_option_names(context.options, DEFAULT_OPTIONS, "suffix")
-        options = {**DEFAULT_OPTIONS, **context.options}
+        options = with_defaults("suffix", DEFAULT_OPTIONS, context.options)
         self._min_match = check_whole("suffix", "min_match", options["min_match"])
         smallest = max(SMALLEST_HISTORY_BYTES, 4096 * context.max_num_requests)
         max_bytes = check_whole("suffix", "max_history_bytes", options["max_history_bytes"], smallest)
         if options["share"] not in ("all", "none"):
             raise ValueError(f"proposer 'suffix': share must be 'all' or 'none', not {options['share']!r}")
         self._is_private = options["share"] == "none"
-        self._sharpness = check_number("suffix", "sharpness", options["sharpness"])
+        self._noise = NoiseInputs(check_number("suffix", "sharpness", options["sharpness"]))
         self._min_confidence = check_probability("suffix", "min_confidence", options["min_confidence"])
         save_interval_s = check_number("suffix", "save_interval_s", options["save_interval_s"])
         if save_interval_s == 0:
@@ -133,8 +140,6 @@ class SuffixProposer(Proposer):
         self._has_all_members = False
         self._token_ids: NDArray[np.int32] | None = None
         self._contexts: NDArray[np.int32] = kernel_input(np.zeros((0, 0)), np.int32)
-        self._no_keys = kernel_input(np.zeros((0, 0)), np.uint64)
-        self._no_scales = kernel_input(np.zeros(0), np.float64)
         self._file: HistoryFile | None = None
         self._num_loaded = 0
         if history_file is not None:
@@ -313,10 +318,7 @@ class SuffixProposer(Proposer):
         slots = self._enter(batch)
         if self._file is not None:
             self._record(batch, slots, self._file)
-        if batch.noise is None or width == 0:
-            noise = self._no_noise(num_requests, width)
-        else:
-            noise = batch.noise_inputs(self._sharpness)
+        noise = self._noise.of(batch, width)
         if batch.token_ids is not self._token_ids:
             self._contexts = kernel_input(batch.token_ids, np.int32)
             # Kept only if it is a view: a copy would not see the next tokens.
@@ -367,14 +369,6 @@ class SuffixProposer(Proposer):
             self._make_room(tenant)
             if tenant.new is not new:
                 done = 0  # those that were done stand in what is the older automaton by now
-
-    def _no_noise(self, num_requests: int, width: int) -> tuple[int, NDArray[np.uint64], NDArray[np.float64]]:
-        """What ``DraftBatch.noise_inputs`` answers where there is no noise, or more of it, kept for the next batch."""
-        if len(self._no_scales) < num_requests or self._no_keys.shape[1] < width:
-            shape = max(num_requests, len(self._no_scales)), max(width, self._no_keys.shape[1])
-            self._no_keys = kernel_input(np.zeros(shape), np.uint64)
-            self._no_scales = kernel_input(np.zeros(shape[0]), np.float64)
-        return 0, self._no_keys, self._no_scales
 
     def _record(self, batch: DraftBatch, slots: NDArray[np.int64], file: HistoryFile) -> None:
         """Copies of the tokens that are about to be inserted, for the history file."""
