@@ -165,12 +165,12 @@ class Drafting:
         if self._is_resting and self._num_steps % self.FOLLOW_INTERVAL:
             pass  # steps like this one are known well enough
         elif self._verified_rows >= 0 and self._step_began and requests:
-            self.ensemble.took(len(requests), self._verified_rows, now - self._step_began, self._verified_forks)
+            self.ensemble.gate.took(len(requests), self._verified_rows, now - self._step_began, self._verified_forks)
             if self._verified_rows:
                 self.stats.verify_s += now - self._step_began
                 self.stats.verify_steps += 1
         else:
-            self.ensemble.missed()
+            self.ensemble.gate.missed()
         self._num_steps += 1
         self._verified_rows = -1
         if now - self._counted > self.COUNT_INTERVAL_S:
@@ -180,7 +180,7 @@ class Drafting:
         finally:
             self._step_began = time.perf_counter()
             if self._has_drafted:
-                self.ensemble.drafting_took(self._step_began - now)
+                self.ensemble.gate.drafting_took(self._step_began - now)
 
     def _propose(
         self,
@@ -198,7 +198,7 @@ class Drafting:
         self._has_drafted = False
         num_seen = len(self._seen)
         self._seen.update([request.request_id for request in requests])
-        self._is_resting = is_resting = not self.ensemble.wants_drafts(len(self._seen) > num_seen)
+        self._is_resting = is_resting = not self.ensemble.gate.wants_drafts(len(self._seen) > num_seen)
         if is_resting and self._num_steps % self.FOLLOW_INTERVAL:
             return drafts
         wanting: list[int] = []
@@ -228,7 +228,7 @@ class Drafting:
             self._follow(batch)
             return drafts
         self._has_drafted = True
-        if max_forks > 0 and not self.ensemble.wants_forks():
+        if max_forks > 0 and not self.ensemble.gate.wants_forks():
             max_forks = 0
             batch = replace(batch, num_chains=1)
         allowed = [requests[index].proposers for index in wanting]
@@ -327,7 +327,7 @@ class Drafting:
             # Rows of a tree: what chains share is verified once.
             self._verified_rows += sum(_num_nodes(chains) - len(chains[0]) for chains in several.values())
         # At rest nobody learns from single tokens: that would take as long as drafting.
-        is_learning = self.ensemble.awaits or (bool(self._observers) and not self._is_resting)
+        is_learning = self.ensemble.is_waiting or (bool(self._observers) and not self._is_resting)
         if not verified.request_ids or not is_learning:
             return
         num_emitted = np.array(verified.num_emitted, dtype=np.int64)
