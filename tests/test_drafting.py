@@ -314,7 +314,7 @@ def test_others_are_asked_for_and_kept_where_there_is_room(branching: Drafting, 
 
 
 def test_nobody_is_asked_for_chains_that_do_not_pay(branching: Drafting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(branching.ensemble, "wants_forks", lambda: False)
+    monkeypatch.setattr(branching.ensemble.gate, "wants_forks", lambda: False)
     assert branch(branching, with_others([[1], [2]], [[3], [4]])) == ([[1], [2]], {})
     assert Answers.asked is not None
     assert Answers.asked.num_chains == 1
@@ -367,7 +367,7 @@ def test_steps_are_measured_by_the_nodes_of_their_trees(branching: Drafting, mon
     def took(num_running: int, rows: int, seconds: float, forks: int = 0) -> None:
         told.append((num_running, rows, forks))
 
-    monkeypatch.setattr(branching.ensemble, "took", took)
+    monkeypatch.setattr(branching.ensemble.gate, "took", took)
     branch(branching, with_others([[1, 2, 3], [7, 7]], [[1, 2, 4], [8]]))
     branching.observe(Verified(["0", "1"], [[1, 2, 4], [7, 7]], [[1, 9], [6]], [2, 1], further=[[[1, 2, 3]], [[8]]]))
     branch(branching, with_others([[1], [2]]))

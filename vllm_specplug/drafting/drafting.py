@@ -164,7 +164,7 @@ class Drafting:
             wanting, limits = _longest_drafts(requests, num_tokens, limit)
             if not wanting:
                 return proposal
-            if max_forks > 0 and not is_resting and not self.ensemble.wants_forks():
+            if max_forks > 0 and not is_resting and not self.ensemble.gate.wants_forks():
                 max_forks = 0
             everyone = len(wanting) == len(requests)
             batch = DraftBatch(
@@ -196,19 +196,19 @@ class Drafting:
         finally:
             self._step_began = time.perf_counter()
             if self._has_drafted:
-                self.ensemble.drafting_took(self._step_began - start)
+                self.ensemble.gate.drafting_took(self._step_began - start)
 
     def _measure_step(self, num_running: int, now: float) -> None:
         """Report to the ensemble how long the step took that is over now; count memory if that is due."""
         if self._is_resting and self._num_steps % self.FOLLOW_INTERVAL:
             pass  # steps like this one are known well enough
         elif self._verified_rows >= 0 and self._step_began and num_running:
-            self.ensemble.took(num_running, self._verified_rows, now - self._step_began, self._verified_forks)
+            self.ensemble.gate.took(num_running, self._verified_rows, now - self._step_began, self._verified_forks)
             if self._verified_rows:
                 self.stats.verify_s += now - self._step_began
                 self.stats.verify_steps += 1
         else:
-            self.ensemble.missed()
+            self.ensemble.gate.missed()
         self._num_steps += 1
         self._verified_rows = -1
         if now - self._counted > self.COUNT_INTERVAL_S:
@@ -219,7 +219,7 @@ class Drafting:
         self._has_drafted = False
         num_seen = len(self._seen)
         self._seen.update([request.request_id for request in requests])
-        self._is_resting = not self.ensemble.wants_drafts(len(self._seen) > num_seen)
+        self._is_resting = not self.ensemble.gate.wants_drafts(len(self._seen) > num_seen)
         return self._is_resting
 
     def _hand_over(
@@ -319,7 +319,7 @@ class Drafting:
             # Rows of a tree: what chains share is verified once.
             self._verified_rows += sum(_num_nodes(chains) - len(chains[0]) for chains in several.values())
         # At rest nobody learns from single tokens: that would take as long as drafting.
-        is_learning = self.ensemble.awaits or (bool(self._observers) and not self._is_resting)
+        is_learning = self.ensemble.is_waiting or (bool(self._observers) and not self._is_resting)
         if not verified.request_ids or not is_learning:
             return
         num_emitted = np.array(verified.num_emitted, dtype=np.int64)
