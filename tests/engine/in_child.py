@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -187,7 +188,6 @@ class Sleeps(RandomTokens):
 def save_tiny_window_model(child: Any, folder: str, tokenizer: str) -> None:
     """A model with layers of a sliding window and layers without, of random weights that make it heed its context."""
     import shutil
-    from pathlib import Path
 
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -233,6 +233,11 @@ def make_no_repeat_processor() -> Any:
 def __getattr__(name: str) -> Any:
     if name == "NoRepeat":
         return make_no_repeat_processor()
+    if name == "InverseCdf":
+        sys.path.append(str(Path(__file__).parents[2] / "examples"))
+        from my_sampler import InverseCdf
+
+        return InverseCdf
     raise AttributeError(name)
 
 
