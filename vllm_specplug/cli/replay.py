@@ -23,8 +23,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vllm_specplug.errors import ConfigurationError, DatastoreError, SpecplugError
+from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.measure.measured import machine, versions
+from vllm_specplug.measure.replay.choosers import Ids
 from vllm_specplug.measure.replay.run import ALWAYS_SHOWN, ORACLE, Counts, Makers, ratios_of, requests_of, run_all
 from vllm_specplug.measure.replay.texts import sources_of, tokenized
 from vllm_specplug.proposers.base import ProposerContext
@@ -210,7 +211,7 @@ def replay(
         with console.status("tokenizing"):
             documents = tokenized(sources, loaded)
             warm_documents = tokenized(warm_sources, loaded)
-    except (DatastoreError, OSError) as error:
+    except OSError as error:
         raise SpecplugError(str(error)) from error
     requests = [each for ids in documents if (each := requests_of(ids, prompt_tokens, max_tokens))]
     if not requests:
@@ -226,7 +227,7 @@ def replay(
         console.print(f"left out {skipped:,} files that are not UTF-8 text", highlight=False)
     # Not as overlapping requests: no token shall be in the history twice.
     history = [each for ids in warm_documents for each in requests_of(ids, 0, max_tokens)]
-    counts = _replayed(console, makers, stores, requests, history, prompt_tokens)
+    counts = _run_all(console, makers, stores, requests, history, prompt_tokens)
     num_requests, num_outputs = sum(map(len, requests)), counts[ORACLE].emitted
     _print_table(counts, f"{num_requests:,} requests, {num_outputs:,} tokens of output, drafts of up to {k}")
     if json_path is not None:
@@ -267,8 +268,15 @@ def replay(
         json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def _replayed(console: Console, *what: Any) -> dict[str, Counts]:
-    """:func:`run_all` of ``what``, with a bar for each run."""
+def _run_all(
+    console: Console,
+    makers: Makers,
+    stores: Mapping[str, Datastore],
+    requests: Sequence[Sequence[Ids]],
+    history: Sequence[Ids],
+    prompt_tokens: int,
+) -> dict[str, Counts]:
+    """:func:`run_all` with a bar for each run."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
@@ -277,7 +285,7 @@ def _replayed(console: Console, *what: Any) -> dict[str, Counts]:
         def begin(name: str, total: int) -> Callable[[int], None]:
             return partial(progress.advance, progress.add_task(name, total=total))
 
-        return run_all(*what, begin)
+        return run_all(makers, stores, requests, history, prompt_tokens, begin)
 
 
 def _print_table(counts: Mapping[str, Counts], caption: str) -> None:
