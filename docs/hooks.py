@@ -350,13 +350,11 @@ def commands() -> str:
     """Every subcommand of ``specplug`` with its arguments and options."""
     import typer.main
 
-    from vllm_specplug.cli import app
+    from vllm_specplug.cli import COMMANDS
 
     parts = []
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
-        module = importlib.import_module(f"vllm_specplug.cli.{name.replace('-', '_')}")
-        # Most subcommands are apps of their own behind one that hands everything on.
-        own = typer.main.get_command(module.app) if hasattr(module, "app") else command
+    for name, (module, _) in COMMANDS.items():
+        own: Any = typer.main.get_command(importlib.import_module(module).app)
         parts.append(f"## specplug {name}\n\n{_help(own)}")
         inner = getattr(own, "commands", None)
         if inner is None:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from vllm_specplug.cli.errors import EXIT_FAILED
 from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.measure import corpus
@@ -131,7 +132,7 @@ def couple(
         json_out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if num_kept < len(pairs):
         print("error: Gumbel matched less often than MinHash for some pair, which theory excludes", file=sys.stderr)
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILED)
 
 
 def _measured(

@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vllm_specplug.errors import ConfigurationError, DatastoreError, SpecplugError
+from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.measure.measured import machine, versions
 from vllm_specplug.measure.replay.run import ALWAYS_SHOWN, ORACLE, Counts, Makers, ratios_of, requests_of, run_all
 from vllm_specplug.measure.replay.texts import sources_of, tokenized
@@ -210,7 +210,7 @@ def replay(
         with console.status("tokenizing"):
             documents = tokenized(sources, loaded)
             warm_documents = tokenized(warm_sources, loaded)
-    except (DatastoreError, OSError) as error:
+    except OSError as error:
         raise SpecplugError(str(error)) from error
     requests = [each for ids in documents if (each := requests_of(ids, prompt_tokens, max_tokens))]
     if not requests:
