@@ -90,21 +90,23 @@ class RestProposer(Proposer):
 
     Attributes:
         stores: by name, in the order of the context; of equally promising drafts the first store's is taken.
+        settings: ``[3]`` int64: the options max_match, min_match and max_votes.
+        min_confidence: the option.
 
     Raises:
-        ValueError: no store is configured, it cannot be used (:class:`~.datastore.DatastoreError`), or an option is
-            unknown or out of its range.
+        ValueError: an option is unknown or out of its range, no store is configured, or it cannot be used
+            (:class:`~vllm_specplug.errors.DatastoreError`).
     """
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
         options = with_defaults("rest", DEFAULT_OPTIONS, context.options)
-        self._settings: NDArray[np.int64] = np.array(
+        self.settings: NDArray[np.int64] = np.array(
             [check_whole("rest", name, options[name]) for name in ("max_match", "min_match", "max_votes")],
             dtype=np.int64,
         )
         check_match_lengths("rest", options)
-        self._min_confidence = check_probability("rest", "min_confidence", options["min_confidence"])
+        self.min_confidence = check_probability("rest", "min_confidence", options["min_confidence"])
         self._noise = NoiseInputs(check_number("rest", "sharpness", options["sharpness"]))
         if not context.datastores:
             raise ValueError(
@@ -140,8 +142,8 @@ class RestProposer(Proposer):
             drafts.votes = np.zeros((len(batch), width), dtype=np.int32)
             kernel(
                 store.tokens, store.positions, store.segments, store.header.vocab_size, *contexts,
-                kernel_input(limits.get(name, batch.max_draft_tokens), np.int64), self._settings,
-                self._min_confidence, *noise,
+                kernel_input(limits.get(name, batch.max_draft_tokens), np.int64), self.settings,
+                self.min_confidence, *noise,
                 drafts.token_ids, drafts.num_tokens, drafts.confidence, drafts.match_length, drafts.votes,
             )  # fmt: skip
             if stats is not None:
@@ -169,8 +171,8 @@ class RestProposer(Proposer):
                 store.tokens, store.positions, store.segments, store.header.vocab_size,
                 kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
                 kernel_input(batch.num_tokens, np.int64),
-                kernel_input(limits.get(name, batch.max_draft_tokens), np.int64), self._settings,
-                self._min_confidence, *noise,
+                kernel_input(limits.get(name, batch.max_draft_tokens), np.int64), self.settings,
+                self.min_confidence, *noise,
                 trees.token_ids[nth], trees.num_tokens[nth], trees.confidence[nth], trees.match_length[nth, 0],
                 trees.votes[nth],
             )  # fmt: skip
@@ -195,7 +197,7 @@ class RestProposer(Proposer):
 
     def longest_match(self, context: NDArray[np.int32]) -> tuple[int, int]:
         """Length of the longest suffix of ``context`` that drafts come from, and how often the stores have it."""
-        max_match, min_match, _ = self._settings
+        max_match, min_match, _ = self.settings
         longest, total = 0, 0
         for store in self.stores.values():
             lengths = np.zeros(1, dtype=np.int64)
@@ -229,7 +231,7 @@ class RestProposer(Proposer):
                 continue
             newer = Datastore.open(store.path)
             newer.check_tokenizer(store.header.fingerprint, self.context.vocab_size, f"the store in use ({name})")
-            newer.check_max_match(int(self._settings[0]))
+            newer.check_max_match(int(self.settings[0]))
             newer.prefault()
             opened[name] = newer
         return opened
