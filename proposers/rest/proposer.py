@@ -4,7 +4,7 @@ The longest suffix of a request's tokens is looked up in a store, and the contin
 first draft token is the one that most of them continue with, the second the one that most of *these* continue with,
 and so on. A draft ends where a document ends, or where the chance that its next token still counts gets too small.
 
-Where the request samples and the verifier's noise is known, votes are weights instead: at each depth the winner of
+If the request samples and the verifier's noise is known, votes are weights instead: at each depth the winner of
 ``scale * log(votes) + noise`` is drafted, with the very noise that the target's token will be drawn with
 (:mod:`vllm_specplug.samplers.noise`). Rare continuations are then drafted when they are due. Greedy requests get the
 token with the most votes. The end of a document is no token and does not race: such a draft ends where all who are
@@ -12,15 +12,15 @@ left end.
 
 Of several stores each drafts by itself, and a request gets the draft that should get furthest.
 
-Where several chains are of use, the best few continuations are answered: wherever votes were divided, a token that lost
-is a branch, worth the chance to get there times its own; the most promising branch of all paths so far is followed to
-its end, and so on (:func:`draft_tree`).
+If several chains are of use, the best few continuations are proposed: when votes are divided, a token that lost is a
+branch, worth the chance to get there times its own; the most promising branch of all paths so far is followed to its
+end, and so on (:func:`~.drafts.draft_tree`).
 
 Against the paper: one binary search over reversed text instead of a search for each suffix length, at most
 ``max_votes`` occurrences instead of up to 5000 (evenly spread over all of them), and few paths of a tree, or one.
 
 The chance that the target agrees with a vote depends on how long the match is and how clear the vote was; see
-:func:`vote_confidence`.
+:func:`~.confidence.vote_confidence`.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class RestProposer(Proposer):
         return trees.drafts()
 
     def _limits(self, batch: DraftBatch) -> dict[str, NDArray[np.int64]]:
-        """Longest draft for each request, 0 where a store is not asked, by store; none where all ask all."""
+        """Longest draft for each request, 0 if a store is not asked, by store; empty if all ask all."""
         wanted = [options.get(STORES_OPTION) for options in batch.options]
         if wanted.count(None) == len(wanted):
             return {}
