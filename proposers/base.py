@@ -61,7 +61,7 @@ class TargetNoise:
     temperature: NDArray[np.float32]
 
     def scales(self, sharpness: float) -> NDArray[np.float64]:
-        """Factor of a proposer's log weights, ``[num_requests]``: sharpness over temperature squared, 0 where greedy.
+        """Factor of a proposer's log weights, ``[num_requests]``: sharpness over temperature squared, 0 if greedy.
 
         Squared: frequencies over temperature would be right if they were the target's own at temperature 1. They are
         flatter than the target at low temperatures, and what was accepted says so: with votes of a store, 1.6 was best
@@ -85,7 +85,7 @@ class DraftBatch:
         num_prompt_tokens: ``[num_requests]`` int64.
         max_draft_tokens: ``[num_requests]`` int64, longest draft that is of use to each request (at least 1).
         options: ``[num_requests]``, each request's own ``extra_args``.
-        noise: the noise of the coming tokens; None where the verifier's is not known (every request then counts as
+        noise: the noise of the coming tokens; None if the verifier's is not known (every request then counts as
             greedy).
         num_chains: most continuations of a request that are of use: see ``Drafts.others``.
     """
@@ -170,15 +170,16 @@ class Drafts:
 
     Attributes:
         token_ids: ``[num_requests, max_tokens]`` int32; columns from ``num_tokens[i]`` on are ignored.
-        num_tokens: ``[num_requests]`` int64; 0 where there is nothing to propose.
+        num_tokens: ``[num_requests]`` int64; 0 if there is nothing to propose.
         confidence: ``[num_requests, max_tokens]`` float32 in [0, 1]: estimated chance that a draft token is accepted
             given that all before it are. It decides between proposers, never about correctness.
-        match_length: ``[num_requests]`` int32, tokens of context that the draft was found by; None where the proposer
+        match_length: ``[num_requests]`` int32, tokens of context that matched to find the draft; None if the proposer
             matches nothing. Evidence for whoever weighs this draft against another.
-        votes: ``[num_requests, max_tokens]`` int32, places that chose each draft token; None where nobody votes.
-        others: further continuations, best first, at most ``batch.num_chains - 1``: each is a Drafts for the same
+        votes: ``[num_requests, max_tokens]`` int32, occurrences that chose each draft token; None if there are
+            no votes.
+        others: side chains, best first, at most ``batch.num_chains - 1``: each is a Drafts for the same
             requests, whose drafts may begin like those before it (a tree, one path an entry) but differ from each of
-            them. They are verified beside the first where that pays.
+            them. They are verified beside the main chain if that pays.
     """
 
     DEFAULT_CONFIDENCE: ClassVar[float] = 0.5
@@ -227,14 +228,14 @@ class Verified:
     Attributes:
         request_ids: ``[num_requests]``.
         draft_token_ids: the draft that was verified, ``[num_requests]`` lists (empty: an ordinary step). Of several
-            chains the one that got furthest.
+            chains, the one that got furthest.
         target_token_ids: the target's tokens, ``[num_requests]`` lists. The first ``num_emitted`` of them were emitted.
-            Where the verifier drew all positions at once, the tokens behind them follow: the target's choice after the
+            If the verifier drew all positions at once, the tokens behind them follow: the target's choice after the
             rejected draft tokens, up to one more than the draft is long.
         num_emitted: ``[num_requests]``, accepted drafts plus one.
         num_unsettled: requests that took part in the step without emitting: still in their prompts.
-        further: other chains of each request that were verified beside ``draft_token_ids``, ``[num_requests]`` lists of
-            lists of tokens; empty where no request had any.
+        further: side chains of each request that were verified beside ``draft_token_ids``, ``[num_requests]`` lists of
+            lists of tokens; empty if no request had any.
     """
 
     request_ids: list[str]
@@ -253,7 +254,7 @@ class StoreStats:
         tokens: in the store.
         bytes: of its file.
         lookups: drafts that were asked of it.
-        hits: those of them that it had a draft for.
+        hits: lookups that it had a draft for.
     """
 
     tokens: int = 0
@@ -289,10 +290,10 @@ class Proposer(abc.ABC):
         """These requests ended or were aborted: drop their state."""
 
     def close(self) -> None:  # noqa: B027 - an optional hook, empty on purpose
-        """The engine is going down in an orderly way: save what shall outlive it."""
+        """The engine is going down in an orderly way: save what is to be kept."""
 
     def warm_up(self) -> None:  # noqa: B027 - an optional hook, empty on purpose
-        """Called once before the first request: compile, map files, touch what must be quick later."""
+        """Called once before the first request: compile, map files, touch memory."""
 
     def memory_bytes(self) -> int:
         """Bytes of state kept about requests now, for the counters."""
@@ -351,7 +352,7 @@ _NO_VOTES = kernel_input(np.zeros((0, 0)), np.int32)
 
 
 class NoiseInputs:
-    """:meth:`DraftBatch.noise_inputs` for one batch after another, with arrays that are kept where there is no noise.
+    """:meth:`DraftBatch.noise_inputs` for one batch after another, reusing its arrays if there is no noise.
 
     Args:
         sharpness: factor of the proposer's log weights at temperature 1.

@@ -1,8 +1,8 @@
-"""Chains out of what a drafter could have drafted at each depth: its draft, and drafts that end in another token.
+"""A draft, and side chains that differ from it in their last token: a drafter's runners-up at each depth.
 
-A model that drafts token by token knows more than the token it chose: who came second and third. Each of them, behind
-the draft so far, is a chain of its own, one token off: a comb. A tooth costs one verified token, and is worth the
-chance to get there times its own; the few that are worth most are answered.
+A model that drafts token by token knows more than the token it chose: the runners-up. The draft so far and a runner-up
+are a side chain, a tooth of the comb. It costs one verified token, and is worth the chance of the draft so far times
+its own; the few that are worth most are proposed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Places:
     """What a drafter would have drafted first, second and so on at each depth of its draft.
 
     Attributes:
-        token_ids: ``[num_requests, k, num_places]`` int32, the drafted token first; negative where there is none.
+        token_ids: ``[num_requests, k, num_places]`` int32, the drafted token first; negative if there is none.
         leads: ``[num_requests, k, num_places]`` float32: how far the drafted token's score, noise included, is ahead of
             each; of the drafted token itself, how far it is ahead of the second.
     """
@@ -65,7 +65,7 @@ def other_confidence(lead: NDArray[np.float32], place: NDArray[np.integer]) -> N
 
 
 def comb(token_ids: NDArray[np.int32], num_tokens: NDArray[np.int64], places: Places, num_chains: int) -> Drafts:
-    """A draft and the teeth beside it that are worth most, as its ``others``.
+    """A draft, with the side chains that are worth most as its ``others``.
 
     Args:
         token_ids: ``[num_requests, k]`` the drafts.
@@ -87,7 +87,7 @@ def comb(token_ids: NDArray[np.int32], num_tokens: NDArray[np.int64], places: Pl
     if num_teeth < 1 or num_requests == 0:
         return drafts
     chances = other_confidence(places.leads[:, :, 1:], np.arange(1, num_others + 1))
-    # What the drafted token has, the others have not.
+    # Runners-up share the chance that the drafted token leaves.
     chances = np.minimum(chances, 1.0 - confidence[:, :, None])
     is_tooth = is_known[:, :, None] & (others >= 0)
     for later in range(num_others):

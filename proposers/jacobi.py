@@ -3,8 +3,8 @@
 Decoding a window of tokens is solving the equations "token i is the target's choice after all before it", and verifying
 a draft is one round of fixed-point iteration on them (Santilli et al., "Accelerating Transformer Inference for
 Translation via Parallel Decoding", 2023; Kou et al., "CLLMs: Consistency Large Language Models", 2024). The beginning
-of the window that is right is emitted, what the target said of the rest moves to the front, and new guesses fill it up
-at the end. Where the verifier draws each position with that position's own noise the equations are the same from round
+of the window that is right is emitted, the target's tokens for the rest move to the front, and new guesses fill it up
+at the end. If the verifier draws each position with that position's own noise the equations are the same from round
 to round, so that this works for sampling as it does for greedy decoding.
 
 Models that were not trained to converge quickly gain little; consistency training is what the method lives on.
@@ -65,9 +65,9 @@ def _draft_batch(
 
 
 class JacobiProposer(Proposer):
-    """Drafts what the target said behind its last rejection; for options see :data:`DEFAULT_OPTIONS`.
+    """Drafts the target's own tokens behind its last rejection; for options see :data:`DEFAULT_OPTIONS`.
 
-    Draft tokens of other proposers serve as well: what counts is what the target said after them.
+    Draft tokens of other proposers serve as well: only the target's tokens behind them count.
 
     Raises:
         ValueError: an option is unknown or out of its range.

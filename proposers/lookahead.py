@@ -3,14 +3,14 @@
 
 Every verified row is a piece of text of the target's own: the draft tokens before it and the target's choice after
 them. Its n-grams go into the pool, those of rejected draft tokens included, and so do those of what was emitted and (if
-wanted) of prompts. The pool answers what was seen after the last ``ngram - 1`` tokens, after fewer of them, and after
-the last alone. A draft chains such answers; where the pool has none, or the draft is still the
-beginning of the window of :mod:`.jacobi` and that says more, it takes the window's token. Drafts are always full, which
-keeps trajectories coming.
+wanted) of prompts. The pool knows what came after the last ``ngram - 1`` tokens, after fewer of them, and after
+the last alone. A draft chains such answers; if the pool has none, or the draft is still the
+beginning of the window of :mod:`.jacobi` and the window is surer, the window's token is taken. Drafts are always full,
+which keeps trajectories coming.
 
 Against the paper: the model runs no branch of its own for the lookahead window, as the verified draft is the window;
 one chain is verified instead of several n-grams; and the pool is shared by all requests of a tenant: what one request
-said can be drafted for another (never emitted unless the target agrees). Where a request samples and the verifier's
+said can be drafted for another (never emitted unless the target agrees). If a request samples and the verifier's
 noise is known, candidates race with it (:mod:`vllm_specplug.samplers.noise`).
 """
 
@@ -68,7 +68,7 @@ FADE = 0.9
 REJECTED_WEIGHT = 0.5
 """Weight of what the target chose behind a rejected draft token; that of everything else is 1."""
 ORDER_FACTOR = 8.0
-"""So much heavier counts what was seen after one more token that is the same."""
+"""Factor of the weight of a candidate for each further token of context that was the same."""
 
 
 @kernel
@@ -84,7 +84,7 @@ def candidate_confidence(share, total, order, agreement, is_sampling, noise):
         share: of the weight of all candidates, above 0.
         total: weight after the longest beginning that is known, above 0.
         order: tokens of that beginning, at least 1.
-        agreement: 1 where the window has the same token, -1 where it has another, 0 where nothing is known.
+        agreement: 1 if the window has the same token, -1 if it has another, 0 if it has none.
         noise: the target's, of a candidate that raced with it: the more, the surer that the target takes it too.
     """
     log_order, log_total = math.log(order), math.log(total)
@@ -132,7 +132,7 @@ def learn_ngrams(text, end, begin, token, weight, root, order, fade, tags, token
                 if tokens[place, way] == token:
                     found = way
                     found_weight = weights[place, way]
-        # To the front: the one longest unseen of the set is the last, and the next to go.
+        # Move it to the front: the last of the set was not seen for longest, and is replaced next.
         for way in range(found, 0, -1):
             tags[place, way] = tags[place, way - 1]
             tokens[place, way] = tokens[place, way - 1]
@@ -144,7 +144,7 @@ def learn_ngrams(text, end, begin, token, weight, root, order, fade, tags, token
 
 @kernel
 def elect(text, end, root, order, factor, kind, key, scale, tags, tokens, weights, choices, choice_weights):
-    """What is to follow ``text[:end]``: (token, share, total, order), order 0 where the pool knows nothing.
+    """What is to follow ``text[:end]``: (token, share, total, order), with order 0 if the pool knows nothing.
 
     Candidates are what was seen after the last token, the last two and so on, each weighed ``factor`` times heavier
     than the one before; the heaviest wins, or with ``scale`` above 0 the winner of the race with the target's noise.
@@ -203,7 +203,7 @@ def _learn_verified(
     for i in range(len(slots)):
         slot = slots[i]
         if slot < 0:
-            continue  # nobody knows whose it is
+            continue  # the request has no slot: its tenant is unknown
         draft = drafts[draft_ends[i - 1] if i else 0 : draft_ends[i]]
         target = targets[target_ends[i - 1] if i else 0 : target_ends[i]]
         text = np.empty(order + max(len(draft), len(target)), dtype=np.int64)
@@ -285,7 +285,7 @@ def _draft_batch(
 
 
 def _root(tenant: str) -> int:
-    """Key of a tenant's n-grams; two of 64 bits meet by chance in no installation."""
+    """Key of a tenant's n-grams; 64 bits, so that two tenants never get the same by chance."""
     if not tenant:
         return 0
     return int.from_bytes(blake2b(tenant.encode(errors="surrogatepass"), digest_size=8).digest(), "little")

@@ -1,11 +1,11 @@
 """Prompt lookup: drafts from a request's own tokens, after Saxena, "Prompt Lookup Decoding" (2023).
 
-The longest suffix of the context that also stands earlier in it is found, and what followed there is the draft. Where
-several places match equally far, the most recent one is taken. When the draft reaches the end of the context it goes on
+The draft is what followed the last earlier occurrence of the context's longest suffix that has one. If several
+occurrences match equally far, the most recent one is taken. When the draft reaches the end of the context it goes on
 with its own beginning, so a repeated pattern is repeated further.
 
-The context is read once. Each request has hash chains as in LZ77: for the last tokens, all places where they stood
-before, latest first. A new token that continues the match of the step before makes it one longer, and no other can be
+The context is read once. Each request has hash chains as in LZ77: for the last tokens, all their earlier occurrences,
+latest first. A new token that continues the match of the step before makes it one longer, and no other can be
 longer than that. Only when it does not is a chain walked: that of the last three tokens, which is short; where it has
 no match, that of the last ``min_match`` tokens, until one of at most two is found.
 """
@@ -32,13 +32,13 @@ DEFAULT_OPTIONS: Mapping[str, int | float] = {
 """What ``options`` may set.
 
 min_match: no draft from a shorter match, in tokens.
-max_match: places that match this far are equally good (a match that goes on may still become longer).
-max_candidates: most places that are compared, latest first, when a match ends: what bounds the time of a step.
+max_match: occurrences that match this far are equally good (a match that goes on may still become longer).
+max_candidates: most occurrences that are compared, latest first, when a match ends; this bounds the time of a step.
 min_confidence: a draft ends before the token whose chance of counting (itself and all before it accepted) is below.
 """
 
 FIRST_CAPACITY = 8192
-"""Tokens of a request for which room is made at first, unless requests cannot get that long."""
+"""Tokens that a request's index has room for at first, or fewer if no request can get that long."""
 LONG_KEY = 3
 _INDEXED, _MATCH_END, _MATCH_LENGTH, _LAST_TOKEN = 0, 1, 2, 3
 
@@ -67,7 +67,7 @@ def _bucket(context, end, key_length, num_buckets):
 
 @kernel
 def _insert(context, end, key_length, earlier, latest):
-    """Put the place that ends before ``end`` at the head of its chain."""
+    """Put the key that ends before ``end`` at the head of its chain."""
     if end < key_length:
         earlier[end - 1] = 0
         return
@@ -80,7 +80,7 @@ def _insert(context, end, key_length, earlier, latest):
 def _longest_earlier(context, earlier, shortest, enough, max_candidates):
     """(end, length) of the longest suffix of ``context`` that stands earlier in it, (0, 0) if there is none.
 
-    ``earlier[end - 1]`` is the end of the place before that has the same key, 0 where there is none. Matches shorter
+    ``earlier[end - 1]`` is the end of the previous occurrence of the same key, 0 if there is none. Matches shorter
     than ``shortest`` do not count, and the first of ``enough`` tokens ends the search.
     """
     num_tokens = len(context)
@@ -178,7 +178,7 @@ def _draft_batch(
 class NgramProposer(Proposer):
     """Drafts from each request's own context; for options see :data:`DEFAULT_OPTIONS`.
 
-    A request's index takes 16 bytes for each token of room; rooms are reused, and their number and size grow with need.
+    A request's index takes 16 bytes for each token of room; slots are reused, and their number and size grow with need.
 
     Raises:
         ValueError: an option is unknown or out of its range.

@@ -14,10 +14,10 @@ LEARNED_PER_STEP = 4096
 
 
 class PromptQueue:
-    """Hands out the text of each request once, so much a step at most; the others come later.
+    """Hands out the text of each request once, at most ``limit`` tokens a step; the rest waits for a later step.
 
     Args:
-        limit: tokens a step, and of one request: of a longer text the end.
+        limit: most tokens of a step and of one request; of a longer text the end is taken.
     """
 
     def __init__(self, limit: int) -> None:
@@ -25,7 +25,7 @@ class PromptQueue:
         self._done: set[str] = set()
 
     def take(self, batch: DraftBatch) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None:
-        """(place in the batch, begin, end) of each text that is due, as arrays for a kernel; None where none is."""
+        """(place in the batch, begin, end) of each text that is due, as arrays for a kernel; None if none is."""
         new = [index for index, request_id in enumerate(batch.request_ids) if request_id not in self._done]
         if not new:
             return None

@@ -3,10 +3,10 @@ Token Recycling" (2024).
 
 One table holds, for every token, the few tokens that the target was seen to choose after it, with weights that fade as
 others are seen. It learns from every verified position, those behind a rejected draft token included: what would
-otherwise be thrown away says what follows that token. A draft is a walk through the table from the last token on.
+otherwise be thrown away tells what follows that token. A draft is a walk through the table from the last token on.
 
 Against the paper: what a verifier reports is the target's choice, not its most likely tokens, so weights are counts of
-choices; and a chain is drafted instead of a tree. Where a request samples and the verifier's noise is known, successors
+choices; and a chain is drafted instead of a tree. If a request samples and the verifier's noise is known, successors
 race with it (:mod:`vllm_specplug.samplers.noise`).
 
 All requests share the table: what one request said can be drafted for another (never emitted unless the target agrees).
@@ -48,7 +48,7 @@ def successor_confidence(share, total, is_sampling, noise):
 
     A logistic regression, one for greedy and one for sampling requests, on 9,600 draft tokens that
     benchmarks/trajectories.py --tuning verifies: the mean of each tenth of the scale is within 0.07 of the share that
-    was right where at least 100 tokens fell into it.
+    was right, if at least 100 tokens fell into it.
 
     Args:
         share: of the weight of all successors, above 0.
@@ -66,7 +66,7 @@ def successor_confidence(share, total, is_sampling, noise):
 
 @kernel
 def learn_pair(token, successor, weight, successors, weights, fade):
-    """``successor`` was seen after ``token``; where there is no room it takes the place of the lightest."""
+    """``successor`` was seen after ``token``; if there is no room it replaces the lightest successor."""
     if not (0 <= token < len(successors) and 0 <= successor < len(successors)):
         return
     row = successors[token]

@@ -1,9 +1,8 @@
 """The best few paths of a tree of drafts: how ``rest`` and ``suffix`` choose where to branch, and how trees merge.
 
 A *branch* is a token that a path of the tree could have gone on with and did not. It is worth its *chance*: that of the
-path before it times its own confidence. The most promising branch of all paths so far is followed to its end, that adds
-branches, and so on, until there are as many paths as are of use. Nothing depends on how many that is: the first n paths
-are the same whatever is asked for.
+path before it times its own confidence. The most promising branch of all paths so far is followed to its end; that adds
+branches, and so on, until there are as many paths as were asked for. The first n paths do not depend on that number.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ import numpy as np
 from vllm_specplug.compiled import kernel
 
 BRANCH_SHARE = 0.2
-"""Paths beyond the first end before a token whose chance of counting is below so many times ``min_confidence``: where
-several are verified, likelier ones stand beside them."""
+"""Paths beyond the first end before a token whose chance of counting is below this share of ``min_confidence``: a path
+that is verified beside likelier ones may take a greater risk."""
 TAKEN = -1.0
 """Chance of a branch that became a path."""
 ROUNDING = 1e-6
-"""Less is no chance: the siblings' are float32."""
+"""Smaller remainders of a chance count as 0, since the confidences they are left of are float32."""
 MAX_BRANCHES = 64
 """Most branches of a request's tree that are kept to choose from."""
 _PATH, _DEPTH, _TOKEN, _VOTES = range(4)
@@ -92,7 +91,7 @@ def begin_path(path, branch, confidence, out_tokens, out_confidence, out_votes):
 
 @kernel
 def most_promising(branch_chance, num_branches, least):
-    """The branch to follow next, the first of equals, or -1 where none has a chance of ``least``."""
+    """The branch to follow next, the first of equals, or -1 if none has a chance of ``least``."""
     best = -1
     for branch in range(num_branches):
         if branch_chance[branch] >= least and (best < 0 or branch_chance[branch] > branch_chance[best]):
@@ -116,7 +115,7 @@ def expected_of(confidence, num_tokens):
 
 @kernel
 def _where_it_leaves(tokens, length, other_tokens, other_lengths, num_others):
-    """(tokens that a path shares with the one of the others that it shares most with, which one)."""
+    """(tokens that a path shares with the most similar of the other paths, index of that path)."""
     head = 0
     shared_with = 0
     for other in range(num_others):
@@ -131,7 +130,7 @@ def _where_it_leaves(tokens, length, other_tokens, other_lengths, num_others):
 
 @kernel
 def _free_chance(head, tokens, other_tokens, other_lengths, other_confidence, num_others):
-    """What the others leave of 1 for one more token behind the first ``head`` tokens, each of theirs counted once."""
+    """Chance that no other path claims for a token behind the first ``head``; equal tokens of others count once."""
     free = 1.0
     for other in range(num_others):
         if other_lengths[other] <= head:
@@ -159,7 +158,7 @@ def merge_trees(
     tokens, lengths, confidence, match_length, votes,
     out_tokens, out_lengths, out_confidence, out_match_length, out_votes,
 ):  # fmt: skip
-    """The best few paths of each request out of several trees, none of them twice nor the beginning of one before it.
+    """The best few paths of each request out of several trees; none is equal to, or the beginning of, one before it.
 
     The first is the first path that should get furthest, of equals the first tree's. Then, each time, of the paths that
     are next in their trees the one that adds most expected tokens to what was taken. Where it begins like one that was

@@ -15,8 +15,8 @@ from vllm_specplug.proposers.kernels import GOLDEN, SPLITMIX_FACTOR
 from vllm_specplug.proposers.slots import SlotMap
 
 FILL, KEPT, MOVED = 0, 1, 2
-"""How a token of a window was obtained: not at all; in an earlier round, and another token than expected was emitted
-since; or (from MOVED on) in the latest, see :func:`moved_kind`."""
+"""How a token of a window was obtained. FILL: it is a filler; KEPT: in an earlier round, since when another token than
+expected was emitted; MOVED and above: in the latest round, see :func:`moved_kind`."""
 
 
 LONGEST_RUN = 2
@@ -75,7 +75,7 @@ def _shift(tokens, kinds, state, num_overtaken, is_right):
 
 @kernel
 def advance_windows(slots, drafts, draft_ends, targets, target_ends, num_emitted, tokens, kinds, states):
-    """Take in what was verified: request ``i``'s draft and target tokens end before ``draft_ends[i]`` and so on."""
+    """Move windows on by a step: request ``i``'s tokens end before ``draft_ends[i]`` and ``target_ends[i]``."""
     width = tokens.shape[1]
     for i in range(len(slots)):
         slot = slots[i]
@@ -104,7 +104,7 @@ def advance_windows(slots, drafts, draft_ends, targets, target_ends, num_emitted
 
 @kernel
 def align_window(context, tokens, kinds, state):
-    """Make a window one of the tokens that follow ``context``, and empty where it is not of this text."""
+    """Shift a window to the tokens that follow ``context``; empty it if it belongs to another text."""
     num_tokens = len(context)
     anchor = state[_ANCHOR]
     if num_tokens == 0 or anchor > num_tokens or anchor < 1 or context[anchor - 1] != state[_LAST_TOKEN]:
@@ -119,7 +119,7 @@ def align_window(context, tokens, kinds, state):
 
 
 class Windows:
-    """What the target said of the coming tokens of each request; shared by the proposers of this kind.
+    """The target's latest tokens for the coming positions of each request, which jacobi and lookahead draft from.
 
     Attributes:
         tokens: ``[num_slots, width]`` int32, the coming tokens as far as anything is known.

@@ -36,10 +36,10 @@ def vote_confidence(length, num_agreeing, num_votes):
 def noisy_vote_confidence(length, num_agreeing, num_votes, margin, noise):
     """:func:`vote_confidence` for a token that won the race with the target's noise.
 
-    A token that few chose is as good a draft as a favourite where the noise is strongly for it: the target runs with
+    A token that few chose is as good a draft as a favourite if the noise is strongly for it: the target runs with
     the same noise. A logistic regression over 50,000 votes on what the tiny target wrote at temperatures 0.5, 0.8 and 1
     after prompts from the held-out modules, against a store of 10 million tokens of other Python; for the half that it
-    was not fitted to, the log loss is 0.495, where :func:`vote_confidence` has 0.548.
+    was not fitted to, the log loss is 0.495; that of :func:`vote_confidence` is 0.548.
 
     Args:
         length, num_agreeing, num_votes: as there.
@@ -69,7 +69,7 @@ def branch_confidence(length, num_agreeing, num_votes, num_winning):
     has 0.1113, and for the held-out modules 0.1025 instead of 0.1048. For the other half the mean of each twentieth of
     the scale up to 0.4 is within 0.05 of the share that was right; a loser is rarely worth more.
 
-    With 4 matched tokens and 10 votes, 4 of them give 0.28 where 6 win, and 1 gives 0.06 where 9 win.
+    With 4 matched tokens and 10 votes, 4 of them give 0.28 if 6 win, and 1 gives 0.06 if 9 win.
 
     Args:
         length, num_agreeing, num_votes: as there.

@@ -1,7 +1,7 @@
 """The rest proposer on a GPU: the token store lives in device memory, and one program of a kernel drafts for a request.
 
 Token ids so far go in as a tensor on the device and drafts come out as tensors on the device, so a step that drafts
-this way waits for no host. The drafts are those of :class:`~.rest.RestProposer` for greedy requests bit for bit,
+this way waits for no host. The drafts are those of :class:`~.proposer.RestProposer` for greedy requests bit for bit,
 confidences included. Requests that sample get the same: the token with the most votes, without the target's noise.
 Requests cannot choose among stores, of which there is one.
 
@@ -12,7 +12,7 @@ Requests cannot choose among stores, of which there is one.
 - *Vote.* The occurrences that vote are the lanes of a vector, in the order in which the host's loop meets them. Of
   tokens with equally many votes the host takes the one that had them first, and so does :func:`_most_voted`.
 - *Confidence.* It decides where a draft ends, and the ``log`` and ``exp`` of a GPU are not those of a CPU. So the
-  kernel reads :func:`~.rest.vote_confidence` from a table that the host filled, and only multiplies, in float64.
+  kernel reads :func:`~.confidence.vote_confidence` from a table that the host filled, and only multiplies, in float64.
 """
 
 from __future__ import annotations
@@ -95,12 +95,12 @@ def _most_voted(token, voting, vote_lanes: tl.constexpr):  # type: ignore[no-unt
     Votes for 5, 7, 7, 5 elect 7: it had two votes before 5 had.
 
     Args:
-        token: ``[vote_lanes]`` int32, -1 where not voting.
+        token: ``[vote_lanes]`` int32, -1 if not voting.
         voting: ``[vote_lanes]`` bool, at least one of them true.
     """
     vote = tl.arange(0, vote_lanes)
     earlier = (token[:, None] == token[None, :]) & (vote[:, None] >= vote[None, :])
-    # The how-manieth vote for its token each one is. The first to reach the highest count decides.
+    # Number of votes for the same token up to and with this one. The first to reach the highest count decides.
     nth = tl.sum(earlier.to(tl.int32), axis=1)
     best = tl.max(tl.where(voting, nth * vote_lanes + vote_lanes - 1 - vote, 0), axis=0)
     decider = vote_lanes - 1 - best % vote_lanes
@@ -115,7 +115,7 @@ def _draft_kernel(  # type: ignore[no-untyped-def]
     max_votes: tl.constexpr, draft_width: tl.constexpr, segment_lanes: tl.constexpr, match_lanes: tl.constexpr,
     vote_lanes: tl.constexpr, draft_lanes: tl.constexpr, num_probes: tl.constexpr,
 ):  # fmt: skip
-    """``draft_one`` of rest.py, one program a request. The first five arguments are :class:`DeviceRest`'s tensors.
+    """``draft_one`` of drafts.py, one program a request. The first five arguments are :class:`DeviceRest`'s tensors.
 
     ``*_lanes``: the number before it, rounded up to a power of two.
     """
@@ -197,13 +197,13 @@ def _draft_kernel(  # type: ignore[no-untyped-def]
 
 
 class DeviceRest:
-    """What :class:`~.rest.RestProposer` drafts, drafted on a device. Keeps no state about requests.
+    """What :class:`~.proposer.RestProposer` drafts, drafted on a device. Keeps no state about requests.
 
     Device memory: 6 or 8 bytes a token of the store (ids of 16 or 32 bits), and 8 bytes for each entry of the table of
     confidences, 1.5 MB with the default options and 16 draft tokens.
 
     Args:
-        context: as for :class:`~.rest.RestProposer`: ``datastores``, of which there must be one, ``options``,
+        context: as for :class:`~.proposer.RestProposer`: ``datastores``, of which there must be one, ``options``,
             ``vocab_size`` and ``num_speculative_tokens`` count, the latter as the width of what :meth:`propose`
             returns.
         device: where the store and the drafts are to be; the current device of the process when it calls.
@@ -212,7 +212,7 @@ class DeviceRest:
         num_bytes: device memory held, in bytes.
 
     Raises:
-        ValueError: what :class:`~.rest.RestProposer` refuses; several stores; ``sharpness``, since there is no noise
+        ValueError: what :class:`~.proposer.RestProposer` refuses; several stores; ``sharpness``, as no noise is known
             here; ``max_match`` above :data:`LARGEST_MAX_MATCH` or ``max_votes`` above :data:`LARGEST_MAX_VOTES`.
     """
 
@@ -228,7 +228,7 @@ class DeviceRest:
                 "proposer 'rest' on a device drafts the token with the most votes, without noise that sharpness could "
                 "weigh it against; leave sharpness out, or on_device"
             )
-        max_match, min_match, max_votes = (int(value) for value in host._settings)
+        max_match, min_match, max_votes = (int(value) for value in host.settings)
         for name, value, largest in (
             ("max_match", max_match, LARGEST_MAX_MATCH),
             ("max_votes", max_votes, LARGEST_MAX_VOTES),
@@ -243,7 +243,7 @@ class DeviceRest:
         self._segments = _upload(self.store.segments, self.device)
         self._confidences = _upload(confidence_table(max_match + self.num_draft_tokens - 1, max_votes), self.device)
         # A tensor, since Triton passes plain floats in 32 bits.
-        self._min_confidence = _upload(np.array([host._min_confidence]), self.device)
+        self._min_confidence = _upload(np.array([host.min_confidence]), self.device)
         num_segments = len(self.store.segments)
         self.constants = {
             "num_segments": num_segments,
@@ -315,10 +315,10 @@ class DeviceRest:
 
 
 def confidence_table(max_length: int, max_votes: int) -> NDArray[np.float64]:
-    """What :func:`~.rest.vote_confidence` answers, bit for bit.
+    """The values of :func:`~.confidence.vote_confidence`, bit for bit.
 
     Returns:
-        ``[max_length, max_votes, max_votes]`` float64, by length - 1, num_votes - 1 and num_agreeing - 1; 0 where more
+        ``[max_length, max_votes, max_votes]`` float64, by length - 1, num_votes - 1 and num_agreeing - 1; 0 if more
         agree than vote.
     """
     table = np.zeros((max_length, max_votes, max_votes))

@@ -350,9 +350,9 @@ def take_if_further(
     token_ids, num_tokens, confidence, match_length, votes,
     other_token_ids, other_num_tokens, other_confidence, other_match_length, other_votes,
 ):  # fmt: skip
-    """Replace each request's draft in the first five arrays by the other, where that should get further.
+    """Replace each request's draft in the first five arrays by the other if that should get further.
 
-    A longer match and a clearer vote both raise the expectation, whichever store they are found in.
+    A longer match and a clearer vote both raise the expectation, whichever store they come from.
     """
     for i in range(len(num_tokens)):
         if expected_of(other_confidence[i], other_num_tokens[i]) > expected_of(confidence[i], num_tokens[i]):
@@ -365,7 +365,7 @@ def take_if_further(
 
 @dataclass(slots=True)
 class Trees:
-    """The paths of one tree a store and request; arrays are ``[num_stores, num_chains, num_requests, ...]``."""
+    """The paths of one tree for each store and request; arrays are ``[num_stores, num_chains, num_requests, ...]``."""
 
     token_ids: NDArray[np.int32]
     num_tokens: NDArray[np.int64]
@@ -383,7 +383,7 @@ class Trees:
         )  # fmt: skip
 
     def merged(self) -> Trees:
-        """The best few paths over all stores, as if of one."""
+        """The best few paths over all stores, as the tree of a single store."""
         out = Trees.empty(1, *self.token_ids.shape[1:])
         merge_trees(
             self.token_ids, self.num_tokens, self.confidence, self.match_length[:, 0], self.votes,
@@ -392,7 +392,7 @@ class Trees:
         return out
 
     def drafts(self) -> Drafts:
-        """Those of the first store."""
+        """The paths of the first store as drafts: a main chain and its side chains."""
         chains = [
             Drafts(*arrays)
             for arrays in zip(

@@ -4,7 +4,7 @@ The longest suffix of a request's tokens is looked up in a store, and the contin
 first draft token is the one that most of them continue with, the second the one that most of *these* continue with,
 and so on. A draft ends where a document ends, or where the chance that its next token still counts gets too small.
 
-Where the request samples and the verifier's noise is known, votes are weights instead: at each depth the winner of
+If the request samples and the verifier's noise is known, votes are weights instead: at each depth the winner of
 ``scale * log(votes) + noise`` is drafted, with the very noise that the target's token will be drawn with
 (:mod:`vllm_specplug.samplers.noise`). Rare continuations are then drafted when they are due. Greedy requests get the
 token with the most votes. The end of a document is no token and does not race: such a draft ends where all who are
@@ -12,15 +12,15 @@ left end.
 
 Of several stores each drafts by itself, and a request gets the draft that should get furthest.
 
-Where several chains are of use, the best few continuations are answered: wherever votes were divided, a token that lost
-is a branch, worth the chance to get there times its own; the most promising branch of all paths so far is followed to
-its end, and so on (:func:`draft_tree`).
+If several chains are of use, the best few continuations are proposed: when votes are divided, a token that lost is a
+branch, worth the chance to get there times its own; the most promising branch of all paths so far is followed to its
+end, and so on (:func:`~.drafts.draft_tree`).
 
 Against the paper: one binary search over reversed text instead of a search for each suffix length, at most
 ``max_votes`` occurrences instead of up to 5000 (evenly spread over all of them), and few paths of a tree, or one.
 
 The chance that the target agrees with a vote depends on how long the match is and how clear the vote was; see
-:func:`vote_confidence`.
+:func:`~.confidence.vote_confidence`.
 """
 
 from __future__ import annotations
@@ -90,21 +90,23 @@ class RestProposer(Proposer):
 
     Attributes:
         stores: by name, in the order of the context; of equally promising drafts the first store's is taken.
+        settings: ``[3]`` int64: the options max_match, min_match and max_votes.
+        min_confidence: the option.
 
     Raises:
-        ValueError: no store is configured, it cannot be used (:class:`~.datastore.DatastoreError`), or an option is
-            unknown or out of its range.
+        ValueError: an option is unknown or out of its range, no store is configured, or it cannot be used
+            (:class:`~vllm_specplug.errors.DatastoreError`).
     """
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
         options = with_defaults("rest", DEFAULT_OPTIONS, context.options)
-        self._settings: NDArray[np.int64] = np.array(
+        self.settings: NDArray[np.int64] = np.array(
             [check_whole("rest", name, options[name]) for name in ("max_match", "min_match", "max_votes")],
             dtype=np.int64,
         )
         check_match_lengths("rest", options)
-        self._min_confidence = check_probability("rest", "min_confidence", options["min_confidence"])
+        self.min_confidence = check_probability("rest", "min_confidence", options["min_confidence"])
         self._noise = NoiseInputs(check_number("rest", "sharpness", options["sharpness"]))
         if not context.datastores:
             raise ValueError(
@@ -140,8 +142,8 @@ class RestProposer(Proposer):
             drafts.votes = np.zeros((len(batch), width), dtype=np.int32)
             kernel(
                 store.tokens, store.positions, store.segments, store.header.vocab_size, *contexts,
-                kernel_input(limits.get(name, batch.max_draft_tokens), np.int64), self._settings,
-                self._min_confidence, *noise,
+                kernel_input(limits.get(name, batch.max_draft_tokens), np.int64), self.settings,
+                self.min_confidence, *noise,
                 drafts.token_ids, drafts.num_tokens, drafts.confidence, drafts.match_length, drafts.votes,
             )  # fmt: skip
             if stats is not None:
@@ -169,8 +171,8 @@ class RestProposer(Proposer):
                 store.tokens, store.positions, store.segments, store.header.vocab_size,
                 kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
                 kernel_input(batch.num_tokens, np.int64),
-                kernel_input(limits.get(name, batch.max_draft_tokens), np.int64), self._settings,
-                self._min_confidence, *noise,
+                kernel_input(limits.get(name, batch.max_draft_tokens), np.int64), self.settings,
+                self.min_confidence, *noise,
                 trees.token_ids[nth], trees.num_tokens[nth], trees.confidence[nth], trees.match_length[nth, 0],
                 trees.votes[nth],
             )  # fmt: skip
@@ -184,7 +186,7 @@ class RestProposer(Proposer):
         return trees.drafts()
 
     def _limits(self, batch: DraftBatch) -> dict[str, NDArray[np.int64]]:
-        """Longest draft for each request, 0 where a store is not asked, by store; none where all ask all."""
+        """Longest draft for each request, 0 if a store is not asked, by store; empty if all ask all."""
         wanted = [options.get(STORES_OPTION) for options in batch.options]
         if wanted.count(None) == len(wanted):
             return {}
@@ -195,7 +197,7 @@ class RestProposer(Proposer):
 
     def longest_match(self, context: NDArray[np.int32]) -> tuple[int, int]:
         """Length of the longest suffix of ``context`` that drafts come from, and how often the stores have it."""
-        max_match, min_match, _ = self._settings
+        max_match, min_match, _ = self.settings
         longest, total = 0, 0
         for store in self.stores.values():
             lengths = np.zeros(1, dtype=np.int64)
@@ -229,7 +231,7 @@ class RestProposer(Proposer):
                 continue
             newer = Datastore.open(store.path)
             newer.check_tokenizer(store.header.fingerprint, self.context.vocab_size, f"the store in use ({name})")
-            newer.check_max_match(int(self._settings[0]))
+            newer.check_max_match(int(self.settings[0]))
             newer.prefault()
             opened[name] = newer
         return opened

@@ -40,7 +40,7 @@ token that found no room needs."""
 ROOT = 0
 NO_EDGE, INLINE = -2, -1
 MAX_LIST = 16
-"""Most further edges of a state that are found by going through them."""
+"""Most further edges of a state that are searched one by one; a state with more has them in the table."""
 MAX_CHAIN = 32
 FIRST_ROWS = 16
 LARGE_BYTES = 1 << 20
@@ -49,7 +49,7 @@ _NO_ROOM = -1
 
 @kernel
 def _slot_of(table, state, token):
-    """Slot of the table that has the key, or the free one where it belongs."""
+    """Slot of the table that has the key, or the free one for it."""
     key = mix64(np.uint64(state) << np.uint64(32), token)
     key ^= key >> np.uint64(29)
     key *= SPLITMIX_FACTOR
@@ -81,7 +81,7 @@ def find_edge(states, edges, table, state, token):
 
 @kernel
 def target_of(states, edges, state, edge):
-    """Where ``edge``, as :func:`find_edge` found it, leads."""
+    """State that ``edge``, an answer of :func:`find_edge`, leads to."""
     return np.int64(states[state, TARGET]) if edge == INLINE else np.int64(edges[edge, 1])
 
 
@@ -255,7 +255,7 @@ def extend(states, edges, table, sizes, last, token, owner):
         owner: serial number of the text, int32.
 
     Returns:
-        The state of the longer text; -1, with nothing changed, where an array is full.
+        The state of the longer text; -1, with nothing changed, if an array is full.
     """
     state = np.int64(last)
     num_new = 0
@@ -302,7 +302,7 @@ def extend(states, edges, table, sizes, last, token, owner):
 
 @kernel
 def extend_text(states, edges, table, sizes, last, tokens, owner):
-    """:func:`extend` by all ``tokens``: (state, how many found room)."""
+    """:func:`extend` by all ``tokens``: (state, number of tokens there was room for)."""
     state = np.int64(last)
     for index in range(len(tokens)):
         after = extend(states, edges, table, sizes, state, tokens[index], owner)
@@ -322,7 +322,7 @@ def rehash(table, larger):
 
 @kernel
 def find(states, edges, table, tokens):
-    """State of a substring, -1 where it does not occur."""
+    """State of a substring, -1 if it does not occur."""
     state = np.int64(ROOT)
     for index in range(len(tokens)):
         edge = find_edge(states, edges, table, state, tokens[index])
@@ -349,7 +349,7 @@ class Automaton:
 
     @classmethod
     def nothing(cls) -> Automaton:
-        """Arrays without rows, where a kernel wants an automaton and there is none."""
+        """Arrays without rows, for a kernel that takes an automaton when there is none."""
         nothing = cls()
         nothing.states, nothing.edges, nothing.table = nothing.states[:0], nothing.edges[:0], nothing.table[:0]
         return nothing
@@ -373,7 +373,7 @@ class Automaton:
         return self.states.nbytes + self.edges.nbytes + self.table.nbytes
 
     def grow(self, limit_bytes: int) -> bool:
-        """Make the room that :func:`extend` did not find; False where that would take more than ``limit_bytes``.
+        """Make the room that :func:`extend` lacked; False if that would take more than ``limit_bytes``.
 
         An array grows by half, or to the limit if that gives a sixteenth at least.
         """

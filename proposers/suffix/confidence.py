@@ -31,7 +31,7 @@ def continuation_score(length, num_agreeing, num_against, is_own):
         length: matched tokens, at least 1, draft tokens before this one included.
         num_agreeing: occurrences of the match that continue so, at least 1.
         num_against: those that continue otherwise.
-        is_own: 1.0 where the request itself was the last to continue so, else 0.0.
+        is_own: 1.0 if the request itself was the last to continue so, else 0.0.
     """
     log_length = _log(min(length, 32))
     log_ratio = _log(num_agreeing) - _log(num_against + 1)
@@ -46,7 +46,7 @@ def draft_confidence(score, support, rival):
     """Estimated chance that the target emits the token that was chosen among all candidates.
 
     From the same data. For 33 modules that it was not fitted to, the mean of each tenth of the scale is within 0.03 of
-    the share that was right, and the log loss is 0.494 to 0.499, where the score alone has 0.52. Other text, tokenizers
+    the share that was right, and the log loss is 0.494 to 0.499, that of the score alone 0.52. Other text, tokenizers
     and models may differ by more; what is drafted depends on it, never what is emitted.
 
     Args:
@@ -61,7 +61,7 @@ def draft_confidence(score, support, rival):
 def noisy_confidence(confidence, noise):
     """A confidence without noise, for a token that won the race with the target's noise.
 
-    The target runs with the same noise: a continuation that few took is as good as a favourite where the noise is
+    The target runs with the same noise: a continuation that few took is as good as a favourite if the noise is
     strongly for it, and a favourite that the noise is against is a worse draft. A logistic regression over 35,000 draft
     tokens, on what the tiny target wrote at temperatures 0.5, 0.8 and 1.0 after prompts from the held-out modules; for
     as many others the log loss falls from 0.471 to 0.432.

@@ -29,7 +29,7 @@ MAX_FOUND = 4 * (SHORTER_SUFFIXES + 1)
 
 
 SUPPORT = 0.6
-"""What the same token after another match adds to a candidate's score, as a part of its chance there."""
+"""Weight of a token's probability under other matches when scores are added."""
 
 
 LONG_MATCH = 16
@@ -37,7 +37,7 @@ LONG_MATCH = 16
 
 
 LOOK_BACK = 128
-"""A request that is new has its match in the older automaton searched in its last tokens only."""
+"""Last tokens of a new request that its match in the older automaton is searched in."""
 
 
 CHECKED_TOKENS = 8
@@ -57,7 +57,7 @@ ROWS, NUM_TOKENS, LIMITS, SLOTS, MEMBERS = range(5)
 ) = range(7)  # fmt: skip
 CANDIDATE_WORDS = 7
 """A candidate: its token, the match it continues and that one's length, occurrences that agree and that do not, and the
-automaton, 0 the one being built or 1 the older; 1 where the request itself was the last to continue so."""
+automaton, 0 the one being built or 1 the older; 1 if the request itself was the last to continue so."""
 
 
 @kernel
@@ -73,7 +73,7 @@ def _check_of(context, end):
 def follow(
     states, edges, table, sizes, old_states, old_edges, old_table, new_id, old_id, context, vocab_size, request,
 ):  # fmt: skip
-    """Bring one request up to its last token; False where the automaton is full (what was done stays done)."""
+    """Bring one request up to its last token; False if the automaton is full (what was inserted stays)."""
     if request[_NEW_ID] != new_id:
         if old_id != 0 and request[_NEW_ID] == old_id:  # 0: there is no older one, nor has a new request stood in any
             request[OLD_STATE] = request[LAST]
@@ -202,7 +202,7 @@ def choose(found, scores, chances, num_found):
 def race(states, edges, state, owner, kind, key, scale):
     """(token, occurrences, target) of the continuation that wins the noisy race.
 
-    Where the request itself was the last to continue so, that counts like :data:`OWN_WEIGHT` times the occurrences.
+    If the request itself was the last to continue so, occurrences count :data:`OWN_WEIGHT` times.
     """
     best_token = np.int64(-1)
     best_target = np.int64(ROOT)
@@ -247,8 +247,8 @@ def all_candidates(
 def elect(states, edges, old_states, old_edges, owner, kind, key, scale, found, scores, chances, num_found):
     """The next draft token out of the candidates.
 
-    Where ``scale`` is above 0 and the best candidate's match was continued in several ways, these run the race with the
-    target's noise.
+    If ``scale`` is above 0 and the best candidate's match was continued in several ways, these race with the target's
+    noise.
 
     Returns:
         (place of the best candidate, token, its occurrences, its confidence, what that would be without noise).
@@ -322,7 +322,8 @@ def follow_all(
     states, edges, table, sizes, old_states, old_edges, old_table, contexts, requests, work, num_members, first,
     new_id, old_id, vocab_size,
 ):  # fmt: skip
-    """:func:`follow` for the members of a batch from the ``first`` on: how many are done, all unless it is full."""
+    """:func:`follow` for the members of a batch from the ``first`` on: how many are done, which is all unless the
+    automaton is full."""
     for nth in range(first, num_members):
         i = work[MEMBERS, nth]
         if not follow(

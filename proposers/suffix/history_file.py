@@ -90,7 +90,7 @@ class HistoryFile:
     # -- Disk --------------------------------------------------------------------------------------------------------
 
     def load(self) -> list[tuple[str, NDArray[np.int32]]]:
-        """The texts in the file, the oldest first; none where there is no file yet."""
+        """The texts in the file, the oldest first; none if there is no file yet."""
         if not self.path.exists():
             return []
         try:

@@ -3,15 +3,15 @@
 Prompt and output of every request go, token by token, into one suffix automaton (:mod:`.automaton`). Each request
 stands in it at the state of its own text; the links from there are its suffixes, longest first, with everything that
 ever followed them, in this request or another. A draft token is what followed the longest suffix most often or last,
-or what followed one of the next shorter ones, whichever is likelier to be right (:func:`continuation_score`):
+or what followed one of the next shorter ones, whichever is likelier to be right (:func:`.continuation_score`):
 long matches are specific, short ones have seen more, the idea of prediction by partial matching (Cleary and Witten,
 1984).
 
-Where the request samples and the verifier's noise is known, the continuations race with it instead:
+If the request samples and the verifier's noise is known, the continuations race with it instead:
 ``scale * log(occurrences) + noise`` (:mod:`vllm_specplug.samplers.noise`).
 
-Where several chains are of use, the best few continuations are answered: what lost to a draft token is a branch, and
-the most promising one of all is followed as if it had won (:mod:`.tree`).
+If several chains are of use, the best few continuations are proposed: a token that lost to a draft token is a branch,
+and the most promising one of all is followed as if it had won (:mod:`..tree`).
 
 The history is bounded. A tenant has two automata: one being built, and before it an older one that is only read. When
 the first is full it takes the place of the second, which is forgotten.
@@ -87,7 +87,7 @@ save_interval_s: seconds between two saves; nothing is written while nothing new
 
 SMALLEST_HISTORY_BYTES = 1 << 20
 FILE_SHARE = 16
-"""Token ids that wait to be saved take at most this part of the history, as one in 16: what the rest has room for."""
+"""Unsaved token ids take at most 1/16 of ``max_history_bytes``."""
 
 
 _Out = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64], NDArray[np.int32]]
@@ -97,7 +97,7 @@ _Out = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64], NDArray[
 class SuffixProposer(Proposer):
     """Drafts from the text of all requests; for options see :data:`DEFAULT_OPTIONS`.
 
-    Requests whose option :data:`~.base.TENANT_OPTION` differs never see each other's text. Where the memory is used up
+    Requests whose option :data:`~.base.TENANT_OPTION` differs never see each other's text. When the memory is used up
     the tenant that was used least recently forgets first, its older automaton before its newer one.
 
     Raises:
@@ -173,7 +173,7 @@ class SuffixProposer(Proposer):
         self._tenants.move_to_end(tenant.key)
 
     def _forget(self, but: Tenant) -> bool:
-        """Drop the older or the only automaton of the tenant used least recently; False where all is dropped."""
+        """Drop the older or the only automaton of the tenant used least recently; False if all are dropped."""
         smallest = Automaton.smallest_bytes()
         tenant: Tenant | None = None
         for each in self._tenants.values():
@@ -277,7 +277,7 @@ class SuffixProposer(Proposer):
 
     def _run(self, batch: DraftBatch, width: int) -> Drafts:
         """Insert what is new, and draft up to ``width`` tokens."""
-        # Every microsecond here is one of each step: numpy is asked for as little as possible.
+        # Runs in every step, so every microsecond counts: as few calls of numpy as possible.
         num_requests = len(batch.request_ids)
         if batch.num_chains > 1 and num_requests > 0 and width > 0:
             return self._run_trees(batch, width)
@@ -409,7 +409,7 @@ class SuffixProposer(Proposer):
         rehash(np.zeros((2, SLOT_WORDS), dtype=np.int32), np.zeros((4, SLOT_WORDS), dtype=np.int32))
 
     def memory_bytes(self) -> int:
-        """Bytes of the history and of what is known of requests, finished texts that wait to be saved included."""
+        """Bytes of the history and of the state of requests, finished texts that wait to be saved included."""
         automata = sum(each.num_bytes() for tenant in self._tenants.values() for each in tenant.automata())
         return automata + self._requests.nbytes + (self._file.num_bytes() if self._file is not None else 0)
 

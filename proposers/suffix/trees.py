@@ -53,8 +53,8 @@ def noisy_branch_confidence(confidence, noise, winner, winner_noise):
     """A confidence without noise, for a token that lost to one that won the race with the target's noise: below 0.5.
 
     A logistic regression, with that ceiling, over 168,000 losers on what the tiny target wrote at temperatures 0.5, 0.8
-    and 1 after prompts from half of the held-out modules. For the other half the log loss is 0.127, where
-    :func:`noisy_confidence` has 0.138; the mean of each twentieth of the scale is within 0.06 of the share that was
+    and 1 after prompts from half of the held-out modules. For the other half the log loss is 0.127, that of
+    :func:`noisy_confidence` 0.138; the mean of each twentieth of the scale is within 0.06 of the share that was
     right, and within 0.03 up to 0.25. At temperature 1 alone it is up to 0.06 too high between 0.1 and 0.4.
 
     Args:
