@@ -114,7 +114,7 @@ class Forked(NamedTuple):
 
 
 def trim(best: MainChains, budget: Budget) -> Trimmed:
-    """Shorten the main chains, in place, to what the budget pays for."""
+    """Shorten the main chains, in place, to what the budget pays for; a probe leaves them whole if that is nothing."""
     lengths = best.lengths
     if budget.drafts is DraftMode.NONE:
         lengths[:] = 0
@@ -131,8 +131,9 @@ def trim(best: MainChains, budget: Budget) -> Trimmed:
 
 @dataclass
 class Trust:
-    """How much of what the estimates promise comes true. Estimates promise a little too much, since the best of several
-    is taken.
+    """How much of what the estimates promise comes true.
+
+    They promise a little too much, since the best of several estimates is taken.
 
     Attributes:
         promised: expected accepted draft tokens; those of earlier steps count 0.99 times as much per step.
@@ -143,7 +144,11 @@ class Trust:
     kept: float = 0.0
 
     def settle(self, kept: float, promised: float = 0.0) -> None:
-        """A step accepted ``kept`` draft tokens, of ``promised`` that were not entered yet."""
+        """Enter a step that accepted ``kept`` draft tokens.
+
+        Args:
+            promised: expected accepted tokens of the step, if they were not added to :attr:`promised` before.
+        """
         self.promised = 0.99 * self.promised + promised
         self.kept = 0.99 * self.kept + kept
 
@@ -241,8 +246,8 @@ class ForkRest:
         self._stats = stats
         self._left = 0
         self._length = REST
-        self._idle = 0  # steps in which no side chain was worth its rows, since one was
-        self._since_single = 0  # steps with side chains since one was left without, to be measured
+        self._idle = 0  # steps since a side chain was last worth its rows
+        self._since_single = 0  # steps since side chains were last left out to be measured
         self._is_probe_due = False
         self.is_probing = False
         """True while a step runs in which one side chain is tried, whether it pays or not."""
@@ -290,8 +295,8 @@ class Gate:
 
     Attributes:
         costs: what steps cost without drafts, and for each draft row and side chain; empty if nothing is measured.
-        trust: how much of the promised tokens of all chains is accepted.
-        fork_trust: the same of side chains alone, of what they add.
+        trust: accepted over promised tokens of all chains.
+        fork_trust: the same for the tokens that side chains add to main chains.
     """
 
     def __init__(self, stats: EnsembleStats) -> None:
@@ -345,7 +350,7 @@ class Gate:
 
     @staticmethod
     def _lacks_plain(costs: StepCosts, num_running: int) -> bool:
-        """True if it is not known, or not by now, what a step without drafts costs."""
+        """True if the cost of a step without drafts is unknown or was measured too long ago."""
         return not costs.knows_plain(num_running) or costs.steps_since_plain(num_running) > PLAIN_INTERVAL
 
 
