@@ -7,12 +7,13 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 
 from vllm_specplug.cli.bench import configurations
 from vllm_specplug.engines.work import Completed
@@ -51,12 +52,17 @@ from vllm_specplug.tiny_models import target_path
         ("strings.json", '["a", "b"]', [("strings", "a", False), ("strings", "b", False)]),
     ],
 )
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("suffix", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstandard.compress)])
 def test_prompt_files(
-    tmp_path: Path, name: str, text: str, expected: list[tuple[str, str, bool]], packed: bool
+    tmp_path: Path,
+    name: str,
+    text: str,
+    expected: list[tuple[str, str, bool]],
+    suffix: str,
+    pack: Callable[[bytes], bytes],
 ) -> None:
-    path = tmp_path / (f"{name}.gz" if packed else name)
-    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(pack(text.encode()))
     assert [(task.category, task.text, task.is_chat) for task in corpus.read_tasks(path)] == expected
 
 

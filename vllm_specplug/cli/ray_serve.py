@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_specplug.cli.clusters import connect, json_object, released
+from vllm_specplug.cli.clusters import connect, released
+from vllm_specplug.cli.options import json_object
 from vllm_specplug.errors import SpecplugError
 from vllm_specplug.ray.environment import require_ray
 

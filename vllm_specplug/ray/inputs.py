@@ -7,10 +7,8 @@ replicas, has the same ones.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +18,9 @@ from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.stores.texts import COMPRESSION_SUFFIXES, READ_ERRORS, unpacked
 
 PROMPT_FIELDS = ("prompt", "messages", "text", "prompt_token_ids")
 """Where a row's prompt is looked for, in this order, unless a field is named."""
@@ -30,11 +28,10 @@ ROW_ID = "row_id"
 SEED = "seed"
 OUTPUT_FIELDS = (ROW_ID, "output_text", "output_token_ids", "finish_reason", "error")
 """Columns that are added to those of the input; ``seed`` too where it has none."""
-COMPRESSIONS = (".gz", ".zst")
 KINDS = {".parquet": "parquet", ".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".txt": "text"}
 CHECK_ROWS = 4096
 CHUNK_BYTES = 2**20
-_READ_ERRORS = (OSError, EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError, pa.ArrowException)
+_READ_ERRORS = (*READ_ERRORS, pa.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -158,13 +155,13 @@ def _is_visible(path: Path, folder: Path) -> bool:
 
 
 def _known() -> str:
-    return f"{', '.join(KINDS)} (all but .parquet also as {', '.join(COMPRESSIONS)})"
+    return f"{', '.join(KINDS)} (all but .parquet also as {', '.join(COMPRESSION_SUFFIXES)})"
 
 
 def kind_of(path: Path) -> str | None:
     """What the name says that a file is."""
     name = path.name.lower()
-    for suffix in COMPRESSIONS:
+    for suffix in COMPRESSION_SUFFIXES:
         name = name.removesuffix(suffix)
     return KINDS.get(Path(name).suffix)
 
@@ -214,12 +211,11 @@ def _digest(path: Path) -> str:
 
 def _readable(path: Path, to: Path) -> Path:
     """The file itself, or a copy of lines where it is compressed or one JSON list."""
-    suffix = path.suffix.lower()
     readable = path
-    if suffix in COMPRESSIONS:
+    if path.suffix.lower() in COMPRESSION_SUFFIXES:
         readable = to
-        with path.open("rb") as raw, to.open("wb") as out, _unpacking(raw, suffix) as unpacking:
-            while chunk := unpacking.read(CHUNK_BYTES):
+        with path.open("rb") as raw, to.open("wb") as out, unpacked(raw, path) as stream:
+            while chunk := stream.read(CHUNK_BYTES):
                 out.write(chunk)
     with readable.open("rb") as file:
         is_list = kind_of(path) == "lines" and file.read(1024).lstrip().startswith(b"[")
@@ -231,12 +227,6 @@ def _readable(path: Path, to: Path) -> Path:
         to.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return to
     return readable
-
-
-def _unpacking(raw: IO[bytes], suffix: str) -> Any:
-    if suffix == ".gz":
-        return gzip.open(raw)
-    return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
 
 
 def _scan_lines(path: Path, readable: Path, kind: str) -> tuple[array[int], list[pa.Schema]]:

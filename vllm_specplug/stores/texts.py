@@ -26,7 +26,7 @@ COMPRESSION_SUFFIXES = (".gz", ".zst")
 EXPANSION = 4
 """Bytes of text for a byte of a compressed file, about: only to cut work into parts of similar size."""
 
-_READ_ERRORS = (UnicodeDecodeError, OSError, EOFError, zlib.error, zstandard.ZstdError)
+READ_ERRORS = (UnicodeDecodeError, OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
 class Slice(NamedTuple):
@@ -205,18 +205,26 @@ def _line_start(file: IO[bytes], at: int) -> int:
 
 
 @contextlib.contextmanager
+def unpacked(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
+    """The contents of an open file: decompressed when the name of ``path`` ends in ``.gz`` or ``.zst``."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        with gzip.open(raw) as stream:
+            yield cast("IO[bytes]", stream)
+    elif suffix == ".zst":
+        with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False) as stream:
+            yield io.BufferedReader(stream)
+    else:
+        yield raw
+
+
+@contextlib.contextmanager
 def _open(part: Slice) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The file as it lies on disk, and the slice of it decompressed."""
     with part.path.open("rb") as raw:
-        suffix = part.path.suffix.lower()
-        if suffix == ".gz":
-            with gzip.open(raw) as stream:
-                yield raw, cast("IO[bytes]", stream)
-        elif suffix == ".zst":
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False) as stream:
-                yield raw, io.BufferedReader(stream)
-        elif part.start == 0 and part.stop is None:
-            yield raw, raw
+        if part.path.suffix.lower() in COMPRESSION_SUFFIXES or (part.start == 0 and part.stop is None):
+            with unpacked(raw, part.path) as stream:
+                yield raw, stream
         else:
             stop = raw.seek(0, io.SEEK_END) if part.stop is None else _line_start(raw, part.stop)
             start = _line_start(raw, part.start)
@@ -233,7 +241,7 @@ def is_text(part: Slice) -> bool:
                 if "\0" in decoder.decode(chunk):
                     return False
             decoder.decode(b"", final=True)
-    except _READ_ERRORS:
+    except READ_ERRORS:
         return False
     return True
 
@@ -267,7 +275,7 @@ def _json_lines(part: Slice, stream: IO[bytes], field: str) -> Iterator[Piece]:
                     f"{', '.join(texts) or 'none'} (choose one with --field)"
                 )
             yield from split_text(io.StringIO(_whole_characters(texts[field]), newline="").read)
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise DatastoreError(f"cannot read {part.path}: {error}") from error
 
 

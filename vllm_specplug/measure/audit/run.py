@@ -12,6 +12,7 @@ from vllm_specplug.measure.audit.asked import QUESTIONS, Options, Progress, Row
 from vllm_specplug.measure.audit.contexts import context_rows, drawn_contexts
 from vllm_specplug.measure.audit.identity import Runs, ask_identity, first_differences, prefixes
 from vllm_specplug.measure.audit.lossless import ask_lossless
+from vllm_specplug.measure.prompts import tokenizer_of
 from vllm_specplug.samplers.couplings import Sampler
 from vllm_specplug.settings.model import METHOD
 from vllm_specplug.settings.registry import sampler_class
@@ -27,15 +28,7 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
         ConfigurationError: what was asked cannot be done.
         EngineError: an engine did not start or stopped.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ConfigurationError("vLLM is not installed: pip install 'vllm-specplug[cpu]' (or '[cuda]')") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-    except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ConfigurationError(f"the tokenizer of {options.model!r} cannot be loaded: {first}") from error
+    tokenizer = tokenizer_of(options.model)
     prompts = [ids[:512] for text in options.prompts if (ids := tokenizer.encode(text))]
     if not prompts:
         raise ConfigurationError("no prompt has a token; give longer ones")
