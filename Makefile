@@ -7,13 +7,24 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := torch==2.13.0+cpu
 DEMO_OPTIONS ?=
 
-.PHONY: demo test setup lint types docs
+.PHONY: demo quick test test-long setup lint types docs
+
+# Both workers begin with the files that take longest.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 demo: setup
 	$(BIN)/specplug demo $(DEMO_OPTIONS)
 
+# Everything that starts no engine.
+quick: lint types
+	$(PYTEST) -m "not engine and not long"
+
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
+	$(PYTEST) --durations=20
+
+# What takes minutes by itself: ten thousand requests, a million draws, trainings.
+test-long: setup
+	$(PYTEST) -m long --durations=20
 
 setup: $(VENV)/.ready
 
@@ -30,6 +41,7 @@ $(VENV)/.ready: pyproject.toml Makefile
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 # proposers/ and samplers/ are installed under vllm_specplug: the installed package is what gets checked.
 types: setup

@@ -217,7 +217,7 @@ def matches_behind(proposer: NgramProposer) -> Callable[[DraftBatch, Drafts], ND
     """The argument of ``match_confidence`` for each draft token."""
 
     def evidence_of(batch: DraftBatch, drafts: Drafts) -> NDArray[np.int64]:
-        slots = [proposer._slot_of[name] for name in batch.request_ids]
+        slots = proposer._slots.known(batch.request_ids)
         lengths = proposer._states[slots, ngram._MATCH_LENGTH]
         return (lengths[:, None] + np.arange(drafts.token_ids.shape[1]))[:, :, None]
 

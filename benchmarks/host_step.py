@@ -21,6 +21,7 @@ import torch
 from build_store import TINY_TOKENIZER, machine_line, parse_count, print_table
 from lookup import CONTEXT_TOKENS, MAX_DRAFT, held_out_tokens, store_of
 
+from vllm_specplug.hooks.v2.transfer import Transfer
 from vllm_specplug.settings.model import SETTINGS_KEY, parse_settings
 from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
 
@@ -29,9 +30,9 @@ STEPS = 200
 COLUMNS = ["proposers", "batch", "of it drafting, us", "median, us/step", "p99, us/step", "median, us/request"]
 
 
-def speculator_of(proposers: list[str], store: str | None, batch: int, vocab_size: int) -> Any:
+def drafter_of(proposers: list[str], store: str | None, batch: int, vocab_size: int) -> Any:
     """Our drafter as the V2 runner builds it, with a table of drafts to write to and no runner around it."""
-    from vllm_specplug.hooks.v2.drafter import Speculator
+    from vllm_specplug.hooks.v2.drafter import Drafter
 
     settings = parse_settings({"proposers": proposers, "datastore": store, "num_speculative_tokens": MAX_DRAFT})
     config = SimpleNamespace(
@@ -44,12 +45,12 @@ def speculator_of(proposers: list[str], store: str | None, batch: int, vocab_siz
         req_id_to_index={str(row): row for row in range(batch)},
         draft_tokens=torch.zeros((batch, MAX_DRAFT), dtype=torch.int64),
     )
-    speculator = Speculator(config, torch.device("cpu"), states)
-    speculator.drafting.warm_up()
-    return speculator
+    drafter = Drafter(config, torch.device("cpu"), states)
+    drafter.drafting.warm_up()
+    return drafter
 
 
-def measure(speculator: Any, modules: list[np.ndarray[Any, Any]], batch: int) -> list[str]:
+def measure(drafter: Any, modules: list[np.ndarray[Any, Any]], batch: int) -> list[str]:
     """Median and 99th percentile of a step's host work, in microseconds."""
     rng = np.random.default_rng(0)
     length = CONTEXT_TOKENS + EMITTED * (STEPS + 1)
@@ -61,27 +62,28 @@ def measure(speculator: Any, modules: list[np.ndarray[Any, Any]], batch: int) ->
         texts.append(module[start : start + length])
     table = np.stack(texts)
     ids = [str(row) for row in range(batch)]
-    params = SimpleNamespace(extra_args=None, max_tokens=None)
+    params = SimpleNamespace(extra_args=None, max_tokens=None, temperature=0.0)
     new = [
         SimpleNamespace(req_id=id, sampling_params=params, prompt_len=CONTEXT_TOKENS, prefill_token_ids=row.tolist())
         for id, row in zip(ids, table[:, :CONTEXT_TOKENS], strict=True)
     ]
-    speculator.add_requests(SimpleNamespace(scheduled_new_reqs=new))
+    drafter.add_requests(SimpleNamespace(scheduled_new_reqs=new))
     rows = np.arange(batch)
     latency_us = np.empty(STEPS)
     drafting_s = 0.0
     for step in range(STEPS):
         total = CONTEXT_TOKENS + EMITTED * (step + 1)
-        line = speculator._on_host[:batch].numpy()
+        line = drafter._on_host[:batch].numpy()
         line[:, 0], line[:, 1] = total, EMITTED
         line[:, 2:] = -1
         line[:, 2 : 2 + EMITTED] = table[:, total - EMITTED : total]
-        before = drafting_seconds(speculator)
+        before = drafting_seconds(drafter)
         started = time.perf_counter()
-        speculator.take_in(ids, rows, np.full(batch, MAX_DRAFT), MAX_DRAFT, speculator._on_host[:batch])
-        speculator.put_in_place()
+        occupation, packed = drafter.history.occupation[rows], drafter._on_host[:batch]
+        drafter.begin_step().transfer = Transfer(ids, rows, occupation, np.full(batch, MAX_DRAFT), MAX_DRAFT, packed)
+        drafter.put_in_place()
         latency_us[step] = (time.perf_counter() - started) * 1e6
-        drafting_s += drafting_seconds(speculator) - before
+        drafting_s += drafting_seconds(drafter) - before
     median = float(np.median(latency_us))
     return [
         f"{drafting_s / STEPS * 1e6:.0f}",
@@ -91,9 +93,9 @@ def measure(speculator: Any, modules: list[np.ndarray[Any, Any]], batch: int) ->
     ]
 
 
-def drafting_seconds(speculator: Any) -> float:
+def drafting_seconds(drafter: Any) -> float:
     """Seconds that the proposers themselves have taken so far."""
-    return sum(stats.propose_s for stats in speculator.drafting.stats.proposers.values())
+    return sum(stats.propose_s for stats in drafter.drafting.stats.proposers.values())
 
 
 def main() -> None:
@@ -114,8 +116,8 @@ def main() -> None:
         for proposers in ([], ["ngram"], ["rest"], ["ngram", "rest"]):
             for batch in arguments.batch:
                 path = store if "rest" in proposers else None
-                speculator = speculator_of(proposers, path, batch, vocab_size_of(tokenizer))
-                rows.append([" + ".join(proposers) or "none", str(batch), *measure(speculator, modules, batch)])
+                drafter = drafter_of(proposers, path, batch, vocab_size_of(tokenizer))
+                rows.append([" + ".join(proposers) or "none", str(batch), *measure(drafter, modules, batch)])
     print(machine_line(f"drafts of up to {MAX_DRAFT}; {EMITTED} tokens emitted a request and step"))
     print_table(COLUMNS, rows, arguments.markdown)
 

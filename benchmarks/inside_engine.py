@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from vllm_specplug.hooks.attached import drafter_of
+
 
 class Inside:
     """Methods that ``collective_rpc`` reaches."""
@@ -44,7 +46,7 @@ class Inside:
         from vllm_specplug.drafting.drafting import Drafting
         from vllm_specplug.settings.model import parse_settings
 
-        attached = self.model_runner._specplug
+        attached = drafter_of(self.model_runner)
         kept = attached.__dict__.setdefault("_draftings_by_name", {})
         if name not in kept:
             before = attached.drafting
@@ -54,7 +56,7 @@ class Inside:
 
     def drafting_stats(self) -> dict[str, Any]:
         """Counters of the proposers at work."""
-        return self.model_runner._specplug.snapshot()  # type: ignore[no-any-return]
+        return drafter_of(self.model_runner).snapshot()  # type: ignore[no-any-return]
 
 
 def _timed(runner: Any, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -350,13 +350,11 @@ def commands() -> str:
     """Every subcommand of ``specplug`` with its arguments and options."""
     import typer.main
 
-    from vllm_specplug.cli import app
+    from vllm_specplug.cli import COMMANDS
 
     parts = []
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
-        module = importlib.import_module(f"vllm_specplug.cli.{name.replace('-', '_')}")
-        # Most subcommands are apps of their own behind one that hands everything on.
-        own = typer.main.get_command(module.app) if hasattr(module, "app") else command
+    for name, (module, _) in COMMANDS.items():
+        own: Any = typer.main.get_command(importlib.import_module(module).app)
         parts.append(f"## specplug {name}\n\n{_help(own)}")
         inner = getattr(own, "commands", None)
         if inner is None:
@@ -434,36 +432,19 @@ def versions() -> str:
     return table(["what", "versions", "where that is said"], rows)
 
 
-def _entry() -> ast.Module:
-    return ast.parse((ROOT / "vllm_specplug/hooks/entry.py").read_text())
-
-
 def native_methods() -> str:
     """vLLM's own drafters that our samplers verify."""
-    for statement in _entry().body:
-        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", "") == "NATIVE_METHODS":
-            return ", ".join(f"`{name}`" for name in ast.literal_eval(statement.value))
-    raise PluginError("hooks/entry.py has no NATIVE_METHODS any more")
+    from vllm_specplug.hooks.marks import NATIVE_METHODS
+
+    return ", ".join(f"`{name}`" for name in NATIVE_METHODS)
 
 
-def refusals(function: str) -> str:
-    """Why a coupled sampler refuses a runner: what ``_unfit_v1`` or ``_unfit_v2`` of hooks/entry.py answers."""
-    (found,) = (node for node in _entry().body if isinstance(node, ast.FunctionDef) and node.name == function)
-    reasons = []
-    for node in ast.walk(found):
-        if isinstance(node, ast.Return) and not (isinstance(node.value, ast.Constant) and not node.value.value):
-            assert node.value is not None
-            reasons.append(_as_text(node.value))
-    return "\n".join(f"* {reason}" for reason in reasons)
+def refusals(runner: str) -> str:
+    """Why a coupled sampler refuses runner ``V1`` or ``V2``; what is filled in at run time is left open."""
+    from vllm_specplug.hooks import fitness
 
-
-def _as_text(value: ast.expr) -> str:
-    """A string of the code; what is filled in at run time is left open."""
-    if isinstance(value, ast.Constant):
-        return str(value.value)
-    if not isinstance(value, ast.JoinedStr):
-        raise PluginError(f"hooks/entry.py:{value.lineno}: not a plain string")
-    return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in value.values)
+    reasons = {"V1": fitness.UNFIT_V1, "V2": fitness.UNFIT_V2}[runner]
+    return "\n".join("* " + re.sub(r"\{.*?\}", "…", reason.text) for reason in reasons)
 
 
 def seam_count() -> str:

@@ -328,17 +328,6 @@ class Proposer(abc.ABC):
         return ""
 
 
-def expected_accepted(confidence: NDArray[np.float32], num_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Expected number of accepted draft tokens of each draft, ``[num_requests]``.
-
-    A draft token counts only if all before it were accepted: confidences 0.8, 0.5 give 0.8 + 0.8 * 0.5 = 1.2.
-    """
-    if confidence.shape[1] == 0:
-        return np.zeros(len(num_tokens))
-    alive = np.arange(confidence.shape[1])[None, :] < num_tokens[:, None]
-    return np.asarray(np.cumprod(np.where(alive, confidence, 0.0), axis=1, dtype=np.float64).sum(axis=1))
-
-
 def read_only(array: NDArray[Any]) -> NDArray[Any]:
     """A view that cannot be written through: the table of tokens is the engine's own."""
     view = array.view()
@@ -359,3 +348,31 @@ def kernel_input(array: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:
 
 _NO_MATCH = kernel_input(np.zeros(0), np.int32)
 _NO_VOTES = kernel_input(np.zeros((0, 0)), np.int32)
+
+
+class NoiseInputs:
+    """:meth:`DraftBatch.noise_inputs` for one batch after another, with arrays that are kept where there is no noise.
+
+    Args:
+        sharpness: factor of the proposer's log weights at temperature 1.
+    """
+
+    def __init__(self, sharpness: float) -> None:
+        self._sharpness = sharpness
+        self._no_keys = kernel_input(np.zeros((0, 0)), np.uint64)
+        self._no_scales = kernel_input(np.zeros(0), np.float64)
+
+    def of(self, batch: DraftBatch, width: int) -> tuple[int, NDArray[np.uint64], NDArray[np.float64]]:
+        """Kind, keys (``[at least num_requests, at least width]``) and scales (``[at least num_requests]``).
+
+        Args:
+            width: longest draft of the batch; with 0 nothing is drafted, and the noise is left out.
+        """
+        if batch.noise is not None and width > 0:
+            return batch.noise_inputs(self._sharpness)
+        num_requests = len(batch)
+        if len(self._no_scales) < num_requests or self._no_keys.shape[1] < width:
+            shape = max(num_requests, len(self._no_scales)), max(width, self._no_keys.shape[1])
+            self._no_keys = kernel_input(np.zeros(shape), np.uint64)
+            self._no_scales = kernel_input(np.zeros(shape[0]), np.float64)
+        return 0, self._no_keys, self._no_scales

@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numba import njit
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, kernel_input
-from vllm_specplug.proposers.options import check_option_names
+from vllm_specplug.proposers.options import with_defaults
 from vllm_specplug.proposers.windows import (
     FILL,
     KIND_CONFIDENCE,
@@ -40,8 +40,8 @@ fill: guesses for positions that nothing is known about: "context" takes tokens 
 FILLS = ("context", "repeat")
 
 
-@njit(cache=True, nogil=True)
-def _draft_batch(  # type: ignore[no-untyped-def]
+@kernel
+def _draft_batch(
     table, rows, num_tokens, max_drafts, scales, slots, tokens, kinds, states, kind_confidence, repeat,
     out_tokens, out_num_tokens, out_confidence,
 ):  # fmt: skip
@@ -75,8 +75,7 @@ class JacobiProposer(Proposer):
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
-        check_option_names(context.options, DEFAULT_OPTIONS, "jacobi")
-        fill = {**DEFAULT_OPTIONS, **context.options}["fill"]
+        fill = with_defaults("jacobi", DEFAULT_OPTIONS, context.options)["fill"]
         if fill not in FILLS:
             raise ValueError(f"proposer 'jacobi': fill must be one of {', '.join(FILLS)}, not {fill!r}")
         self._fill: str = fill

@@ -21,9 +21,9 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.proposers.base import (
     TENANT_OPTION,
     DraftBatch,
@@ -33,7 +33,8 @@ from vllm_specplug.proposers.base import (
     Verified,
     kernel_input,
 )
-from vllm_specplug.proposers.options import check_number, check_option_names, check_switch, check_whole
+from vllm_specplug.proposers.kernels import SPLITMIX_FACTOR, clamped_noise, mix64, sigmoid
+from vllm_specplug.proposers.options import check_number, check_switch, check_whole, with_defaults
 from vllm_specplug.proposers.prompt_queue import LEARNED_PER_STEP, PromptQueue
 from vllm_specplug.proposers.windows import (
     FILL,
@@ -70,8 +71,8 @@ ORDER_FACTOR = 8.0
 """So much heavier counts what was seen after one more token that is the same."""
 
 
-@njit(cache=True, nogil=True)
-def candidate_confidence(share, total, order, agreement, is_sampling, noise):  # type: ignore[no-untyped-def]
+@kernel
+def candidate_confidence(share, total, order, agreement, is_sampling, noise):
     """Estimated chance that the target emits a candidate, those before it in the draft accepted.
 
     A logistic regression, one for greedy and one for sampling requests, on 8,000 draft tokens that
@@ -91,29 +92,29 @@ def candidate_confidence(share, total, order, agreement, is_sampling, noise):  #
     if is_sampling:
         score = -2.08 + 1.32 * log_order + 1.39 * log_share - 0.17 * log_others + 0.87 * log_total
         score += 2.28 if agreement > 0 else 0.26 * agreement
-        score += 0.49 * min(max(noise, -1.5), 5.0)
+        score += 0.49 * clamped_noise(noise)
     else:
         score = -1.6 + 1.6 * log_order + 2.1 * log_share - 0.54 * log_others + 0.96 * log_total
         score += 0.77 if agreement > 0 else 0.52 * agreement
-    return 1.0 / (1.0 + math.exp(-score))
+    return sigmoid(score)
 
 
-@njit(cache=True, nogil=True)
-def _extended(key, token):  # type: ignore[no-untyped-def]
+@kernel
+def _extended(key, token):
     """Key of a beginning with one more token in front."""
-    z = (key ^ np.uint64(token + 1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = mix64(key, token + 1)
     return z ^ (z >> np.uint64(29))
 
 
-@njit(cache=True, nogil=True)
-def _place(key, num_sets):  # type: ignore[no-untyped-def]
+@kernel
+def _place(key, num_sets):
     """(set, tag) of a beginning; ``num_sets`` is a power of two, and tag 0 means an empty place."""
-    z = key * np.uint64(0xBF58476D1CE4E5B9)
+    z = key * SPLITMIX_FACTOR
     return np.int64((z >> np.uint64(32)) & np.uint64(num_sets - 1)), np.uint32(z & np.uint64(0xFFFFFFFF)) | np.uint32(1)
 
 
-@njit(cache=True, nogil=True)
-def learn_ngrams(text, end, begin, token, weight, root, order, fade, tags, tokens, weights):  # type: ignore[no-untyped-def]
+@kernel
+def learn_ngrams(text, end, begin, token, weight, root, order, fade, tags, tokens, weights):
     """``token`` was seen after ``text[begin:end]``: after its last token, its last two, and so on to ``order``.
 
     ``root`` is the key of the empty beginning, one a tenant.
@@ -141,8 +142,8 @@ def learn_ngrams(text, end, begin, token, weight, root, order, fade, tags, token
         weights[place, 0] = found_weight + weight
 
 
-@njit(cache=True, nogil=True)
-def elect(text, end, root, order, factor, kind, key, scale, tags, tokens, weights, choices, choice_weights):  # type: ignore[no-untyped-def]
+@kernel
+def elect(text, end, root, order, factor, kind, key, scale, tags, tokens, weights, choices, choice_weights):
     """What is to follow ``text[:end]``: (token, share, total, order), order 0 where the pool knows nothing.
 
     Candidates are what was seen after the last token, the last two and so on, each weighed ``factor`` times heavier
@@ -192,8 +193,8 @@ def elect(text, end, root, order, factor, kind, key, scale, tags, tokens, weight
     return choices[best], choice_weights[best] / sum_weights, total, longest
 
 
-@njit(cache=True, nogil=True)
-def _learn_verified(  # type: ignore[no-untyped-def]
+@kernel
+def _learn_verified(
     slots, drafts, draft_ends, targets, target_ends, num_emitted, roots, tails, order, settings,
     tags, tokens, weights,
 ):  # fmt: skip
@@ -220,8 +221,8 @@ def _learn_verified(  # type: ignore[no-untyped-def]
             tails[slot] = text[emitted : order + emitted]
 
 
-@njit(cache=True, nogil=True)
-def _learn_texts(table, rows, begins, ends, roots, order, settings, tags, tokens, weights):  # type: ignore[no-untyped-def]
+@kernel
+def _learn_texts(table, rows, begins, ends, roots, order, settings, tags, tokens, weights):
     for i in range(len(rows)):
         context = table[rows[i]]
         for end in range(begins[i] + 1, ends[i]):
@@ -230,8 +231,8 @@ def _learn_texts(table, rows, begins, ends, roots, order, settings, tags, tokens
             )
 
 
-@njit(cache=True, nogil=True)
-def _draft_batch(  # type: ignore[no-untyped-def]
+@kernel
+def _draft_batch(
     table, rows, num_tokens, max_drafts, kind, keys, scales, slots, window_tokens, window_kinds, states, roots, tails,
     order, settings, tags, tokens, weights, kind_confidence, out_tokens, out_num_tokens, out_confidence, out_order,
 ):  # fmt: skip
@@ -306,8 +307,7 @@ class LookaheadProposer(Proposer):
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
-        check_option_names(context.options, DEFAULT_OPTIONS, "lookahead")
-        options = {**DEFAULT_OPTIONS, **context.options}
+        options = with_defaults("lookahead", DEFAULT_OPTIONS, context.options)
         self._order = check_whole("lookahead", "ngram", options["ngram"], 2) - 1
         num_ways = check_whole("lookahead", "max_per_key", options["max_per_key"])
         pool_tokens = check_whole("lookahead", "pool_tokens", options["pool_tokens"], num_ways)

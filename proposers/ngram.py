@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, kernel_input
-from vllm_specplug.proposers.options import check_option_names, check_probability, check_whole
+from vllm_specplug.proposers.kernels import mix64
+from vllm_specplug.proposers.options import check_match_lengths, check_probability, check_whole, with_defaults
+from vllm_specplug.proposers.slots import SlotMap
 
 DEFAULT_OPTIONS: Mapping[str, int | float] = {
     "min_match": 1,
@@ -37,13 +39,12 @@ min_confidence: a draft ends before the token whose chance of counting (itself a
 
 FIRST_CAPACITY = 8192
 """Tokens of a request for which room is made at first, unless requests cannot get that long."""
-FIRST_SLOTS = 8
 LONG_KEY = 3
 _INDEXED, _MATCH_END, _MATCH_LENGTH, _LAST_TOKEN = 0, 1, 2, 3
 
 
-@njit(cache=True, nogil=True)
-def match_confidence(length):  # type: ignore[no-untyped-def]
+@kernel
+def match_confidence(length):
     """Estimated chance that the target emits what followed an earlier match of ``length`` tokens: L / (L + 2.8).
 
     Fitted by benchmarks/calibrate.py to 209,000 draft tokens: 33 modules of Python's standard library, in tokens of a
@@ -55,17 +56,17 @@ def match_confidence(length):  # type: ignore[no-untyped-def]
     return length / (length + 2.8)
 
 
-@njit(cache=True, nogil=True)
-def _bucket(context, end, key_length, num_buckets):  # type: ignore[no-untyped-def]
+@kernel
+def _bucket(context, end, key_length, num_buckets):
     """Hash of the ``key_length`` tokens before ``end``; ``num_buckets`` is a power of two."""
     key = np.uint64(0)
     for index in range(end - key_length, end):
-        key = (key ^ np.uint64(context[index])) * np.uint64(0x9E3779B97F4A7C15)
+        key = mix64(key, context[index])
     return np.int64((key >> np.uint64(32)) & np.uint64(num_buckets - 1))
 
 
-@njit(cache=True, nogil=True)
-def _insert(context, end, key_length, earlier, latest):  # type: ignore[no-untyped-def]
+@kernel
+def _insert(context, end, key_length, earlier, latest):
     """Put the place that ends before ``end`` at the head of its chain."""
     if end < key_length:
         earlier[end - 1] = 0
@@ -75,8 +76,8 @@ def _insert(context, end, key_length, earlier, latest):  # type: ignore[no-untyp
     latest[bucket] = end
 
 
-@njit(cache=True, nogil=True)
-def _longest_earlier(context, earlier, shortest, enough, max_candidates):  # type: ignore[no-untyped-def]
+@kernel
+def _longest_earlier(context, earlier, shortest, enough, max_candidates):
     """(end, length) of the longest suffix of ``context`` that stands earlier in it, (0, 0) if there is none.
 
     ``earlier[end - 1]`` is the end of the place before that has the same key, 0 where there is none. Matches shorter
@@ -102,8 +103,8 @@ def _longest_earlier(context, earlier, shortest, enough, max_candidates):  # typ
     return best_end, best_length if best_end else 0
 
 
-@njit(cache=True, nogil=True)
-def _update(context, state, earlier, latest, settings):  # type: ignore[no-untyped-def]
+@kernel
+def _update(context, state, earlier, latest, settings):
     """Bring one request's index up to its last token, and its match with it.
 
     ``earlier``: ``[2, capacity]``, the chains of short and long keys; ``latest``: the same, heads of these chains.
@@ -146,8 +147,8 @@ def _update(context, state, earlier, latest, settings):  # type: ignore[no-untyp
     state[_LAST_TOKEN] = context[num_tokens - 1]
 
 
-@njit(cache=True, nogil=True)
-def _draft_batch(  # type: ignore[no-untyped-def]
+@kernel
+def _draft_batch(
     table, rows, num_tokens, max_drafts, slots, states, earlier, latest, settings, min_confidence,
     out_tokens, out_num_tokens, out_confidence,
 ):  # fmt: skip
@@ -185,46 +186,35 @@ class NgramProposer(Proposer):
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
-        check_option_names(context.options, DEFAULT_OPTIONS, "ngram")
-        options = {**DEFAULT_OPTIONS, **context.options}
+        options = with_defaults("ngram", DEFAULT_OPTIONS, context.options)
         self._settings: NDArray[np.int64] = np.array(
             [check_whole("ngram", name, options[name]) for name in ("min_match", "max_match", "max_candidates")],
             dtype=np.int64,
         )
-        if options["min_match"] > options["max_match"]:
-            raise ValueError(
-                f"proposer 'ngram': min_match {options['min_match']} is above max_match {options['max_match']}"
-            )
+        check_match_lengths("ngram", options)
         self._min_confidence = check_probability("ngram", "min_confidence", options["min_confidence"])
-        self._slot_of: dict[str, int] = {}
-        self._free: list[int] = []
-        self._make_room(FIRST_SLOTS, min(context.max_model_len, FIRST_CAPACITY))
+        self._slots = SlotMap()
+        self._make_room(self._slots.num_slots, min(context.max_model_len, FIRST_CAPACITY))
 
     def _make_room(self, num_slots: int, num_tokens: int) -> None:
-        """New, empty indices: requests under way are indexed again when they are next seen. Rare, as it doubles."""
+        """New, empty indices: requests under way are indexed again when they are next seen. Rare, as both double."""
         capacity = 1 << max(num_tokens - 1, 1).bit_length()
         self._states: NDArray[np.int64] = np.zeros((num_slots, 4), dtype=np.int64)
         # Pages of these that no request gets to are never backed by memory.
         self._earlier: NDArray[np.int32] = np.zeros((num_slots, 2, capacity), dtype=np.int32)
         self._latest: NDArray[np.int32] = np.zeros((num_slots, 2, capacity), dtype=np.int32)
-        taken = set(self._slot_of.values())
-        self._free = [slot for slot in reversed(range(num_slots)) if slot not in taken]
 
-    def _slots(self, request_ids: Sequence[str], longest: int) -> NDArray[np.int64]:
-        slot_of = self._slot_of
-        new = [request_id for request_id in request_ids if request_id not in slot_of]
+    def _enter(self, request_ids: Sequence[str], longest: int) -> NDArray[np.int64]:
+        """Slots of these requests, with room for ``longest`` tokens each."""
+        slots = self._slots.enter(request_ids)
         num_slots, _, capacity = self._earlier.shape
-        if len(new) > len(self._free) or longest > capacity:
-            while num_slots < len(slot_of) + len(new):
-                num_slots *= 2
-            self._make_room(num_slots, max(longest, capacity))
-        for request_id in new:
-            slot_of[request_id] = self._free.pop()
-        return np.array([slot_of[request_id] for request_id in request_ids], dtype=np.int64)
+        if num_slots < self._slots.num_slots or capacity < longest:
+            self._make_room(self._slots.num_slots, max(longest, capacity))
+        return slots
 
     def propose(self, batch: DraftBatch) -> Drafts:
         drafts = Drafts.empty(len(batch), int(batch.max_draft_tokens.max(initial=0)))
-        slots = self._slots(batch.request_ids, int(batch.num_tokens.max(initial=0)))
+        slots = self._enter(batch.request_ids, int(batch.num_tokens.max(initial=0)))
         _draft_batch(
             kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
             kernel_input(batch.num_tokens, np.int64), kernel_input(batch.max_draft_tokens, np.int64), slots,
@@ -234,11 +224,8 @@ class NgramProposer(Proposer):
         return drafts
 
     def finish(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            slot = self._slot_of.pop(request_id, None)
-            if slot is not None:
-                self._states[slot] = 0
-                self._free.append(slot)
+        for slot in self._slots.free(request_ids):
+            self._states[slot] = 0
 
     def warm_up(self) -> None:
         name = "specplug-warm-up"
@@ -247,7 +234,7 @@ class NgramProposer(Proposer):
 
     def memory_bytes(self) -> int:
         """Bytes of the live requests' indices that were ever written: two chains and two tables a token."""
-        return 16 * int(self._states[list(self._slot_of.values()), _INDEXED].sum())
+        return 16 * int(self._states[:, _INDEXED].sum())  # 0 in free slots
 
     def describe(self) -> str:
         return f"matches of {self._settings[0]} tokens and more in each request's own context"

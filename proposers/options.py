@@ -14,6 +14,20 @@ def check_option_names(options: Mapping[str, Any], known: Mapping[str, object], 
             raise ValueError(f"proposer {proposer!r} has no option {name!r}; it knows {', '.join(sorted(known))}")
 
 
+def with_defaults(proposer: str, defaults: Mapping[str, object], options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a proposer, by name; ValueError when ``options`` has one that ``defaults`` lacks."""
+    check_option_names(options, defaults, proposer)
+    return {**defaults, **options}
+
+
+def check_match_lengths(proposer: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError when the shortest match that ``options`` allow is longer than the longest."""
+    if options["min_match"] > options["max_match"]:
+        raise ValueError(
+            f"proposer {proposer!r}: min_match {options['min_match']} is above max_match {options['max_match']}"
+        )
+
+
 def check_whole(proposer: str, name: str, value: object, least: int = 1) -> int:
     """``value`` if it is a whole number of at least ``least``, else ValueError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

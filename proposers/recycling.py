@@ -18,11 +18,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, kernel_input
-from vllm_specplug.proposers.options import check_number, check_option_names, check_switch, check_whole
+from vllm_specplug.proposers.kernels import clamped_noise, sigmoid
+from vllm_specplug.proposers.options import check_number, check_switch, check_whole, with_defaults
 from vllm_specplug.proposers.prompt_queue import LEARNED_PER_STEP, PromptQueue
 from vllm_specplug.proposers.windows import Observed
 from vllm_specplug.samplers.noise import noise_of, noisy_score
@@ -41,8 +42,8 @@ REJECTED_WEIGHT = 0.3
 """Weight of a token that the target chose behind a rejected draft token; that of all others is 1."""
 
 
-@njit(cache=True, nogil=True)
-def successor_confidence(share, total, is_sampling, noise):  # type: ignore[no-untyped-def]
+@kernel
+def successor_confidence(share, total, is_sampling, noise):
     """Estimated chance that the target emits a successor, those before it in the draft accepted.
 
     A logistic regression, one for greedy and one for sampling requests, on 9,600 draft tokens that
@@ -57,14 +58,14 @@ def successor_confidence(share, total, is_sampling, noise):  # type: ignore[no-u
     log_share, log_others, log_total = math.log(share), math.log(1.02 - share), math.log(total)
     if is_sampling:
         score = -1.83 + 1.28 * log_share - 0.25 * log_others + 0.98 * log_total
-        score += 0.44 * min(max(noise, -1.5), 5.0)
+        score += 0.44 * clamped_noise(noise)
     else:
         score = 0.09 + 2.21 * log_share - 0.51 * log_others + 0.89 * log_total
-    return 1.0 / (1.0 + math.exp(-score))
+    return sigmoid(score)
 
 
-@njit(cache=True, nogil=True)
-def learn_pair(token, successor, weight, successors, weights, fade):  # type: ignore[no-untyped-def]
+@kernel
+def learn_pair(token, successor, weight, successors, weights, fade):
     """``successor`` was seen after ``token``; where there is no room it takes the place of the lightest."""
     if not (0 <= token < len(successors) and 0 <= successor < len(successors)):
         return
@@ -83,8 +84,8 @@ def learn_pair(token, successor, weight, successors, weights, fade):  # type: ig
     row_weights[place] = weight
 
 
-@njit(cache=True, nogil=True)
-def _learn_verified(last_tokens, drafts, draft_ends, targets, target_ends, num_emitted, successors, weights, settings):  # type: ignore[no-untyped-def]
+@kernel
+def _learn_verified(last_tokens, drafts, draft_ends, targets, target_ends, num_emitted, successors, weights, settings):
     """Every verified row's pair; ``last_tokens`` of the requests (-1: unknown) are moved on to what they emitted."""
     fade, rejected_weight = settings
     for i in range(len(last_tokens)):
@@ -99,16 +100,16 @@ def _learn_verified(last_tokens, drafts, draft_ends, targets, target_ends, num_e
             last_tokens[i] = target[num_emitted[i] - 1]
 
 
-@njit(cache=True, nogil=True)
-def _learn_texts(table, rows, begins, ends, successors, weights, settings):  # type: ignore[no-untyped-def]
+@kernel
+def _learn_texts(table, rows, begins, ends, successors, weights, settings):
     for i in range(len(rows)):
         context = table[rows[i]]
         for index in range(begins[i] + 1, ends[i]):
             learn_pair(context[index - 1], context[index], 1.0, successors, weights, settings[0])
 
 
-@njit(cache=True, nogil=True)
-def _draft_batch(  # type: ignore[no-untyped-def]
+@kernel
+def _draft_batch(
     table, rows, num_tokens, max_drafts, successors, weights, kind, keys, scales,
     out_tokens, out_num_tokens, out_confidence,
 ):  # fmt: skip
@@ -150,8 +151,7 @@ class RecyclingProposer(Proposer):
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
-        check_option_names(context.options, DEFAULT_OPTIONS, "recycling")
-        options = {**DEFAULT_OPTIONS, **context.options}
+        options = with_defaults("recycling", DEFAULT_OPTIONS, context.options)
         num_successors = check_whole("recycling", "successors", options["successors"])
         self._learn_prompt = check_switch("recycling", "learn_prompt", options["learn_prompt"])
         self._sharpness = check_number("recycling", "sharpness", options["sharpness"])

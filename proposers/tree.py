@@ -9,7 +9,8 @@ are the same whatever is asked for.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from vllm_specplug.compiled import kernel
 
 BRANCH_SHARE = 0.2
 """Paths beyond the first end before a token whose chance of counting is below so many times ``min_confidence``: where
@@ -20,10 +21,13 @@ ROUNDING = 1e-6
 """Less is no chance: the siblings' are float32."""
 MAX_BRANCHES = 64
 """Most branches of a request's tree that are kept to choose from."""
+_PATH, _DEPTH, _TOKEN, _VOTES = range(4)
+BRANCH_WORDS = 4
+"""Columns of a branch: the path that could have gone there, at which depth, by which token, and that one's votes."""
 
 
-@njit(cache=True, nogil=True)
-def limit_siblings(confidence, num_siblings, left):  # type: ignore[no-untyped-def]
+@kernel
+def limit_siblings(confidence, num_siblings, left):
     """Scale the confidences of tokens that exclude each other down to a sum of ``left``, if it is more."""
     total = 0.0
     for index in range(num_siblings):
@@ -34,9 +38,9 @@ def limit_siblings(confidence, num_siblings, left):  # type: ignore[no-untyped-d
             confidence[index] *= factor
 
 
-@njit(cache=True, nogil=True)
-def place_for(branch_chance, num_branches, chance):  # type: ignore[no-untyped-def]
-    """Where a branch is to be kept: a new place, that of the least promising one, or -1 if all promise more."""
+@kernel
+def place_for(branch_chance, num_branches, chance):
+    """Where to keep a branch: behind the others, instead of the least promising one, or -1 if all promise more."""
     if num_branches < len(branch_chance):
         return num_branches
     place = 0
@@ -46,8 +50,48 @@ def place_for(branch_chance, num_branches, chance):  # type: ignore[no-untyped-d
     return place if branch_chance[place] < chance else -1
 
 
-@njit(cache=True, nogil=True)
-def most_promising(branch_chance, num_branches, least):  # type: ignore[no-untyped-def]
+@kernel
+def add_branch(
+    branches, branch_own, branch_chance, num_branches, path, depth, token, votes, confidence, chance,
+):  # fmt: skip
+    """Keep a branch: (its place, or -1 if all that are kept promise more; how many are kept).
+
+    Args:
+        branches: ``[MAX_BRANCHES, at least BRANCH_WORDS]`` int64, see :data:`BRANCH_WORDS`.
+        branch_own, branch_chance: ``[MAX_BRANCHES]`` float64, the confidence of each branch's token and its chance.
+    """
+    place = place_for(branch_chance, num_branches, chance)
+    if place < 0:
+        return place, num_branches
+    branches[place, _PATH] = path
+    branches[place, _DEPTH] = depth
+    branches[place, _TOKEN] = token
+    branches[place, _VOTES] = votes
+    branch_own[place] = confidence
+    branch_chance[place] = chance
+    return place, max(num_branches, place + 1)
+
+
+@kernel
+def begin_path(path, branch, confidence, out_tokens, out_confidence, out_votes):
+    """Write the beginning of ``path``, up to and with the token of ``branch``; its length.
+
+    Args:
+        branch: a row of ``branches``; ``confidence``: of its token.
+        out_tokens, out_confidence, out_votes: ``[num_chains, k]``.
+    """
+    parent, depth = branch[_PATH], branch[_DEPTH]
+    out_tokens[path, :depth] = out_tokens[parent, :depth]
+    out_confidence[path, :depth] = out_confidence[parent, :depth]
+    out_votes[path, :depth] = out_votes[parent, :depth]
+    out_tokens[path, depth] = branch[_TOKEN]
+    out_confidence[path, depth] = confidence
+    out_votes[path, depth] = branch[_VOTES]
+    return depth + 1
+
+
+@kernel
+def most_promising(branch_chance, num_branches, least):
     """The branch to follow next, the first of equals, or -1 where none has a chance of ``least``."""
     best = -1
     for branch in range(num_branches):
@@ -56,9 +100,12 @@ def most_promising(branch_chance, num_branches, least):  # type: ignore[no-untyp
     return best
 
 
-@njit(cache=True, nogil=True)
-def expected_of(confidence, num_tokens):  # type: ignore[no-untyped-def]
-    """Expected number of accepted tokens of one draft; see :func:`~.base.expected_accepted`."""
+@kernel
+def expected_of(confidence, num_tokens):
+    """Expected number of accepted tokens of one draft: 0.8 + 0.8 * 0.5 = 1.2 for the confidences 0.8, 0.5.
+
+    A draft token counts only if all before it were accepted.
+    """
     chance = 1.0
     expected = 0.0
     for depth in range(num_tokens):
@@ -67,8 +114,8 @@ def expected_of(confidence, num_tokens):  # type: ignore[no-untyped-def]
     return expected
 
 
-@njit(cache=True, nogil=True)
-def _where_it_leaves(tokens, length, other_tokens, other_lengths, num_others):  # type: ignore[no-untyped-def]
+@kernel
+def _where_it_leaves(tokens, length, other_tokens, other_lengths, num_others):
     """(tokens that a path shares with the one of the others that it shares most with, which one)."""
     head = 0
     shared_with = 0
@@ -82,8 +129,8 @@ def _where_it_leaves(tokens, length, other_tokens, other_lengths, num_others):  
     return head, shared_with
 
 
-@njit(cache=True, nogil=True)
-def _free_chance(head, tokens, other_tokens, other_lengths, other_confidence, num_others):  # type: ignore[no-untyped-def]
+@kernel
+def _free_chance(head, tokens, other_tokens, other_lengths, other_confidence, num_others):
     """What the others leave of 1 for one more token behind the first ``head`` tokens, each of theirs counted once."""
     free = 1.0
     for other in range(num_others):
@@ -107,8 +154,8 @@ def _free_chance(head, tokens, other_tokens, other_lengths, other_confidence, nu
     return free if free > ROUNDING else 0.0
 
 
-@njit(cache=True, nogil=True)
-def merge_trees(  # type: ignore[no-untyped-def]
+@kernel
+def merge_trees(
     tokens, lengths, confidence, match_length, votes,
     out_tokens, out_lengths, out_confidence, out_match_length, out_votes,
 ):  # fmt: skip

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.proposers.base import Verified, kernel_input
-
-FIRST_SLOTS = 8
-
+from vllm_specplug.proposers.kernels import GOLDEN, SPLITMIX_FACTOR
+from vllm_specplug.proposers.slots import SlotMap
 
 FILL, KEPT, MOVED = 0, 1, 2
 """How a token of a window was obtained: not at all; in an earlier round, and another token than expected was emitted
@@ -41,8 +41,8 @@ one place off and keeps doing so; with noise of its own a position holds on to i
 LENGTH, _ANCHOR, _LAST_TOKEN = 0, 1, 2
 
 
-@njit(cache=True, nogil=True)
-def moved_kind(is_stable, run):  # type: ignore[no-untyped-def]
+@kernel
+def moved_kind(is_stable, run):
     """The kind of a token that the target chose behind a rejected draft token.
 
     Args:
@@ -52,18 +52,18 @@ def moved_kind(is_stable, run):  # type: ignore[no-untyped-def]
     return MOVED + (LONGEST_RUN + 1 if is_stable else 0) + min(run, LONGEST_RUN)
 
 
-@njit(cache=True, nogil=True)
-def fill_token(context, position, repeat):  # type: ignore[no-untyped-def]
+@kernel
+def fill_token(context, position, repeat):
     """A guess for ``position`` out of ``context`` (not empty), the same whenever it is asked for."""
     if repeat:
         return context[-1]
-    z = np.uint64(position) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = np.uint64(position) * GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * SPLITMIX_FACTOR
     return context[np.int64((z >> np.uint64(33)) % np.uint64(len(context)))]
 
 
-@njit(cache=True, nogil=True)
-def _shift(tokens, kinds, state, num_overtaken, is_right):  # type: ignore[no-untyped-def]
+@kernel
+def _shift(tokens, kinds, state, num_overtaken, is_right):
     """Drop the first ``num_overtaken`` tokens of a window; ``is_right``: they were what the request got."""
     length = max(state[LENGTH] - num_overtaken, 0)
     for index in range(length):
@@ -73,8 +73,8 @@ def _shift(tokens, kinds, state, num_overtaken, is_right):  # type: ignore[no-un
     state[_ANCHOR] += num_overtaken
 
 
-@njit(cache=True, nogil=True)
-def advance_windows(slots, drafts, draft_ends, targets, target_ends, num_emitted, tokens, kinds, states):  # type: ignore[no-untyped-def]
+@kernel
+def advance_windows(slots, drafts, draft_ends, targets, target_ends, num_emitted, tokens, kinds, states):
     """Take in what was verified: request ``i``'s draft and target tokens end before ``draft_ends[i]`` and so on."""
     width = tokens.shape[1]
     for i in range(len(slots)):
@@ -102,8 +102,8 @@ def advance_windows(slots, drafts, draft_ends, targets, target_ends, num_emitted
         state[LENGTH] = max(state[LENGTH], num_moved)
 
 
-@njit(cache=True, nogil=True)
-def align_window(context, tokens, kinds, state):  # type: ignore[no-untyped-def]
+@kernel
+def align_window(context, tokens, kinds, state):
     """Make a window one of the tokens that follow ``context``, and empty where it is not of this text."""
     num_tokens = len(context)
     anchor = state[_ANCHOR]
@@ -129,15 +129,15 @@ class Windows:
     """
 
     def __init__(self, width: int) -> None:
-        self._slot_of: dict[str, int] = {}
-        self._free: list[int] = []
+        self._slots = SlotMap()
         self.tokens: NDArray[np.int32] = np.zeros((0, width), dtype=np.int32)
         self.kinds: NDArray[np.uint8] = np.zeros((0, width), dtype=np.uint8)
         self.states: NDArray[np.int64] = np.zeros((0, 3), dtype=np.int64)
-        self.make_room(FIRST_SLOTS, width)
+        self._make_room(width)
 
-    def make_room(self, num_slots: int, width: int) -> None:
-        """Grow to ``num_slots`` windows of ``width`` tokens; rare, as both only ever grow, slots by doubling."""
+    def _make_room(self, width: int) -> None:
+        """A window of ``width`` tokens for each slot; rare, as both only ever grow, slots by doubling."""
+        num_slots = self._slots.num_slots
         before, columns = self.tokens.shape
         for name in ("tokens", "kinds"):
             old = getattr(self, name)
@@ -147,39 +147,28 @@ class Windows:
         states = np.zeros((num_slots, 3), dtype=np.int64)
         states[:before] = self.states
         self.states = states
-        self._free = [*reversed(range(before, num_slots)), *self._free]
 
     def enter(self, request_ids: Sequence[str], width: int) -> NDArray[np.int64]:
         """Slots of these requests, new ones for those that have none; windows become at least ``width`` wide."""
-        slot_of = self._slot_of
-        new = [request_id for request_id in request_ids if request_id not in slot_of]
+        slots = self._slots.enter(request_ids)
         num_slots, columns = self.tokens.shape
-        if len(new) > len(self._free) or width > columns:
-            while num_slots < len(slot_of) + len(new):
-                num_slots *= 2
-            self.make_room(num_slots, max(width, columns))
-        for request_id in new:
-            slot_of[request_id] = self._free.pop()
-        return self.known(request_ids)
+        if num_slots < self._slots.num_slots or columns < width:
+            self._make_room(max(width, columns))
+        return slots
 
     def known(self, request_ids: Sequence[str]) -> NDArray[np.int64]:
         """Slots of these requests, -1 for those that have none."""
-        get = self._slot_of.get
-        return np.array([get(request_id, -1) for request_id in request_ids], dtype=np.int64)
+        return self._slots.known(request_ids)
 
     def finish(self, request_ids: Sequence[str]) -> list[int]:
-        """Free the slots of these requests, and say which."""
-        freed = []
-        for request_id in request_ids:
-            slot = self._slot_of.pop(request_id, None)
-            if slot is not None:
-                self.states[slot] = 0
-                self._free.append(slot)
-                freed.append(slot)
+        """Free the slots of these requests and return them."""
+        freed = self._slots.free(request_ids)
+        for slot in freed:
+            self.states[slot] = 0
         return freed
 
     def __len__(self) -> int:
-        return len(self._slot_of)
+        return len(self._slots)
 
     def memory_bytes(self) -> int:
         """Bytes of all windows, in use or not."""
@@ -202,7 +191,7 @@ class Observed:
         self.targets, self.target_ends = _flat(verified.target_token_ids)
         self.num_emitted = kernel_input(np.array(verified.num_emitted, dtype=np.int64), np.int64)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[NDArray[Any]]:
         return iter((self.drafts, self.draft_ends, self.targets, self.target_ends, self.num_emitted))
 
 

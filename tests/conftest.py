@@ -1,11 +1,17 @@
-"""Makes the engine harness importable by name in every test, and lets two workers end at the same time."""
+"""Makes the engine harness importable, shares engines, and prints minutes by file and engine starts at the end."""
 
+import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
+
+import harness
 
 # Files that take minutes, longest first: a worker that begins one of them last keeps the other one waiting.
 LONGEST = (
@@ -28,3 +34,49 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[harness.Engines]:
+    """Engines for all tests of this worker."""
+    shared = harness.Engines()
+    yield shared
+    shared.close()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Before two workers would compile the same kernels at the same time."""
+    if not hasattr(session.config, "workerinput") and session.config.getoption("numprocesses", None):
+        subprocess.run([sys.executable, str(Path(harness.__file__).with_name("compile_kernels.py"))], check=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):
+        session.config.workeroutput["engine_starts"] = harness.num_started
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker ends: what it started counts for all."""
+    harness.num_started += getattr(node, "workeroutput", {}).get("engine_starts", 0)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Minutes and tests by file, longest first: all that took a second or more."""
+    seconds: Counter[str] = Counter()
+    tests: Counter[str] = Counter()
+    for report in (each for kind in terminalreporter.stats.values() for each in kind):
+        if isinstance(report, pytest.TestReport):
+            name = report.nodeid.partition("::")[0]
+            seconds[name] += report.duration  # type: ignore[assignment]
+            tests[name] += report.when == "call"
+    if not seconds:
+        return
+    terminalreporter.section("minutes by file")
+    for name, spent in seconds.most_common():
+        if spent >= 1:
+            terminalreporter.write_line(f"{spent / 60:6.2f}  {tests[name]:5d} tests  {name}")
+    terminalreporter.write_line(f"{sum(seconds.values()) / 60:6.2f}  {sum(tests.values()):5d} tests  together")
+    terminalreporter.write_line(
+        f"{harness.num_started} engines started by the harness; commands that are tested start more"
+    )

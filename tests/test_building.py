@@ -176,6 +176,7 @@ def build_arguments(out: Path, folder: Path, workers: int) -> list[object]:
     return ["build", out, folder, "--tokenizer", TOKENIZER, "--shard-size", "12KB", "--workers", workers, *MAX_MEMORY]
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_builds_go_on(tmp_path, folder, uninterrupted, workers):
     out = tmp_path / "out.specstore"
@@ -199,6 +200,7 @@ def test_killed_builds_go_on(tmp_path, folder, uninterrupted, workers):
     assert left == sorted([*(path.name for path, _ in Datastore.open(out).files), "lock"])
 
 
+@pytest.mark.engine
 def test_a_killed_process_of_a_build_is_one_clear_error(tmp_path, folder, uninterrupted):
     out = tmp_path / "out.specstore"
     arguments = build_arguments(out, folder, 2)
@@ -219,6 +221,7 @@ def test_a_killed_process_of_a_build_is_one_clear_error(tmp_path, folder, uninte
     assert same_store(out, uninterrupted)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_builds_say_how_to_go_on(tmp_path, folder, stop):
     out = tmp_path / "out.specstore"
@@ -243,6 +246,7 @@ def test_stopped_builds_say_how_to_go_on(tmp_path, folder, stop):
     assert files_in(out, ".done") > 0
 
 
+@pytest.mark.engine
 def test_what_another_build_left_is_not_mixed_in(tmp_path, folder):
     out = tmp_path / "out.specstore"
     arguments = build_arguments(out, folder, 1)
@@ -257,6 +261,7 @@ def test_what_another_build_left_is_not_mixed_in(tmp_path, folder):
     assert texts_of(out) == contents(folder)[:10]
 
 
+@pytest.mark.engine
 def test_a_file_that_changed_is_read_again(tmp_path, folder):
     copied = tmp_path / "text"
     copied.mkdir()
@@ -340,6 +345,7 @@ def test_adding_the_same_text_again_is_not_mistaken_for_going_on(tmp_path, folde
     assert texts_of(out) == [first.read_text()] * 3
 
 
+@pytest.mark.engine
 def test_killed_additions_go_on_and_change_nothing_before(tmp_path, folder):
     out = tmp_path / "out.specstore"
     files = sorted(folder.iterdir())
@@ -564,6 +570,7 @@ def test_engines_without_stores_say_so():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.engine
 def test_a_store_among_its_own_inputs(tmp_path, folder):
     for path in sorted(folder.iterdir())[:12]:
         (tmp_path / path.name).write_text(path.read_text())
@@ -606,6 +613,7 @@ def test_a_call_that_was_stopped_while_it_tidied_up_is_not_done_twice(tmp_path, 
     assert texts_of(out) == [first.read_text()] * 3
 
 
+@pytest.mark.engine
 def test_finished_shards_are_not_thrown_away_by_another_command(tmp_path, folder):
     out = tmp_path / "out.specstore"
     files = sorted(folder.iterdir())
@@ -620,6 +628,7 @@ def test_finished_shards_are_not_thrown_away_by_another_command(tmp_path, folder
     assert texts_of(out) == contents(folder)
 
 
+@pytest.mark.engine
 def test_a_full_disk_is_one_error_and_nothing_stays(tmp_path, folder):
     """The limit on a file's size stands for the disk."""
     one, out = tmp_path / "one.specstore", tmp_path / "out.specstore"

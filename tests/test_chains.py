@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from compare import assert_close_logprobs, assert_same, tokens
-from harness import Engine, EngineError
+from harness import Engine, EngineError, Engines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, requests
@@ -44,9 +44,9 @@ SENT = {"plain": PLAIN, "mixed": MIXED, "longest": LONGEST}
 
 
 @pytest.fixture(scope="module")
-def stock() -> Iterator[dict[str, list[dict[str, Any]]]]:
-    with Engine({}, plugin=False) as engine:
-        yield {kind: engine.generate(sent) for kind, sent in SENT.items()}
+def stock(engines: Engines) -> dict[str, list[dict[str, Any]]]:
+    with engines.borrowed({}, plugin=False) as engine:
+        return {kind: engine.generate(sent) for kind, sent in SENT.items()}
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +95,13 @@ KINDS = {
 }
 
 
+# How large the cache is and which chain wins have nothing to do with each other.
 @pytest.mark.engine
-@pytest.mark.parametrize("cache", ["roomy", "tight"])
-@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize(
+    ("cache", "kinds"),
+    [("roomy", "wrong, oracle"), ("roomy", "oracle, wrong"), ("roomy", "all sorts"), ("tight", "corrupted"),
+     ("tight", "all sorts")],
+)  # fmt: skip
 def test_same_tokens_as_stock(
     cache: str,
     kinds: str,
@@ -194,8 +198,15 @@ def test_aborted_requests_leave_no_state(roomy: Engine, sequences: tuple[str, li
 
 
 @pytest.mark.engine
-def test_nothing_leaks_over_ten_thousand_requests_with_preemption(tight: Engine) -> None:
-    bounded = {"name": "suffix", "max_history_bytes": 4 << 20}
+@pytest.mark.parametrize(
+    ("first", "more", "history"),
+    [(1000, 2000, 1 << 20), pytest.param(4000, 6000, 4 << 20, marks=pytest.mark.long)],
+    ids=["thousands", "ten thousand"],
+)
+def test_nothing_leaks_over_thousands_of_requests_with_preemption(
+    first: int, more: int, history: int, tight: Engine
+) -> None:
+    bounded = {"name": "suffix", "max_history_bytes": history}
     tight.send(
         "set_drafting",
         {"num_speculative_tokens": NUM_DRAFT, "num_chains": 3, "proposers": [bounded, "lookahead", "ngram", UNGATED]},
@@ -203,8 +214,8 @@ def test_nothing_leaks_over_ten_thousand_requests_with_preemption(tight: Engine)
     prompts = corpus.held_out_prompts(250, 160)
     before = tight.send("metrics")
 
-    def serve(first: int, count: int) -> int:
-        for start in range(first, first + count, 500):
+    def serve(begin: int, count: int) -> int:
+        for start in range(begin, begin + count, 500):
             tight.generate(
                 [
                     {"prompt": f"{number} {prompts[number % 250][:60]}", "params":
@@ -220,12 +231,12 @@ def test_nothing_leaks_over_ten_thousand_requests_with_preemption(tight: Engine)
         assert tight.send("call", "free_blocks") == tight.send("call", "scheduler_blocks")
         return tight.send("call", "held_bytes")  # type: ignore[no-any-return]
 
-    held = serve(0, 4000)
-    more = serve(4000, 6000) - held
+    held = serve(0, first)
+    grown = serve(first, more) - held
     after = tight.send("metrics")
     assert after["vllm:num_preemptions"] > before["vllm:num_preemptions"]
-    assert tight.send("stats")["ensemble"]["forks"] > 300
-    assert more < 16_000, f"{more / 6000:.1f} bytes a request"
+    assert tight.send("stats")["ensemble"]["forks"] > 100
+    assert grown < min(16_000, 6 * more), f"{grown / more:.1f} bytes a request"
 
 
 @pytest.mark.engine

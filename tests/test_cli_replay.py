@@ -14,7 +14,6 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner, Result
 
-from vllm_specplug.drafting import answers
 from vllm_specplug.errors import SpecplugError
 from vllm_specplug.measure.replay import choosers
 from vllm_specplug.measure.replay import run as replay
@@ -273,10 +272,10 @@ class Recorder(Proposer):
 def test_what_a_proposer_is_shown():
     recorder = Recorder(ProposerContext(40, 3))
     documents = [[np.arange(1, 8), np.arange(5, 10)], [np.arange(11, 15)], [np.arange(21, 30)]]
-    replayed_twice = replay.Replay({"recorder": recorder}, choosers.Chooser(), 3, 2)
-    replay.remember([np.arange(31, 36)], lambda _: None)
+    decoder = replay.Replay({"recorder": recorder}, choosers.Chooser(), 3, 2, 40)
+    decoder.remember([np.arange(31, 36)], lambda _: None)
     assert recorder.finished == ["warm-0"]
-    counts = replay.decode(documents, 3, lambda _: None)
+    counts = decoder.decode(documents, 3, lambda _: None)
     assert sorted(recorder.finished) == ["0", "1", "2", "3", "warm-0"]
     assert not recorder.running
     assert recorder.most_running == 2
@@ -310,10 +309,12 @@ def test_memory_is_of_the_tokens_fed_when_most_was_kept():
 def test_nonsense_from_a_proposer_is_told():
     batch = DraftBatch.from_contexts([[1], [2]], 3)
     with pytest.raises(SpecplugError, match="'mine' answered drafts of shape"):
-        answers.well_formed("mine", Drafts.from_lists([[1]]), batch)
-    drafts = answers.well_formed("mine", [[1, 2, 3, 4, 5], [1]], batch)
+        replay.well_formed("mine", Drafts.from_lists([[1]]), batch, 40)
+    drafts = replay.well_formed("mine", [[1, 2, 3, 4, 5], [1]], batch, 40)
     assert drafts.num_tokens.tolist() == [3, 1]
     assert drafts.token_ids.shape == (2, 3)
+    drafts = replay.well_formed("mine", [[1, 40, 3], [-1]], batch, 40)
+    assert drafts.num_tokens.tolist() == [1, 0], "cut before ids outside the vocabulary, as in an engine"
 
 
 def test_table_and_json(tmp_path, tokenizer):
@@ -335,7 +336,7 @@ def test_table_and_json(tmp_path, tokenizer):
 
 
 def test_bad_input_is_one_clear_error_before_anything_runs(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(cli, "Replay", None)  # nothing gets so far
+    monkeypatch.setattr(replay, "Replay", None)  # nothing gets so far
     path = write(tmp_path / "a.txt", [1, 2, 3])
     store = make_store(tmp_path / "s.specstore", tokenizer, [[1, 2, 3]])
     other = make_store(
@@ -353,6 +354,8 @@ def test_bad_input_is_one_clear_error_before_anything_runs(tmp_path, tokenizer, 
     refused("is not JSON", "--proposers", '["suffix"', path)
     refused("named twice: ngram", "--proposers", "ngram,ngram", path)
     refused("has no option 'max'", "--proposers", '[{"name": "ngram", "max": 3}]', path)
+    too_large = json.dumps([{"name": "lookahead", "pool_tokens": 2**50}])
+    refused("proposer 'lookahead': there is not enough memory", "--proposers", too_large, path)
     refused("gate cannot be true", "--proposers", '["ngram", {"name": "ensemble", "gate": true}]', path)
     refused("leave on_device", "--proposers", '[{"name": "rest", "on_device": true}]', "--datastore", store, path)
     refused("write to its history_file", "--proposers", '[{"name": "suffix", "history_file": "h"}]', path)

@@ -230,6 +230,7 @@ def run(command: list[str], folder: Path, **more: str) -> str:
     return done.stdout
 
 
+@pytest.mark.engine
 @of("bash")
 def test_shell_examples(block: Block, home: Path) -> None:
     if f"build {STORE}" in block.code:
@@ -239,6 +240,7 @@ def test_shell_examples(block: Block, home: Path) -> None:
         assert (home / store).is_file()
 
 
+@pytest.mark.engine
 @of("python")
 def test_python_examples(block: Block, home: Path) -> None:
     (home / "programs" / "example.py").write_text(for_real(block.code))
@@ -256,6 +258,7 @@ def test_the_proposer_of_the_page_is_the_one_in_examples() -> None:
     assert source[source.index("from itertools") :] in (ROOT / "docs/how-to/own-proposer.md").read_text()
 
 
+@pytest.mark.engine
 def test_the_numbers_of_the_sampler_example(home: Path) -> None:
     (block,) = (each for each in RUN if each.page.name == "own-sampler.md" and "chisquare" in each.code)
     (home / "programs" / "example.py").write_text(block.code)
@@ -317,6 +320,7 @@ json.dump(answers, open("answers.json", "w"))
 """
 
 
+@pytest.mark.engine
 def test_every_speculative_config_is_read(home: Path) -> None:
     """By vLLM with this plugin, up to where a model would be loaded."""
     places, given = zip(*configurations(), strict=True)
@@ -547,7 +551,7 @@ def test_the_reference_needs_no_vllm() -> None:
         "found = importlib.util.spec_from_file_location('hooks', 'docs/hooks.py')\n"
         "hooks = importlib.util.module_from_spec(found)\n"
         "found.loader.exec_module(hooks)\n"
-        "arguments = {'refusals': ['_unfit_v2'], 'page': ['CONTRIBUTING.md']}\n"
+        "arguments = {'refusals': ['V2'], 'page': ['CONTRIBUTING.md']}\n"
         "print(min(len(made(*arguments.get(name, []))) for name, made in hooks.GENERATORS.items()))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)

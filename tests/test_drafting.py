@@ -44,7 +44,7 @@ def propose(drafting: Drafting, answer: Any) -> list[list[int]]:
 def ask(drafting: Drafting, requests: list[TrackedRequest], limit: int = 4) -> list[list[int]]:
     table = np.arange(len(requests) * 50, dtype=np.int32).reshape(-1, 50) % 100
     rows = np.arange(len(requests))
-    return drafting.propose(requests, table, rows, np.array([r.num_prompt_tokens for r in requests]), limit)
+    return drafting.propose(requests, table, rows, np.array([r.num_prompt_tokens for r in requests]), limit).drafts
 
 
 @pytest.mark.parametrize(
@@ -194,11 +194,11 @@ def test_the_engines_own_drafter_takes_part(monkeypatch: pytest.MonkeyPatch) -> 
     table = np.zeros((3, 50), dtype=np.int32)
     arguments = (requests, table, np.arange(3), np.full(3, 5), 4, None, native)
     Answers.answer = low
-    assert drafting.propose(*arguments) == [[7, 8, 9], [3], []]
+    assert drafting.propose(*arguments).drafts == [[7, 8, 9], [3], []]
     Answers.answer = high
-    assert drafting.propose(*arguments) == [[1, 2], [3], [4]]
+    assert drafting.propose(*arguments).drafts == [[1, 2], [3], [4]]
     Answers.answer = None  # broken: vLLM's own goes on
-    assert drafting.propose(*arguments) == [[7, 8, 9], [], []]
+    assert drafting.propose(*arguments).drafts == [[7, 8, 9], [], []]
     assert not drafting.stats.proposers["answers"].active
     assert drafting.has_proposers
 
@@ -223,12 +223,12 @@ REQUESTS = [TrackedRequest("0", 2, 50), TrackedRequest("1", 1, 50)]
 def branch(
     drafting: Drafting, answer: Any, requests: list[TrackedRequest] = REQUESTS, max_forks: int = 8
 ) -> tuple[list[list[int]], dict[str, list[list[int]]]]:
-    """Drafts, and further chains."""
+    """Drafts, and side chains."""
     Answers.answer = answer
     table = np.arange(len(requests) * 50, dtype=np.int32).reshape(-1, 50) % 100
     num_tokens = np.array([request.num_prompt_tokens for request in requests], dtype=np.int64)
-    drafts = drafting.propose(requests, table, np.arange(len(requests)), num_tokens, 4, max_forks=max_forks)
-    return drafts, drafting.further
+    proposal = drafting.propose(requests, table, np.arange(len(requests)), num_tokens, 4, max_forks=max_forks)
+    return proposal.drafts, proposal.side_chains
 
 
 def with_others(first: list[list[int]], *others: Any) -> Drafts:
@@ -307,17 +307,14 @@ def test_others_are_asked_for_and_kept_where_there_is_room(branching: Drafting, 
     assert branch(branching, answer, max_forks=0)[1] == {}, "those of the step before are gone"
     assert Answers.asked.num_chains == 1
     assert sum(map(len, branch(branching, answer, max_forks=1)[1].values())) == 1
-    assert sum(map(len, branching.take_further().values())) == 1
-    assert branching.take_further() == {}
-    branch(branching, answer)
-    branching.propose([], np.zeros((1, 4), dtype=np.int32), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), 4)
-    assert branching.further == {}
+    nobody = np.zeros(0, dtype=np.int64)
+    assert branching.propose([], np.zeros((1, 4), dtype=np.int32), nobody, nobody, 4, max_forks=8).side_chains == {}
     assert branch(drafting, answer) == ([[1], [2]], {}), "one chain is what this one was set to"
     assert Answers.asked.num_chains == 1
 
 
 def test_nobody_is_asked_for_chains_that_do_not_pay(branching: Drafting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(branching.ensemble, "wants_forks", lambda: False)
+    monkeypatch.setattr(branching.ensemble.gate, "wants_forks", lambda: False)
     assert branch(branching, with_others([[1], [2]], [[3], [4]])) == ([[1], [2]], {})
     assert Answers.asked is not None
     assert Answers.asked.num_chains == 1
@@ -370,7 +367,7 @@ def test_steps_are_measured_by_the_nodes_of_their_trees(branching: Drafting, mon
     def took(num_running: int, rows: int, seconds: float, forks: int = 0) -> None:
         told.append((num_running, rows, forks))
 
-    monkeypatch.setattr(branching.ensemble, "took", took)
+    monkeypatch.setattr(branching.ensemble.gate, "took", took)
     branch(branching, with_others([[1, 2, 3], [7, 7]], [[1, 2, 4], [8]]))
     branching.observe(Verified(["0", "1"], [[1, 2, 4], [7, 7]], [[1, 9], [6]], [2, 1], further=[[[1, 2, 3]], [[8]]]))
     branch(branching, with_others([[1], [2]]))
@@ -386,5 +383,5 @@ def test_the_engines_own_drafter_takes_part_in_trees(monkeypatch: pytest.MonkeyP
     Answers.answer = Drafts.from_lists([[1, 2], [3]], 0.05)
     table = np.zeros((2, 50), dtype=np.int32)
     native = np.array([[7, 8, 9, -1], [-1, 1, 1, 1]], dtype=np.int32)
-    drafts = drafting.propose(REQUESTS, table, np.arange(2), np.full(2, 5), 4, None, native, 4)
-    assert (drafts, drafting.further) == ([[7, 8, 9], [3]], {"0": [[1, 2]]})
+    proposal = drafting.propose(REQUESTS, table, np.arange(2), np.full(2, 5), 4, None, native, 4)
+    assert (proposal.drafts, proposal.side_chains) == ([[7, 8, 9], [3]], {"0": [[1, 2]]})

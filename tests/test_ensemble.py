@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from vllm_specplug.proposers import DraftBatch, Drafts
+from vllm_specplug.proposers.ensemble import credit, forks
 from vllm_specplug.proposers.ensemble import estimate as ensemble_module
-from vllm_specplug.proposers.ensemble import forks
 from vllm_specplug.proposers.ensemble.costs import StepCosts, cut_to_what_pays
 from vllm_specplug.proposers.ensemble.ensemble import Ensemble
-from vllm_specplug.proposers.ensemble.forks import Tree
+from vllm_specplug.proposers.ensemble.gate import Budget, DraftMode, Forked, ForkMode, Gate, Trimmed, Trust
+from vllm_specplug.proposers.ensemble.stats import EnsembleStats
 
 K = 4
 
@@ -174,7 +175,7 @@ def test_no_state_stays_and_rooms_grow(random: np.random.Generator) -> None:
     assert 60 < one.num_live < 240
     one.finish([f"r{index}" for index in range(300)])
     assert one.num_live == 0
-    assert len(one._lengths) == len(one._free), "every room is free again"
+    assert one._slots.num_slots == len(one._kept.lengths) == len(one._slots._free), "every room is free again"
 
 
 def test_lengths_that_pay_equal_trying_all(random: np.random.Generator) -> None:
@@ -222,14 +223,14 @@ def drive(one: Ensemble, steps: int, right: float, row_s: float, random: np.rand
     total_rows, total_s = 0, 0.0
     for _ in range(steps):
         seconds = 0.010 + rows * row_s
-        one.took(4, rows, seconds)
+        one.gate.took(4, rows, seconds)
         total_s += seconds
         total_rows += rows
         batch = batch_of(4)
         rows, lengths = 0, [0] * 4
-        if one.wants_drafts():
+        if one.gate.wants_drafts():
             best, _ = one.combine(batch, [Drafts.from_lists([[1, 1, 1, 1]] * 4, 0.5)], 4)
-            one.drafting_took(0.0005)
+            one.gate.drafting_took(0.0005)
             lengths = best.num_tokens.tolist()
             rows = sum(lengths)
         told(one, [[1] * (int(random.geometric(1 - right)) - 1) + [9] for _ in range(4)], lengths)
@@ -276,7 +277,7 @@ def test_drafts_go_on_where_no_step_can_be_measured() -> None:
     batch = DraftBatch.from_contexts([[1, 2]], 4, ["0"])
     answers = [Drafts.from_lists([[3, 4]], confidence=0.9)]
     assert ensemble.combine(batch, answers, 1)[0].num_tokens.any()
-    ensemble.took(1, 2, 0.01)
+    ensemble.gate.took(1, 2, 0.01)
     # From now on every step takes in a prompt: took() is not called.
     drafted = [bool(ensemble.combine(batch, answers, 1)[0].num_tokens.any()) for _ in range(200)]
     assert not drafted[0], "a plain step is tried at once"
@@ -288,11 +289,11 @@ def test_the_time_of_drafting_alone_makes_it_rest(random: np.random.Generator) -
     for share, rests in ((0.10, True), (0.002, False)):
         one = ensemble(1, gate=True)
         for _ in range(4):
-            one.took(4, 0, 0.010)
+            one.gate.took(4, 0, 0.010)
         for _ in range(100):
-            if one.wants_drafts():
+            if one.gate.wants_drafts():
                 one.combine(batch_of(4), [Drafts.from_lists([[]] * 4)], 4)
-                one.drafting_took(share * 0.010)
+                one.gate.drafting_took(share * 0.010)
         assert one.snapshot().paused is rests
         assert (one.snapshot().resting_steps > 50) is rests
         assert one.snapshot().gain == pytest.approx(1 / (1 + share), abs=0.02)
@@ -303,13 +304,13 @@ def test_a_new_request_ends_a_rest_early_but_not_every_one_does() -> None:
     for has_new in (False, True):
         one = ensemble(1, gate=True)
         for _ in range(4):
-            one.took(4, 0, 0.010)
+            one.gate.took(4, 0, 0.010)
         asked = 0
         for _ in range(4000):
-            if one.wants_drafts(has_new):
+            if one.gate.wants_drafts(has_new):
                 asked += 1
                 one.combine(batch_of(4), [Drafts.from_lists([[]] * 4)], 4)
-                one.drafting_took(0.001)
+                one.gate.drafting_took(0.001)
         looks[has_new] = one.snapshot().looks
         assert asked < 4000 / 7
     assert looks[True] > 4 * looks[False]
@@ -426,6 +427,23 @@ class PlainTree:
         return most
 
 
+class SetCosts(Gate):
+    """Whole main chains, and side chains at costs that are set, in tokens; remembers what was added to any drafts."""
+
+    def __init__(self, trust: float, row_cost: float, fork_cost: float) -> None:
+        super().__init__(EnsembleStats())
+        self.costs_of_all = Budget(
+            1, DraftMode.ALL, ForkMode.PAYING, rate=1.0, row_s=row_cost, fork_s=fork_cost, trust=trust
+        )
+        self.forked: Forked | None = None
+
+    def budget(self, num_running: int, has_drafts: bool, max_forks: int, expected: Callable[[], float]) -> Budget:
+        return self.costs_of_all
+
+    def record(self, budget: Budget, trimmed: Trimmed, forked: Forked, promised: float) -> None:
+        self.forked = forked if trimmed.rows else None
+
+
 def test_forks_equal_a_plain_form(random: np.random.Generator) -> None:
     """Chains, their order, rows, and what is expected of them, for a batch whose forks are taken most gain first."""
     num_forked = 0
@@ -455,16 +473,8 @@ def test_forks_equal_a_plain_form(random: np.random.Generator) -> None:
             trees[best].chance.update(own)
             forks, rows, expected = forks + 1, rows + len(own), expected + accepted
         one = forking(num_members, max_chains)
-        got: list[Tree] = []
-
-        def spy(tree: Tree, *_: object, costs: tuple[float, float, float] = (scale, row_cost, fork_cost)) -> int:
-            got.append(tree)  # noqa: B023
-            return tree.grow(*costs, takes_all=False)
-
-        one.has_gate = True
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(one, "_withhold", lambda best, chances, running, tree: spy(tree))
-            drafts, source = one.combine(batch, answers, num_requests, max_forks)
+        one.gate = SetCosts(scale, row_cost, fork_cost)
+        drafts, source = one.combine(batch, answers, num_requests, max_forks)
         for index, tree in enumerate(trees):
             longest = max(tree.chains, key=len, default=())
             ordered = [longest, *(chain for chain in tree.chains if chain != longest)] if tree.chains else []
@@ -479,13 +489,14 @@ def test_forks_equal_a_plain_form(random: np.random.Generator) -> None:
             parents = {node[:-1] for node in tree.chance}
             for parent in parents:
                 assert sum(chance for node, chance in tree.chance.items() if node[:-1] == parent) <= 1.0 + 1e-9
-        if not got:
+        got = one.gate.forked
+        if got is None:
             assert not any(tree.chains for tree in trees)
             continue
-        assert (got[0].num_forks, got[0].num_rows) == (forks, rows)
-        assert got[0].first == pytest.approx(first)
-        assert got[0].expected == pytest.approx(expected)
-        promises = one._chain_promises[: len(one._lengths)].sum()
+        assert (got.num_forks, got.rows) == (forks, rows)
+        assert got.first == pytest.approx(first)
+        assert got.accepted == pytest.approx(expected)
+        promises = one._chains.promises.sum()
         total = sum(tree.reach(node) for tree in trees for node in tree.chance)
         firsts = sum(
             tree.reach(node) for tree in trees if len(tree.chains) > 1 for node in nodes_of([max(tree.chains, key=len)])
@@ -538,7 +549,7 @@ def test_further_answers_are_members_of_their_own() -> None:
     assert set(one.snapshot().weights) == {f"proposer {p}{rank}" for p in (0, 1) for rank in ("", " 2", " 3")}
     verified = [list(chain) for chain in chains_of(drafts, 0)]
     verified.sort(key=lambda chain: chain != [1, 3])
-    one._rate = 0.1
+    one._learning_rate = 0.1
     before = one.weights.copy()
     drafted, accepted = one.observe(
         ["0"], np.array([[1, 3, 9]], dtype=np.int32), np.array([3]), np.array([2]), {0: verified}
@@ -600,8 +611,8 @@ def test_every_node_is_counted_once_for_whose_it_is(random: np.random.Generator)
             verified.append(len(ordered[0]))
             if len(chains) > 1:
                 several[index] = ordered
-            kept = one._chain_tokens[one._slot_of[str(index)]].tolist()
-            of = one._chain_source[one._slot_of[str(index)]].tolist()
+            kept = one._chains.tokens[one._slots.known([str(index)])[0]].tolist()
+            of = one._chains.source[one._slots.known([str(index)])[0]].tolist()
             for node in nodes_of(chains):
                 if len(chains) > 1:
                     owners = [s[len(node) - 1] for c, s in zip(kept, of, strict=True) if tuple(c[: len(node)]) == node]
@@ -677,7 +688,7 @@ def test_forks_are_held_against_what_the_tree_promised(random: np.random.Generat
         ordered, tokens = walked(chains_of(drafts, 0), truth)
         told_chains(one, tokens, ordered)
         if step > 500:
-            promised, kept = promised + one._fork_promised, kept + one._fork_kept
+            promised, kept = promised + one.gate.fork_trust.promised, kept + one.gate.fork_trust.kept
     assert kept / promised == pytest.approx(1.0, abs=0.1)
 
 
@@ -731,13 +742,13 @@ class Engine:
         one, total, asked = self.one, 0, 0
         for _ in range(steps):
             seconds = 0.010 + 0.00002 * self.rows + fork_s * self.forks
-            one.took(1, self.rows, seconds * self.random.uniform(0.99, 1.01), self.forks)
-            assert one.wants_drafts()
-            wants = one.wants_forks()
+            one.gate.took(1, self.rows, seconds * self.random.uniform(0.99, 1.01), self.forks)
+            assert one.gate.wants_drafts()
+            wants = one.gate.wants_forks()
             asked += wants
             answers = [Drafts.from_lists([[1, 1]], 0.5), Drafts.from_lists([[2 if differs else 1, 1]], 0.4)]
             drafts, _ = one.combine(batch_of(1), answers, 1, int(wants))
-            one.drafting_took(0.00001)
+            one.gate.drafting_took(0.00001)
             chains = chains_of(drafts, 0) or [()]
             self.forks = len(chains) - 1
             self.rows = len(nodes_of(chains))
@@ -755,7 +766,7 @@ def test_forks_pay_or_rest_and_come_back_after_long(random: np.random.Generator)
     forks, asked = engine.drive(500, 0.0005)
     assert forks > 400
     assert asked == 500
-    assert engine.one.costs.fork_s(1) == pytest.approx(0.0005, abs=0.0003)
+    assert engine.one.gate.costs.fork_s(1) == pytest.approx(0.0005, abs=0.0003)
     engine.drive(200, 0.015)  # dearer than a step: it is noticed
     withheld = engine.one.stats.withheld_forks
     forks, asked = engine.drive(6000, 0.015)
@@ -809,12 +820,12 @@ def test_a_fork_that_costs_more_than_it_brings_is_left_out() -> None:
     ):
         one = forking(2, 2, gate=True)
         for _ in range(4):
-            one.took(1, 0, 0.010)
+            one.gate.took(1, 0, 0.010)
         # Costs as if they had been measured.
-        one.costs._sums[0] = np.array([1.0, 0, 0, 0, 0])
-        one.costs._solved[0] = (0.0, row_s, fork_s)
-        one.costs._fork_sums[0] = np.zeros(9)
-        one._fork_promised = one._fork_kept = 1e9  # all that was promised was kept
+        one.gate.costs._sums[0] = np.array([1.0, 0, 0, 0, 0])
+        one.gate.costs._solved[0] = (0.0, row_s, fork_s)
+        one.gate.costs._fork_sums[0] = np.zeros(9)
+        one.gate.fork_trust = Trust(1e9, 1e9)  # all that was promised was kept
         second = Drafts.from_lists([[2, 2]], 0.3)
         second.confidence[0, 1] = 0.5
         drafts, _ = one.combine(batch_of(1), [Drafts.from_lists([[1, 1]], 0.7), second], 1, 1)
@@ -824,7 +835,7 @@ def test_a_fork_that_costs_more_than_it_brings_is_left_out() -> None:
 def test_kernels_of_forks_are_compiled_before_the_first_request(random: np.random.Generator) -> None:
     one = forking(2, 3)
     one.warm_up()
-    kernels = (forks._grow, forks.attribute, ensemble_module.combine_drafts, ensemble_module.learn)
+    kernels = (forks._fork, credit.attribute, ensemble_module.combine_drafts, ensemble_module.learn)
     before = [len(kernel.signatures) for kernel in kernels]
     drafts, _ = one.combine(batch_of(4), members_of(random, 2, 4), 4, 3)
     several = {index: chains_of(drafts, index) for index in range(4) if len(chains_of(drafts, index)) > 1}

@@ -25,7 +25,7 @@ def test_my_proposer(monkeypatch: pytest.MonkeyPatch) -> None:
         row[: len(tokens)] = tokens
     lengths = np.array([len(tokens) for tokens in contexts])
     requests = [TrackedRequest(str(i), len(tokens), 50) for i, tokens in enumerate(contexts)]
-    assert drafting.propose(requests, table, np.arange(3), lengths, limit=4) == [[2, 3, 1, 2], [], [7, 7, 7, 7]]
+    assert drafting.propose(requests, table, np.arange(3), lengths, limit=4).drafts == [[2, 3, 1, 2], [], [7, 7, 7, 7]]
 
 
 def test_readme_shows_the_example_as_it_is() -> None:

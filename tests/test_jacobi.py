@@ -10,7 +10,8 @@ import pytest
 from vllm_specplug.proposers import DraftBatch, ProposerContext
 from vllm_specplug.proposers.base import Verified
 from vllm_specplug.proposers.jacobi import JacobiProposer
-from vllm_specplug.proposers.windows import FIRST_SLOTS, fill_token
+from vllm_specplug.proposers.slots import FIRST_SLOTS
+from vllm_specplug.proposers.windows import fill_token
 
 K = 8
 Target = Callable[[Sequence[int]], int]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import small_model
 from compare import assert_same, tokens
-from harness import Engine, EngineError
-from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, V2_FEATURES, noise_alone, requests
+from harness import Engine, EngineError, Engines
+from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, noise_alone, requests, requests_v2
 
 from vllm_specplug.tiny_models import draft_path, target_path
 
@@ -17,7 +18,7 @@ UNGATED = {"name": "ensemble", "gate": False}
 NOBODY_ELSE = {"name": "ngram", "min_match": 1000, "max_match": 1000}  # drafts nothing
 PROPOSERS = ["ngram", "suffix", "in_child.RandomTokens"]
 SENT = requests(84, [*PLAIN_FEATURES, *PROCESSOR_FEATURES], first_seed=4000)
-SENT_V2 = requests(11, V2_FEATURES, first_seed=4500, longest=8)
+SENT_V2 = requests_v2(11, first_seed=4500, longest=8)
 # Small blocks and idle rows, so that there are forks.
 ROOMY = {"block_size": 32, "max_num_seqs": 128}
 
@@ -47,7 +48,7 @@ def native(model: Any, sampler: str, num_chains: int, **more: Any) -> dict[str, 
 
 
 @pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
-def test_tokens_do_not_depend_on_who_drafts(v2: bool) -> None:
+def test_tokens_do_not_depend_on_who_drafts(v2: bool, engines: Engines) -> None:
     sent = SENT_V2 if v2 else SENT
     # A budget of reasoning tokens, which V2 serves, needs words that begin and end reasoning.
     more = {"reasoning_config": {"reasoning_start_str": "def", "reasoning_end_str": "\n"}} if v2 else ROOMY
@@ -66,7 +67,7 @@ def test_tokens_do_not_depend_on_who_drafts(v2: bool) -> None:
             moved = [{**r, "params": {**r["params"], "seed": r["params"]["seed"] + 1}} for r in sent]
             assert tokens(engine.generate(moved)) != tokens(alone)
             return
-    with Engine({}, plugin=False) as engine:
+    with engines.borrowed({}, plugin=False) as engine:
         stock = engine.generate(sent)
     greedy = [index for index, request in enumerate(sent) if request["params"]["temperature"] == 0.0]
     sampled = [index for index in range(len(sent)) if index not in greedy]
@@ -79,7 +80,7 @@ def test_tokens_do_not_depend_on_who_drafts(v2: bool) -> None:
 def test_proposers_are_given_the_noise_that_the_verifier_uses(v2: bool) -> None:
     """Where noise alone decides, a proposer that knows it is always right; with one chain's alone it would not be."""
     num_draft = 3
-    sent = noise_alone(4, 1 + 2 * (num_draft + 1))
+    sent = noise_alone(4, 1 + 2 * (num_draft + 1), small_model.VOCAB if v2 else 4096)
     config = {**settings([]), "num_speculative_tokens": num_draft}
     with Engine({"speculative_config": config, **({} if v2 else ROOMY)}, v2=v2) as engine:
         engine.send(
@@ -99,7 +100,8 @@ def test_a_model_drafting_for_itself_wins_the_same_races(v2: bool) -> None:
         {"prompt": r["prompt"], "params": {"temperature": 1.0, "seed": i, "max_tokens": 13, "ignore_eos": True}}
         for i, r in enumerate(SENT[: 3 if v2 else 12])
     ]
-    config = native(target_path(), "list", 3, proposers=[])
+    model = small_model.target_path() if v2 else target_path()
+    config = native(model, "list", 3, proposers=[])
     with Engine({"speculative_config": config, **({} if v2 else ROOMY)}, v2=v2) as engine:
         before = engine.send("metrics")
         engine.generate(sent)

@@ -19,7 +19,7 @@ from vllm_specplug.proposers.lookahead import (
     LookaheadProposer,
     candidate_confidence,
 )
-from vllm_specplug.proposers.windows import FIRST_SLOTS
+from vllm_specplug.proposers.slots import FIRST_SLOTS
 from vllm_specplug.samplers.gumbel import gumbel_noise
 from vllm_specplug.samplers.noise import SPLITMIX, splitmix_keys
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import small_model
 from compare import assert_same, tokens
-from harness import Engine
-from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, V2_FEATURES, requests
+from harness import Engine, Engines
+from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, requests, requests_v2
 
 from vllm_specplug.tiny_models import draft_path, target_path
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.engine
 
 PROPOSERS = ["ngram", "suffix", "in_child.RandomTokens"]
 SENT = requests(84, [*PLAIN_FEATURES, *PROCESSOR_FEATURES], first_seed=3000)
-SENT_V2 = requests(11, V2_FEATURES, first_seed=3500, longest=8)
+SENT_V2 = requests_v2(11, first_seed=3500, longest=8)
 
 
 def settings(proposers: list[Any]) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def all_verified(names: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
-def test_tokens_do_not_depend_on_who_drafts(v2: bool) -> None:
+def test_tokens_do_not_depend_on_who_drafts(v2: bool, engines: Engines) -> None:
     sent = SENT_V2 if v2 else SENT
     # A budget of reasoning tokens, which V2 serves, needs words that begin and end reasoning.
     more = {"reasoning_config": {"reasoning_start_str": "def", "reasoning_end_str": "\n"}} if v2 else {}
@@ -45,7 +46,7 @@ def test_tokens_do_not_depend_on_who_drafts(v2: bool) -> None:
                 assert engine.send("metrics")["vllm:spec_decode_num_accepted_tokens"] > before
     if v2:
         return
-    with Engine({}, plugin=False) as engine:
+    with engines.borrowed({}, plugin=False) as engine:
         stock = engine.generate(sent)
     greedy = [index for index, request in enumerate(sent) if request["params"]["temperature"] == 0.0]
     sampled = [index for index in range(len(sent)) if index not in greedy]
@@ -63,7 +64,7 @@ def test_a_model_drafting_for_itself_throws_the_same_darts(v2: bool) -> None:
     ]
     config = {
         "method": "draft_model",
-        "model": str(target_path()),
+        "model": str(small_model.target_path() if v2 else target_path()),
         "num_speculative_tokens": 3,
         "draft_sample_method": "probabilistic",
         "sampler": "minhash",

@@ -6,7 +6,6 @@ EAGLE and Medusa heads have random weights: they draft nonsense, through all of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_same
-from harness import Engine, EngineError
+from harness import Engine, EngineError, Engines
 from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, requests
 
 from vllm_specplug.tiny_models import draft_path, target_path
@@ -31,9 +30,9 @@ SAMPLED = [
 
 
 @pytest.fixture(scope="module")
-def stock() -> Iterator[dict[str, list[dict[str, Any]]]]:
-    with Engine({}, plugin=False) as engine:
-        yield {"mixed": engine.generate(SENT), "sampled": engine.generate(SAMPLED)}
+def stock(engines: Engines) -> dict[str, list[dict[str, Any]]]:
+    with engines.borrowed({}, plugin=False) as engine:
+        return {"mixed": engine.generate(SENT), "sampled": engine.generate(SAMPLED)}
 
 
 def save_heads(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> str:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_specplug.proposers import DraftBatch, ProposerContext
-from vllm_specplug.proposers.ngram import FIRST_SLOTS, NgramProposer
+from vllm_specplug.proposers.ngram import NgramProposer
+from vllm_specplug.proposers.slots import FIRST_SLOTS
 
 
 def proposer_with(num_speculative_tokens: int = 8, max_model_len: int = 4096, **options) -> NgramProposer:
@@ -170,7 +171,7 @@ def test_nothing_is_read_behind_the_context():
 def test_empty_batch_and_warm_up():
     proposer = proposer_with()
     proposer.warm_up()
-    assert not proposer._slot_of
+    assert len(proposer._slots) == 0
     assert len(proposer.propose(DraftBatch.from_contexts([], 4)).num_tokens) == 0
     assert proposer.describe()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomllib
 
 from vllm_specplug.proposers import DraftBatch, ProposerContext, TargetNoise, Verified
 from vllm_specplug.samplers.noise import MURMUR, NO_NOISE, SPLITMIX
@@ -125,3 +127,21 @@ def test_streams_of_short_requests(name: str, store: str) -> None:
         assert proposer.memory_bytes() == 0
     else:
         assert max(held[10:]) <= 1.05 * max(held[:10])
+
+
+def test_whatever_has_no_annotations_is_a_compiled_kernel():
+    # In files with kernels mypy lets functions without annotations pass, as numba finds their types.
+    root = Path(__file__).parents[1]
+    overrides = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
+    (modules,) = [each["module"] for each in overrides if each.get("disallow_untyped_defs") is False]
+    num_kernels = 0
+    for module in modules:
+        path = root / module.replace(".", "/")
+        for file in path.parent.glob("*.py") if path.name == "*" else [path.with_suffix(".py")]:
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.FunctionDef) and node.args.args and node.returns is None:
+                    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+                    is_typed = any(argument.annotation for argument in node.args.args)
+                    assert is_typed or any("kernel" in name or "jit" in name for name in decorators), (file, node.name)
+                    num_kernels += not is_typed
+    assert num_kernels > 50

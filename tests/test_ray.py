@@ -446,7 +446,7 @@ def test_processes_end_with_the_one_that_started_them(is_wanted: bool, tmp_path:
     program = tmp_path / "program.py"
     program.write_text(
         "import multiprocessing, os, time\n"
-        "from vllm_specplug import lifeline\n"
+        "from vllm_specplug.engines import lifeline\n"
         "def child(channel):\n"
         "    lifeline.hold()\n"
         "    lifeline.hold()\n"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers import DraftBatch, Drafts, ProposerContext, TargetNoise, tree
-from vllm_specplug.proposers.base import STORES_OPTION, expected_accepted
+from vllm_specplug.proposers.base import STORES_OPTION
 from vllm_specplug.proposers.rest import confidence, drafts
 from vllm_specplug.proposers.rest import proposer as rest
 from vllm_specplug.proposers.rest.proposer import RestProposer
@@ -124,7 +124,7 @@ token_lists = st.lists(st.integers(0, 3), max_size=30)
     segment_tokens=st.one_of(st.none(), st.integers(40, 80)),
     parallel_batch=st.sampled_from([1, 100]),
 )
-def test_drafts_follow_the_vote(
+def test_drafts_follow_the_vote(  # noqa: PLR0913 - what hypothesis varies
     tmp_path, documents, contexts, max_match, min_match, max_draft, min_confidence, segment_tokens, parallel_batch
 ):
     max_match = max(max_match, min_match)
@@ -320,6 +320,12 @@ def pick(drafts: Drafts, index: int) -> tuple[object, ...]:
     return count, int(drafts.match_length[index]), *(row[index, :count].tolist() for row in rows)
 
 
+def expected_accepted(drafts: Drafts) -> list[float]:
+    """Expected number of accepted draft tokens of each draft: a token counts only if all before it were accepted."""
+    rows = zip(drafts.confidence.astype(np.float64), drafts.num_tokens, strict=True)
+    return [float(np.cumprod(row[:count]).sum()) for row, count in rows]
+
+
 @pytest.mark.parametrize("parallel_batch", [1, 1000])
 def test_the_most_promising_of_the_stores_asked(tmp_path, rng, monkeypatch, parallel_batch):
     monkeypatch.setattr(rest, "PARALLEL_BATCH", parallel_batch)
@@ -335,7 +341,7 @@ def test_the_most_promising_of_the_stores_asked(tmp_path, rng, monkeypatch, para
         noise, _ = draw_noise(MURMUR, 8, 4, rng.choice([0.0, 1.0], 8).tolist(), rng)
         plain = dataclasses.replace(DraftBatch.from_contexts(contexts, 4), noise=noise)
         alone = {name: with_stores({name: path}, 4, min_confidence=0.01).propose(plain) for name, path in paths.items()}
-        expected = {name: expected_accepted(each.confidence, each.num_tokens) for name, each in alone.items()}
+        expected = {name: expected_accepted(each) for name, each in alone.items()}
         together = with_stores(paths, 4, min_confidence=0.01).propose(dataclasses.replace(plain, options=options))
         for index, names in enumerate([*asked, None]):
             candidates = [name for name in paths if names is None or name in names]

@@ -119,7 +119,7 @@ token_lists = st.lists(st.integers(0, 3), max_size=30)
     segment_tokens=st.one_of(st.none(), st.integers(40, 80)),
     seed=st.integers(0, 99),
 )
-def test_any_store_and_context(
+def test_any_store_and_context(  # noqa: PLR0913 - what hypothesis varies
     tmp_path, documents, contexts, max_match, min_match, max_votes, max_draft, min_confidence, segment_tokens, seed
 ):
     context = context_for(

@@ -449,7 +449,7 @@ def test_finished_requests_stay_in_the_history_and_leave_no_state():
         propose(proposer, {f"short-{nth}": text[:20]})
         proposer.finish([f"short-{nth}"])
     assert len(proposer._requests) == 8
-    assert not proposer._slot_of
+    assert len(proposer._slots) == 0
     (tenant,) = proposer._tenants.values()
     assert tenant.num_requests == 0
 
@@ -487,7 +487,7 @@ def test_replaced_contexts_start_anew(replacement):
     # And it goes on from there.
     longer = context + random_text(6, 3)
     propose(proposer, {"a": longer})
-    state = proposer._requests[proposer._slot_of["a"]]
+    state = proposer._requests[proposer._slots.known(["a"])[0]]
     (tenant,) = proposer._tenants.values()
     assert tenant.new.states[state[1], 0] == len(longer)
 

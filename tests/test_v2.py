@@ -6,15 +6,16 @@ No GPU is needed: the runner's kernels, vLLM's and ours, run under Triton's inte
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 from compare import assert_close_logprobs, assert_same
-from harness import ENGINE_ARGS, Engine, EngineError
-from requests_matrix import V2_FEATURES, noise_alone, requests
+from harness import Engine, EngineError, Engines
+from requests_matrix import V2_FEATURES, noise_alone, requests, requests_v2
+from small_model import VOCAB, draft_path, target_path
 
-from vllm_specplug.tiny_models import draft_path, target_path
+from vllm_specplug import tiny_models
 
 pytestmark = pytest.mark.engine
 
@@ -27,18 +28,20 @@ ROOMY = {**SIZES, "reasoning_config": {"reasoning_start_str": "def", "reasoning_
 # Small enough for preemption, prompts prefilled in pieces, cached prefixes of earlier requests in the way.
 TIGHT = {**ROOMY, "num_gpu_blocks_override": 6, "max_num_batched_tokens": 96, "enable_chunked_prefill": True}
 
-SENT = requests(22, V2_FEATURES, first_seed=500, longest=10)
-for _request in SENT:
-    if "prompt_logprobs" in _request["params"]:  # a row of work for every token of the prompt
-        _request["prompt"] = _request["prompt"][:40]
-    if 0.0 < _request["params"]["temperature"] != 0.9:  # 0.9: greedy requests that ask for two outputs
-        _request["params"]["temperature"] = 1.0
+SENT = requests_v2(22, first_seed=500)
+
+
+# Every feature once, greedy in one half and sampled in the other.
+HALVES = [
+    [at for at in range(len(SENT)) if (at % len(V2_FEATURES) % 2 == at // len(V2_FEATURES)) == first]
+    for first in (True, False)
+]
 
 
 @pytest.fixture(scope="module")
-def stock() -> Iterator[list[dict[str, Any]]]:
-    with Engine(ROOMY, plugin=False, v2=True) as engine:
-        yield engine.generate(SENT)
+def stock(engines: Engines) -> list[dict[str, Any]]:
+    with engines.borrowed(ROOMY, plugin=False, v2=True) as engine:
+        return engine.generate(SENT)
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +77,9 @@ def drafting(name: str, files: dict[str, str]) -> dict[str, Any]:
     return {**settings, "proposers": [*entries.get(name, [name]), UNGATED], "datastore": files["store"]}
 
 
-def start(arguments: dict[str, Any], *, asynchronous: bool) -> Engine:
-    engine = Engine(v2=True)
-    try:
-        if asynchronous:
-            engine.send("call", "keep_async_scheduling")
-        engine.send("start", {**ENGINE_ARGS, **arguments})
-    except BaseException:
-        engine.close()
-        raise
-    return engine
-
-
 @pytest.fixture(scope="module")
 def roomy() -> Iterator[Engine]:
-    with start({**ROOMY, "speculative_config": SPECPLUG}, asynchronous=False) as engine:
+    with Engine({**ROOMY, "speculative_config": SPECPLUG}, v2=True) as engine:
         assert "runner V2, sampler gumbel (drafter-invariant)" in engine.tail(100_000)
         yield engine
 
@@ -96,7 +87,7 @@ def roomy() -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def tight() -> Iterator[Engine]:
     """As on a GPU: async scheduling. And what is small elsewhere: a cache with preemptions, verification in chunks."""
-    with start({**TIGHT, "speculative_config": SPECPLUG}, asynchronous=True) as engine:
+    with Engine({**TIGHT, "speculative_config": SPECPLUG}, v2=True, asynchronous=True) as engine:
         assert "async scheduling on" in engine.tail(100_000)
         engine.send("call", "verify_in_chunks_of", 7)
         yield engine
@@ -120,16 +111,19 @@ def check(
 
 # Under preemption the slow runner's time goes to the drafters that matter there.
 @pytest.mark.parametrize(
-    ("cache", "proposer"),
+    ("cache", "proposer", "places"),
     [
-        ("roomy", "none"), ("roomy", "rest"), ("roomy", "ngram"), ("roomy", "suffix"), ("roomy", "jacobi"),
-        ("roomy", "lookahead"), ("roomy", "recycling"), ("roomy", "random"), ("roomy", "oracle"),
-        ("tight", "all together"), ("tight", "random"), ("tight", "oracle"),
+        ("roomy", "none", range(22)), ("roomy", "rest", HALVES[0]), ("roomy", "ngram", HALVES[1]),
+        ("roomy", "suffix", HALVES[0]), ("roomy", "jacobi", HALVES[1]), ("roomy", "lookahead", HALVES[0]),
+        ("roomy", "recycling", HALVES[1]), ("roomy", "random", range(22)), ("roomy", "oracle", range(22)),
+        ("tight", "all together", range(22)), ("tight", "random", range(22)), ("tight", "oracle", range(22)),
     ],
+    ids=lambda value: value if isinstance(value, str) else len(value),
 )  # fmt: skip
 def test_same_tokens_as_stock_v2(
     cache: str,
     proposer: str,
+    places: Sequence[int],
     stock: list[dict[str, Any]],
     files: dict[str, str],
     request: pytest.FixtureRequest,
@@ -137,7 +131,9 @@ def test_same_tokens_as_stock_v2(
     engine: Engine = request.getfixturevalue(cache)
     engine.send("set_drafting", drafting(proposer, files))
     before = engine.send("metrics")
-    check(engine.generate(SENT, reset_prefix_cache=cache == "roomy"), stock, f"{proposer}, {cache}")
+    sent, expected = [SENT[at] for at in places], [stock[at] for at in places]
+    ours = engine.generate(sent, reset_prefix_cache=cache == "roomy")
+    check(ours, expected, f"{proposer}, {cache}", sent, at_least=len(sent) // 2)
     after, stats = engine.send("metrics"), engine.send("stats")
     delta = {name: after[name] - before[name] for name in after if isinstance(after[name], int | float)}
     drafted = sum(p["drafted"] for p in stats["proposers"].values())
@@ -176,6 +172,18 @@ def test_every_oracle_token_is_accepted(roomy: Engine, stock: list[dict[str, Any
     (counters,) = roomy.send("stats")["proposers"].values()
     assert counters["drafted"] > 40
     assert counters["accepted"] == counters["drafted"]
+
+
+def test_a_vocabulary_of_several_blocks() -> None:
+    """Kernels take 1024 tokens at a time, more than the small vocabulary has."""
+    arguments = {**SIZES, "model": str(tiny_models.target_path())}
+    sent = requests(6, [{}, {"top_k": 20, "top_p": 0.9}, {"logprobs": 2}], first_seed=700, longest=6)
+    with Engine(arguments, plugin=False, v2=True) as engine:
+        expected = engine.generate(sent)
+    config = {**SPECPLUG, "proposers": ["ngram", "in_child.RandomTokens", UNGATED]}
+    with Engine({**arguments, "speculative_config": config}, v2=True) as engine:
+        check(engine.generate(sent), expected, "several blocks", sent, at_least=5)
+        assert sum(each["drafted"] for each in engine.send("stats")["proposers"].values()) > 20
 
 
 @pytest.mark.parametrize("name", ["Raises", "OutsideVocabulary", "TooMany", "WritesTable"])
@@ -237,7 +245,7 @@ def test_drafting_on_the_device(roomy: Engine, stock: list[dict[str, Any]], file
 
 def test_proposers_are_given_the_noise_that_the_verifier_uses(roomy: Engine, tight: Engine) -> None:
     """Where noise alone decides, a proposer that knows it is always right."""
-    sent = noise_alone(4, 1 + 2 * (NUM_DRAFT + 1))
+    sent = noise_alone(4, 1 + 2 * (NUM_DRAFT + 1), VOCAB)
     for engine in (roomy, tight):
         engine.send(
             "set_drafting", {"num_speculative_tokens": NUM_DRAFT, "proposers": ["in_child.NoiseAlone", UNGATED]}
@@ -256,7 +264,7 @@ def test_vllms_own_drafter_joined_by_ours(stock: list[dict[str, Any]]) -> None:
         "draft_sample_method": "probabilistic", "proposers": ["ngram", UNGATED],
     }  # fmt: skip
     for asynchronous in (False, True):
-        with start({**ROOMY, "speculative_config": config}, asynchronous=asynchronous) as engine:
+        with Engine({**ROOMY, "speculative_config": config}, v2=True, asynchronous=asynchronous) as engine:
             assert "proposers: ngram" in engine.tail(100_000)
             assert "joining vLLM's draft_model" in engine.tail(100_000)
             check(engine.generate(SENT[:11]), stock[:11], "joined", SENT[:11], at_least=5)
@@ -275,7 +283,7 @@ def test_vllms_own_drafters(draft: str, stock: list[dict[str, Any]]) -> None:
         config |= {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     else:
         config |= {"method": "draft_model", "model": str(target_path()), "draft_sample_method": "probabilistic"}
-    with start({**ROOMY, "speculative_config": config}, asynchronous=False) as engine:
+    with Engine({**ROOMY, "speculative_config": config}, v2=True) as engine:
         assert f"verifies the drafts of vLLM's {config['method']}" in engine.tail(100_000)
         check(engine.generate(SENT[:11]), stock[:11], draft, SENT[:11], at_least=5)
         before = engine.send("metrics")
@@ -298,7 +306,7 @@ def test_rejection_sampler_keeps_greedy_text(stock: list[dict[str, Any]]) -> Non
     config = {**SPECPLUG, "sampler": "rejection", "proposers": ["ngram", "in_child.RandomTokens"]}
     greedy = [i for i, r in enumerate(SENT) if r["params"]["temperature"] == 0.0
               and not {"min_p", "logit_bias", "logprobs", "prompt_logprobs"} & set(r["params"])]  # fmt: skip
-    with start({**ROOMY, "speculative_config": config}, asynchronous=True) as engine:
+    with Engine({**ROOMY, "speculative_config": config}, v2=True, asynchronous=True) as engine:
         sent = [SENT[i] for i in greedy]
         assert len(sent) >= 3
         assert_same(engine.generate(sent), [stock[i] for i in greedy], "rejection", sent)

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from compare import assert_close_logprobs, assert_same, tokens
-from harness import ENGINE_ARGS, Engine
-from requests_matrix import V2_FEATURES, requests
-
-from vllm_specplug.tiny_models import target_path
+from harness import Engine, Engines
+from requests_matrix import requests_v2
+from small_model import target_path
 
 pytestmark = pytest.mark.engine
 
@@ -29,18 +28,13 @@ ROOMY = {**SIZES, "reasoning_config": {"reasoning_start_str": "def", "reasoning_
 # Small enough for preemption, prompts prefilled in pieces, cached prefixes of earlier requests in the way.
 TIGHT = {**ROOMY, "num_gpu_blocks_override": 64, "max_num_batched_tokens": 192, "enable_chunked_prefill": True}
 
-SENT = requests(22, V2_FEATURES, first_seed=500, longest=10)
-for _request in SENT:
-    if "prompt_logprobs" in _request["params"]:  # a row of work for every token of the prompt
-        _request["prompt"] = _request["prompt"][:40]
-    if 0.0 < _request["params"]["temperature"] != 0.9:  # 0.9: greedy requests that ask for two outputs
-        _request["params"]["temperature"] = 1.0
+SENT = requests_v2(22, first_seed=500)
 
 
 @pytest.fixture(scope="module")
-def stock() -> Iterator[list[dict[str, Any]]]:
-    with Engine(ROOMY, plugin=False, v2=True) as engine:
-        yield engine.generate(SENT)
+def stock(engines: Engines) -> list[dict[str, Any]]:
+    with engines.borrowed(ROOMY, plugin=False, v2=True) as engine:
+        return engine.generate(SENT)
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +44,9 @@ def sequences(stock: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFact
     return str(path)
 
 
-def start(arguments: dict[str, Any], *, asynchronous: bool) -> Engine:
-    engine = Engine(v2=True)
-    try:
-        if asynchronous:
-            engine.send("call", "keep_async_scheduling")
-        engine.send("start", {**ENGINE_ARGS, **arguments})
-    except BaseException:
-        engine.close()
-        raise
-    return engine
-
-
 @pytest.fixture(scope="module")
 def roomy() -> Iterator[Engine]:
-    with start({**ROOMY, "speculative_config": {**CHAINS, "scratch_blocks": 150}}, asynchronous=False) as engine:
+    with Engine({**ROOMY, "speculative_config": {**CHAINS, "scratch_blocks": 150}}, v2=True) as engine:
         assert "150 of " in engine.tail(1_000_000)
         yield engine
 
@@ -72,7 +54,9 @@ def roomy() -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def tight() -> Iterator[Engine]:
     """As on a GPU: async scheduling. And what is small elsewhere: a cache with preemptions."""
-    with start({**TIGHT, "speculative_config": {**CHAINS, "scratch_blocks": 30}}, asynchronous=True) as engine:
+    with Engine(
+        {**TIGHT, "speculative_config": {**CHAINS, "scratch_blocks": 30}}, v2=True, asynchronous=True
+    ) as engine:
         assert "async scheduling on" in engine.tail(1_000_000)
         yield engine
 
@@ -98,7 +82,7 @@ def test_same_tokens_as_stock_v2(
     assert compared > 15
     stats = engine.send("stats")["ensemble"]
     assert stats["forks"] == engine.send("call", "counted_chains")["forks"] > 10
-    assert stats["fork_wins"] > 5
+    assert stats["fork_wins"] > 2
 
 
 @pytest.mark.parametrize("kinds", [["wrong", "oracle"], ["oracle", "wrong"]])
@@ -145,7 +129,7 @@ def test_a_control_that_must_fail(roomy: Engine, stock: list[dict[str, Any]], se
 
 def test_requests_of_full_length_and_no_state_left(roomy: Engine, sequences: str) -> None:
     long = [
-        {"prompt": [300 + (7 * at + number) % 3000 for at in range(376 + number)], "params":
+        {"prompt": [100 + (7 * at + number) % 400 for at in range(376 + number)], "params":
          {"temperature": 0.7, "seed": number, "max_tokens": 50, "ignore_eos": True}}
         for number in range(2)
     ]  # fmt: skip
@@ -167,7 +151,7 @@ def test_a_model_with_sliding_windows(tmp_path_factory: pytest.TempPathFactory) 
     with Engine() as child:
         child.send("call", "save_tiny_window_model", str(model), str(target_path()))
     sent = [
-        {"prompt": [50 + (11 * at * at + 7 * number) % 3000 for at in range(30 + 9 * number)], "params":
+        {"prompt": [50 + (11 * at * at + 7 * number) % 400 for at in range(30 + 9 * number)], "params":
          {"temperature": 0.9, "seed": number, "max_tokens": 14, "ignore_eos": True}}
         for number in range(5)
     ]  # fmt: skip
@@ -177,7 +161,7 @@ def test_a_model_with_sliding_windows(tmp_path_factory: pytest.TempPathFactory) 
     path = model / "sequences.json"
     path.write_text(json.dumps([o["prompt_token_ids"] + o["outputs"][0]["token_ids"] for o in expected]))
     config = {**CHAINS, "scratch_blocks": 200}
-    with start({**arguments, "speculative_config": config}, asynchronous=True) as engine:
+    with Engine({**arguments, "speculative_config": config}, v2=True, asynchronous=True) as engine:
         assert "200 of " in engine.tail(1_000_000)
         engine.send("set_drafting", several(["corrupted"] * 4, str(path)))
         assert_same(engine.generate(sent), expected, "sliding windows", sent)

@@ -22,19 +22,21 @@ __all__ = [
 ]
 
 _LAZY = {
-    "ConfigurationError": ".errors",
-    "Proposer": ".hooks.v1",  # what vLLM's native custom_class spelling names
-    "ProposerWithRejection": ".hooks.v1",
-    "Settings": ".config",
-    "SpecplugError": ".errors",
-    "UnsupportedVersionError": ".errors",
-    "reload_stores": ".reloading",
+    "ConfigurationError": ".errors:ConfigurationError",
+    # What vLLM's native spelling names ("method": "custom_class"). The class to subclass is proposers.Proposer.
+    "Proposer": ".hooks.v1.drafter:Drafter",
+    "ProposerWithRejection": ".hooks.v1.drafter:Drafter",
+    "Settings": ".settings.model:Settings",
+    "SpecplugError": ".errors:SpecplugError",
+    "UnsupportedVersionError": ".errors:UnsupportedVersionError",
+    "reload_stores": ".reloading:reload_stores",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+        module, _, attribute = _LAZY[name].partition(":")
+        return getattr(importlib.import_module(module, __name__), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

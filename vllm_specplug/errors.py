@@ -15,5 +15,5 @@ class UnsupportedVersionError(SpecplugError, RuntimeError):
     """The installed vLLM is outside the supported range, or one of its seams changed."""
 
 
-class DatastoreError(ValueError):
+class DatastoreError(SpecplugError, ValueError):
     """A store cannot be built, opened or used; the message says which one, why, and what to do."""

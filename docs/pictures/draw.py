@@ -34,7 +34,7 @@ class Picture:
         self.width, self.height, self.title = width, height, title
         self.parts: list[str] = []
 
-    def text(
+    def text(  # noqa: PLR0913 - keywords of one SVG element
         self, x: float, y: float, text: str, size: float = 14, anchor: str = "start", mono: bool = False,
         color: str = "currentColor", bold: bool = False, faint: bool = False,
     ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a step costs by draft rows and forks, measured online."""
+"""What a step costs by number of draft rows and side chains, measured online."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 def cut_to_what_pays(chances, lengths, rate, first_s, row_s):  # type: ignore[no-untyped-def]
     """Shorten drafts to the lengths that are worth their time.
 
-    ``n`` draft rows make a step ``first_s + n * row_s`` longer, in which the engine would have emitted ``rate`` tokens
-    a second anyway, and emit in addition the sum of their chances of being accepted, each with all before it. Those
-    chances fall along a draft, so that the ``n`` most likely rows are always beginnings of drafts.
+    ``n`` draft rows make a step ``first_s + n * row_s`` longer, time in which the engine would emit ``rate`` tokens a
+    second without drafts. They bring the sum of their chances of being accepted together with all rows before them.
+    Those chances fall along a draft, so that the ``n`` likeliest rows are always beginnings of drafts.
 
     Args:
-        chances: ``[num_requests, k]`` chance of each token, those before it accepted.
-        lengths: ``[num_requests]``, shortened in place.
+        chances: ``[num_requests, k]`` float64, chance of each token if all before it are accepted.
+        lengths: ``[num_requests]`` int64, shortened in place.
         rate: tokens per second.
         first_s, row_s: seconds.
 
     Returns:
-        Rows that are left, and their expected accepted tokens.
+        The rows that remain, and their expected accepted tokens.
     """
     num_requests = len(lengths)
     total = 0
@@ -49,7 +49,7 @@ def cut_to_what_pays(chances, lengths, rate, first_s, row_s):  # type: ignore[no
             best_rows = rows
             expected = accepted
     threshold = ordered[total - best_rows] if best_rows else 2.0
-    left = 0
+    remaining = 0
     for i in range(num_requests):
         alive = 1.0
         kept = 0
@@ -59,40 +59,45 @@ def cut_to_what_pays(chances, lengths, rate, first_s, row_s):  # type: ignore[no
                 break
             kept = depth + 1
         lengths[i] = kept
-        left += kept
-    return left, expected
+        remaining += kept
+    return remaining, expected
 
 
 class StepCosts:
-    """What a step takes, measured in the running engine: without drafts, and for each verified draft row more.
+    """What a step takes, measured in the running engine: without drafts, and more for each draft row and side chain.
 
-    Kept by batch size, in half octaves: at each, the median of the latest steps without drafts, and a regression of
-    what steps with drafts took beyond it on their number of draft rows, which forgets slowly; and what steps with
-    further chains took beyond that, for each of them.
-    Steps with drafts that took over four times as long as their rows explain (a prompt came in, the machine was away)
-    are left out.
+    Costs are kept by batch size, in half octaves: the median of the latest steps without drafts; a regression on the
+    number of draft rows of the time that steps with drafts took beyond that median, which forgets slowly; and the time
+    that steps with side chains took beyond that, by number of side chains.
+    Steps with drafts that took over four times as long as their rows explain (a prompt came in, the machine was busy
+    elsewhere) are left out.
     """
 
     KEPT = 15
+    """Latest steps without drafts that the median is of."""
     FORGET = 0.98
+    """Decay of a regression per step that is entered into it."""
     FORGET_OTHERS = 0.998
-    """What steps without forks count for one step with forks later, and the other way round."""
+    """Decay of the regression of side chains per step without them, and of the plain regression per step with them."""
     FORGET_AT_PROBE = 0.5
+    """Decay of both when a probe is entered, which comes rarely."""
     FORGET_AT_GOOD_NEWS = 0.1
+    """The same if the probe took less than half of the time that was expected."""
 
     def __init__(self) -> None:
         self._plain: dict[int, list[float]] = {}
         self._plain_s: dict[int, float] = {}
-        # Weighted sums of 1, n, n*n, y, n*y over steps with n draft rows that took y seconds longer than a plain one.
+        # By bucket, weighted sums of 1, n, n*n, y, n*y over steps with n draft rows that took y seconds longer than a
+        # plain one.
         self._sums: dict[int, NDArray[np.float64]] = {}
         self._since_plain: dict[int, int] = {}
-        # The same over steps with f forks, and sums of f, f*n, f*f and f*y; steps with forks are in these alone.
+        # The same over steps with f side chains, and sums of f, f*n, f*f and f*y; no such step is in _sums.
         self._fork_sums: dict[int, NDArray[np.float64]] = {}
-        self._solved: dict[int, tuple[float, float, float]] = {}  # of these sums as they are
+        self._solved: dict[int, tuple[float, float, float]] = {}  # the regressions of the present sums
 
     @staticmethod
     def bucket(num_running: int) -> int:
-        """Batch sizes that count as one: 1, 2, 3, 4, 5-6, 7-8, 9-12, 13-16, 17-24, ..."""
+        """Batch sizes that are measured together have the same one: 1, 2, 3, 4, 5-6, 7-8, 9-12, 13-16, 17-24, ..."""
         octave = max(num_running - 1, 0).bit_length()
         return 2 * octave - int(octave > 1 and num_running <= 3 << (octave - 2))
 
@@ -112,8 +117,13 @@ class StepCosts:
     ) -> None:
         """One step of ``num_running`` requests, none of them in its prompt, took ``seconds``.
 
-        A probe comes so rarely that what was known before it counts for half, and for little where rows turn out to
-        cost less: if they do not, the next steps will tell. A probe of forks does the same to what is known of them.
+        Probes come so rarely that older measurements count for half after one, and for little if rows turn out to cost
+        less: if that was chance, the next steps will correct it.
+
+        Args:
+            is_probe: True if the drafts were verified only to learn what rows cost by now.
+            forks: side chains among the draft rows.
+            is_fork_probe: True if a side chain was verified only to learn what it costs by now.
         """
         bucket = self.bucket(num_running)
         if draft_rows == 0:
@@ -151,13 +161,13 @@ class StepCosts:
         self._solved.pop(bucket, None)
 
     def fork_s(self, num_running: int) -> float:
-        """Seconds more for each chain beyond a request's first, its rows not counted; 0 while nothing is known."""
+        """Seconds more for each side chain, its rows not counted; 0 while nothing is known."""
         bucket = self.bucket(num_running)
         near = min(self._fork_sums, key=lambda known: abs(known - bucket), default=None)
         return 0.0 if near is None else self._solve(near)[2]
 
     def _solve(self, bucket: int) -> tuple[float, float, float]:
-        """Seconds for having any draft, for each draft row, and for each fork, at a batch size that is known."""
+        """Seconds for having any draft, for each draft row, and for each side chain, in a bucket that has sums."""
         if (solved := self._solved.get(bucket)) is None:
             solved = self._solved[bucket] = self._solve_anew(bucket)
         return solved
@@ -168,16 +178,17 @@ class StepCosts:
         if fork_sums is None:
             return *self._line(*sums), 0.0
         *both, forks, with_rows, squares, product = fork_sums.tolist()
-        if not sums[0]:  # none but with forks
+        if not sums[0]:  # all steps had side chains
             return *self._line(*both), 0.0
-        # Rows come with every fork, and so many that the two could not be told apart in the same steps.
+        # Every side chain brings rows, about as many each: steps with side chains alone do not tell which of the two
+        # costs the time. So the cost of rows is taken from steps without them.
         first_s, row_s = self._line(*sums)
         return first_s, row_s, max((product - first_s * forks - row_s * with_rows) / max(squares, 1e-9), 0.0)
 
     @staticmethod
     def _line(count: float, rows: float, squares: float, more: float, product: float) -> tuple[float, float]:
         """Seconds for having any draft, and for each draft row, neither below 0."""
-        # A little belief in a straight line through nothing keeps few or equal numbers of rows from making nonsense.
+        # A weak prior for a slope of 0: without it few steps, or steps of equal numbers of rows, give absurd slopes.
         squares += 1e-3 * squares + 1e-9
         spread = count * squares - rows * rows
         slope = (count * product - rows * more) / spread if spread > 1e-6 * count * squares else more / max(rows, 1.0)
@@ -193,9 +204,9 @@ class StepCosts:
         return self._since_plain.get(self.bucket(num_running), 0)
 
     def of(self, num_running: int) -> tuple[float, float, float]:
-        """Seconds of a step without drafts, more for having any draft, and more for each draft row.
+        """Seconds of a step without drafts, more seconds for having any draft, and for each draft row.
 
-        (0, 0, 0) while nothing is known; the nearest batch size that is known stands in for one that is not.
+        All are 0 while nothing is known. If this batch size was not measured the nearest one that was stands in.
         """
         bucket = self.bucket(num_running)
         near = min(self._plain_s, key=lambda known: abs(known - bucket), default=None)
@@ -209,7 +220,7 @@ class StepCosts:
         return plain_s, first_s, row_s
 
     def to_dict(self) -> dict[str, dict[str, float]]:
-        """By largest batch size of a bucket: seconds of a plain step, of having drafts, of a draft row, of a fork."""
+        """By largest batch size of a bucket: seconds of a plain step, of having drafts, a draft row, a side chain."""
         return {
             str(size): {
                 **dict(zip(("plain_s", "first_s", "row_s"), self.of(size), strict=True)),

@@ -1,390 +1,443 @@
-"""Side chains taken from the proposers' answers; compiled."""
+"""Side chains taken from the proposers' answers; compiled.
+
+What all members answered to a request is one tree. Paths of it are added to the main chain, the one that gains most
+first, as long as their nodes are worth more than they cost.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from vllm_specplug.proposers.base import Drafts
-from vllm_specplug.proposers.ensemble.estimate import go_on
+from vllm_specplug.proposers.ensemble.estimate import Candidates, MainChains, Path, expect, go_on
+from vllm_specplug.proposers.ensemble.gate import Budget, Forked, ForkMode
+
+
+class Members(NamedTuple):
+    """What the members answered to a batch.
+
+    Attributes:
+        tokens: ``[num_members, num_requests, k]`` int32.
+        lengths: ``[num_members, num_requests]`` int64.
+        chances: ``[num_requests, num_members, k]`` float64.
+        limits: ``[num_requests]`` int64, longest draft of each request.
+    """
+
+    tokens: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+    chances: NDArray[np.float64]
+    limits: NDArray[np.int64]
+
+
+class KeptChains(NamedTuple):
+    """By slot, one a live request: the chains that went to the verifier, the main chain first.
+
+    Attributes:
+        tokens: ``[num_slots, max_chains, k]`` int32.
+        lengths: ``[num_slots, max_chains]`` int64; all 0 if the request had one chain only.
+        source: ``[num_slots, max_chains, k]`` int64, the member of each token.
+        promises: ``[num_slots, max_chains]`` float64, expected accepted tokens of each chain's nodes that no chain
+            before it has, 0 for the main chain.
+    """
+
+    tokens: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+    source: NDArray[np.int64]
+    promises: NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, num_slots: int, max_chains: int, width: int) -> KeptChains:
+        """Slots of no request."""
+        shape = (num_slots, max_chains, width)
+        return cls(
+            np.zeros(shape, dtype=np.int32),
+            np.zeros(shape[:2], dtype=np.int64),
+            np.zeros(shape, dtype=np.int64),
+            np.zeros(shape[:2]),
+        )
+
+
+class _Chains(NamedTuple):
+    """Chains of a request, or with the axis ``num_requests`` first, of a batch.
+
+    Attributes:
+        tokens, chances, source: ``[max_chains, k]``.
+        lengths: ``[max_chains]``.
+    """
+
+    tokens: NDArray[Any]
+    chances: NDArray[Any]
+    source: NDArray[Any]
+    lengths: NDArray[Any]
+
+
+class _Prices(NamedTuple):
+    """What a path must bring, in expected accepted tokens.
+
+    Attributes:
+        scale: factor of the chances of its nodes.
+        row: for each of its rows.
+        fork: for itself.
+        takes_all: True if costs do not count.
+    """
+
+    scale: float
+    row: float
+    fork: float
+    takes_all: bool
 
 
 @njit(cache=True, nogil=True)
-def _fork(  # type: ignore[no-untyped-def]
-    tokens, lengths, chances, limit, remaining, chain_tokens, chain_chances, chain_lengths, chain_source, num_chains,
-    scale, row_cost, fork_cost, takes_all, alive, work_tokens, work_chances, work_source, out_tokens, out_chances,
-    out_source,
-):  # fmt: skip
+def shared_head(tokens, length, other_tokens, other_length):  # type: ignore[no-untyped-def]
+    """How many first tokens two paths share."""
+    shared = 0
+    while shared < min(length, other_length) and tokens[shared] == other_tokens[shared]:
+        shared += 1
+    return shared
+
+
+@njit(cache=True, nogil=True)
+def _where_it_leaves(tokens, length, chains, num_chains):  # type: ignore[no-untyped-def]
+    """How many tokens a path shares with the chain that it shares most with, and which chain that is."""
+    head, parent = -1, 0
+    for chain in range(num_chains):
+        shared = shared_head(tokens, length, chains.tokens[chain], chains.lengths[chain])
+        if shared > head:
+            head, parent = shared, chain
+    return head, parent
+
+
+@njit(cache=True, nogil=True)
+def _mark_alike(candidates, member, head):  # type: ignore[no-untyped-def]
+    """Mark as alive the drafts that begin like ``member``'s up to depth ``head``; True if it is the first of them."""
+    tokens = candidates.tokens
+    is_first = True
+    for other in range(len(candidates.lengths)):
+        is_alike = candidates.lengths[other] > head
+        for depth in range(head + 1):
+            is_alike = is_alike and tokens[other, depth] == tokens[member, depth]
+        candidates.alive[other] = is_alike
+        is_first &= not (is_alike and other < member)
+    return is_first
+
+
+@njit(cache=True, nogil=True)
+def _unclaimed(tokens, head, chains, num_chains):  # type: ignore[no-untyped-def]
+    """Probability that is left for another token at depth ``head`` of a path.
+
+    The target emits one token at a depth, so that the chances of tokens that follow the same ones never sum to more
+    than 1: a new path can only get the probability that no chain claims.
+    """
+    left = 1.0
+    for chain in range(num_chains):
+        if chains.lengths[chain] <= head:
+            continue
+        # A node that several chains share claims its chance once.
+        claims = shared_head(chains.tokens[chain], head, tokens, head) == head
+        for earlier in range(chain):
+            same = chains.lengths[earlier] > head
+            same = same and shared_head(chains.tokens[earlier], head + 1, chains.tokens[chain], head + 1) > head
+            claims &= not same
+        if claims:
+            left -= chains.chances[chain, head]
+    return left
+
+
+@njit(cache=True, nogil=True)
+def _leave(candidates, member, head, parent, limit, chains, num_chains, path):  # type: ignore[no-untyped-def]
+    """Compose the path that leaves the chain ``parent`` at depth ``head`` with ``member``'s token; returns its length.
+
+    It goes on with the drafts that are alive, all of which have that token there.
+    """
+    chance = 0.0
+    for other in range(len(candidates.lengths)):
+        if candidates.alive[other]:
+            chance = max(chance, candidates.chances[other, head])
+    for depth in range(head):
+        path.tokens[depth] = candidates.tokens[member, depth]
+        path.chances[depth] = chains.chances[parent, depth]
+        path.source[depth] = chains.source[parent, depth]
+    path.tokens[head] = candidates.tokens[member, head]
+    path.chances[head] = max(min(chance, _unclaimed(path.tokens, head, chains, num_chains)), 0.0)
+    path.source[head] = member
+    return go_on(candidates, head + 1, limit, path)
+
+
+@njit(cache=True, nogil=True)
+def _worth(path, head, stop, prices):  # type: ignore[no-untyped-def]
+    """Gain, length and expected accepted tokens of a path's beginning that gains most; its nodes from ``head`` on."""
+    reach = prices.scale
+    for depth in range(head):
+        reach *= path.chances[depth]
+    gain, expected = 0.0, 0.0
+    best_gain, best_stop, best_expected = -1.0, head, 0.0
+    for depth in range(head, stop):
+        reach *= path.chances[depth]
+        gain += reach - prices.row
+        expected += reach
+        if gain > best_gain or prices.takes_all:
+            best_gain, best_stop, best_expected = gain, depth + 1, expected
+    return best_gain - prices.fork, best_stop, best_expected
+
+
+@njit(cache=True, nogil=True)
+def _best_path(candidates, limit, chains, num_chains, prices, work, best):  # type: ignore[no-untyped-def]
     """The path that adds most to a request's chains.
 
-    A path is worth the chance to get to each of its nodes behind the one where it leaves the chains, less
-    ``row_cost`` each, less ``fork_cost``; it ends where it is worth most. The target emits one token at a place, so
-    that the chances of tokens that follow the same ones never sum to more than 1: what the chains have, it has not.
+    A path is worth the chance to get to each of its nodes behind the one where it leaves the chains, less what the
+    nodes and the path itself cost; it ends where it is worth most.
 
     Args:
-        remaining: ``[num_members, k]``, see :func:`_compose`.
-        chain_tokens, chain_chances, chain_source: ``[max_chains, k]``, the ``num_chains`` chosen so far.
-        scale: factor of the chances of its nodes: how much of what was promised was kept of late.
-        takes_all: True where costs do not count.
+        candidates: see :class:`~.estimate.Candidates`.
+        limit: longest path.
+        chains: the ``num_chains`` chosen so far.
+        prices: see :class:`_Prices`.
+        work: scratch, a :class:`~.estimate.Path`.
+        best: the path, filled in.
 
     Returns:
-        What it gains (-1 where nothing is worth its cost), its length, its expected accepted tokens, its rows, and
-        whether there was any to choose from.
+        Its gain (-1 if no path is worth its cost), length, expected accepted tokens and rows, and whether there was any
+        path to choose from.
     """
-    num_members = len(lengths)
     most, most_length, most_expected, most_rows = -1.0, 0, 0.0, 0
     has_choice = False
-    for member in range(num_members):
-        length = min(lengths[member], limit)
-        head, parent = -1, 0
-        for chain in range(num_chains):
-            common = 0
-            while common < min(length, chain_lengths[chain]) and chain_tokens[chain, common] == tokens[member, common]:
-                common += 1
-            if common > head:
-                head, parent = common, chain
-        # What only makes a chain longer, or is one of them, brings no new row.
-        if head >= length or head >= chain_lengths[parent]:
+    for member in range(len(candidates.lengths)):
+        length = min(candidates.lengths[member], limit)
+        head, parent = _where_it_leaves(candidates.tokens[member], length, chains, num_chains)
+        # What only makes a chain longer, or is part of one, brings no row of a side chain.
+        if head >= length or head >= chains.lengths[parent]:
             continue
         has_choice = True
-        is_known = False  # one before it begins alike, and so goes on alike
-        for other in range(num_members):
-            same = lengths[other] > head
-            for depth in range(head + 1):
-                same = same and tokens[other, depth] == tokens[member, depth]
-            alive[other] = same
-            is_known |= same and other < member
-        if is_known:
-            continue
-        reach = scale
-        for depth in range(head):
-            reach *= chain_chances[parent, depth]
-        left = 1.0
-        for chain in range(num_chains):
-            if chain_lengths[chain] <= head:
-                continue
-            is_first = True  # of those with this token here
-            for depth in range(head):
-                is_first &= chain_tokens[chain, depth] == tokens[member, depth]
-            for earlier in range(chain):
-                same = chain_lengths[earlier] > head
-                for depth in range(head + 1):
-                    same = same and chain_tokens[earlier, depth] == chain_tokens[chain, depth]
-                is_first &= not same
-            if is_first:
-                left -= chain_chances[chain, head]
-        chance = 0.0
-        for other in range(num_members):
-            if alive[other]:
-                chance = max(chance, chances[other, head])
-        for depth in range(head):
-            work_tokens[depth] = tokens[member, depth]
-            work_chances[depth] = chain_chances[parent, depth]
-            work_source[depth] = chain_source[parent, depth]
-        work_tokens[head] = tokens[member, head]
-        work_chances[head] = max(min(chance, left), 0.0)
-        work_source[head] = member
-        stop = go_on(
-            tokens, lengths, chances, head + 1, limit, alive, remaining, work_tokens, work_chances, work_source
-        )
-        gain, expected = 0.0, 0.0
-        best_gain, best_stop, best_expected = -1.0, head, 0.0
-        for depth in range(head, stop):
-            reach *= work_chances[depth]
-            gain += reach - row_cost
-            expected += reach
-            if gain > best_gain or takes_all:
-                best_gain, best_stop, best_expected = gain, depth + 1, expected
-        best_gain -= fork_cost
-        if (best_gain > 0.0 or takes_all) and best_gain > most:
-            most, most_length, most_expected, most_rows = best_gain, best_stop, best_expected, best_stop - head
-            for depth in range(best_stop):
-                out_tokens[depth] = work_tokens[depth]
-                out_chances[depth] = work_chances[depth]
-                out_source[depth] = work_source[depth]
+        if not _mark_alike(candidates, member, head):
+            continue  # an earlier member leaves the chains there too, and its path was this one
+        stop = _leave(candidates, member, head, parent, limit, chains, num_chains, work)
+        gain, stop, expected = _worth(work, head, stop, prices)
+        if (gain > 0.0 or prices.takes_all) and gain > most:
+            most, most_length, most_expected, most_rows = gain, stop, expected, stop - head
+            _copy(work, best, stop)
     return most, most_length, most_expected, most_rows, has_choice
 
 
 @njit(cache=True, nogil=True)
-def _add_forks(  # type: ignore[no-untyped-def]
-    tokens, lengths, chances, limits, max_forks, scale, row_cost, fork_cost, takes_all,
-    chain_tokens, chain_chances, chain_lengths, chain_source, promises,
-):  # fmt: skip
+def _copy(path, to, length):  # type: ignore[no-untyped-def]
+    for depth in range(length):
+        to.tokens[depth] = path.tokens[depth]
+        to.chances[depth] = path.chances[depth]
+        to.source[depth] = path.source[depth]
+
+
+@njit(cache=True, nogil=True)
+def _chains_of(chains, i):  # type: ignore[no-untyped-def]
+    """One request's chains of a batch's."""
+    return _Chains(chains.tokens[i], chains.chances[i], chains.source[i], chains.lengths[i])
+
+
+@njit(cache=True, nogil=True)
+def _path_of(paths, i):  # type: ignore[no-untyped-def]
+    """One path of several."""
+    return Path(paths.tokens[i], paths.chances[i], paths.source[i])
+
+
+@njit(cache=True, nogil=True)
+def _paths(shape):  # type: ignore[no-untyped-def]
+    """Arrays for paths, no token filled in."""
+    return Path(np.zeros(shape, dtype=np.int32), np.zeros(shape), np.full(shape, -1, dtype=np.int64))
+
+
+@njit(cache=True, nogil=True)
+def _longest_first(chains, num_chains):  # type: ignore[no-untyped-def]
+    """Put the longest chain of a request before all others, which keep their order."""
+    longest = 0
+    for chain in range(num_chains):
+        if chains.lengths[chain] > chains.lengths[longest]:
+            longest = chain
+    for chain in range(longest, 0, -1):
+        for depth in range(chains.tokens.shape[1]):
+            token, chance = chains.tokens[chain, depth], chains.chances[chain, depth]
+            source = chains.source[chain, depth]
+            chains.tokens[chain, depth] = chains.tokens[chain - 1, depth]
+            chains.chances[chain, depth] = chains.chances[chain - 1, depth]
+            chains.source[chain, depth] = chains.source[chain - 1, depth]
+            chains.tokens[chain - 1, depth] = token
+            chains.chances[chain - 1, depth] = chance
+            chains.source[chain - 1, depth] = source
+        length = chains.lengths[chain]
+        chains.lengths[chain] = chains.lengths[chain - 1]
+        chains.lengths[chain - 1] = length
+
+
+@njit(cache=True, nogil=True)
+def _promise(chains, num_chains, promises):  # type: ignore[no-untyped-def]
+    """Fill in the expected accepted tokens of each chain's nodes that no chain before it has; none for the first."""
+    for chain in range(1, num_chains):
+        head, _ = _where_it_leaves(chains.tokens[chain], chains.lengths[chain], chains, chain)
+        reach = 1.0
+        for depth in range(chains.lengths[chain]):
+            reach *= chains.chances[chain, depth]
+            if depth >= head:
+                promises[chain] += reach
+
+
+@njit(cache=True, nogil=True)
+def _add_forks(tokens, lengths, chances, limits, max_forks, prices, chains, promises):  # type: ignore[no-untyped-def]
     """Add paths to the chains of a batch, the one that gains most first.
 
     Args:
-        tokens: ``[num_members, num_requests, k]``; ``lengths`` alike; ``chances``: ``[num_requests, num_members, k]``.
-        limits: ``[num_requests]`` longest draft.
-        chain_tokens: ``[num_requests, max_chains, k]``, the first of each filled in; chances and sources too. Of the
-            chains of a request the longest comes out first, the others in the order in which they were chosen.
-        promises: ``[num_requests, max_chains]`` zeros; filled with the expected accepted tokens of each chain's nodes
-            that no chain before it has, 0 for the first.
+        tokens, lengths, chances, limits: see :class:`Members`.
+        max_forks: most paths.
+        prices: see :class:`_Prices`.
+        chains: of the batch, the first chain of each request filled in. Of the chains of a request the longest comes
+            out first, the others in the order in which they were chosen.
+        promises: ``[num_requests, max_chains]`` zeros, see :class:`KeptChains`; filled in.
 
     Returns:
-        Forks, their rows, their expected accepted tokens, and whether there was any path to choose from.
+        Side chains, their rows, their expected accepted tokens, and whether there was any path to choose from.
     """
     num_members, num_requests, width = tokens.shape
-    max_chains = chain_tokens.shape[1]
+    max_chains = chains.lengths.shape[1]
     remaining = np.zeros((num_requests, num_members, width))
-    found_tokens = np.zeros((num_requests, width), dtype=np.int32)
-    found_chances = np.zeros((num_requests, width))
-    found_source = np.zeros((num_requests, width), dtype=np.int64)
-    gains = np.full(num_requests, -1.0)
-    found_lengths = np.zeros(num_requests, dtype=np.int64)
-    found_expected = np.zeros(num_requests)
-    found_rows = np.zeros(num_requests, dtype=np.int64)
-    num_chains = np.ones(num_requests, dtype=np.int64)
     alive = np.zeros(num_members, dtype=np.bool_)
-    work_tokens = np.zeros(width, dtype=np.int32)
-    work_chances = np.zeros(width)
-    work_source = np.zeros(width, dtype=np.int64)
-    for i in range(num_requests):
-        for member in range(num_members):
-            expected = 0.0
-            for depth in range(min(lengths[member, i], limits[i], width) - 1, -1, -1):
-                expected = chances[i, member, depth] * (1.0 + expected)
-                remaining[i, member, depth] = expected
+    work = _paths(width)
+    # The best further path of each request, and what it brings.
+    best = _paths((num_requests, width))
+    gains = np.full(num_requests, -1.0)
+    path_lengths = np.zeros(num_requests, dtype=np.int64)
+    path_expected = np.zeros(num_requests)
+    path_rows = np.zeros(num_requests, dtype=np.int64)
+    num_chains = np.ones(num_requests, dtype=np.int64)
     forks, rows, accepted, has_choice = 0, 0, 0.0, False
-    changed = -1  # all of them
+    for i in range(num_requests):
+        expect(Candidates(tokens[:, i], chances[i], lengths[:, i], remaining[i], alive), min(limits[i], width))
+    changed = -1  # the request whose chains changed; -1: all requests
     while forks < max_forks:
         for i in range(num_requests):
-            if changed in (-1, i):
-                gains[i] = -1.0
-                if chain_lengths[i, 0] > 0 and num_chains[i] < max_chains:
-                    gains[i], found_lengths[i], found_expected[i], found_rows[i], has_any = _fork(
-                        tokens[:, i], lengths[:, i], chances[i], min(limits[i], width), remaining[i], chain_tokens[i],
-                        chain_chances[i], chain_lengths[i], chain_source[i], num_chains[i], scale, row_cost, fork_cost,
-                        takes_all, alive, work_tokens, work_chances, work_source, found_tokens[i], found_chances[i],
-                        found_source[i],
-                    )  # fmt: skip
-                    has_choice |= has_any
-        best = 0
-        for i in range(num_requests):
-            if gains[i] > gains[best]:
-                best = i
-        if num_requests == 0 or gains[best] < 0.0:
-            break
-        chain = num_chains[best]
-        for depth in range(found_lengths[best]):
-            chain_tokens[best, chain, depth] = found_tokens[best, depth]
-            chain_chances[best, chain, depth] = found_chances[best, depth]
-            chain_source[best, chain, depth] = found_source[best, depth]
-        chain_lengths[best, chain] = found_lengths[best]
-        num_chains[best] += 1
-        forks += 1
-        rows += found_rows[best]
-        accepted += found_expected[best]
-        changed = best
-    for i in range(num_requests):
-        longest = 0
-        for chain in range(num_chains[i]):
-            if chain_lengths[i, chain] > chain_lengths[i, longest]:
-                longest = chain
-        for chain in range(longest, 0, -1):  # it goes before all others
-            for depth in range(width):
-                token, chance, source = (
-                    chain_tokens[i, chain, depth], chain_chances[i, chain, depth], chain_source[i, chain, depth],
+            if changed not in (-1, i):
+                continue
+            gains[i] = -1.0
+            if chains.lengths[i, 0] > 0 and num_chains[i] < max_chains:
+                candidates = Candidates(tokens[:, i], chances[i], lengths[:, i], remaining[i], alive)
+                gains[i], path_lengths[i], path_expected[i], path_rows[i], has_any = _best_path(
+                    candidates, min(limits[i], width), _chains_of(chains, i), num_chains[i], prices, work,
+                    _path_of(best, i),
                 )  # fmt: skip
-                chain_tokens[i, chain, depth] = chain_tokens[i, chain - 1, depth]
-                chain_chances[i, chain, depth] = chain_chances[i, chain - 1, depth]
-                chain_source[i, chain, depth] = chain_source[i, chain - 1, depth]
-                chain_tokens[i, chain - 1, depth] = token
-                chain_chances[i, chain - 1, depth] = chance
-                chain_source[i, chain - 1, depth] = source
-            length = chain_lengths[i, chain]
-            chain_lengths[i, chain] = chain_lengths[i, chain - 1]
-            chain_lengths[i, chain - 1] = length
-        for chain in range(1, num_chains[i]):
-            head = 0
-            for before in range(chain):
-                common = 0
-                while (
-                    common < min(chain_lengths[i, chain], chain_lengths[i, before])
-                    and chain_tokens[i, chain, common] == chain_tokens[i, before, common]
-                ):
-                    common += 1
-                head = max(head, common)
-            reach = 1.0
-            for depth in range(chain_lengths[i, chain]):
-                reach *= chain_chances[i, chain, depth]
-                if depth >= head:
-                    promises[i, chain] += reach
+                has_choice |= has_any
+        at = 0
+        for i in range(num_requests):
+            if gains[i] > gains[at]:
+                at = i
+        if num_requests == 0 or gains[at] < 0.0:
+            break
+        _copy(_path_of(best, at), _path_of(_chains_of(chains, at), num_chains[at]), path_lengths[at])
+        chains.lengths[at, num_chains[at]] = path_lengths[at]
+        num_chains[at] += 1
+        forks += 1
+        rows += path_rows[at]
+        accepted += path_expected[at]
+        changed = at
+    for i in range(num_requests):
+        _longest_first(_chains_of(chains, i), num_chains[i])
+        _promise(_chains_of(chains, i), num_chains[i], promises[i])
     return forks, rows, accepted, has_choice
 
 
 @njit(cache=True, nogil=True)
-def _grow(  # type: ignore[no-untyped-def]
-    tokens, lengths, chances, limits, max_forks, scale, row_cost, fork_cost, takes_all, slots,
-    best_tokens, best_lengths, best_chances, best_source,
+def _fork(  # type: ignore[no-untyped-def]
+    tokens, lengths, chances, limits, best_tokens, best_lengths, best_chances, best_source, slots,
     kept_tokens, kept_lengths, kept_source, kept_promises, out_tokens, out_lengths, out_chances,
+    max_forks, scale, row_cost, fork_cost, takes_all,
 ):  # fmt: skip
-    """:func:`_add_forks` to the best chain of each request; the chains are kept by slot.
+    """Add side chains to the main chains of a batch; the chains are kept by slot.
 
     Args:
-        best_tokens, best_chances, best_source: ``[num_requests, k]``, changed where another chain becomes the first.
-        kept_tokens, kept_source: ``[num_slots, max_chains, k]``; ``kept_lengths``, ``kept_promises`` too.
-        out_tokens, out_chances: ``[max_chains - 1, num_requests, k]`` the further chains; ``out_lengths`` too.
+        tokens, lengths, chances, limits: see :class:`Members`.
+        best_tokens, best_lengths, best_chances, best_source: see :class:`~.estimate.MainChains`; changed if another
+            chain becomes the main one.
+        slots: ``[num_requests]``.
+        kept_tokens, kept_lengths, kept_source, kept_promises: see :class:`KeptChains`; filled in for requests that have
+            several chains.
+        out_tokens, out_chances: ``[max_chains - 1, num_requests, k]``, the side chains, filled in;
+            ``out_lengths``: ``[max_chains - 1, num_requests]``.
+        max_forks: most side chains.
+        scale, row_cost, fork_cost, takes_all: see :class:`_Prices`.
 
     Returns:
-        What :func:`_add_forks` does, the expected accepted tokens of the first chains before it, and the most forks of
-        a request.
+        Side chains, their rows, their expected accepted tokens, whether there was any path to choose from, the expected
+        accepted tokens of the main chains before, and the most side chains of a request.
     """
     num_requests, width = best_tokens.shape
     max_chains = kept_tokens.shape[1]
-    shape = (num_requests, max_chains, width)
-    chain_tokens = np.zeros(shape, dtype=np.int32)
-    chain_chances = np.zeros(shape)
-    chain_source = np.full(shape, -1, dtype=np.int64)
+    paths = _paths((num_requests, max_chains, width))
     chain_lengths = np.zeros((num_requests, max_chains), dtype=np.int64)
+    chains = _Chains(paths.tokens, paths.chances, paths.source, chain_lengths)
+    best = Path(best_tokens, best_chances, best_source)
     promises = np.zeros((num_requests, max_chains))
     first = 0.0
     for i in range(num_requests):
         chain_lengths[i, 0] = best_lengths[i]
+        _copy(_path_of(best, i), _path_of(_chains_of(chains, i), 0), best_lengths[i])
         reach = 1.0
         for depth in range(best_lengths[i]):
-            chain_tokens[i, 0, depth] = best_tokens[i, depth]
-            chain_chances[i, 0, depth] = best_chances[i, depth]
-            chain_source[i, 0, depth] = best_source[i, depth]
             reach *= best_chances[i, depth]
             first += reach
-    most = 0
+    prices = _Prices(scale, row_cost, fork_cost, takes_all)
     forks, rows, accepted, has_choice = _add_forks(
-        tokens, lengths, chances, limits, max_forks, scale, row_cost, fork_cost, takes_all,
-        chain_tokens, chain_chances, chain_lengths, chain_source, promises,
-    )  # fmt: skip
-    if forks > 0:
-        for i in range(num_requests):
-            if chain_lengths[i, 1] == 0:
-                continue
-            best_lengths[i] = chain_lengths[i, 0]
-            best_tokens[i] = chain_tokens[i, 0]
-            best_chances[i] = chain_chances[i, 0]
-            best_source[i] = chain_source[i, 0]
-            slot = slots[i]
-            kept_tokens[slot] = chain_tokens[i]
-            kept_lengths[slot] = chain_lengths[i]
-            kept_source[slot] = chain_source[i]
-            kept_promises[slot] = promises[i]
-            for chain in range(1, max_chains):
-                if chain_lengths[i, chain] > 0:
-                    most = max(most, chain)
-                out_lengths[chain - 1, i] = chain_lengths[i, chain]
-                for depth in range(chain_lengths[i, chain]):
-                    out_tokens[chain - 1, i, depth] = chain_tokens[i, chain, depth]
-                    out_chances[chain - 1, i, depth] = chain_chances[i, chain, depth]
+        tokens, lengths, chances, limits, max_forks, prices, chains, promises
+    )
+    most = 0
+    if forks == 0:
+        return forks, rows, accepted, has_choice, first, most
+    for i in range(num_requests):
+        if chain_lengths[i, 1] == 0:
+            continue
+        best_lengths[i] = chain_lengths[i, 0]
+        _copy(_path_of(_chains_of(chains, i), 0), _path_of(best, i), width)
+        slot = slots[i]
+        kept_tokens[slot] = chains.tokens[i]
+        kept_lengths[slot] = chain_lengths[i]
+        kept_source[slot] = chains.source[i]
+        kept_promises[slot] = promises[i]
+        for chain in range(1, max_chains):
+            if chain_lengths[i, chain] > 0:
+                most = max(most, chain)
+            out_lengths[chain - 1, i] = chain_lengths[i, chain]
+            for depth in range(chain_lengths[i, chain]):
+                out_tokens[chain - 1, i, depth] = chains.tokens[i, chain, depth]
+                out_chances[chain - 1, i, depth] = chains.chances[i, chain, depth]
     return forks, rows, accepted, has_choice, first, most
 
 
-@njit(cache=True, nogil=True)
-def attribute(  # type: ignore[no-untyped-def]
-    slots, first_chains, starts, verified, num_accepted, kept_tokens, kept_lengths, kept_source, kept_promises,
-    drafted, accepted,
-):  # fmt: skip
-    """Count every node of the trees of some requests once, for the member that it is of; see :meth:`Ensemble.observe`.
+def fork(
+    members: Members, best: MainChains, slots: NDArray[np.int64], kept: KeptChains, budget: Budget, max_forks: int
+) -> tuple[Forked, tuple[Drafts, ...]]:
+    """Add the side chains that the budget pays for to a batch.
 
     Args:
-        slots: ``[num_requests]``, -1 where nothing is known.
-        first_chains: ``[num_requests + 1]`` place of each request's first verified chain in ``starts``.
-        starts: ``[num_chains + 1]`` place of each chain's first token in ``verified``.
-        verified: all verified tokens.
-        num_accepted: ``[num_requests]`` of the first of them.
-        kept_tokens, kept_lengths, kept_source, kept_promises: see :func:`_grow`.
+        members: what the members answered.
+        best: the main chains, changed if another chain becomes the main one: a request has no longer chain.
+        slots: ``[num_requests]``.
+        kept: the chains are kept here by slot, if a request has several.
+        budget: what side chains may cost.
+        max_forks: most side chains, over all requests.
 
     Returns:
-        Forks, their tokens, those that got further than the main chain, how much further, and how far all were
-        expected to get.
+        What was added, in numbers, and the side chains: as many Drafts as any request has, for all requests.
     """
-    forks, fork_tokens, wins, gain, promised = 0, 0, 0, 0, 0.0
-    max_chains = kept_tokens.shape[1]
-    for i in range(len(slots)):
-        slot = slots[i]
-        if slot < 0 or kept_lengths[slot, 0] == 0:
-            continue
-        first = first_chains[i]
-        won = 0
-        for nth in range(first, first_chains[i + 1]):
-            length = starts[nth + 1] - starts[nth]
-            # Whose it is: an engine may cut what it was given, never change it.
-            known, offered, main_head = 0, 0, 0
-            for chain in range(max_chains):
-                common = 0
-                while (
-                    common < min(length, kept_lengths[slot, chain])
-                    and kept_tokens[slot, chain, common] == verified[starts[nth] + common]
-                ):
-                    common += 1
-                if common > known:
-                    known, offered = common, chain
-                if chain == 0:
-                    main_head = common
-            head = 0
-            for before in range(first, nth):
-                common = 0
-                while (
-                    common < min(length, starts[before + 1] - starts[before])
-                    and verified[starts[before] + common] == verified[starts[nth] + common]
-                ):
-                    common += 1
-                head = max(head, common)
-            for depth in range(head, known):
-                member = kept_source[slot, offered, depth]
-                if member >= 0:
-                    drafted[member] += 1
-                    if nth == first and depth < num_accepted[i]:
-                        accepted[member] += 1
-            fork_tokens += max(known - max(head, main_head), 0)
-            if known == kept_lengths[slot, offered]:
-                promised += kept_promises[slot, offered]
-            if nth == first:
-                won = min(num_accepted[i], known) - main_head
-        forks += first_chains[i + 1] - first - 1
-        if won > 0:
-            wins += 1
-            gain += won
-    return forks, fork_tokens, wins, gain, promised
-
-
-class Tree:
-    """The chains of a batch while they are chosen.
-
-    Args:
-        answers: tokens and lengths of what the members answered, chances, and the longest draft of each request, as
-            :func:`_add_forks` takes them.
-        max_forks: most further chains.
-        slots: ``[num_requests]``.
-        best: tokens, lengths, chances and sources of the first chain of each, changed where another becomes it.
-        kept: where chains are kept by slot, see :func:`_grow`.
-    """
-
-    def __init__(
-        self,
-        answers: tuple[NDArray[Any], ...],
-        max_forks: int,
-        slots: NDArray[np.int64],
-        best: tuple[NDArray[Any], ...],
-        kept: tuple[NDArray[Any], ...],
-    ) -> None:
-        self._answers, self._slots, self._best, self._kept = answers, slots, best, kept
-        self.max_forks = max_forks
-        shape = (kept[0].shape[1] - 1, *best[0].shape)
-        self._tokens: NDArray[np.int32] = np.zeros(shape, dtype=np.int32)
-        self._chances: NDArray[np.float32] = np.zeros(shape, dtype=np.float32)
-        self._lengths: NDArray[np.int64] = np.zeros(shape[:2], dtype=np.int64)
-        self.num_forks = self.num_rows = self._most = 0
-        self.has_choice = False  # True where some path could have been added
-        self.first = self.expected = 0.0  # accepted tokens: of the first chains, and of the forks as scaled
-
-    def grow(self, scale: float, row_cost: float, fork_cost: float, *, takes_all: bool) -> int:
-        """Add forks, see :func:`_add_forks`; returns how many. Where it is none it may be called again."""
-        self.num_forks, self.num_rows, self.expected, self.has_choice, self.first, self._most = _grow(
-            *self._answers, self.max_forks, scale, row_cost, fork_cost, takes_all, self._slots, *self._best,
-            *self._kept, self._tokens, self._lengths, self._chances,
-        )  # fmt: skip
-        return self.num_forks
-
-    def others(self) -> tuple[Drafts, ...]:
-        """The further chains, as many as some request has."""
-        return tuple(Drafts(self._tokens[at], self._lengths[at], self._chances[at]) for at in range(self._most))
+    if budget.forks in (ForkMode.NONE, ForkMode.LEFT_OUT):
+        return Forked(), ()
+    shape = (kept.tokens.shape[1] - 1, *best.tokens.shape)
+    tokens: NDArray[np.int32] = np.zeros(shape, dtype=np.int32)
+    lengths: NDArray[np.int64] = np.zeros(shape[:2], dtype=np.int64)
+    chances: NDArray[np.float32] = np.zeros(shape, dtype=np.float32)
+    scale, row_cost, fork_cost = 1.0, 0.0, 0.0
+    if budget.forks is ForkMode.PAYING:
+        scale, row_cost, fork_cost = budget.trust, budget.rate * budget.row_s, budget.rate * budget.fork_s
+    *numbers, most = _fork(
+        *members, *best, slots, *kept, tokens, lengths, chances,
+        1 if budget.forks is ForkMode.PROBE else max_forks,
+        scale, row_cost, fork_cost, budget.forks is ForkMode.ALL,
+    )  # fmt: skip
+    return Forked(*numbers), tuple(Drafts(tokens[at], lengths[at], chances[at]) for at in range(most))

@@ -10,23 +10,23 @@ class EnsembleStats:
     """What the ensemble decided since start-up.
 
     Attributes:
-        decisions: steps in which it had drafts to decide about.
-        withheld_steps: those of them in which none was worth verifying.
+        decisions: steps in which any proposer answered a draft.
+        withheld_steps: those of them in which no draft token was worth verifying.
         withheld_tokens: draft tokens that were not worth verifying, in all steps.
         measuring_steps: steps without drafts only to learn what a plain step costs.
         probes: steps with drafts only to learn whether they pay by now.
         resting_steps: steps in which the proposers were not even asked.
-        looks: times that they were asked again after a rest.
+        looks: times that the proposers were asked again after a rest.
         paused: True while nothing is proposed because it does not pay.
-        gain: tokens of late in steps with drafting, over what the same time would have brought without it.
+        gain: recent tokens of steps with drafting, over those that the same time would have brought without it.
         expected_accepted: accepted draft tokens that the estimates promised, in all.
-        forks: chains beyond a request's first that were verified.
-        fork_tokens: draft tokens of them, behind the places where they leave other chains.
-        fork_wins: those of them that got further than the first chain.
-        fork_gain: draft tokens that were accepted because of them.
-        withheld_forks: steps in which there was room for forks and some to choose from, and none was worth verifying.
+        forks: side chains that were verified.
+        fork_tokens: draft tokens of side chains that no other chain of the request has.
+        fork_wins: side chains that got further than the main chain.
+        fork_gain: draft tokens that were accepted because of side chains.
+        withheld_forks: steps with room for side chains and some to choose from, none of which was worth verifying.
         costs: see :meth:`StepCosts.to_dict`.
-        weights: regression weights by proposer; those of its second answer, where it gives several, by ``NAME 2``.
+        weights: regression weights by proposer; of its second answer, if it gives several, by ``NAME 2``.
     """
 
     decisions: int = 0

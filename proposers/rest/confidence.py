@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
+from vllm_specplug.compiled import kernel
+from vllm_specplug.proposers.kernels import clamped_noise, sigmoid
 
 
-@njit(cache=True, nogil=True)
-def vote_confidence(length, num_agreeing, num_votes):  # type: ignore[no-untyped-def]
+@kernel
+def vote_confidence(length, num_agreeing, num_votes):
     """Estimated chance that the target emits the token that ``num_agreeing`` of ``num_votes`` occurrences chose.
 
     A logistic regression by benchmarks/calibrate.py over 274,000 votes: 33 modules of Python's standard library, in
@@ -28,11 +29,11 @@ def vote_confidence(length, num_agreeing, num_votes):  # type: ignore[no-untyped
     score = (
         -2.71 + 1.34 * log_length + 1.02 * math.log(num_agreeing) - 0.42 * log_against - 0.45 * log_length * log_against
     )
-    return 1.0 / (1.0 + math.exp(-score))
+    return sigmoid(score)
 
 
-@njit(cache=True, nogil=True)
-def noisy_vote_confidence(length, num_agreeing, num_votes, margin, noise):  # type: ignore[no-untyped-def]
+@kernel
+def noisy_vote_confidence(length, num_agreeing, num_votes, margin, noise):
     """:func:`vote_confidence` for a token that won the race with the target's noise.
 
     A token that few chose is as good a draft as a favourite where the noise is strongly for it: the target runs with
@@ -54,13 +55,13 @@ def noisy_vote_confidence(length, num_agreeing, num_votes, margin, noise):  # ty
         - 0.08 * log_against
         - 0.31 * log_length * log_against
         + 0.10 * min(margin, 6.0)
-        + 0.30 * min(max(noise, -1.5), 5.0)
+        + 0.30 * clamped_noise(noise)
     )
-    return 1.0 / (1.0 + math.exp(-score))
+    return sigmoid(score)
 
 
-@njit(cache=True, nogil=True)
-def branch_confidence(length, num_agreeing, num_votes, num_winning):  # type: ignore[no-untyped-def]
+@kernel
+def branch_confidence(length, num_agreeing, num_votes, num_winning):
     """:func:`vote_confidence` for a token that lost the vote.
 
     A logistic regression over 530,000 losers on what half of the calibration modules continue with (those of
@@ -80,11 +81,11 @@ def branch_confidence(length, num_agreeing, num_votes, num_winning):  # type: ig
         -1.72 + 0.60 * log_length + 1.10 * math.log(num_agreeing) - 1.07 * log_against
         - 0.18 * log_length * log_against + 0.56 * math.log(num_winning)
     )  # fmt: skip
-    return 1.0 / (1.0 + math.exp(-score))
+    return sigmoid(score)
 
 
-@njit(cache=True, nogil=True)
-def noisy_branch_confidence(length, num_agreeing, num_votes, num_winning, noise):  # type: ignore[no-untyped-def]
+@kernel
+def noisy_branch_confidence(length, num_agreeing, num_votes, num_winning, noise):
     """:func:`vote_confidence` for a token that lost the race with the target's noise: below 0.3.
 
     A logistic regression, with that ceiling, over 375,000 losers on what the tiny target wrote at temperatures 0.5, 0.8
@@ -101,6 +102,6 @@ def noisy_branch_confidence(length, num_agreeing, num_votes, num_winning, noise)
     log_against = math.log(1.0 + num_votes - num_agreeing)
     score = (
         -1.24 + 0.95 * log_length + 1.43 * math.log(num_agreeing) - 1.01 * log_against
-        - 0.27 * log_length * log_against + 0.43 * math.log(num_winning) + 0.55 * min(max(noise, -1.5), 5.0)
+        - 0.27 * log_length * log_against + 0.43 * math.log(num_winning) + 0.55 * clamped_noise(noise)
     )  # fmt: skip
-    return 0.3 / (1.0 + math.exp(-score))
+    return sigmoid(score, 0.3)

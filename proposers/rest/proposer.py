@@ -37,12 +37,19 @@ from vllm_specplug.proposers.base import (
     STORES_OPTION,
     DraftBatch,
     Drafts,
+    NoiseInputs,
     Proposer,
     ProposerContext,
     StoreStats,
     kernel_input,
 )
-from vllm_specplug.proposers.options import check_number, check_option_names, check_probability, check_whole
+from vllm_specplug.proposers.options import (
+    check_match_lengths,
+    check_number,
+    check_probability,
+    check_whole,
+    with_defaults,
+)
 from vllm_specplug.proposers.rest.drafts import (
     Trees,
     draft_batch,
@@ -91,25 +98,19 @@ class RestProposer(Proposer):
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
-        check_option_names(context.options, DEFAULT_OPTIONS, "rest")
-        options = {**DEFAULT_OPTIONS, **context.options}
+        options = with_defaults("rest", DEFAULT_OPTIONS, context.options)
         self._settings: NDArray[np.int64] = np.array(
             [check_whole("rest", name, options[name]) for name in ("max_match", "min_match", "max_votes")],
             dtype=np.int64,
         )
-        if options["min_match"] > options["max_match"]:
-            raise ValueError(
-                f"proposer 'rest': min_match {options['min_match']} is above max_match {options['max_match']}"
-            )
+        check_match_lengths("rest", options)
         self._min_confidence = check_probability("rest", "min_confidence", options["min_confidence"])
-        self._sharpness = check_number("rest", "sharpness", options["sharpness"])
+        self._noise = NoiseInputs(check_number("rest", "sharpness", options["sharpness"]))
         if not context.datastores:
             raise ValueError(
                 "proposer 'rest' drafts from a token store, and none is configured: set \"datastore\" to a file that "
                 "`specplug datastore build` made"
             )
-        self._no_keys = kernel_input(np.zeros((0, 0)), np.uint64)
-        self._no_scales = kernel_input(np.zeros(0), np.float64)
         self.stores = {name: Datastore.open(path) for name, path in context.datastores.items()}
         for store in self.stores.values():
             store.check_vocab_size(context.vocab_size)
@@ -130,7 +131,7 @@ class RestProposer(Proposer):
             kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
             kernel_input(batch.num_tokens, np.int64),
         )  # fmt: skip
-        noise = self._no_noise(len(batch), width) if batch.noise is None else batch.noise_inputs(self._sharpness)
+        noise = self._noise.of(batch, width)
         limits = self._limits(batch)
         best: Drafts | None = None
         for name, store in self.stores.items():
@@ -161,7 +162,7 @@ class RestProposer(Proposer):
         """The best few continuations of each request; of several stores, the best few of all."""
         width = max(batch.max_draft_tokens.tolist(), default=0)
         trees = Trees.empty(len(self.stores), batch.num_chains, len(batch), width)
-        noise = self._no_noise(len(batch), width) if batch.noise is None else batch.noise_inputs(self._sharpness)
+        noise = self._noise.of(batch, width)
         limits = self._limits(batch)
         for nth, (name, store) in enumerate(self.stores.items()):
             draft_batch_trees(
@@ -181,14 +182,6 @@ class RestProposer(Proposer):
         else:
             trees = trees.merged()
         return trees.drafts()
-
-    def _no_noise(self, num_requests: int, width: int) -> tuple[int, NDArray[np.uint64], NDArray[np.float64]]:
-        """What ``DraftBatch.noise_inputs`` answers where there is no noise, or more of it, kept for the next batch."""
-        if len(self._no_scales) < num_requests or self._no_keys.shape[1] < width:
-            shape = max(num_requests, len(self._no_scales)), max(width, self._no_keys.shape[1])
-            self._no_keys = kernel_input(np.zeros(shape), np.uint64)
-            self._no_scales = kernel_input(np.zeros(shape[0]), np.float64)
-        return 0, self._no_keys, self._no_scales
 
     def _limits(self, batch: DraftBatch) -> dict[str, NDArray[np.int64]]:
         """Longest draft for each request, 0 where a store is not asked, by store; none where all ask all."""

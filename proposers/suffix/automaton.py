@@ -20,8 +20,10 @@ import contextlib
 import mmap
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from vllm_specplug.compiled import kernel
+from vllm_specplug.proposers.kernels import SPLITMIX_FACTOR, mix64
 
 LENGTH, LINK, TOKEN, TARGET, MORE, COUNT, OWNER = range(7)
 """Columns of a state: longest substring, link, token and target of the inline edge (token -1: no edges), first further
@@ -45,21 +47,20 @@ LARGE_BYTES = 1 << 20
 _NO_ROOM = -1
 
 
-@njit(cache=True, nogil=True)
-def _slot_of(table, state, token):  # type: ignore[no-untyped-def]
+@kernel
+def _slot_of(table, state, token):
     """Slot of the table that has the key, or the free one where it belongs."""
-    key = (np.uint64(state) << np.uint64(32)) ^ np.uint64(token)
-    key *= np.uint64(0x9E3779B97F4A7C15)
+    key = mix64(np.uint64(state) << np.uint64(32), token)
     key ^= key >> np.uint64(29)
-    key *= np.uint64(0xBF58476D1CE4E5B9)
+    key *= SPLITMIX_FACTOR
     slot = np.int64((key >> np.uint64(32)) * np.uint64(len(table)) >> np.uint64(32))
     while table[slot, 0] != 0 and (table[slot, 0] != state + 1 or table[slot, 1] != token):
         slot = np.int64(slot + 1 if slot + 1 < len(table) else 0)
     return slot
 
 
-@njit(cache=True, nogil=True)
-def find_edge(states, edges, table, state, token):  # type: ignore[no-untyped-def]
+@kernel
+def find_edge(states, edges, table, state, token):
     """Edge of ``state`` with ``token``: :data:`INLINE`, an index into ``edges``, or :data:`NO_EDGE`."""
     if states[state, TOKEN] == token:
         return np.int64(INLINE)
@@ -78,14 +79,14 @@ def find_edge(states, edges, table, state, token):  # type: ignore[no-untyped-de
     return np.int64(NO_EDGE)
 
 
-@njit(cache=True, nogil=True)
-def target_of(states, edges, state, edge):  # type: ignore[no-untyped-def]
+@kernel
+def target_of(states, edges, state, edge):
     """Where ``edge``, as :func:`find_edge` found it, leads."""
     return np.int64(states[state, TARGET]) if edge == INLINE else np.int64(edges[edge, 1])
 
 
-@njit(cache=True, nogil=True)
-def step(states, edges, table, state, length, token):  # type: ignore[no-untyped-def]
+@kernel
+def step(states, edges, table, state, length, token):
     """(state, length) of the longest suffix of a match and ``token`` that occurs."""
     while True:
         edge = find_edge(states, edges, table, state, token)
@@ -97,8 +98,8 @@ def step(states, edges, table, state, length, token):  # type: ignore[no-untyped
         length = np.int64(states[state, LENGTH])
 
 
-@njit(cache=True, nogil=True)
-def _put(table, sizes, state, token, edge):  # type: ignore[no-untyped-def]
+@kernel
+def _put(table, sizes, state, token, edge):
     slot = _slot_of(table, state, token)
     if table[slot, 0] == 0:
         table[slot, 0] = state + 1
@@ -107,8 +108,8 @@ def _put(table, sizes, state, token, edge):  # type: ignore[no-untyped-def]
     table[slot, 2] = edge
 
 
-@njit(cache=True, nogil=True)
-def _add_edge(states, edges, table, sizes, state, token, target):  # type: ignore[no-untyped-def]
+@kernel
+def _add_edge(states, edges, table, sizes, state, token, target):
     """Give ``state``, which has none with ``token``, an edge."""
     if states[state, TOKEN] < 0:
         states[state, TOKEN] = token
@@ -136,8 +137,8 @@ def _add_edge(states, edges, table, sizes, state, token, target):  # type: ignor
             edge = np.int64(edges[edge, 2])
 
 
-@njit(cache=True, nogil=True)
-def _num_further(states, edges, state):  # type: ignore[no-untyped-def]
+@kernel
+def _num_further(states, edges, state):
     edge = np.int64(abs(states[state, MORE]))
     count = 0
     while edge != 0:
@@ -146,8 +147,8 @@ def _num_further(states, edges, state):  # type: ignore[no-untyped-def]
     return count
 
 
-@njit(cache=True, nogil=True)
-def _has_room(states, edges, table, sizes, num_edges, num_slots):  # type: ignore[no-untyped-def]
+@kernel
+def _has_room(states, edges, table, sizes, num_edges, num_slots):
     """Room for two states, ``num_edges`` edges and ``num_slots`` keys, with a quarter of the table free."""
     return (
         sizes[NUM_STATES] + 2 <= len(states)
@@ -156,8 +157,8 @@ def _has_room(states, edges, table, sizes, num_edges, num_slots):  # type: ignor
     )
 
 
-@njit(cache=True, nogil=True)
-def _clone(states, edges, table, sizes, parent, token, state):  # type: ignore[no-untyped-def]
+@kernel
+def _clone(states, edges, table, sizes, parent, token, state):
     """Split off the substrings of ``state`` that are no longer than those of ``parent`` and ``token``."""
     clone = sizes[NUM_STATES]
     sizes[NUM_STATES] += 1
@@ -186,8 +187,8 @@ def _clone(states, edges, table, sizes, parent, token, state):  # type: ignore[n
     return clone
 
 
-@njit(cache=True, nogil=True)
-def _exchange(states, edges, table, sizes, state, edge):  # type: ignore[no-untyped-def]
+@kernel
+def _exchange(states, edges, table, sizes, state, edge):
     """Put a further edge into the state, and the one that was there into its place."""
     token = edges[edge, 0]
     target = edges[edge, 1]
@@ -199,8 +200,8 @@ def _exchange(states, edges, table, sizes, state, edge):  # type: ignore[no-unty
         _put(table, sizes, state, edges[edge, 0], edge)
 
 
-@njit(cache=True, nogil=True)
-def _put_first(states, edges, table, sizes, state, edge):  # type: ignore[no-untyped-def]
+@kernel
+def _put_first(states, edges, table, sizes, state, edge):
     """Exchange a further edge with the first of them."""
     first = np.int64(abs(states[state, MORE]))
     if first == edge:
@@ -216,8 +217,8 @@ def _put_first(states, edges, table, sizes, state, edge):  # type: ignore[no-unt
         _put(table, sizes, state, edges[edge, 0], edge)
 
 
-@njit(cache=True, nogil=True)
-def _count(states, edges, table, sizes, before, after, token, owner):  # type: ignore[no-untyped-def]
+@kernel
+def _count(states, edges, table, sizes, before, after, token, owner):
     """Count one more occurrence of all that ends in ``after``, reached from ``before`` by ``token``; order edges."""
     state = after
     for _ in range(MAX_CHAIN):
@@ -244,8 +245,8 @@ def _count(states, edges, table, sizes, before, after, token, owner):  # type: i
         state = np.int64(states[state, LINK])
 
 
-@njit(cache=True, nogil=True)
-def extend(states, edges, table, sizes, last, token, owner):  # type: ignore[no-untyped-def]
+@kernel
+def extend(states, edges, table, sizes, last, token, owner):
     """Append ``token`` to the text that ends in state ``last``.
 
     Args:
@@ -299,8 +300,8 @@ def extend(states, edges, table, sizes, last, token, owner):  # type: ignore[no-
     return np.int64(after)
 
 
-@njit(cache=True, nogil=True)
-def extend_text(states, edges, table, sizes, last, tokens, owner):  # type: ignore[no-untyped-def]
+@kernel
+def extend_text(states, edges, table, sizes, last, tokens, owner):
     """:func:`extend` by all ``tokens``: (state, how many found room)."""
     state = np.int64(last)
     for index in range(len(tokens)):
@@ -311,16 +312,16 @@ def extend_text(states, edges, table, sizes, last, tokens, owner):  # type: igno
     return state, len(tokens)
 
 
-@njit(cache=True, nogil=True)
-def rehash(table, larger):  # type: ignore[no-untyped-def]
+@kernel
+def rehash(table, larger):
     """Put what is in ``table`` into one that is larger and empty."""
     for slot in range(len(table)):
         if table[slot, 0] != 0:
             larger[_slot_of(larger, np.int64(table[slot, 0]) - 1, table[slot, 1])] = table[slot]
 
 
-@njit(cache=True, nogil=True)
-def find(states, edges, table, tokens):  # type: ignore[no-untyped-def]
+@kernel
+def find(states, edges, table, tokens):
     """State of a substring, -1 where it does not occur."""
     state = np.int64(ROOT)
     for index in range(len(tokens)):

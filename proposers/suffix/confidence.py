@@ -5,25 +5,21 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
-
-@njit(cache=True, nogil=True)
-def sigmoid(score):  # type: ignore[no-untyped-def]
-    return 1.0 / (1.0 + math.exp(-score))
-
+from vllm_specplug.compiled import kernel
+from vllm_specplug.proposers.kernels import clamped_noise, sigmoid
 
 _LOGS = np.concatenate([[0.0], np.log(np.arange(1, 256))])
 
 
-@njit(cache=True, nogil=True)
-def _log(count):  # type: ignore[no-untyped-def]
+@kernel
+def _log(count):
     """Logarithm of a count of at least 1; most are small."""
     return _LOGS[count] if count < len(_LOGS) else math.log(count)
 
 
-@njit(cache=True, nogil=True)
-def continuation_score(length, num_agreeing, num_against, is_own):  # type: ignore[no-untyped-def]
+@kernel
+def continuation_score(length, num_agreeing, num_against, is_own):
     """Log odds that the target emits a token that ``num_agreeing`` occurrences of a match continue with, by itself.
 
     A logistic regression over 2.7 million candidates (benchmarks/suffix_replay.py --fit): 33 modules of Python's
@@ -45,8 +41,8 @@ def continuation_score(length, num_agreeing, num_against, is_own):  # type: igno
     return score + is_own * (1.68 - 0.25 * log_length - 0.14 * log_ratio - 0.52 * rarity)
 
 
-@njit(cache=True, nogil=True)
-def draft_confidence(score, support, rival):  # type: ignore[no-untyped-def]
+@kernel
+def draft_confidence(score, support, rival):
     """Estimated chance that the target emits the token that was chosen among all candidates.
 
     From the same data. For 33 modules that it was not fitted to, the mean of each tenth of the scale is within 0.03 of
@@ -61,8 +57,8 @@ def draft_confidence(score, support, rival):  # type: ignore[no-untyped-def]
     return sigmoid(-0.06 + 0.95 * score + 1.05 * support - 2.54 * rival)
 
 
-@njit(cache=True, nogil=True)
-def noisy_confidence(confidence, noise):  # type: ignore[no-untyped-def]
+@kernel
+def noisy_confidence(confidence, noise):
     """A confidence without noise, for a token that won the race with the target's noise.
 
     The target runs with the same noise: a continuation that few took is as good as a favourite where the noise is
@@ -75,5 +71,5 @@ def noisy_confidence(confidence, noise):  # type: ignore[no-untyped-def]
         noise: of the token.
     """
     bounded = min(max(confidence, 0.002), 0.998)
-    score = 1.09 * math.log(bounded / (1.0 - bounded)) + 0.44 * min(max(noise, -1.5), 5.0)
-    return 1.0 / (1.0 + math.exp(-score))
+    score = 1.09 * math.log(bounded / (1.0 - bounded)) + 0.44 * clamped_noise(noise)
+    return sigmoid(score)

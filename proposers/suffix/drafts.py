@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from vllm_specplug.compiled import kernel
+from vllm_specplug.proposers.kernels import mix64, sigmoid
 from vllm_specplug.proposers.suffix.automaton import COUNT, LENGTH, LINK, MORE, OWNER, ROOT, TARGET, TOKEN, extend, step
-from vllm_specplug.proposers.suffix.confidence import continuation_score, draft_confidence, noisy_confidence, sigmoid
+from vllm_specplug.proposers.suffix.confidence import continuation_score, draft_confidence, noisy_confidence
 from vllm_specplug.samplers.noise import noise_of, noisy_score
 
 OWN_WEIGHT = 4.0
@@ -54,21 +55,22 @@ ROWS, NUM_TOKENS, LIMITS, SLOTS, MEMBERS = range(5)
     CANDIDATE_TOKEN, CANDIDATE_STATE, CANDIDATE_LENGTH, CANDIDATE_AGREEING, CANDIDATE_AGAINST, CANDIDATE_WHICH,
     _CANDIDATE_IS_OWN,
 ) = range(7)  # fmt: skip
+CANDIDATE_WORDS = 7
 """A candidate: its token, the match it continues and that one's length, occurrences that agree and that do not, and the
 automaton, 0 the one being built or 1 the older; 1 where the request itself was the last to continue so."""
 
 
-@njit(cache=True, nogil=True)
-def _check_of(context, end):  # type: ignore[no-untyped-def]
+@kernel
+def _check_of(context, end):
     """Hash of the last tokens before ``end``, not negative."""
     key = np.uint64(end)
     for index in range(max(end - CHECKED_TOKENS, 0), end):
-        key = (key ^ np.uint64(context[index])) * np.uint64(0x9E3779B97F4A7C15)
+        key = mix64(key, context[index])
     return np.int64(key >> np.uint64(1))
 
 
-@njit(cache=True, nogil=True)
-def follow(  # type: ignore[no-untyped-def]
+@kernel
+def follow(
     states, edges, table, sizes, old_states, old_edges, old_table, new_id, old_id, context, vocab_size, request,
 ):  # fmt: skip
     """Bring one request up to its last token; False where the automaton is full (what was done stays done)."""
@@ -121,8 +123,8 @@ def follow(  # type: ignore[no-untyped-def]
     return is_done
 
 
-@njit(cache=True, nogil=True)
-def candidates(  # type: ignore[no-untyped-def]
+@kernel
+def candidates(
     states, edges, state, length, min_match, owner, num_ends, which, found, scores, num_found,
 ):  # fmt: skip
     """Append the best continuations of a match and its suffixes: the new ``num_found``.
@@ -164,8 +166,8 @@ def candidates(  # type: ignore[no-untyped-def]
     return num_found
 
 
-@njit(cache=True, nogil=True)
-def choose(found, scores, chances, num_found):  # type: ignore[no-untyped-def]
+@kernel
+def choose(found, scores, chances, num_found):
     """(place of the best candidate, its confidence): of each token the best score counts, and what others add to it."""
     for index in range(num_found):
         chances[index] = sigmoid(scores[index])
@@ -196,8 +198,8 @@ def choose(found, scores, chances, num_found):  # type: ignore[no-untyped-def]
     return best, draft_confidence(scores[best], best_support, rival)
 
 
-@njit(cache=True, nogil=True)
-def race(states, edges, state, owner, kind, key, scale):  # type: ignore[no-untyped-def]
+@kernel
+def race(states, edges, state, owner, kind, key, scale):
     """(token, occurrences, target) of the continuation that wins the noisy race.
 
     Where the request itself was the last to continue so, that counts like :data:`OWN_WEIGHT` times the occurrences.
@@ -227,8 +229,55 @@ def race(states, edges, state, owner, kind, key, scale):  # type: ignore[no-unty
     return best_token, max(np.int64(states[best_target, COUNT]), 1), best_target
 
 
-@njit(cache=True, nogil=True)
-def _draft_one(  # type: ignore[no-untyped-def]
+@kernel
+def all_candidates(
+    states, edges, old_states, old_edges, state, length, old_state, old_length, min_match, owner, num_ends, has_old,
+    found, scores,
+):  # fmt: skip
+    """:func:`candidates` of both automata, those of the one being built first: how many."""
+    num_found = candidates(states, edges, state, length, min_match, owner, num_ends, 0, found, scores, 0)
+    if has_old:
+        num_found = candidates(
+            old_states, old_edges, old_state, old_length, min_match, owner, 0, 1, found, scores, num_found
+        )
+    return num_found
+
+
+@kernel
+def elect(states, edges, old_states, old_edges, owner, kind, key, scale, found, scores, chances, num_found):
+    """The next draft token out of the candidates.
+
+    Where ``scale`` is above 0 and the best candidate's match was continued in several ways, these run the race with the
+    target's noise.
+
+    Returns:
+        (place of the best candidate, token, its occurrences, its confidence, what that would be without noise).
+    """
+    best, confidence = choose(found, scores, chances, num_found)
+    token = found[best, CANDIDATE_TOKEN]
+    num_agreeing = found[best, CANDIDATE_AGREEING]
+    num_against = found[best, CANDIDATE_AGAINST]
+    if scale > 0.0 and num_against > 0:
+        is_old = found[best, CANDIDATE_WHICH] == 1
+        match_states, match_edges = (old_states, old_edges) if is_old else (states, edges)
+        winner, num_wins, target = race(
+            match_states, match_edges, found[best, CANDIDATE_STATE], owner, kind, key, scale
+        )
+        if winner != token:
+            is_own = np.int64(match_states[target, OWNER] == owner)
+            num_against = max(num_agreeing + num_against - num_wins, 0)
+            num_agreeing = num_wins
+            score = continuation_score(found[best, CANDIDATE_LENGTH], num_agreeing, num_against, is_own)
+            confidence = draft_confidence(score, 0.0, chances[best])
+            token = winner
+    quiet_confidence = confidence
+    if scale > 0.0:
+        confidence = noisy_confidence(confidence, noise_of(kind, key, token))
+    return best, token, num_agreeing, confidence, quiet_confidence
+
+
+@kernel
+def _draft_one(
     states, edges, table, old_states, old_edges, old_table, request, max_draft, min_match, min_confidence,
     kind, keys, scale, found, scores, chances, out_tokens, out_confidence, out_votes,
 ):  # fmt: skip
@@ -243,35 +292,15 @@ def _draft_one(  # type: ignore[no-untyped-def]
     chance = 1.0
     depth = 0
     while depth < max_draft:
-        num_found = candidates(
-            states, edges, state, length, min_match, owner, 1 if depth == 0 else 0, 0, found, scores, 0
-        )
-        if has_old:
-            num_found = candidates(
-                old_states, old_edges, old_state, old_length, min_match, owner, 0, 1, found, scores, num_found
-            )
+        num_found = all_candidates(
+            states, edges, old_states, old_edges, state, length, old_state, old_length, min_match, owner,
+            1 if depth == 0 else 0, has_old, found, scores,
+        )  # fmt: skip
         if num_found == 0:
             break
-        best, confidence = choose(found, scores, chances, num_found)
-        token = found[best, CANDIDATE_TOKEN]
-        num_agreeing = found[best, CANDIDATE_AGREEING]
-        num_against = found[best, CANDIDATE_AGAINST]
-        if scale > 0.0 and num_against > 0:
-            source = found[best, CANDIDATE_STATE]
-            if found[best, CANDIDATE_WHICH] == 1:
-                winner, num_wins, target = race(old_states, old_edges, source, owner, kind, keys[depth], scale)
-                is_own = np.int64(old_states[target, OWNER] == owner)
-            else:
-                winner, num_wins, target = race(states, edges, source, owner, kind, keys[depth], scale)
-                is_own = np.int64(states[target, OWNER] == owner)
-            if winner != token:
-                num_against = max(num_agreeing + num_against - num_wins, 0)
-                num_agreeing = num_wins
-                score = continuation_score(found[best, CANDIDATE_LENGTH], num_agreeing, num_against, is_own)
-                confidence = draft_confidence(score, 0.0, chances[best])
-                token = winner
-        if scale > 0.0:
-            confidence = noisy_confidence(confidence, noise_of(kind, keys[depth], token))
+        best, token, num_agreeing, confidence, _ = elect(
+            states, edges, old_states, old_edges, owner, kind, keys[depth], scale, found, scores, chances, num_found
+        )
         chance *= confidence
         if chance < min_confidence:
             break
@@ -288,8 +317,24 @@ def _draft_one(  # type: ignore[no-untyped-def]
     return depth, match_length
 
 
-@njit(cache=True, nogil=True)
-def draft_batch(  # type: ignore[no-untyped-def]
+@kernel
+def follow_all(
+    states, edges, table, sizes, old_states, old_edges, old_table, contexts, requests, work, num_members, first,
+    new_id, old_id, vocab_size,
+):  # fmt: skip
+    """:func:`follow` for the members of a batch from the ``first`` on: how many are done, all unless it is full."""
+    for nth in range(first, num_members):
+        i = work[MEMBERS, nth]
+        if not follow(
+            states, edges, table, sizes, old_states, old_edges, old_table, new_id, old_id,
+            contexts[work[ROWS, i], : work[NUM_TOKENS, i]], vocab_size, requests[work[SLOTS, i]],
+        ):  # fmt: skip
+            return nth
+    return num_members
+
+
+@kernel
+def draft_batch(
     states, edges, table, sizes, old_states, old_edges, old_table, contexts, requests, work, num_members, first,
     new_id, old_id, min_match, vocab_size, min_confidence, kind, keys, scales,
     out_tokens_votes, out_confidence, out_num_tokens, out_match_length,
@@ -304,23 +349,21 @@ def draft_batch(  # type: ignore[no-untyped-def]
     Returns:
         How many members are done: all, unless the automaton is full.
     """
-    for nth in range(first, num_members):
-        i = work[MEMBERS, nth]
-        if not follow(
-            states, edges, table, sizes, old_states, old_edges, old_table, new_id, old_id,
-            contexts[work[ROWS, i], : work[NUM_TOKENS, i]], vocab_size, requests[work[SLOTS, i]],
-        ):  # fmt: skip
-            return nth
+    num_done = follow_all(
+        states, edges, table, sizes, old_states, old_edges, old_table, contexts, requests, work, num_members, first,
+        new_id, old_id, vocab_size,
+    )  # fmt: skip
     width = out_confidence.shape[1]
-    if width > 0:
-        found = np.empty((MAX_FOUND, 7), dtype=np.int64)
-        scores = np.empty(MAX_FOUND)
-        chances = np.empty(MAX_FOUND)
-        for nth in range(num_members):
-            i = work[MEMBERS, nth]
-            out_num_tokens[i], out_match_length[i] = _draft_one(
-                states, edges, table, old_states, old_edges, old_table, requests[work[SLOTS, i]],
-                min(work[LIMITS, i], width), min_match, min_confidence, kind, keys[i], scales[i],
-                found, scores, chances, out_tokens_votes[0, i], out_confidence[i], out_tokens_votes[1, i],
-            )  # fmt: skip
-    return num_members
+    if num_done < num_members or width == 0:
+        return num_done
+    found = np.empty((MAX_FOUND, CANDIDATE_WORDS), dtype=np.int64)
+    scores = np.empty(MAX_FOUND)
+    chances = np.empty(MAX_FOUND)
+    for nth in range(num_members):
+        i = work[MEMBERS, nth]
+        out_num_tokens[i], out_match_length[i] = _draft_one(
+            states, edges, table, old_states, old_edges, old_table, requests[work[SLOTS, i]],
+            min(work[LIMITS, i], width), min_match, min_confidence, kind, keys[i], scales[i],
+            found, scores, chances, out_tokens_votes[0, i], out_confidence[i], out_tokens_votes[1, i],
+        )  # fmt: skip
+    return num_done

@@ -32,8 +32,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_specplug.proposers.base import TENANT_OPTION, DraftBatch, Drafts, Proposer, ProposerContext, kernel_input
-from vllm_specplug.proposers.options import check_number, check_option_names, check_probability, check_whole
+from vllm_specplug.proposers.base import (
+    TENANT_OPTION,
+    DraftBatch,
+    Drafts,
+    NoiseInputs,
+    Proposer,
+    ProposerContext,
+    kernel_input,
+)
+from vllm_specplug.proposers.options import check_number, check_probability, check_whole, with_defaults
+from vllm_specplug.proposers.slots import SlotMap
 from vllm_specplug.proposers.suffix.automaton import (
     ROOT,
     SLOT_WORDS,
@@ -98,15 +107,14 @@ class SuffixProposer(Proposer):
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
-        check_option_names(context.options, DEFAULT_OPTIONS, "suffix")
-        options = {**DEFAULT_OPTIONS, **context.options}
+        options = with_defaults("suffix", DEFAULT_OPTIONS, context.options)
         self._min_match = check_whole("suffix", "min_match", options["min_match"])
         smallest = max(SMALLEST_HISTORY_BYTES, 4096 * context.max_num_requests)
         max_bytes = check_whole("suffix", "max_history_bytes", options["max_history_bytes"], smallest)
         if options["share"] not in ("all", "none"):
             raise ValueError(f"proposer 'suffix': share must be 'all' or 'none', not {options['share']!r}")
         self._is_private = options["share"] == "none"
-        self._sharpness = check_number("suffix", "sharpness", options["sharpness"])
+        self._noise = NoiseInputs(check_number("suffix", "sharpness", options["sharpness"]))
         self._min_confidence = check_probability("suffix", "min_confidence", options["min_confidence"])
         save_interval_s = check_number("suffix", "save_interval_s", options["save_interval_s"])
         if save_interval_s == 0:
@@ -124,8 +132,7 @@ class SuffixProposer(Proposer):
         self._num_automata = 0
         self._clock = 0
         self._num_owners = 0
-        self._slot_of: dict[str, int] = {}
-        self._free: list[int] = []
+        self._slots = SlotMap()
         self._tenant_of: list[Tenant | None] = []
         self._requests: NDArray[np.int64] = np.zeros((0, 8), dtype=np.int64)
         self._nothing = Automaton.nothing()
@@ -133,8 +140,6 @@ class SuffixProposer(Proposer):
         self._has_all_members = False
         self._token_ids: NDArray[np.int32] | None = None
         self._contexts: NDArray[np.int32] = kernel_input(np.zeros((0, 0)), np.int32)
-        self._no_keys = kernel_input(np.zeros((0, 0)), np.uint64)
-        self._no_scales = kernel_input(np.zeros(0), np.float64)
         self._file: HistoryFile | None = None
         self._num_loaded = 0
         if history_file is not None:
@@ -231,36 +236,32 @@ class SuffixProposer(Proposer):
 
     # -- Requests ----------------------------------------------------------------------------------------------------
 
-    def _slots(self, batch: DraftBatch) -> list[int]:
-        slot_of = self._slot_of
-        slots = [slot_of.get(request_id, -1) for request_id in batch.request_ids]
-        if -1 in slots:
-            for index, slot in enumerate(slots):
-                if slot < 0:
-                    slots[index] = self._start(batch.request_ids[index], batch.options[index] if batch.options else {})
+    def _enter(self, batch: DraftBatch) -> NDArray[np.int64]:
+        """Slots of the batch's requests; those that are new get a serial number and a tenant."""
+        new = self._slots.new(batch.request_ids)
+        slots = self._slots.enter(batch.request_ids)
+        if new:
+            num_more = self._slots.num_slots - len(self._requests)
+            if num_more > 0:
+                self._requests = np.concatenate([self._requests, np.zeros((num_more, 8), dtype=np.int64)])
+                self._tenant_of += [None] * num_more
+            for index in new:
+                options = batch.options[index] if batch.options else {}
+                self._start(int(slots[index]), batch.request_ids[index], options)
         return slots
 
-    def _start(self, request_id: str, options: Mapping[str, Any]) -> int:
-        if not self._free:
-            num_slots = len(self._requests)
-            more = max(num_slots, 8)
-            self._requests = np.concatenate([self._requests, np.zeros((more, 8), dtype=np.int64)])
-            self._tenant_of += [None] * more
-            self._free = list(reversed(range(num_slots, num_slots + more)))
-        slot = self._free.pop()
+    def _start(self, slot: int, request_id: str, options: Mapping[str, Any]) -> None:
         self._num_owners += 1
         self._requests[slot] = 0
         self._requests[slot, SERIAL] = self._num_owners & 0x7FFFFFFF
         tenant = self._tenant((str(options.get(TENANT_OPTION, "")), request_id if self._is_private else ""))
         tenant.num_requests += 1
         self._tenant_of[slot] = tenant
-        self._slot_of[request_id] = slot
-        return slot
 
-    def _groups(self, slots: list[int]) -> list[tuple[Tenant, list[int]]]:
+    def _groups(self, slots: NDArray[np.int64]) -> list[tuple[Tenant, list[int]]]:
         """The tenants of a batch and the places in it of their requests."""
         members: dict[tuple[str, str], list[int]] = {}
-        for index, slot in enumerate(slots):
+        for index, slot in enumerate(slots.tolist()):
             tenant = self._tenant_of[slot]
             assert tenant is not None
             members.setdefault(tenant.key, []).append(index)
@@ -314,13 +315,10 @@ class SuffixProposer(Proposer):
     def _fill(self, batch: DraftBatch, width: int, kernel: Any, out: _Out) -> None:
         """Let the kernel follow and draft, tenant by tenant."""
         num_requests = len(batch.request_ids)
-        slots = self._slots(batch)
+        slots = self._enter(batch)
         if self._file is not None:
             self._record(batch, slots, self._file)
-        if batch.noise is None or width == 0:
-            noise = self._no_noise(num_requests, width)
-        else:
-            noise = batch.noise_inputs(self._sharpness)
+        noise = self._noise.of(batch, width)
         if batch.token_ids is not self._token_ids:
             self._contexts = kernel_input(batch.token_ids, np.int32)
             # Kept only if it is a view: a copy would not see the next tokens.
@@ -372,15 +370,7 @@ class SuffixProposer(Proposer):
             if tenant.new is not new:
                 done = 0  # those that were done stand in what is the older automaton by now
 
-    def _no_noise(self, num_requests: int, width: int) -> tuple[int, NDArray[np.uint64], NDArray[np.float64]]:
-        """What ``DraftBatch.noise_inputs`` answers where there is no noise, or more of it, kept for the next batch."""
-        if len(self._no_scales) < num_requests or self._no_keys.shape[1] < width:
-            shape = max(num_requests, len(self._no_scales)), max(width, self._no_keys.shape[1])
-            self._no_keys = kernel_input(np.zeros(shape), np.uint64)
-            self._no_scales = kernel_input(np.zeros(shape[0]), np.float64)
-        return 0, self._no_keys, self._no_scales
-
-    def _record(self, batch: DraftBatch, slots: list[int], file: HistoryFile) -> None:
+    def _record(self, batch: DraftBatch, slots: NDArray[np.int64], file: HistoryFile) -> None:
         """Copies of the tokens that are about to be inserted, for the history file."""
         for index, request_id in enumerate(batch.request_ids):
             tenant = self._tenant_of[slots[index]]
@@ -388,10 +378,7 @@ class SuffixProposer(Proposer):
             file.record(request_id, tenant.key[0], batch.context(index), int(self._requests[slots[index], INSERTED]))
 
     def finish(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            slot = self._slot_of.pop(request_id, None)
-            if slot is None:
-                continue
+        for slot in self._slots.free(request_ids):
             tenant = self._tenant_of[slot]
             assert tenant is not None
             tenant.num_requests -= 1
@@ -399,8 +386,8 @@ class SuffixProposer(Proposer):
                 self._reserved_bytes -= tenant.reserved_bytes()
                 del self._tenants[tenant.key]
             self._tenant_of[slot] = None
-            self._free.append(slot)
-            if self._file is not None:
+        if self._file is not None:
+            for request_id in request_ids:
                 self._file.finish(request_id)
 
     def close(self) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from vllm_specplug.compiled import kernel
+from vllm_specplug.proposers.kernels import clamped_noise, sigmoid
 from vllm_specplug.proposers.suffix.automaton import COUNT, LENGTH, MORE, OWNER, TARGET, TOKEN, step
-from vllm_specplug.proposers.suffix.confidence import continuation_score, draft_confidence, noisy_confidence
+from vllm_specplug.proposers.suffix.confidence import continuation_score, draft_confidence
 from vllm_specplug.proposers.suffix.drafts import (
     CANDIDATE_AGAINST,
     CANDIDATE_AGREEING,
@@ -16,28 +17,39 @@ from vllm_specplug.proposers.suffix.drafts import (
     CANDIDATE_STATE,
     CANDIDATE_TOKEN,
     CANDIDATE_WHICH,
+    CANDIDATE_WORDS,
     LAST,
     LIMITS,
     MAX_CANDIDATES,
     MAX_FOUND,
     MEMBERS,
-    NUM_TOKENS,
     OLD_LENGTH,
     OLD_STATE,
-    ROWS,
     SERIAL,
     SLOTS,
-    candidates,
-    choose,
-    follow,
-    race,
+    all_candidates,
+    elect,
+    follow_all,
 )
-from vllm_specplug.proposers.tree import BRANCH_SHARE, MAX_BRANCHES, TAKEN, limit_siblings, most_promising, place_for
+from vllm_specplug.proposers.tree import (
+    BRANCH_SHARE,
+    BRANCH_WORDS,
+    MAX_BRANCHES,
+    TAKEN,
+    add_branch,
+    begin_path,
+    limit_siblings,
+    most_promising,
+)
 from vllm_specplug.samplers.noise import noise_of
 
+_STATE, _LENGTH, _OLD_STATE, _OLD_LENGTH = range(BRANCH_WORDS, BRANCH_WORDS + 4)
+"""Further columns of a branch: the match before its token in the automaton being built and in the older one."""
+_BRANCH_WORDS = BRANCH_WORDS + 4
 
-@njit(cache=True, nogil=True)
-def noisy_branch_confidence(confidence, noise, winner, winner_noise):  # type: ignore[no-untyped-def]
+
+@kernel
+def noisy_branch_confidence(confidence, noise, winner, winner_noise):
     """A confidence without noise, for a token that lost to one that won the race with the target's noise: below 0.5.
 
     A logistic regression, with that ceiling, over 168,000 losers on what the tiny target wrote at temperatures 0.5, 0.8
@@ -51,13 +63,13 @@ def noisy_branch_confidence(confidence, noise, winner, winner_noise):  # type: i
         winner, winner_noise: confidence and noise of the winner.
     """
     bounded = min(max(confidence, 1e-6), 1.0 - 1e-6)
-    score = 1.41 + 1.50 * math.log(bounded / (1.0 - bounded)) + 0.55 * min(max(noise, -1.5), 5.0)
-    score -= 0.39 * math.log(1.0 - min(winner, 0.998)) + 0.24 * min(max(winner_noise, -1.5), 5.0)
-    return 0.5 / (1.0 + math.exp(-score))
+    score = 1.41 + 1.50 * math.log(bounded / (1.0 - bounded)) + 0.55 * clamped_noise(noise)
+    score -= 0.39 * math.log(1.0 - min(winner, 0.998)) + 0.24 * clamped_noise(winner_noise)
+    return sigmoid(score, 0.5)
 
 
-@njit(cache=True, nogil=True)
-def _race_losers(  # type: ignore[no-untyped-def]
+@kernel
+def _race_losers(
     states, edges, state, length, num_ends, owner, kind, key, winner, confidence, best_chance, others, other_chances,
 ):  # fmt: skip
     """Continuations of a match that lost its race, those seen most often and last: how many.
@@ -93,8 +105,8 @@ def _race_losers(  # type: ignore[no-untyped-def]
     return num_others
 
 
-@njit(cache=True, nogil=True)
-def _losers(  # type: ignore[no-untyped-def]
+@kernel
+def _losers(
     found, scores, chances, num_found, best, winner, quiet_confidence, confidence, kind, key, scale, others,
     other_chances,
 ):  # fmt: skip
@@ -131,33 +143,69 @@ def _losers(  # type: ignore[no-untyped-def]
     return num_others
 
 
-@njit(cache=True, nogil=True)
-def _draft_tree(  # type: ignore[no-untyped-def]
-    states, edges, table, old_states, old_edges, old_table, request, max_draft, min_match, min_confidence,
-    kind, keys, scale, found, scores, chances, others, other_chances,
-    out_tokens, out_lengths, out_confidence, out_votes,
+@kernel
+def _all_losers(
+    states, edges, old_states, old_edges, owner, num_ends, found, scores, chances, num_found, best, winner,
+    quiet_confidence, confidence, kind, key, scale, losers, loser_chances,
 ):  # fmt: skip
-    """The best few continuations of one request, the first as :func:`_draft_one` drafts it; the length of its match.
-
-    What lost to a draft token is a branch; see :mod:`.tree`. Where the request samples, those that lost the race are.
+    """All tokens that lost to the draft token ``winner``: how many; their confidences leave its own out of 1.
 
     Args:
-        others, other_chances: ``[MAX_CANDIDATES + MAX_FOUND, 2]`` int64 and as many float64, for use in here.
-        out_tokens, out_confidence, out_votes: ``[num_chains, k]``; ``out_lengths``: ``[num_chains]``, 0 where there are
+        best: place of the best candidate by score; if its match ran the race, what lost there is added.
+        losers, loser_chances: ``[MAX_CANDIDATES + MAX_FOUND, 2]`` int64, tokens and occurrences, and as many float64.
+    """
+    num_listed = _losers(
+        found, scores, chances, num_found, best, winner, quiet_confidence, confidence, kind, key, scale, losers,
+        loser_chances,
+    )  # fmt: skip
+    num_losers = num_listed
+    if scale > 0.0 and found[best, CANDIDATE_AGAINST] > 0:
+        is_old = found[best, CANDIDATE_WHICH] == 1
+        match_states, match_edges = (old_states, old_edges) if is_old else (states, edges)
+        num_racing = _race_losers(
+            match_states, match_edges, found[best, CANDIDATE_STATE], found[best, CANDIDATE_LENGTH],
+            0 if is_old else num_ends, owner, kind, key, winner, confidence, chances[best], losers[num_listed:],
+            loser_chances[num_listed:],
+        )  # fmt: skip
+        for index in range(num_listed, num_listed + num_racing):
+            is_new = True
+            for listed in range(num_listed):
+                if losers[listed, 0] == losers[index, 0]:
+                    is_new = False
+                    break
+            if is_new:
+                losers[num_losers] = losers[index]
+                loser_chances[num_losers] = loser_chances[index]
+                num_losers += 1
+    limit_siblings(loser_chances, num_losers, 1.0 - confidence)
+    return num_losers
+
+
+@kernel
+def _draft_tree(
+    states, edges, table, old_states, old_edges, old_table, request, max_draft, min_match, min_confidence,
+    kind, keys, scale, found, scores, chances, losers, loser_chances,
+    out_tokens, out_lengths, out_confidence, out_votes,
+):  # fmt: skip
+    """The best few continuations of one request, the first as :mod:`.drafts` drafts it; the length of its match.
+
+    What lost to a draft token is a branch; see :mod:`..tree`. If the request samples, those that lost the race are.
+
+    Args:
+        losers, loser_chances: as in :func:`_all_losers`, one longer, for use in here.
+        out_tokens, out_confidence, out_votes: ``[num_chains, k]``; ``out_lengths``: ``[num_chains]``, 0 if there are
             no more.
     """
-    num_chains = len(out_tokens)
     owner = request[SERIAL]
     has_old = len(old_table) > 0
-    # Path, depth, token, votes, and where both automata stand before the token; its own confidence; its chance.
-    branches = np.empty((MAX_BRANCHES, 8), dtype=np.int64)
+    branches = np.empty((MAX_BRANCHES, _BRANCH_WORDS), dtype=np.int64)
     branch_own = np.empty(MAX_BRANCHES)
     branch_chance = np.empty(MAX_BRANCHES)
     num_branches = 0
     least = BRANCH_SHARE * min_confidence
     match_length = np.int64(0)
     out_lengths[:] = 0
-    for path in range(num_chains):
+    for path in range(len(out_tokens)):
         state = request[LAST]
         length = np.int64(states[state, LENGTH])
         old_state = request[OLD_STATE]
@@ -168,101 +216,53 @@ def _draft_tree(  # type: ignore[no-untyped-def]
             taken = most_promising(branch_chance, num_branches, least)
             if taken < 0:
                 break
-            parent, depth, token = branches[taken, 0], branches[taken, 1], branches[taken, 2]
             chance = branch_chance[taken]
             branch_chance[taken] = TAKEN
-            out_tokens[path, :depth] = out_tokens[parent, :depth]
-            out_confidence[path, :depth] = out_confidence[parent, :depth]
-            out_votes[path, :depth] = out_votes[parent, :depth]
-            out_tokens[path, depth] = token
-            out_confidence[path, depth] = branch_own[taken]
-            out_votes[path, depth] = branches[taken, 3]
-            depth += 1
+            branch = branches[taken]
+            depth = begin_path(path, branch, branch_own[taken], out_tokens, out_confidence, out_votes)
             if depth < max_draft:
-                state, length = step(states, edges, table, branches[taken, 4], branches[taken, 5], token)
+                token = np.int64(out_tokens[path, depth - 1])
+                state, length = step(states, edges, table, branch[_STATE], branch[_LENGTH], token)
                 if has_old:
                     old_state, old_length = step(
-                        old_states, old_edges, old_table, branches[taken, 6], branches[taken, 7], token
+                        old_states, old_edges, old_table, branch[_OLD_STATE], branch[_OLD_LENGTH], token
                     )
         while depth < max_draft:
             num_ends = 1 if depth == 0 else 0
-            num_found = candidates(states, edges, state, length, min_match, owner, num_ends, 0, found, scores, 0)
-            if has_old:
-                num_found = candidates(
-                    old_states, old_edges, old_state, old_length, min_match, owner, 0, 1, found, scores, num_found
-                )
+            num_found = all_candidates(
+                states, edges, old_states, old_edges, state, length, old_state, old_length, min_match, owner,
+                num_ends, has_old, found, scores,
+            )  # fmt: skip
             if num_found == 0:
                 break
-            best, confidence = choose(found, scores, chances, num_found)
-            token = found[best, CANDIDATE_TOKEN]
-            num_agreeing = found[best, CANDIDATE_AGREEING]
-            num_against = found[best, CANDIDATE_AGAINST]
-            races = scale > 0.0 and num_against > 0
-            source = found[best, CANDIDATE_STATE]
-            is_old = found[best, CANDIDATE_WHICH] == 1
-            if races:
-                if is_old:
-                    winner, num_wins, target = race(old_states, old_edges, source, owner, kind, keys[depth], scale)
-                    is_own = np.int64(old_states[target, OWNER] == owner)
-                else:
-                    winner, num_wins, target = race(states, edges, source, owner, kind, keys[depth], scale)
-                    is_own = np.int64(states[target, OWNER] == owner)
-                if winner != token:
-                    num_against = max(num_agreeing + num_against - num_wins, 0)
-                    num_agreeing = num_wins
-                    score = continuation_score(found[best, CANDIDATE_LENGTH], num_agreeing, num_against, is_own)
-                    confidence = draft_confidence(score, 0.0, chances[best])
-                    token = winner
-            quiet_confidence = confidence
-            if scale > 0.0:
-                confidence = noisy_confidence(confidence, noise_of(kind, keys[depth], token))
+            best, token, num_agreeing, confidence, quiet_confidence = elect(
+                states, edges, old_states, old_edges, owner, kind, keys[depth], scale, found, scores, chances,
+                num_found,
+            )  # fmt: skip
             ends = chance * confidence < (min_confidence if path == 0 else least)
-            num_others = 0
+            num_losers = 0
             if chance * (1.0 - confidence) >= least:
-                num_others = _losers(
-                    found, scores, chances, num_found, best, token, quiet_confidence, confidence, kind, keys[depth],
-                    scale, others, other_chances,
+                num_losers = _all_losers(
+                    states, edges, old_states, old_edges, owner, num_ends, found, scores, chances, num_found, best,
+                    token, quiet_confidence, confidence, kind, keys[depth], scale, losers, loser_chances,
                 )  # fmt: skip
-                if races:
-                    num_listed = num_others
-                    match = found[best, CANDIDATE_LENGTH]
-                    which_states, which_edges = (old_states, old_edges) if is_old else (states, edges)
-                    num_racing = _race_losers(
-                        which_states, which_edges, source, match, 0 if is_old else num_ends, owner, kind, keys[depth],
-                        token, confidence, chances[best], others[num_listed:], other_chances[num_listed:],
-                    )  # fmt: skip
-                    for index in range(num_listed, num_listed + num_racing):
-                        is_new = True
-                        for listed in range(num_listed):
-                            if others[listed, 0] == others[index, 0]:
-                                is_new = False
-                                break
-                        if is_new:
-                            others[num_others] = others[index]
-                            other_chances[num_others] = other_chances[index]
-                            num_others += 1
-                limit_siblings(other_chances, num_others, 1.0 - confidence)
             if ends:  # a branch too: further paths may go on where the first did not
-                others[num_others, 0] = token
-                others[num_others, 1] = num_agreeing
-                other_chances[num_others] = confidence
-                num_others += 1
-            for index in range(num_others):
-                if other_chances[index] <= 0.0 or chance * other_chances[index] < least:
+                losers[num_losers, 0] = token
+                losers[num_losers, 1] = num_agreeing
+                loser_chances[num_losers] = confidence
+                num_losers += 1
+            for index in range(num_losers):
+                if loser_chances[index] <= 0.0 or chance * loser_chances[index] < least:
                     continue
-                place = place_for(branch_chance, num_branches, chance * other_chances[index])
+                place, num_branches = add_branch(
+                    branches, branch_own, branch_chance, num_branches, path, depth, losers[index, 0],
+                    losers[index, 1], loser_chances[index], chance * loser_chances[index],
+                )  # fmt: skip
                 if place >= 0:
-                    branches[place, 0] = path
-                    branches[place, 1] = depth
-                    branches[place, 2] = others[index, 0]
-                    branches[place, 3] = others[index, 1]
-                    branches[place, 4] = state
-                    branches[place, 5] = length
-                    branches[place, 6] = old_state
-                    branches[place, 7] = old_length
-                    branch_own[place] = other_chances[index]
-                    branch_chance[place] = chance * other_chances[index]
-                    num_branches = max(num_branches, place + 1)
+                    branches[place, _STATE] = state
+                    branches[place, _LENGTH] = length
+                    branches[place, _OLD_STATE] = old_state
+                    branches[place, _OLD_LENGTH] = old_length
             if ends:
                 break
             if path == 0 and depth == 0:
@@ -282,32 +282,31 @@ def _draft_tree(  # type: ignore[no-untyped-def]
     return match_length
 
 
-@njit(cache=True, nogil=True)
-def draft_trees(  # type: ignore[no-untyped-def]
+@kernel
+def draft_trees(
     states, edges, table, sizes, old_states, old_edges, old_table, contexts, requests, work, num_members, first,
     new_id, old_id, min_match, vocab_size, min_confidence, kind, keys, scales,
     out_tokens_votes, out_confidence, out_num_tokens, out_match_length,
 ):  # fmt: skip
-    """:func:`_draft_batch` with :func:`_draft_tree`: all but the match lengths have an axis more, of chains."""
-    for nth in range(first, num_members):
-        i = work[MEMBERS, nth]
-        if not follow(
-            states, edges, table, sizes, old_states, old_edges, old_table, new_id, old_id,
-            contexts[work[ROWS, i], : work[NUM_TOKENS, i]], vocab_size, requests[work[SLOTS, i]],
-        ):  # fmt: skip
-            return nth
-    found = np.empty((MAX_FOUND, 7), dtype=np.int64)
+    """:func:`.drafts.draft_batch` for trees: all but the match lengths have an axis more, of chains."""
+    num_done = follow_all(
+        states, edges, table, sizes, old_states, old_edges, old_table, contexts, requests, work, num_members, first,
+        new_id, old_id, vocab_size,
+    )  # fmt: skip
+    if num_done < num_members:
+        return num_done
+    found = np.empty((MAX_FOUND, CANDIDATE_WORDS), dtype=np.int64)
     scores = np.empty(MAX_FOUND)
     chances = np.empty(MAX_FOUND)
-    others = np.empty((MAX_CANDIDATES + MAX_FOUND, 2), dtype=np.int64)
-    other_chances = np.empty(MAX_CANDIDATES + MAX_FOUND)
+    losers = np.empty((MAX_CANDIDATES + MAX_FOUND + 1, 2), dtype=np.int64)
+    loser_chances = np.empty(MAX_CANDIDATES + MAX_FOUND + 1)
     width = out_confidence.shape[2]
     for nth in range(num_members):
         i = work[MEMBERS, nth]
         out_match_length[i] = _draft_tree(
             states, edges, table, old_states, old_edges, old_table, requests[work[SLOTS, i]],
             min(work[LIMITS, i], width), min_match, min_confidence, kind, keys[i], scales[i], found, scores, chances,
-            others, other_chances, out_tokens_votes[0, :, i], out_num_tokens[:, i], out_confidence[:, i],
+            losers, loser_chances, out_tokens_votes[0, :, i], out_num_tokens[:, i], out_confidence[:, i],
             out_tokens_votes[1, :, i],
         )  # fmt: skip
-    return num_members
+    return num_done

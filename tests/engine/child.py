@@ -1,13 +1,10 @@
-"""The child process behind ``harness.Engine``: one in-process vLLM engine, driven by pickled commands.
-
-stdin and the original stdout carry pickles; everything that vLLM prints goes to stderr.
-"""
+"""The child process behind ``harness.Engine``: one in-process vLLM engine, driven by pickled commands."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import sys
+import socket
 import traceback
 from typing import Any
 
@@ -91,8 +88,9 @@ class Child:
     @property
     def drafter(self) -> Any:
         """What our plugin attached to the runner, V1 or V2."""
-        attached = getattr(self.runner, "_specplug", None) or self.runner.speculator
-        return getattr(attached, "_specplug", attached)  # V2: ours beside one of vLLM's own
+        from vllm_specplug.hooks.attached import drafter_of
+
+        return drafter_of(self.runner)
 
     def stats(self) -> Any:
         return self.drafter.snapshot()
@@ -107,23 +105,19 @@ class Child:
         return getattr(in_child, function)(self, *args)
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+def serve(channel: socket.socket) -> None:
+    """Do what comes through ``channel`` until its other end is closed."""
     child = Child()
-    while True:
-        try:
-            name, args = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            answer = ("ok", getattr(child, name)(*args))
-        except BaseException as error:
-            traceback.print_exc()
-            answer = ("error", f"{type(error).__name__}: {error}")
-        pickle.dump(answer, answers)
-        answers.flush()
-
-
-if __name__ == "__main__":
-    main()
+    with channel.makefile("rb") as commands, channel.makefile("wb") as answers:
+        while True:
+            try:
+                name, args = pickle.load(commands)
+            except EOFError:
+                return
+            try:
+                answer = ("ok", getattr(child, name)(*args))
+            except BaseException as error:
+                traceback.print_exc()
+                answer = ("error", f"{type(error).__name__}: {error}")
+            pickle.dump(answer, answers)
+            answers.flush()

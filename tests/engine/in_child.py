@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -97,7 +99,7 @@ class SeveralChains(Oracle):
             return full[: max(limit // 2, 1)]
         at = limit - 2 if kind == "late" else int(self._random.integers(0, limit + 1))
         if kind in ("corrupted", "late") and 0 <= at < limit:
-            full[at] = (full[at] + 1) % 4000
+            full[at] = (full[at] + 1) % self.context.vocab_size
         return full
 
     def observe(self, verified: Verified) -> None:
@@ -189,8 +191,9 @@ def save_tiny_window_model(child: Any, folder: str, tokenizer: str) -> None:
 
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
+    vocab_size = json.loads((Path(tokenizer) / "config.json").read_text())["vocab_size"]
     config = Gemma2Config(
-        vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, sliding_window=24, max_position_embeddings=512, query_pre_attn_scalar=32,
         attn_logit_softcapping=None, final_logit_softcapping=None,
     )  # fmt: skip
@@ -236,6 +239,20 @@ def __getattr__(name: str) -> Any:
 
         return InverseCdf
     raise AttributeError(name)
+
+
+def command(child: Any, arguments: list[str]) -> tuple[int, str]:
+    """Exit status of a ``specplug`` command run in this process, and what it wrote to stderr; once in a process."""
+    from vllm_specplug.cli import main
+
+    sys.argv = ["specplug", *arguments]
+    written = io.StringIO()
+    with contextlib.redirect_stderr(written), contextlib.redirect_stdout(sys.stderr):
+        try:
+            main()
+        except SystemExit as ended:
+            return int(ended.code or 0), written.getvalue()
+    return 0, written.getvalue()
 
 
 def config_error(child: Any, speculative_config: dict[str, Any], engine_args: dict[str, Any]) -> str:
@@ -398,6 +415,7 @@ def first_tokens(
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
     from vllm_specplug.hooks.v1 import wrappers
+    from vllm_specplug.hooks.v1.step import Steps
     from vllm_specplug.hooks.v1.verifier import CoupledVerifier, ObservedRejection
     from vllm_specplug.settings.model import parse_settings
 
@@ -414,7 +432,7 @@ def first_tokens(
         requests={i: SimpleNamespace(generator=None, output_token_ids=[]) for i in request_ids},
         discard_request_mask=SimpleNamespace(np=np.zeros(batch, dtype=bool)),
     )
-    drafter = SimpleNamespace(drafting=SimpleNamespace(observe=lambda verified: None), settings=None, forks=None)
+    steps, observe = Steps(), lambda verified: None
     plain = stock_module.RejectionSampler(runner.sampler)
     verify: Any
     if verifier == "stock":
@@ -422,9 +440,11 @@ def first_tokens(
         wrappers.patches.undo()
     else:
         several = {"num_chains": 3} if verifier == "list" else {}
-        drafter.settings = parse_settings({"sampler": verifier, "proposers": [], **several})
-        is_coupled = drafter.settings.is_coupled
-        verify = CoupledVerifier(stand_in, drafter) if is_coupled else ObservedRejection(stand_in, drafter, plain)
+        settings = parse_settings({"sampler": verifier, "proposers": [], **several})
+        if settings.is_coupled:
+            verify = CoupledVerifier(stand_in, settings, steps, None, observe)  # type: ignore[arg-type]
+        else:
+            verify = ObservedRejection(stand_in, plain, steps, observe)
     rows = torch.from_numpy(logits).repeat(2 * batch, 1)
     params = SamplingMetadata(
         temperature=torch.full((batch,), temperature),
@@ -632,7 +652,8 @@ def keep_logits_v2(child: Any) -> None:
     def keeping(hidden_states: Any, input_batch: Any, grammar_output: Any) -> Any:
         first, ids = input_batch.cu_num_logits_np.copy(), list(input_batch.req_ids)
         result = sample(hidden_states, input_batch, grammar_output)
-        chains, winners = child.drafter.verified_chains or ({}, None)
+        step = child.drafter.steps.now
+        chains, winners = {} if step.forks is None else step.forks.chains, step.winners
         states, seeds = runner.req_states, runner.sampler.sampling_states.seeds.np
         for row, request_id in enumerate(input_batch.req_ids):
             index, source = int(input_batch.idx_mapping_np[row]), row

@@ -40,14 +40,14 @@ PROCESSOR_FEATURES: list[dict[str, Any]] = [
     {"min_p": 0.05, "logprobs": 2, "frequency_penalty": 0.3},
     {"logit_bias": {10: 4.0}, "top_p": 0.9, "bad_words": ["self"]},
 ]
-# The same for the V2 runner, whose kernels run slowly on a CPU: several features a request, few requests.
+# The same for the V2 runner, whose kernels run slowly on a CPU: several features a request, few requests, 512 tokens.
 V2_FEATURES: list[dict[str, Any]] = [
     {},
     {"top_k": 20, "top_p": 0.9},
     {"min_p": 0.1, "logprobs": 2},
     {"presence_penalty": 0.7, "frequency_penalty": 0.6, "repetition_penalty": 1.2},
     {"logit_bias": {199: 3.0, 300: -100.0, 45: 1.5}, "bad_words": ["self", " return"]},
-    {"allowed_token_ids": list(range(0, 4096, 5)), "logprobs": 0},
+    {"allowed_token_ids": list(range(0, 512, 5)), "logprobs": 0},
     {"min_tokens": 5, "stop_token_ids": [199, 220, 221]},
     {"n": 2, "top_p": 0.9},
     {"json_schema": JSON_SCHEMA},
@@ -58,14 +58,14 @@ TEMPERATURES = [0.0, 0.6, 0.8, 1.0, 1.4]
 
 
 def requests(
-    count: int, features: list[dict[str, Any]], first_seed: int = 0, longest: int = 44
+    count: int, features: list[dict[str, Any]], first_seed: int = 0, longest: int = 44, longest_prompt: int = 900
 ) -> list[dict[str, Any]]:
-    """``count`` requests: every feature at every temperature in turn, prompts of 30 to 300 tokens.
+    """``count`` requests: every feature at every temperature in turn, prompts of 120 to ``longest_prompt`` characters.
 
     The longest output has ``longest`` tokens, the shortest 28 fewer but at least 6.
     """
     chooser = random.Random(first_seed)
-    prompts = corpus.held_out_prompts(48, 900)
+    prompts = corpus.held_out_prompts(48, longest_prompt)
     made = []
     for index in range(count):
         params = dict(features[index % len(features)])
@@ -80,9 +80,20 @@ def requests(
     return made
 
 
-def noise_alone(num_requests: int, max_tokens: int) -> list[dict[str, Any]]:
+def requests_v2(count: int, first_seed: int, longest: int = 10) -> list[dict[str, Any]]:
+    """Requests for the V2 runner, with prompts of 50 to 200 tokens of the small vocabulary."""
+    made = requests(count, V2_FEATURES, first_seed, longest, longest_prompt=450)
+    for request in made:
+        if "prompt_logprobs" in request["params"]:  # a row of work for every token of the prompt
+            request["prompt"] = request["prompt"][:20]
+        if 0.0 < request["params"]["temperature"] != 0.9:  # 0.9: greedy requests that ask for two outputs
+            request["params"]["temperature"] = 1.0
+    return made
+
+
+def noise_alone(num_requests: int, max_tokens: int, vocab_size: int = 4096) -> list[dict[str, Any]]:
     """Requests so hot that the target's noise alone chooses among the tokens that they allow."""
-    allowed = [50, 51, 77, 300, 301, 1000, 4000]
+    allowed = [50, 51, 77, 300, 301, vocab_size // 4, vocab_size - 96]
     return [
         {
             "prompt": prompt[:80],

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_specplug.cli import runs
+from vllm_specplug.cli.errors import EXIT_BAD_INPUT, EXIT_FAILED
 from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.cli.progress import Shown, ended_by_signals
 from vllm_specplug.errors import ConfigurationError, SpecplugError
@@ -26,7 +27,7 @@ from vllm_specplug.measure.prompts import read_prompts
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
-EXIT_STATUS = {"passed": 0, "failed": 1, "could not run": 2}
+EXIT_STATUS = {"passed": 0, "failed": EXIT_FAILED, "could not run": EXIT_BAD_INPUT}
 MAX_DRAWS = 1_000_000
 _ONE_CONFIG = "what speculates is --speculative-config, one JSON object, and only that engine has it"
 OWN_OPTIONS = {

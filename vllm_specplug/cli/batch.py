@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from vllm_specplug.cli.clusters import connect, json_object, released
+from vllm_specplug.cli.errors import EXIT_FAILED
 from vllm_specplug.cli.progress import Shown, ended_by_signals
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
@@ -103,7 +104,7 @@ def batch(
         )
     _print(console, result)
     if result.num_errors:
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILED)
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from vllm_specplug.cli import runs
+from vllm_specplug.cli.errors import EXIT_FAILED
 from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.cli.progress import Shown, ended_by_signals
 from vllm_specplug.engines.engine import NGRAM, OFF, SPECPLUG, speculative_config
@@ -158,4 +159,4 @@ def bench(
     if report is not None:
         reports.write(report, result)
     if result["failed"]:
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILED)

@@ -10,9 +10,10 @@ import importlib.util
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from vllm_specplug.cli.errors import EXIT_FAILED
 from vllm_specplug.cli.outputs import check_outputs
 from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.measure import corpus
@@ -39,12 +41,6 @@ from vllm_specplug.measure.couple import (
 from vllm_specplug.measure.prompts import read_prompts
 
 app = typer.Typer(help="Measure how often target and draft agree under each coupling.", rich_markup_mode="markdown")
-
-
-# Where pairs come from
-
-
-# What is written
 
 
 def _check_folders(names: Sequence[str]) -> None:
@@ -115,21 +111,44 @@ def couple(
     if contexts:
         _check_folders(names)
     texts = corpus.held_out_prompts(max(8, contexts // 20), 1200) if prompts is None else read_prompts(prompts)
-    pairs: list[Pair] = []
-    console = Console(stderr=True)
-    with Progress(console=console) as progress:
-        task = progress.add_task("pairs", total=contexts * len(temperatures) + 4 * synthetic)
-        sources: list[Iterator[tuple[str, float | None, Probs, Probs]]] = []
-        if contexts:
-            sources.append(model_pairs(*names, texts, temperatures, contexts, seed))
-        if synthetic:
-            sources.append(synthetic_pairs(synthetic, seed))
-        for source in sources:
-            for name, at, first, second in source:
-                nth = len(pairs)
-                pairs.append(pair_of(name, at, first, second, draws if nth % 20 == 0 else 0, seed + nth))
-                progress.advance(task)
+    sources: list[Iterator[tuple[str, float | None, Probs, Probs]]] = []
+    if contexts:
+        sources.append(model_pairs(*names, texts, temperatures, contexts, seed))
+    if synthetic:
+        sources.append(synthetic_pairs(synthetic, seed))
+    pairs = _measured(chain.from_iterable(sources), contexts * len(temperatures) + 4 * synthetic, draws, seed)
     rows = summary(pairs)
+    _print_table(rows)
+    num_kept = sum(row["gumbel_at_least_minhash"] for row in rows)
+    print(f"gumbel is at or above minhash for {num_kept} of {len(pairs)} pairs")
+    _print_checks([pair for pair in pairs if pair.measured is not None], draws)
+    if csv_out is not None:
+        write_csv(csv_out, pairs)
+    if png_out is not None:
+        draw(png_out, pairs, f"{Path(names[0]).name} and {Path(names[1]).name}")
+    if json_out is not None:
+        command = shlex.join(["specplug", "couple", *sys.argv[2:]])
+        result = {"command": command, "epsilon": EPSILON, "seed": seed, "draws": draws, "rows": rows}
+        json_out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if num_kept < len(pairs):
+        print("error: Gumbel matched less often than MinHash for some pair, which theory excludes", file=sys.stderr)
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _measured(
+    source: Iterable[tuple[str, float | None, Probs, Probs]], total: int, draws: int, seed: int
+) -> list[Pair]:
+    """Every pair of ``source``, measured under a bar; every 20th is drawn ``draws`` times as well."""
+    pairs: list[Pair] = []
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("pairs", total=total)
+        for nth, (name, temperature, first, second) in enumerate(source):
+            pairs.append(pair_of(name, temperature, first, second, draws if nth % 20 == 0 else 0, seed + nth))
+            progress.advance(task)
+    return pairs
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     table = Table(title="Chance that the draft token is the target's, means", box=box.SIMPLE_HEAD)
     for heading in ("source", "T", "pairs", "TV", "gumbel", "minhash", "optimal", "low comm."):
         table.add_column(heading, justify="left" if heading == "source" else "right")
@@ -140,27 +159,14 @@ def couple(
             *(f"{value:.3f}" for value in values),
         )  # fmt: skip
     Console().print(table)
-    kept = sum(row["gumbel_at_least_minhash"] for row in rows)
-    print(f"gumbel is at or above minhash for {kept} of {len(pairs)} pairs")
-    checked = [pair for pair in pairs if pair.measured is not None]
-    if checked:
-        for name in COUPLINGS:
-            gaps = [pair.measured[name] - pair.matches[name] for pair in checked if pair.measured]
-            print(
-                f"{name}: formula and {draws} draws differ by {np.mean(np.abs(gaps)):.4f} on average, {len(gaps)} pairs"
-            )
-        bits, tokens = np.mean([pair.bits for pair in checked]), np.mean([pair.vocab for pair in checked])
-        print(
-            f"low_communication: {bits:.0f} bits a draft token, of distributions over {tokens:.0f} tokens, on average"
-        )
-    if csv_out is not None:
-        write_csv(csv_out, pairs)
-    if png_out is not None:
-        draw(png_out, pairs, f"{Path(names[0]).name} and {Path(names[1]).name}")
-    if json_out is not None:
-        command = shlex.join(["specplug", "couple", *sys.argv[2:]])
-        result = {"command": command, "epsilon": EPSILON, "seed": seed, "draws": draws, "rows": rows}
-        json_out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if kept < len(pairs):
-        print("error: Gumbel matched less often than MinHash for some pair, which theory excludes", file=sys.stderr)
-        raise typer.Exit(1)
+
+
+def _print_checks(pairs: Sequence[Pair], draws: int) -> None:
+    """How far formulas and draws differ, over the pairs that were drawn."""
+    if not pairs:
+        return
+    for name in COUPLINGS:
+        gaps = [pair.measured[name] - pair.matches[name] for pair in pairs if pair.measured]
+        print(f"{name}: formula and {draws} draws differ by {np.mean(np.abs(gaps)):.4f} on average, {len(gaps)} pairs")
+    bits, tokens = np.mean([pair.bits for pair in pairs]), np.mean([pair.vocab for pair in pairs])
+    print(f"low_communication: {bits:.0f} bits a draft token, of distributions over {tokens:.0f} tokens, on average")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,11 +15,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from vllm_specplug.cli import datastore_show
 from vllm_specplug.cli.clusters import connect, released
-from vllm_specplug.errors import ConfigurationError, DatastoreError
+from vllm_specplug.cli.errors import FileCommands
+from vllm_specplug.cli.progress import ended_by_signals
+from vllm_specplug.errors import DatastoreError
 from vllm_specplug.ray.environment import require_ray
 from vllm_specplug.stores.building import (
     Plan,
+    Recipe,
     UnitDone,
     UnitProgress,
     clear,
@@ -58,51 +61,15 @@ from vllm_specplug.stores.writer import (
 )
 
 app = typer.Typer(
+    cls=FileCommands,
     help="Build, inspect, check and try token stores for the rest proposer.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
 
 DEFAULT_SHARD_SIZE = "1GiB"
-EXIT_CORRUPTED = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
-
-@contextlib.contextmanager
-def errors_to_stderr(exit_code: int = EXIT_BAD_INPUT) -> Iterator[None]:
-    """Print what is wrong with a store or with the system's files as one line, and leave with ``exit_code``."""
-    try:
-        yield
-    except (DatastoreError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(exit_code) from error
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
-
-
-def _raise_terminated(*_: object) -> None:
-    raise _Terminated
-
-
-@contextlib.contextmanager
-def _stops_cleanly(console: Console, consequence: str) -> Iterator[None]:
-    """Unwind on Ctrl-C and on SIGTERM, so that context managers inside clean up; then say so in one line and leave."""
-    before = signal.signal(signal.SIGTERM, _raise_terminated)
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        is_terminated = isinstance(stop, _Terminated)
-        what = "terminated" if is_terminated else "interrupted"
-        console.print(f"[red]{what}:[/red] {escape(consequence)}", soft_wrap=True, highlight=False)
-        raise typer.Exit(EXIT_TERMINATED if is_terminated else EXIT_INTERRUPTED) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def parse_bytes(text: str) -> int:
@@ -184,9 +151,8 @@ def build(
     console = Console(stderr=True)
     started = time.monotonic()
     if ray is not None and "-" in inputs:
-        with errors_to_stderr():
-            raise DatastoreError("nodes of a Ray cluster do not see the standard input that - stands for: give files")
-    with errors_to_stderr(), _stops_cleanly(console, f"{out} was not written"), _cluster(ray):
+        raise DatastoreError("nodes of a Ray cluster do not see the standard input that - stands for: give files")
+    with ended_by_signals(console, f"{out} was not written"), _cluster(ray):
         out = _target(out)
         paths = find_paths(inputs, pattern, out)
         _check_free(out, force)
@@ -258,7 +224,7 @@ def add(
     """
     console = Console(stderr=True)
     started = time.monotonic()
-    with errors_to_stderr(), _stops_cleanly(console, f"{store} was not changed"), _cluster(ray):
+    with ended_by_signals(console, f"{store} was not changed"), _cluster(ray):
         store = _target(store)
         opened = Datastore.open(store)
         paths = find_paths(inputs, pattern, store)
@@ -296,7 +262,7 @@ def merge(
     """
     console = Console(stderr=True)
     started = time.monotonic()
-    with errors_to_stderr(), _stops_cleanly(console, f"{out} was not written"):
+    with ended_by_signals(console, f"{out} was not written"):
         out = _target(out)
         _check_free(out, force)
         for path in stores:
@@ -320,19 +286,20 @@ def merge(
     _say_built(console, out, started, [])
 
 
+for command in (datastore_show.info, datastore_show.verify, datastore_show.query):
+    app.command()(command)
+
+
 @contextlib.contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
     """Connected to a Ray cluster where there is one to be used."""
     if address is None:
         yield
         return
-    try:
-        require_ray("data")
-        with released():
-            connect(None if address == "local" else address, None)
-            yield
-    except ConfigurationError as error:
-        raise DatastoreError(str(error)) from error
+    require_ray("data")
+    with released():
+        connect(None if address == "local" else address, None)
+        yield
 
 
 def _target(path: Path) -> Path:
@@ -384,15 +351,18 @@ def _plan(
 ) -> Plan:
     vocab_size = vocab_size_of(loaded)
     num_workers = workers or default_workers(len(units), unit_bytes, vocab_size, _memory(max_memory))
-    return plan(
-        units,
-        folder,
+    recipe = Recipe(
         field=field,
         tokenizer=_everywhere(tokenizer),
         tokenizer_name=tokenizer_name,
         vocab_size=vocab_size,
         fingerprint=tokenizer_fingerprint(loaded),
         max_memory_bytes=_memory(max_memory) // num_workers,
+    )
+    return plan(
+        units,
+        folder,
+        recipe,
         num_workers=num_workers,
         version=version,
         base=base,

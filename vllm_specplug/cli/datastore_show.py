@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from vllm_specplug.cli.datastore import EXIT_BAD_INPUT, EXIT_CORRUPTED, app, errors_to_stderr
+from vllm_specplug.cli.errors import EXIT_FAILED, show_error
+from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
 from vllm_specplug.proposers.rest.proposer import RestProposer
 from vllm_specplug.stores.datastore import Datastore
@@ -20,14 +21,12 @@ from vllm_specplug.stores.format import tokenizer_fingerprint
 from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
 
 
-@app.command()
 def info(
     store: Annotated[Path, typer.Argument(help="A token store.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
     """Say what a store holds."""
-    with errors_to_stderr():
-        opened = Datastore.open(store)
+    opened = Datastore.open(store)
     header = opened.header
     values: dict[str, Any] = {
         "path": str(store),
@@ -52,19 +51,22 @@ def info(
     Console(soft_wrap=True).print(table)
 
 
-@app.command()
 def verify(store: Annotated[Path, typer.Argument(help="A token store.")]) -> None:
     """Read a whole store and check it; exits with 1 if something is wrong with it."""
     console = Console(stderr=True)
-    with errors_to_stderr(EXIT_CORRUPTED if store.is_file() else EXIT_BAD_INPUT):
+    try:
         opened = Datastore.open(store)
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("checking")
             opened.verify(lambda done, of: progress.update(task, completed=done, total=of))
+    except (DatastoreError, OSError) as error:
+        if not store.is_file():
+            raise
+        show_error(error)
+        raise typer.Exit(EXIT_FAILED) from error
     print(f"{store}: intact, {opened.header.num_tokens:,} tokens of {opened.header.num_documents:,} documents")
 
 
-@app.command()
 def query(
     store: Annotated[Path, typer.Argument(help="A token store.")],
     text: Annotated[str, typer.Argument(help="Text that a request has so far.")],
@@ -75,10 +77,9 @@ def query(
     ] = None,
 ) -> None:
     """Show what the rest proposer would draft after a text."""
-    with errors_to_stderr():
-        opened = Datastore.open(store)
-        loaded = load_tokenizer(tokenizer or opened.header.tokenizer)
-        opened.check_tokenizer(tokenizer_fingerprint(loaded), vocab_size_of(loaded), repr(tokenizer))
+    opened = Datastore.open(store)
+    loaded = load_tokenizer(tokenizer or opened.header.tokenizer)
+    opened.check_tokenizer(tokenizer_fingerprint(loaded), vocab_size_of(loaded), repr(tokenizer))
     options = {} if min_confidence is None else {"min_confidence": min_confidence}
     proposer = RestProposer(
         ProposerContext(

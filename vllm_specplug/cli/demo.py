@@ -24,6 +24,8 @@ from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.proposers.base import TENANT_OPTION
 from vllm_specplug.settings.model import DEFAULT_SPECULATIVE_TOKENS
 
+app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+
 TEMPERATURES = (0.0, 0.8)
 SEED = 1234
 NUM_WARM_UP_PROMPTS = 2
@@ -129,6 +131,7 @@ class Phase:
             self._display.console.print(f"{self._description}: {text}", highlight=False, soft_wrap=True)
 
 
+@app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter completions, for scripts.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the token store, results, plot and vLLM's logs.")] = Path(
@@ -215,7 +218,6 @@ def build_store(display: Display, model: Path, path: Path) -> Path:
     with display.phase("token store of the standard library") as phase:
         import io
 
-        from vllm_specplug.errors import DatastoreError
         from vllm_specplug.measure.corpus import standard_library_sources, without_copies_of_held_out
         from vllm_specplug.stores.format import tokenizer_fingerprint
         from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
@@ -231,23 +233,20 @@ def build_store(display: Display, model: Path, path: Path) -> Path:
                 yield from split_text(io.StringIO(text, newline="").read)
                 bytes_read += source.stat().st_size
 
-        try:
-            tokenizer = load_tokenizer(str(model))
-            with DatastoreWriter(
-                path,
-                vocab_size=vocab_size_of(tokenizer),
-                fingerprint=tokenizer_fingerprint(tokenizer),
-                tokenizer=str(model),
-                overwrite=True,
-            ) as writer:
-                add_texts(
-                    writer, tokenizer, pieces(), lambda n: phase.update(bytes_read, num_bytes, f"{n:,} tokens, reading")
-                )
-                phase.update(num_bytes, num_bytes, f"{writer.num_tokens:,} tokens, sorting")
-                writer.finish()
-                phase.update(num_bytes, num_bytes, f"{writer.num_tokens:,} tokens, {path.stat().st_size / 1e6:.0f} MB")
-        except DatastoreError as error:
-            raise SpecplugError(f"token store: {error}") from error
+        tokenizer = load_tokenizer(str(model))
+        with DatastoreWriter(
+            path,
+            vocab_size=vocab_size_of(tokenizer),
+            fingerprint=tokenizer_fingerprint(tokenizer),
+            tokenizer=str(model),
+            overwrite=True,
+        ) as writer:
+            add_texts(
+                writer, tokenizer, pieces(), lambda n: phase.update(bytes_read, num_bytes, f"{n:,} tokens, reading")
+            )
+            phase.update(num_bytes, num_bytes, f"{writer.num_tokens:,} tokens, sorting")
+            writer.finish()
+            phase.update(num_bytes, num_bytes, f"{writer.num_tokens:,} tokens, {path.stat().st_size / 1e6:.0f} MB")
     return path
 
 

@@ -1,4 +1,4 @@
-"""What commands that keep engines busy for minutes share: bars, an orderly end, and what a number was measured with."""
+"""What commands that take minutes share: bars, and an orderly end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vllm_specplug.cli.errors import EXIT_SIGNAL
 
 LINE_INTERVAL_S = 15.0
 
@@ -45,20 +48,36 @@ class Shown:
             self._console.print(f"{name}: {share:.0%}, {status}", highlight=False, soft_wrap=True)
 
 
+class _Ended(KeyboardInterrupt):
+    """A signal came that ends the command as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
 @contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does: engines stop, temporary files go."""
+def ended_by_signals(console: Console | None = None, consequence: str | None = None) -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does: engines stop, temporary files go.
+
+    Args:
+        console: where ``consequence`` is said.
+        consequence: what the end means for the command's result; None says nothing.
+    """
 
     def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
+        raise _Ended(number)
 
     numbers = (signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, end) for number in numbers]
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, _Ended) else signal.SIGINT
+        if console is not None and consequence is not None:
+            what = "interrupted" if number == signal.SIGINT else "terminated"
+            console.print(f"[red]{what}:[/red] {escape(consequence)}", soft_wrap=True, highlight=False)
         # click would end with 1, which an audit means something by.
-        raise SystemExit(128 + signal.SIGINT) from None
+        raise SystemExit(EXIT_SIGNAL + number) from None
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +20,10 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vllm_specplug.errors import ConfigurationError, DatastoreError, SpecplugError
+from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.measure.measured import machine, versions
 from vllm_specplug.measure.replay.run import ALWAYS_SHOWN, ORACLE, Counts, Makers, ratios_of, requests_of, run_all
 from vllm_specplug.measure.replay.texts import sources_of, tokenized
@@ -122,21 +124,6 @@ def _known_names() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Who decides whose draft is verified
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Replay
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Command
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -223,7 +210,7 @@ def replay(
         with console.status("tokenizing"):
             documents = tokenized(sources, loaded)
             warm_documents = tokenized(warm_sources, loaded)
-    except (DatastoreError, OSError) as error:
+    except OSError as error:
         raise SpecplugError(str(error)) from error
     requests = [each for ids in documents if (each := requests_of(ids, prompt_tokens, max_tokens))]
     if not requests:
@@ -239,7 +226,7 @@ def replay(
         console.print(f"left out {skipped:,} files that are not UTF-8 text", highlight=False)
     # Not as overlapping requests: no token shall be in the history twice.
     history = [each for ids in warm_documents for each in requests_of(ids, 0, max_tokens)]
-    counts = run_all(console, makers, stores, requests, history, prompt_tokens)
+    counts = _replayed(console, partial(run_all, makers, stores, requests, history, prompt_tokens))
     num_requests, num_outputs = sum(map(len, requests)), counts[ORACLE].emitted
     _print_table(counts, f"{num_requests:,} requests, {num_outputs:,} tokens of output, drafts of up to {k}")
     if json_path is not None:
@@ -278,6 +265,19 @@ def replay(
             **{name: round(value, 5) for name, value in ratios_of(counts).items()},
         }
         json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _replayed(console: Console, run: Callable[..., dict[str, Counts]]) -> dict[str, Counts]:
+    """What ``run``, a :func:`run_all` without its last argument, answers; with a bar for each run."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+
+        def begin(name: str, total: int) -> Callable[[int], None]:
+            return partial(progress.advance, progress.add_task(name, total=total))
+
+        return run(begin=begin)
 
 
 def _print_table(counts: Mapping[str, Counts], caption: str) -> None:

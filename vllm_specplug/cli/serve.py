@@ -12,10 +12,13 @@ import typer
 from vllm_specplug.engines.environment import answer_for_cpu_wheel
 from vllm_specplug.errors import SpecplugError
 
+app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+
 CONTEXT_SETTINGS: dict[str, Any] = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 """Everything from the first argument on is vLLM's and stays untouched."""
 
 
+@app.command(context_settings=CONTEXT_SETTINGS)
 def serve(
     arguments: Annotated[
         list[str] | None,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from vllm_specplug.errors import SpecplugError
 from vllm_specplug.proposers.base import DraftBatch, Drafts, kernel_input
 
 
 def is_well_formed(drafts: Drafts, batch: DraftBatch, vocab_size: int) -> bool:
-    """True where nothing need be checked, cut or converted, as with our own proposers in every step; quick to say."""
+    """Whether :func:`checked` would change nothing; fast, and True for our own proposers in every step."""
     num_requests = len(batch)
     shape = tuple(getattr(drafts.token_ids, "shape", ()))
     if len(shape) != 2:
@@ -52,6 +52,76 @@ def _is_in_bounds(  # type: ignore[no-untyped-def]
     return True
 
 
+def checked(
+    answer: Drafts | Sequence[Sequence[int]],
+    batch: DraftBatch,
+    vocab_size: int,
+    on_invalid: Callable[[int, int], None] | None = None,
+) -> Drafts:
+    """A proposer's answer with shapes checked, drafts cut to their limits and before ids outside the vocabulary.
+
+    Args:
+        answer: ``[num_requests]`` drafts.
+        batch: what was asked.
+        vocab_size: number of token ids.
+        on_invalid: called with such an id and with the number of tokens that are cut because of them.
+
+    Raises:
+        ValueError, TypeError: it is not one draft for each request.
+    """
+    drafts = answer if isinstance(answer, Drafts) else from_lists(answer)
+    if isinstance(drafts.others, tuple) and not drafts.others:
+        return _checked_chain(drafts, batch, vocab_size, on_invalid)
+    if drafts.others is not None and not isinstance(drafts.others, (tuple, list)):
+        raise ValueError(f"answered others of type {type(drafts.others).__name__}; a tuple of Drafts is expected")
+    others = (drafts.others or ())[: batch.num_chains - 1]
+    main, *side = (
+        _checked_chain(chain, batch, vocab_size, on_invalid) for chain in (replace(drafts, others=()), *others)
+    )
+    return replace(main, others=tuple(side))
+
+
+def _checked_chain(
+    drafts: Drafts, batch: DraftBatch, vocab_size: int, on_invalid: Callable[[int, int], None] | None
+) -> Drafts:
+    """:func:`checked` for one chain a request."""
+    num_requests = len(batch)
+    if not isinstance(drafts, Drafts) or not (drafts.others is None or len(drafts.others) == 0):
+        raise ValueError(f"answered {type(drafts).__name__} among others; Drafts without others are expected there")
+    if is_well_formed(drafts, batch, vocab_size):
+        return drafts  # ours always are, and this is asked for every proposer in every step
+    token_ids = np.asarray(drafts.token_ids)
+    if token_ids.ndim != 2 or len(token_ids) != num_requests or len(drafts.num_tokens) != num_requests:
+        raise ValueError(
+            f"answered drafts of shape {token_ids.shape} for {num_requests} requests; "
+            "one row of token ids a request is expected"
+        )
+    if token_ids.dtype.kind not in "iu":
+        raise ValueError(f"answered token ids of type {token_ids.dtype}; integers are expected")
+    confidence = np.clip(np.nan_to_num(np.asarray(drafts.confidence, dtype=np.float32)), 0.0, 1.0)
+    if confidence.shape != token_ids.shape:
+        raise ValueError(f"answered confidence of shape {confidence.shape} for token ids of {token_ids.shape}")
+    longest = token_ids.shape[1]
+    num_tokens: NDArray[np.int64] = np.clip(
+        np.asarray(drafts.num_tokens, dtype=np.int64), 0, np.minimum(batch.max_draft_tokens, longest)
+    )
+    invalid = (token_ids < 0) | (token_ids >= vocab_size)
+    invalid &= np.arange(longest)[None, :] < num_tokens[:, None]
+    if invalid.any():
+        first = np.where(invalid.any(axis=1), invalid.argmax(axis=1), longest)
+        num_left = np.minimum(num_tokens, first)
+        if on_invalid is not None:
+            on_invalid(int(token_ids[invalid][0]), int((num_tokens - num_left).sum()))
+        num_tokens = num_left
+    return Drafts(
+        token_ids,
+        num_tokens,
+        confidence,
+        evidence("match_length", drafts.match_length, (num_requests,)),
+        evidence("votes", drafts.votes, token_ids.shape),
+    )
+
+
 def spread(drafts: Drafts, indices: Sequence[int], num_requests: int) -> Drafts:
     """Drafts for some requests as drafts for all, empty for the others."""
     out = Drafts.empty(num_requests, drafts.token_ids.shape[1])
@@ -69,7 +139,11 @@ def spread(drafts: Drafts, indices: Sequence[int], num_requests: int) -> Drafts:
 
 
 def evidence(name: str, values: Any, shape: tuple[int, ...]) -> NDArray[np.int32] | None:
-    """What was counted for a draft, ``shape`` int32, at least 0: the ensemble takes logarithms of it."""
+    """Counts that came with a draft as int32 of ``shape``, at least 0: the ensemble takes logarithms of them.
+
+    Raises:
+        ValueError: they are no integers, or of another shape.
+    """
     if values is None:
         return None
     counts = np.asarray(values)
@@ -81,7 +155,11 @@ def evidence(name: str, values: Any, shape: tuple[int, ...]) -> NDArray[np.int32
 
 
 def from_lists(answer: Sequence[Sequence[int]]) -> Drafts:
-    """:meth:`Drafts.from_lists` for answers of strangers: wide enough for any id, and integers or ValueError."""
+    """:meth:`Drafts.from_lists` for unchecked answers: wide enough for any id.
+
+    Raises:
+        ValueError: a row is not a list of integers.
+    """
     rows = [np.asarray(list(row)) for row in answer]
     for row in rows:
         if row.ndim != 1 or (len(row) and row.dtype.kind not in "iu"):
@@ -93,19 +171,3 @@ def from_lists(answer: Sequence[Sequence[int]]) -> Drafts:
         drafts.num_tokens[index] = len(row)
     drafts.confidence[:] = Drafts.DEFAULT_CONFIDENCE
     return drafts
-
-
-def well_formed(name: str, answer: Drafts | Sequence[Sequence[int]], batch: DraftBatch) -> Drafts:
-    """A proposer's answer as drafts that are no longer than they may be.
-
-    Raises:
-        SpecplugError: it is not one draft a request.
-    """
-    drafts = answer if isinstance(answer, Drafts) else Drafts.from_lists(answer)
-    shape = np.shape(drafts.token_ids)
-    if len(shape) != 2 or shape[0] != len(batch) or len(drafts.num_tokens) != len(batch):
-        raise SpecplugError(f"proposer {name!r} answered drafts of shape {shape} for {len(batch)} requests")
-    lengths = np.minimum(drafts.num_tokens, np.minimum(batch.max_draft_tokens, shape[1]))
-    width = min(shape[1], int(batch.max_draft_tokens.max()))
-    votes = None if drafts.votes is None else drafts.votes[:, :width]
-    return Drafts(drafts.token_ids[:, :width], lengths, drafts.confidence[:, :width], drafts.match_length, votes)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_specplug.drafting.answers import evidence, from_lists, is_well_formed, spread
+from vllm_specplug.drafting.answers import checked, is_well_formed, spread
 from vllm_specplug.drafting.requests import TrackedRequest
 from vllm_specplug.drafting.stats import DraftingStats, ProposerStats
 from vllm_specplug.drafting.store_switch import StoreSwitch
-from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import (
     DraftBatch,
@@ -33,6 +33,20 @@ from vllm_specplug.proposers.comb import Places, comb
 from vllm_specplug.proposers.ensemble.ensemble import Ensemble
 from vllm_specplug.settings import registry
 from vllm_specplug.settings.model import Settings
+
+
+@dataclass
+class Proposal:
+    """What the next step shall verify.
+
+    Attributes:
+        drafts: the main chain of each request, empty for those without one.
+        side_chains: by request id, further chains of a request that has some, the most promising first; none is longer
+            than its main chain.
+    """
+
+    drafts: list[list[int]]
+    side_chains: dict[str, list[list[int]]] = field(default_factory=dict)
 
 
 class Drafting:
@@ -62,7 +76,7 @@ class Drafting:
         self._proposers: dict[str, Proposer] = {}
         self._seen: set[str] = set()
         for entry in settings.host_proposers:
-            self._proposers[entry.name] = self._build(entry.name, entry.options)
+            self._proposers[entry.name] = registry.build(entry.name, context, settings.datastore or {}, entry.options)
             self.stats.proposers[entry.name] = ProposerStats()
         self.stores = StoreSwitch(self._proposers)
         self._observers = [n for n, each in self._proposers.items() if type(each).observe is not Proposer.observe]
@@ -85,25 +99,6 @@ class Drafting:
         self._num_steps = 0
         self._has_drafted = False
         self._is_resting = False
-        self._settled: list[str] = []
-        self.further: dict[str, list[list[int]]] = {}
-        """Chains of the latest drafts beyond the first, by request id, the most promising first; none is longer."""
-
-    def _build(self, name: str, options: dict[str, Any]) -> Proposer:
-        try:
-            context = replace(self.context, datastores=self.settings.datastore or {}, options=options)
-            return registry.proposer_class(name)(context)
-        except ConfigurationError:
-            raise
-        except MemoryError as error:
-            size = f" ({error})" if str(error) else ""
-            raise ConfigurationError(
-                f"proposer {name!r}: there is not enough memory for what its options ask for{size}"
-            ) from error
-        except (ValueError, TypeError, OSError, ArithmeticError) as error:
-            told = str(error)
-            prefix = "" if told.startswith(f"proposer {name!r}") else f"proposer {name!r}: "
-            raise ConfigurationError(f"{prefix}{told}") from error
 
     def warm_up(self) -> None:
         """Let every proposer compile and map what it needs, before the first request."""
@@ -131,7 +126,7 @@ class Drafting:
         """False when nobody drafts (any more)."""
         return bool(self._proposers) or self.native is not None
 
-    def propose(
+    def propose(  # noqa: PLR0913 - the inputs of one step
         self,
         requests: Sequence[TrackedRequest],
         token_ids: NDArray[np.int32],
@@ -142,7 +137,7 @@ class Drafting:
         native: NDArray[np.int32] | None = None,
         max_forks: int = 0,
         places: Places | None = None,
-    ) -> list[list[int]]:
+    ) -> Proposal:
         """One draft for each request that emitted tokens in this step, empty for those that want or need none.
 
         Args:
@@ -151,104 +146,101 @@ class Drafting:
             rows: ``[num_running]`` row of each request in it.
             num_tokens: ``[num_running]`` tokens so far, the new ones included.
             limit: longest draft of the next step.
-            noise: gives the target's noise for some of the requests (by index) and so many coming tokens; None where
+            noise: gives the target's noise for some of the requests (by index) and a number of coming tokens; None if
                 it is not known.
             native: ``[num_running, k]`` drafts of the engine's own drafter.
-            max_forks: most chains beyond the first, over all requests, that the next step has room for; they are left
-                in :attr:`further`.
-            places: of ``native``, what else was close at each depth.
+            max_forks: most side chains, over all requests, that the next step has room for.
+            places: runners-up of ``native`` at each depth.
         """
-        self.further = {}
+        proposal = Proposal([[] for _ in requests])
         if not self.has_proposers:
-            return [[] for _ in requests]
-        now = time.perf_counter()
+            return proposal
+        start = time.perf_counter()
+        self._measure_step(len(requests), start)
+        try:
+            is_resting = self._rest(requests)
+            if is_resting and self._num_steps % self.FOLLOW_INTERVAL:
+                return proposal
+            wanting, limits = _longest_drafts(requests, num_tokens, limit)
+            if not wanting:
+                return proposal
+            if max_forks > 0 and not is_resting and not self.ensemble.gate.wants_forks():
+                max_forks = 0
+            everyone = len(wanting) == len(requests)
+            batch = DraftBatch(
+                request_ids=tuple(requests[index].request_id for index in wanting),
+                token_ids=read_only(token_ids),
+                rows=read_only(rows if everyone else rows[wanting]),
+                num_tokens=read_only(num_tokens if everyone else num_tokens[wanting]),
+                num_prompt_tokens=read_only(
+                    np.array([requests[index].num_prompt_tokens for index in wanting], dtype=np.int64)
+                ),
+                max_draft_tokens=read_only(np.array(limits, dtype=np.int64)),
+                options=tuple(requests[index].options for index in wanting),
+                noise=None if is_resting or noise is None else noise(wanting, max(limits)),
+                num_chains=self.settings.num_chains if max_forks > 0 else 1,
+            )
+            if is_resting:
+                self._follow(batch)
+                return proposal
+            self._has_drafted = True
+            allowed = [requests[index].proposers for index in wanting]
+            answers = [self._ask(name, batch, allowed) for name in self._names if name != self.native]
+            if self.native is not None:
+                chosen = None if places is None else places.take(np.array(wanting))
+                answers.append(None if native is None else self._native_answer(native[wanting], batch, allowed, chosen))
+            if any(answer is not None for answer in answers):
+                best, source = self.ensemble.combine(batch, answers, len(requests), max_forks)
+                self._hand_over(proposal, batch, wanting, best, source)
+            return proposal
+        finally:
+            self._step_began = time.perf_counter()
+            if self._has_drafted:
+                self.ensemble.gate.drafting_took(self._step_began - start)
+
+    def _measure_step(self, num_running: int, now: float) -> None:
+        """Report to the ensemble how long the step took that is over now; count memory if that is due."""
         if self._is_resting and self._num_steps % self.FOLLOW_INTERVAL:
             pass  # steps like this one are known well enough
-        elif self._verified_rows >= 0 and self._step_began and requests:
-            self.ensemble.took(len(requests), self._verified_rows, now - self._step_began, self._verified_forks)
+        elif self._verified_rows >= 0 and self._step_began and num_running:
+            self.ensemble.gate.took(num_running, self._verified_rows, now - self._step_began, self._verified_forks)
             if self._verified_rows:
                 self.stats.verify_s += now - self._step_began
                 self.stats.verify_steps += 1
         else:
-            self.ensemble.missed()
+            self.ensemble.gate.missed()
         self._num_steps += 1
         self._verified_rows = -1
         if now - self._counted > self.COUNT_INTERVAL_S:
             self._count_memory()
-        try:
-            return self._propose(requests, token_ids, rows, num_tokens, limit, noise, native, max_forks, places)
-        finally:
-            self._step_began = time.perf_counter()
-            if self._has_drafted:
-                self.ensemble.drafting_took(self._step_began - now)
 
-    def _propose(
-        self,
-        requests: Sequence[TrackedRequest],
-        token_ids: NDArray[np.int32],
-        rows: NDArray[np.int64],
-        num_tokens: NDArray[np.int64],
-        limit: int,
-        noise: Callable[[Sequence[int], int], TargetNoise] | None,
-        native: NDArray[np.int32] | None,
-        max_forks: int,
-        places: Places | None,
-    ) -> list[list[int]]:
-        drafts: list[list[int]] = [[] for _ in requests]
+    def _rest(self, requests: Sequence[TrackedRequest]) -> bool:
+        """Whether the proposers rest in this step; requests are remembered as seen."""
         self._has_drafted = False
         num_seen = len(self._seen)
         self._seen.update([request.request_id for request in requests])
-        self._is_resting = is_resting = not self.ensemble.wants_drafts(len(self._seen) > num_seen)
-        if is_resting and self._num_steps % self.FOLLOW_INTERVAL:
-            return drafts
-        wanting: list[int] = []
-        limits: list[int] = []
-        for index, (request, total) in enumerate(zip(requests, num_tokens.tolist(), strict=True)):
-            longest = request.longest_draft(total, limit)
-            if longest > 0:
-                wanting.append(index)
-                limits.append(longest)
-        if not wanting:
-            return drafts
-        everyone = len(wanting) == len(requests)
-        batch = DraftBatch(
-            request_ids=tuple(requests[index].request_id for index in wanting),
-            token_ids=read_only(token_ids),
-            rows=read_only(rows if everyone else rows[wanting]),
-            num_tokens=read_only(num_tokens if everyone else num_tokens[wanting]),
-            num_prompt_tokens=read_only(
-                np.array([requests[index].num_prompt_tokens for index in wanting], dtype=np.int64)
-            ),
-            max_draft_tokens=read_only(np.array(limits, dtype=np.int64)),
-            options=tuple(requests[index].options for index in wanting),
-            noise=None if is_resting or noise is None else noise(wanting, max(limits)),
-            num_chains=self.settings.num_chains if max_forks > 0 else 1,
-        )
-        if is_resting:
-            self._follow(batch)
-            return drafts
-        self._has_drafted = True
-        if max_forks > 0 and not self.ensemble.wants_forks():
-            max_forks = 0
-            batch = replace(batch, num_chains=1)
-        allowed = [requests[index].proposers for index in wanting]
-        answers = [self._ask(name, batch, allowed) for name in self._names if name != self.native]
-        if self.native is not None:
-            chosen = None if places is None else places.take(np.array(wanting))
-            answers.append(None if native is None else self._native_answer(native[wanting], batch, allowed, chosen))
-        if all(answer is None for answer in answers):
-            return drafts
-        best, source = self.ensemble.combine(batch, answers, len(requests), max_forks)
+        self._is_resting = not self.ensemble.gate.wants_drafts(len(self._seen) > num_seen)
+        return self._is_resting
+
+    def _hand_over(
+        self, proposal: Proposal, batch: DraftBatch, indices: list[int], best: Drafts, source: NDArray[np.integer]
+    ) -> None:
+        """Fill in what the ensemble chose.
+
+        Args:
+            proposal: to be filled, empty so far.
+            batch: the requests that were drafted for; ``indices`` their places in ``proposal.drafts``.
+            best: what was chosen; ``source``, ``[num_requests, width]``, the proposer of each token.
+        """
         lengths = best.num_tokens.tolist()
-        for index, row, length in zip(wanting, best.token_ids.tolist(), lengths, strict=True):
-            drafts[index] = row[:length]
+        for index, row, length in zip(indices, best.token_ids.tolist(), lengths, strict=True):
+            proposal.drafts[index] = row[:length]
         for chain in best.others:
             for index in np.flatnonzero(chain.num_tokens).tolist():
                 tokens = chain.token_ids[index, : chain.num_tokens[index]].tolist()
-                self.further.setdefault(batch.request_ids[index], []).append(tokens)
-        for place in source[best.num_tokens > 0, 0].tolist():
-            self.stats.proposers[self._names[place]].chosen += 1
-        return drafts
+                proposal.side_chains.setdefault(batch.request_ids[index], []).append(tokens)
+        for proposer in source[best.num_tokens > 0, 0].tolist():
+            self.stats.proposers[self._names[proposer]].chosen += 1
 
     def _ask(self, name: str, batch: DraftBatch, allowed: Sequence[frozenset[str] | None]) -> Drafts | None:
         """One proposer's drafts for those requests that it may draft for; None where it answers nothing."""
@@ -262,7 +254,8 @@ class Drafting:
         stats = self.stats.proposers[name]
         start = time.perf_counter()
         try:
-            answer = self._well_formed(proposer.propose(part), part, stats)
+            on_invalid = partial(self._count_invalid, stats)
+            answer = checked(proposer.propose(part), part, self.context.vocab_size, on_invalid)
             return answer if part is batch else spread(answer, mine, len(batch))
         except Exception:
             self._leave_out(name, "raised")
@@ -308,7 +301,6 @@ class Drafting:
         """
         stats = self.stats
         stats.steps += 1
-        self._settled = verified.request_ids
         stats.request_steps += len(verified.request_ids)
         stats.emitted += sum(verified.num_emitted)
         if not self.has_proposers:
@@ -327,7 +319,7 @@ class Drafting:
             # Rows of a tree: what chains share is verified once.
             self._verified_rows += sum(_num_nodes(chains) - len(chains[0]) for chains in several.values())
         # At rest nobody learns from single tokens: that would take as long as drafting.
-        is_learning = self.ensemble.awaits or (bool(self._observers) and not self._is_resting)
+        is_learning = self.ensemble.is_waiting or (bool(self._observers) and not self._is_resting)
         if not verified.request_ids or not is_learning:
             return
         num_emitted = np.array(verified.num_emitted, dtype=np.int64)
@@ -348,16 +340,6 @@ class Drafting:
                 self._proposers[name].observe(verified)
             except Exception:
                 self._leave_out(name, "raised while observing")
-
-    def take_further(self) -> dict[str, list[list[int]]]:
-        """:attr:`further`; empty when asked again."""
-        further, self.further = self.further, {}
-        return further
-
-    def take_settled(self) -> list[str]:
-        """Requests that emitted tokens in the step just observed; empty when asked again."""
-        settled, self._settled = self._settled, []
-        return settled
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """Free everything kept for these requests."""
@@ -408,60 +390,28 @@ class Drafting:
         self._observers = [each for each in self._observers if each != name]
         logger.exception("proposer %r %s and is left out from now on; requests go on without its drafts", name, what)
 
-    def _well_formed(self, answer: Drafts | Sequence[Sequence[int]], batch: DraftBatch, stats: ProposerStats) -> Drafts:
-        """Check shapes, cut drafts to what is allowed, and cut them before ids outside the vocabulary."""
-        drafts = answer if isinstance(answer, Drafts) else from_lists(answer)
-        if isinstance(drafts.others, tuple) and not drafts.others:
-            return self._well_formed_chain(drafts, batch, stats)
-        if drafts.others is not None and not isinstance(drafts.others, (tuple, list)):
-            raise ValueError(f"answered others of type {type(drafts.others).__name__}; a tuple of Drafts is expected")
-        others = (drafts.others or ())[: batch.num_chains - 1]
-        first = replace(drafts, others=())
-        checked = [self._well_formed_chain(each, batch, stats) for each in (first, *others)]
-        return replace(checked[0], others=tuple(checked[1:]))
-
-    def _well_formed_chain(self, drafts: Drafts, batch: DraftBatch, stats: ProposerStats) -> Drafts:
-        """:meth:`_well_formed` for one chain a request."""
-        num_requests = len(batch)
-        if not isinstance(drafts, Drafts) or not (drafts.others is None or len(drafts.others) == 0):
-            raise ValueError(f"answered {type(drafts).__name__} among others; Drafts without others are expected there")
-        if is_well_formed(drafts, batch, self.context.vocab_size):
-            return drafts  # ours always are, and this is asked for every proposer in every step
-        token_ids = np.asarray(drafts.token_ids)
-        if token_ids.ndim != 2 or len(token_ids) != num_requests or len(drafts.num_tokens) != num_requests:
-            raise ValueError(
-                f"answered drafts of shape {token_ids.shape} for {num_requests} requests; "
-                "one row of token ids a request is expected"
+    def _count_invalid(self, stats: ProposerStats, token_id: int, num_tokens: int) -> None:
+        if stats.invalid_tokens == 0:
+            logger.warning(
+                "a proposer drafted token id %d; ids run from 0 to %d. Drafts are cut before such ids.",
+                token_id,
+                self.context.vocab_size - 1,
             )
-        if token_ids.dtype.kind not in "iu":
-            raise ValueError(f"answered token ids of type {token_ids.dtype}; integers are expected")
-        confidence = np.clip(np.nan_to_num(np.asarray(drafts.confidence, dtype=np.float32)), 0.0, 1.0)
-        if confidence.shape != token_ids.shape:
-            raise ValueError(f"answered confidence of shape {confidence.shape} for token ids of {token_ids.shape}")
-        longest = token_ids.shape[1]
-        num_tokens: NDArray[np.int64] = np.clip(
-            np.asarray(drafts.num_tokens, dtype=np.int64), 0, np.minimum(batch.max_draft_tokens, longest)
-        )
-        invalid = (token_ids < 0) | (token_ids >= self.context.vocab_size)
-        invalid &= np.arange(longest)[None, :] < num_tokens[:, None]
-        if invalid.any():
-            first = np.where(invalid.any(axis=1), invalid.argmax(axis=1), longest)
-            cut = np.minimum(num_tokens, first)
-            if stats.invalid_tokens == 0:
-                logger.warning(
-                    "a proposer drafted token id %d; ids run from 0 to %d. Drafts are cut before such ids.",
-                    int(token_ids[invalid][0]),
-                    self.context.vocab_size - 1,
-                )
-            stats.invalid_tokens += int((num_tokens - cut).sum())
-            num_tokens = cut
-        return Drafts(
-            token_ids,
-            num_tokens,
-            confidence,
-            evidence("match_length", drafts.match_length, (num_requests,)),
-            evidence("votes", drafts.votes, token_ids.shape),
-        )
+        stats.invalid_tokens += num_tokens
+
+
+def _longest_drafts(
+    requests: Sequence[TrackedRequest], num_tokens: NDArray[np.int64], limit: int
+) -> tuple[list[int], list[int]]:
+    """Indices of the requests that have room for a draft, and the longest draft of each."""
+    wanting: list[int] = []
+    limits: list[int] = []
+    for index, (request, total) in enumerate(zip(requests, num_tokens.tolist(), strict=True)):
+        longest = request.longest_draft(total, limit)
+        if longest > 0:
+            wanting.append(index)
+            limits.append(longest)
+    return wanting, limits
 
 
 def _num_nodes(chains: Sequence[Sequence[int]]) -> int:

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from vllm_specplug.hooks import seam_list, seams
+from vllm_specplug.hooks.attached import drafter_of
 
 TokenIds = NDArray[np.integer[Any]]
 Emit = Callable[[torch.Tensor, "Sequence[Sequence[int]] | None"], TokenIds]
@@ -115,7 +116,7 @@ class V1:
     @contextlib.contextmanager
     def _unobserved(self) -> Iterator[None]:
         """Draws of an audit are not what our proposers should learn from."""
-        attached = getattr(self._runner, "_specplug", None)
+        attached = drafter_of(self._runner)
         if attached is None:
             yield
             return

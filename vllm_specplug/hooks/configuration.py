@@ -10,17 +10,20 @@ from typing import Any
 from vllm.config import SpeculativeConfig
 
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.hooks.marks import CHOICES_MARK, COUPLED_DRAFTER, COUPLED_MARK, DRAFTERS, REJECTION_DRAFTER
+from vllm_specplug.hooks.marks import (
+    CHOICES_MARK,
+    COUPLED_DRAFTER,
+    COUPLED_MARK,
+    DRAFTERS,
+    NATIVE_METHODS,
+    REJECTION_DRAFTER,
+)
 from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import ProposerContext
 from vllm_specplug.samplers.couplings import VLLMS_OWN
 from vllm_specplug.settings.model import ENSEMBLE, METHOD, ON_DEVICE, OWN_KEYS, SETTINGS_KEY, Settings, parse_settings
 from vllm_specplug.settings.registry import NEEDS_DATASTORE, PROPOSERS, nearest
 from vllm_specplug.settings.requests import RequestChoices
-
-NATIVE_METHODS = ("ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3", "mtp", "medusa")
-"""vLLM's own drafters that our samplers verify: whatever of them the installed vLLM and model runner have."""
-
 
 _VLLM_KEYS = frozenset(field.name for field in dataclasses.fields(SpeculativeConfig))
 

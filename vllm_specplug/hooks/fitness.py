@@ -2,18 +2,93 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from vllm.platforms import CpuArchEnum, current_platform
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.settings.model import ON_DEVICE, settings_of
+from vllm_specplug.settings.model import ON_DEVICE, Settings, settings_of
+
+
+class Refusal(NamedTuple):
+    """Something that a runner under a coupled sampler cannot do.
+
+    Attributes:
+        applies: whether vLLM's complete VllmConfig, with our settings, asks for it.
+        text: why not; ``{}`` stands for what the configuration says.
+        value: what it says there.
+    """
+
+    applies: Callable[[Any, Settings], bool]
+    text: str
+    value: Callable[[Any], Any] = lambda config: None
+
+
+def _lacks_stock_noise(config: Any, settings: Settings) -> bool:
+    """V1's noise is only reproduced on CPUs, and there for vLLM's kernels of two architectures."""
+    from vllm.platforms import CpuArchEnum, current_platform
+
+    known = (CpuArchEnum.X86, CpuArchEnum.ARM)
+    return not current_platform.is_cpu() or current_platform.get_cpu_architecture() not in known
+
+
+def _device_name(config: Any) -> str:
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_name)
+
+
+_OTHER_VERIFIER = Refusal(
+    lambda config, settings: config.speculative_config.rejection_sample_method != "standard",
+    "rejection_sample_method {!r} is a verifier of its own",
+    lambda config: config.speculative_config.rejection_sample_method,
+)
+
+UNFIT_V1 = (
+    Refusal(_lacks_stock_noise, "on {} that needs Model Runner V2, and V1 was chosen", _device_name),
+    Refusal(
+        lambda config, settings: config.model_config.use_fp64_gumbel,
+        "use_fp64_gumbel draws other noise on this runner",
+    ),
+    _OTHER_VERIFIER,
+)
+"""Why the V1 runner cannot be coupled; the first that applies is reported. The documentation lists them."""
+
+UNFIT_V2 = (
+    Refusal(
+        lambda config, settings: getattr(config, "watermark_config", None) is not None,
+        "watermarking draws its own noise",
+    ),
+    Refusal(
+        lambda config, settings: getattr(config.model_config, "is_diffusion", False),
+        "diffusion models bring a sampler of their own",
+    ),
+    Refusal(
+        lambda config, settings: getattr(config.model_config, "enable_trace_replay", False),
+        "trace replay forces tokens instead of drawing them",
+    ),
+    Refusal(
+        lambda config, settings: config.model_config.use_fp64_gumbel and settings.num_noises > 1,
+        "use_fp64_gumbel hashes its noise in another way than the races of the chains are compared",
+    ),
+    _OTHER_VERIFIER,
+    Refusal(
+        lambda config, settings: config.speculative_config.enable_adaptive_verification,
+        "adaptive verification is not tested with it",
+    ),
+    Refusal(
+        lambda config, settings: (
+            config.parallel_config.pipeline_parallel_size > 1 and not config.scheduler_config.async_scheduling
+        ),
+        "with pipeline parallelism vLLM's V2 runner speculates under async scheduling only, which is off",
+    ),
+)
+"""The same of the V2 runner."""
 
 
 def check_engine(config: Any) -> None:
-    """Raise ConfigurationError where the chosen model runner cannot do what was asked.
+    """Raise ConfigurationError if the chosen model runner cannot do what was asked.
 
-    Above all: where the coupled verifier would not draw what vLLM's sampler draws.
+    Above all: if the coupled verifier would not draw what vLLM's sampler draws.
 
     Args:
         config: vLLM's complete VllmConfig; only now the model runner is known.
@@ -28,7 +103,7 @@ def check_engine(config: Any) -> None:
         )
     if not settings.is_coupled:
         return
-    unfit = _unfit_v2(config) if config.use_v2_model_runner else _unfit_v1(config)
+    unfit = _why_unfit(config, settings)
     if unfit:
         raise ConfigurationError(
             f"speculative_config: sampler {settings.sampler!r} draws every token from vLLM's own seeds; {unfit}. "
@@ -36,38 +111,11 @@ def check_engine(config: Any) -> None:
         )
 
 
-def _unfit_v1(config: Any) -> str:
-    """Why the V1 runner cannot be coupled ("" when it can): its noise is only reproduced on the CPU."""
-    if not current_platform.is_cpu() or current_platform.get_cpu_architecture() not in (
-        CpuArchEnum.X86,
-        CpuArchEnum.ARM,
-    ):
-        return f"on {current_platform.device_name} that needs Model Runner V2, and V1 was chosen"
-    if config.model_config.use_fp64_gumbel:
-        return "use_fp64_gumbel draws other noise on this runner"
-    if config.speculative_config.rejection_sample_method != "standard":
-        return f"rejection_sample_method {config.speculative_config.rejection_sample_method!r} is a verifier of its own"
-    return ""
-
-
-def _unfit_v2(config: Any) -> str:
-    """Why the V2 runner cannot be coupled ("" when it can)."""
-    speculative_config = config.speculative_config
-    if getattr(config, "watermark_config", None) is not None:
-        return "watermarking draws its own noise"
-    if getattr(config.model_config, "is_diffusion", False):
-        return "diffusion models bring a sampler of their own"
-    if getattr(config.model_config, "enable_trace_replay", False):
-        return "trace replay forces tokens instead of drawing them"
-    settings = settings_of(config.additional_config)
-    if config.model_config.use_fp64_gumbel and settings is not None and settings.num_noises > 1:
-        return "use_fp64_gumbel hashes its noise in another way than the races of the chains are compared"
-    if speculative_config.rejection_sample_method != "standard":
-        return f"rejection_sample_method {speculative_config.rejection_sample_method!r} is a verifier of its own"
-    if speculative_config.enable_adaptive_verification:
-        return "adaptive verification is not tested with it"
-    if config.parallel_config.pipeline_parallel_size > 1 and not config.scheduler_config.async_scheduling:
-        return "with pipeline parallelism vLLM's V2 runner speculates under async scheduling only, which is off"
+def _why_unfit(config: Any, settings: Settings) -> str:
+    """Why the chosen runner cannot be coupled; "" when it can."""
+    for refusal in UNFIT_V2 if config.use_v2_model_runner else UNFIT_V1:
+        if refusal.applies(config, settings):
+            return refusal.text.format(refusal.value(config))
     return ""
 
 

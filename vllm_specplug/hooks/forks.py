@@ -18,14 +18,8 @@ from dataclasses import dataclass
 
 from vllm_specplug.log import logger
 
-Further = dict[str, list[list[int]]]
-"""Chains beyond the first, by request id."""
-
-
-# -- The scheduler's side ---------------------------------------------------------------------------------------------
-
-
-# -- Chains of a step -------------------------------------------------------------------------------------------------
+SideChains = dict[str, list[list[int]]]
+"""Side chains of the drafts that the scheduler knows, by request id."""
 
 
 @dataclass

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+# What vLLM's native spelling names: public aliases of the drafter that its runner builds.
 COUPLED_DRAFTER = "vllm_specplug.Proposer"
-
-
 REJECTION_DRAFTER = "vllm_specplug.ProposerWithRejection"
-
-
 DRAFTERS = (COUPLED_DRAFTER, REJECTION_DRAFTER)
 
+NATIVE_METHODS = ("ngram", "ngram_gpu", "suffix", "draft_model", "eagle", "eagle3", "mtp", "medusa")
+"""vLLM's own drafters that our samplers verify: whatever of them the installed vLLM and model runner have."""
 
 # On vLLM's SpeculativeConfig, which is all that a request's validation gets to see.
 COUPLED_MARK = "_specplug_coupled"
-
-
 V2_MARK = "_specplug_v2"
-
-
 CHOICES_MARK = "_specplug_choices"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import types
 from typing import Any
 
+from vllm_specplug.hooks.attached import drafter_of
+
 
 class WorkerExtension:
     """Methods that every worker with our settings has; may also be named as vLLM's ``worker_extension_cls``."""
@@ -13,22 +15,22 @@ class WorkerExtension:
     vllm_config: Any
 
     def specplug_stats(self) -> dict[str, Any] | None:
-        """Counters of this worker (see ``vllm_specplug.drafting.DraftingStats``); None where our drafter is not active.
+        """Counters of this worker (``vllm_specplug.drafting.stats.DraftingStats``); None if our drafter is inactive.
 
         ``live_requests`` is the number of requests that hold state in proposers or verifier: 0 once all have ended.
         """
-        snapshot = getattr(_attached(self), "snapshot", None)
-        return None if snapshot is None else snapshot()
+        drafter = drafter_of(self.model_runner)
+        return None if drafter is None else drafter.snapshot()
 
     def specplug_open_stores(self, name: str) -> bool:
-        """Begin to open new versions of token stores; False where this worker has none that it could replace."""
+        """Begin to open new versions of token stores; False if this worker has none that it could replace."""
         switch = _store_switch(self)
         if switch is not None:
             switch.open(name)
         return switch is not None
 
     def specplug_opened_stores(self, name: str) -> dict[str, Any] | None:
-        """How far that is; see ``vllm_specplug.reloading.StoreSwitch.look``."""
+        """How far that is; see ``vllm_specplug.drafting.store_switch.StoreSwitch.look``."""
         switch = _store_switch(self)
         return None if switch is None else switch.look(name)
 
@@ -48,15 +50,9 @@ def extend(worker: Any) -> None:
             setattr(worker, name, types.MethodType(getattr(WorkerExtension, name), worker))
 
 
-def _attached(worker: Any) -> Any:
-    runner = worker.model_runner
-    attached = getattr(runner, "_specplug", None) or getattr(runner, "speculator", None)
-    return getattr(attached, "_specplug", attached)  # ours beside one of vLLM's own (V2)
-
-
 def _store_switch(worker: Any) -> Any:
-    drafting = getattr(_attached(worker), "drafting", None)
-    if drafting is None or not drafting.settings.datastore:
+    drafter = drafter_of(worker.model_runner)
+    if drafter is None or not drafter.settings.datastore:
         return None
     # With data parallelism a call reaches all ranks, and only one of them answers: they could not be kept together.
-    return None if worker.vllm_config.parallel_config.data_parallel_size > 1 else drafting.stores
+    return None if worker.vllm_config.parallel_config.data_parallel_size > 1 else drafter.drafting.stores

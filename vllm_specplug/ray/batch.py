@@ -37,7 +37,7 @@ class BatchError(SpecplugError):
     """A run ended before all rows were done; what was done stays."""
 
 
-def generate(
+def generate(  # noqa: PLR0913 - public, and all but three are keywords
     inputs_: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     model: str,

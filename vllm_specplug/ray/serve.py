@@ -41,7 +41,7 @@ class Job:
     options: Sequence[str] = ()
 
 
-def deployment(
+def deployment(  # noqa: PLR0913 - public, and all but one are keywords
     model: str,
     *,
     speculative_config: Mapping[str, Any] | None = None,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vllm_specplug.errors import DatastoreError, SpecplugError
+from vllm_specplug.errors import SpecplugError
 from vllm_specplug.log import logger
 from vllm_specplug.ray.environment import where_driver_is
 from vllm_specplug.settings.model import METHOD, parse_settings
@@ -155,7 +155,7 @@ def start_source(speculative_config: Mapping[str, Any] | None, is_detached: bool
         return None
     paths = _paths(stores)
     for path in paths:
-        _check_opens(Path(path))
+        Datastore.open(Path(path))
     how: dict[str, Any] = {}
     if is_detached:
         how = {"name": _name(paths), "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
@@ -241,7 +241,7 @@ def place(path: str, source: Any, cache: Path | None = None) -> Path:
             _fetch(source, str(whole), files, temporary)
             shutil.rmtree(final.parent, ignore_errors=True)
             temporary.rename(final.parent)
-        _check_opens(final)
+        Datastore.open(final)
     return final
 
 
@@ -282,10 +282,3 @@ def _fetch(source: Any, path: str, files: list[StoreFile], to: Path) -> None:
             os.fsync(out.fileno())
         if digest.hexdigest() != each.digest:
             raise StoreError(f"token store {path} arrived damaged ({each.name}): start again")
-
-
-def _check_opens(store: Path) -> None:
-    try:
-        Datastore.open(store)
-    except DatastoreError as error:
-        raise StoreError(str(error)) from error

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.proposers.base import Proposer
+from vllm_specplug.proposers.base import Proposer, ProposerContext
 from vllm_specplug.samplers.couplings import SAMPLERS, Coupling, Sampler
 
 PROPOSER_GROUP = "vllm_specplug.proposers"
@@ -104,3 +105,30 @@ def _class_of_users(what: str, where: str, name: str, group: str, names: Callabl
             f"{where}cannot load {name!r}: {error!r}. Give 'module.Class' importable by every vLLM process "
             f"(PYTHONPATH), or one of: {', '.join(names())}."
         ) from error
+
+
+def build(name: str, context: ProposerContext, stores: Mapping[str, str], options: Mapping[str, Any]) -> Proposer:
+    """A fresh proposer.
+
+    Args:
+        name: as in :func:`proposer_class`.
+        context: sizes; ``datastores`` and ``options`` are filled in.
+        stores: path of each token store by name.
+        options: of this proposer, as the user wrote them.
+
+    Raises:
+        ConfigurationError: there is no such proposer, or it refuses its options or stores.
+    """
+    try:
+        return proposer_class(name)(replace(context, datastores=stores, options=options))
+    except ConfigurationError:
+        raise
+    except MemoryError as error:
+        size = f" ({error})" if str(error) else ""
+        raise ConfigurationError(
+            f"proposer {name!r}: there is not enough memory for what its options ask for{size}"
+        ) from error
+    except (ValueError, TypeError, OSError, ArithmeticError) as error:
+        reason = str(error)
+        prefix = "" if reason.startswith(f"proposer {name!r}") else f"proposer {name!r}: "
+        raise ConfigurationError(f"{prefix}{reason}") from error

@@ -54,27 +54,38 @@ class UnitDone(BaseModel):
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One shard to make, as it is sent to the process that makes it.
+class Recipe:
+    """How text becomes a shard.
 
     Attributes:
-        shard: where the shard goes; what became of it is written beside it.
-        slices: what to read.
         field: name of the text field of JSON lines and Parquet.
         tokenizer: folder or name.
         tokenizer_name: what the store calls it.
         vocab_size, fingerprint: of that tokenizer.
-        max_memory_bytes: peak resident memory of the process.
+        max_memory_bytes: peak resident memory of a process that builds one.
     """
 
-    shard: Path
-    slices: tuple[Slice, ...]
     field: str
     tokenizer: str
     tokenizer_name: str
     vocab_size: int
     fingerprint: str
     max_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One shard to make, as it is sent to the process that makes it.
+
+    Attributes:
+        shard: where the shard goes; what became of it is written beside it.
+        slices: what to read.
+        recipe: how to read them.
+    """
+
+    shard: Path
+    slices: tuple[Slice, ...]
+    recipe: Recipe
 
     @property
     def done(self) -> Path:
@@ -128,13 +139,8 @@ class Plan:
 def plan(
     units: Sequence[Sequence[Slice]],
     folder: Path,
+    recipe: Recipe,
     *,
-    field: str,
-    tokenizer: str,
-    tokenizer_name: str,
-    vocab_size: int,
-    fingerprint: str,
-    max_memory_bytes: int,
     num_workers: int,
     version: str,
     base: Sequence[Shard] = (),
@@ -149,11 +155,11 @@ def plan(
         units: slices of each.
         num_workers: processes that work at the same time.
         folder: of the store's shards.
+        recipe: how every unit is read.
         version: stands for what lies at the store's place now; another version is another build.
         base: shards that stay in front of the new ones.
         listed: shards that belong to what lies at the store's place now.
         restart: throw away what an earlier call left, whatever it was.
-        field, tokenizer, tokenizer_name, vocab_size, fingerprint, max_memory_bytes: as in :class:`Unit`.
 
     Raises:
         DatastoreError: finished shards of another build are in the way.
@@ -166,9 +172,9 @@ def plan(
     described = {
         "units": [len(unit) for unit in units],
         "slices": states,
-        "field": field,
-        "fingerprint": fingerprint,
-        "vocab_size": vocab_size,
+        "field": recipe.field,
+        "fingerprint": recipe.fingerprint,
+        "vocab_size": recipe.vocab_size,
     }
     what = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
     name = what + hashlib.sha256(version.encode()).hexdigest()[:4]
@@ -183,17 +189,11 @@ def plan(
             "do it once more"
         )
     made = Plan(
-        [
-            Unit(
-                folder / f"{name}-{number:05d}{SHARD_SUFFIX}", tuple(unit), field, tokenizer, tokenizer_name,
-                vocab_size, fingerprint, max_memory_bytes,
-            )
-            for number, unit in enumerate(units)
-        ],
+        [Unit(folder / f"{name}-{number:05d}{SHARD_SUFFIX}", tuple(unit), recipe) for number, unit in enumerate(units)],
         folder,
         list(base),
         num_workers,
-    )  # fmt: skip
+    )
     clear(folder, keep, restart, keep_prefix=f"{name}-")
     for number, unit in enumerate(made.units):
         if (done := _done(unit)) is not None:
@@ -248,14 +248,14 @@ def build_unit(unit: Unit, number: int, report: Report, tokenizer: Any = None) -
         DatastoreError: input that cannot be read, or too little memory.
     """
     if tokenizer is None:
-        tokenizer = load_tokenizer(unit.tokenizer)
-    sources = Sources(unit.slices, unit.field, num_bytes=sum(map(size_of, unit.slices)))
+        tokenizer = load_tokenizer(unit.recipe.tokenizer)
+    sources = Sources(unit.slices, unit.recipe.field, num_bytes=sum(map(size_of, unit.slices)))
     with DatastoreWriter(
         unit.shard,
-        vocab_size=unit.vocab_size,
-        fingerprint=unit.fingerprint,
-        tokenizer=unit.tokenizer_name,
-        max_memory_bytes=unit.max_memory_bytes,
+        vocab_size=unit.recipe.vocab_size,
+        fingerprint=unit.recipe.fingerprint,
+        tokenizer=unit.recipe.tokenizer_name,
+        max_memory_bytes=unit.recipe.max_memory_bytes,
         overwrite=True,
     ) as writer:
         add_texts(

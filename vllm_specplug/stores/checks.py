@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.stores.format import CHUNK_BYTES, REBUILD, Section
 
@@ -31,8 +31,8 @@ def check_sum(path: Path, name: str, section: Section, on_progress: Callable[[in
         )
 
 
-@njit(cache=True, nogil=True)
-def scan_tokens(tokens, separator):  # type: ignore[no-untyped-def]
+@kernel
+def scan_tokens(tokens, separator):
     """Largest id, and number of separators."""
     largest = np.int64(0)
     num_separators = 0
@@ -43,10 +43,8 @@ def scan_tokens(tokens, separator):  # type: ignore[no-untyped-def]
     return largest, num_separators
 
 
-@njit(cache=True, nogil=True)
-def check_order(  # type: ignore[no-untyped-def]
-    tokens, positions, first, last, first_position, last_position, step, separator, depth
-):
+@kernel
+def check_order(tokens, positions, first, last, first_position, last_position, step, separator, depth):
     """True when positions lie inside their segment and every ``step``-th pair of neighbours is in order.
 
     Only the last ``depth`` tokens before a position count.

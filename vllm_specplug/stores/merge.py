@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.format import (
@@ -210,8 +210,8 @@ def _piece_bounds(source: Datastore, runs: NDArray[np.int64]) -> NDArray[np.int6
     return np.stack([*rows, runs[:, 3]]).astype(np.int64)
 
 
-@njit(cache=True, nogil=True)
-def _first_with(tokens, positions, first_token, low, high, token):  # type: ignore[no-untyped-def]
+@kernel
+def _first_with(tokens, positions, first_token, low, high, token):
     """Index of the first position with ``token``, or a larger one, before it."""
     while low < high:
         middle = (low + high) >> 1
@@ -222,8 +222,8 @@ def _first_with(tokens, positions, first_token, low, high, token):  # type: igno
     return low
 
 
-@njit(cache=True, nogil=True)
-def _key(tokens, position, separator, key_tokens):  # type: ignore[no-untyped-def]
+@kernel
+def _key(tokens, position, separator, key_tokens):
     """The last tokens before a position in one number that sorts like them; zeros behind a separator."""
     key = np.uint64(0)
     width = np.uint64(64 // key_tokens)
@@ -237,8 +237,8 @@ def _key(tokens, position, separator, key_tokens):  # type: ignore[no-untyped-de
     return key, ended
 
 
-@njit(cache=True, nogil=True)
-def _comes_first(tokens, places, keys, ended, left, right, separator, key_tokens, depth):  # type: ignore[no-untyped-def]
+@kernel
+def _comes_first(tokens, places, keys, ended, left, right, separator, key_tokens, depth):
     """Which of two runs has the next position; -1 is a run that is used up. A tie goes to the earlier run."""
     if left < 0 or right < 0:
         return max(left, right)
@@ -257,10 +257,8 @@ def _comes_first(tokens, places, keys, ended, left, right, separator, key_tokens
     return min(left, right)
 
 
-@njit(cache=True, nogil=True)
-def _merge_piece(  # type: ignore[no-untyped-def]
-    tokens, positions, first_tokens, starts, begins, ends, out, separator, key_tokens, depth
-):
+@kernel
+def _merge_piece(tokens, positions, first_tokens, starts, begins, ends, out, separator, key_tokens, depth):
     """Merge ``positions[begins[r]:ends[r]]`` of all runs ``r`` into ``out``, relative to the merged segment."""
     num_runs = len(begins)
     num_leaves = 1

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from vllm_specplug.compiled import kernel
 
 
-@njit(cache=True, nogil=True)
-def match_length(tokens, position, context, limit, start):  # type: ignore[no-untyped-def]
+@kernel
+def match_length(tokens, position, context, limit, start):
     """Length of the common suffix of ``tokens[:position]`` and ``context``, at most ``limit``, known to be >= start."""
     end = len(context)
     length = start
@@ -16,8 +17,8 @@ def match_length(tokens, position, context, limit, start):  # type: ignore[no-un
     return length
 
 
-@njit(cache=True, nogil=True)
-def usable_length(context, max_match, vocab_size):  # type: ignore[no-untyped-def]
+@kernel
+def usable_length(context, max_match, vocab_size):
     """Length of the longest suffix, at most ``max_match``, of ids that a store of ``vocab_size`` can hold."""
     end = len(context)
     limit = min(max_match, end)
@@ -28,10 +29,8 @@ def usable_length(context, max_match, vocab_size):  # type: ignore[no-untyped-de
     return limit
 
 
-@njit(cache=True, nogil=True)
-def _widen(  # type: ignore[no-untyped-def]
-    tokens, positions, first_token, start, stop, table, rows, num_tokens, longest, inside, outside, place
-):
+@kernel
+def _widen(tokens, positions, first_token, start, stop, table, rows, num_tokens, longest, inside, outside, place):
     """Find both ends of the entries of one segment that match, for all contexts side by side.
 
     Strides out from an entry that matches until one does not, then closes in.
@@ -93,8 +92,8 @@ def _widen(  # type: ignore[no-untyped-def]
     return fetched  # or the compiler would find that nobody wants it
 
 
-@njit(cache=True, nogil=True)
-def search_batch(  # type: ignore[no-untyped-def]
+@kernel
+def search_batch(
     tokens, positions, segments, vocab_size, table, rows, num_tokens, wanted, max_match, min_match, longest, ranges
 ):
     """Occurrences of the longest suffix of each context, in all segments.
@@ -176,8 +175,8 @@ def search_batch(  # type: ignore[no-untyped-def]
             ranges[i, segment, 1] = inside[i, 1] + 1
 
 
-@njit(cache=True, nogil=True)
-def spread_candidates(positions, segments, ranges, candidates):  # type: ignore[no-untyped-def]
+@kernel
+def spread_candidates(positions, segments, ranges, candidates):
     """Positions of the tokens that follow some of the occurrences in ``ranges``, evenly spread over all of them.
 
     Args:

@@ -17,9 +17,9 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.stores.format import (
     CHUNK_BYTES,
@@ -334,8 +334,8 @@ def _sort_suffixes(text: NDArray[np.uint8]) -> NDArray[np.int32]:
     return results.pop()
 
 
-@njit(cache=True, nogil=True)
-def _write_reversed_bytes(tokens, rank, width, text):  # type: ignore[no-untyped-def]
+@kernel
+def _write_reversed_bytes(tokens, rank, width, text):
     at = 0
     for index in range(len(tokens) - 1, -1, -1):
         symbol = rank[tokens[index]]
@@ -344,8 +344,8 @@ def _write_reversed_bytes(tokens, rank, width, text):  # type: ignore[no-untyped
             at += 1
 
 
-@njit(cache=True, nogil=True)
-def _keep_whole_tokens(order, tokens, width, separator):  # type: ignore[no-untyped-def]
+@kernel
+def _keep_whole_tokens(order, tokens, width, separator):
     """Turn byte offsets into the reversed text into token positions, in place; returns how many are left."""
     count = 0
     for index in range(len(order)):

@@ -1,7 +1,7 @@
 """Two Llama models small enough to ship, a target and a draft, with one tokenizer of 4096 tokens.
 
 Both know Python source code and nothing else, up to 2048 tokens of it. They were never trained on the modules in
-``vllm_specplug.corpus.HELD_OUT_MODULES``.
+``vllm_specplug.measure.corpus.HELD_OUT_MODULES``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The drafter that vLLM's V1 runner holds, and what the plugin attaches to a runner."""
+"""Our drafter on vLLM's V1 runner."""
 
 from __future__ import annotations
 
@@ -14,59 +14,110 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_specplug.drafting.drafting import Drafting
 from vllm_specplug.drafting.requests import TrackedRequest
+from vllm_specplug.hooks.attached import attach, beside_native, log_start, proposer_context
+from vllm_specplug.hooks.marks import is_ours
 from vllm_specplug.hooks.metrics import publish_metrics
-from vllm_specplug.hooks.v1 import forks as v1_chains
-from vllm_specplug.hooks.v1.native import SharedNoise, share_noise
+from vllm_specplug.hooks.v1 import forks as v1_forks
+from vllm_specplug.hooks.v1.native import places_of, share_noise
+from vllm_specplug.hooks.v1.step import Steps
 from vllm_specplug.hooks.v1.verifier import CoupledVerifier, ObservedRejection
-from vllm_specplug.log import logger
-from vllm_specplug.proposers.base import ProposerContext, TargetNoise
+from vllm_specplug.proposers.base import TargetNoise, Verified
 from vllm_specplug.proposers.comb import Places
 from vllm_specplug.settings.model import Settings, settings_of
 
 
-class Attachment:
-    """What this plugin keeps in a runner: its verifier, its proposers, and a hand in the noise of sampling drafters.
+class Drafter:
+    """What this plugin keeps in a runner: its proposers, its verifier, and the step under way.
+
+    vLLM's runner builds it as the drafter of ``"method": "custom_class"``. Beside one of vLLM's own drafters we build
+    it: it verifies, and its proposers join if there are any.
 
     Args:
-        settings: ours, from ``additional_config``.
-        drafting: the proposers; none where one of vLLM's own drafters is at work alone.
-        num_speculative_tokens: longest draft.
-        max_model_len: most tokens of a request.
+        vllm_config: vLLM's configuration; ours is in its ``additional_config``.
     """
 
-    def __init__(self, settings: Settings, drafting: Drafting, num_speculative_tokens: int, max_model_len: int) -> None:
-        self.settings = settings
-        self.drafting = drafting
-        self.num_speculative_tokens = num_speculative_tokens
-        self.max_model_len = max_model_len
+    def __init__(self, vllm_config: Any) -> None:
+        settings = settings_of(vllm_config.additional_config)
+        assert settings is not None  # taken in when the configuration was made, in either spelling
+        config = vllm_config.speculative_config
+        takes_part = not is_ours(config) and (settings.host_proposers or settings.forks_native(config))
+        self.settings: Settings = settings
+        context = proposer_context(vllm_config, settings)
+        self.drafting = Drafting(
+            settings,
+            context,
+            native=config.method if takes_part else None,
+            can_shorten=can_shorten(vllm_config),
+        )
+        self.num_speculative_tokens = context.num_speculative_tokens
+        self.max_model_len = context.max_model_len
+        self.steps = Steps()
         self.verifier: CoupledVerifier | ObservedRejection | None = None
-        self.forks: v1_chains.ForkedRows | None = None
-        self._shared: SharedNoise | None = None
+        self.forks: v1_forks.ForkedRows | None = None
         self.plain_layout: SpecDecodeMetadata | None = None  # of the latest step without drafts
         self._runner: Any = None
         self._requests: dict[str, TrackedRequest] = {}
 
+    def load_model(self, *_: Any, **__: Any) -> None:
+        """vLLM's CPU runner asks every drafter to load its model; there is none."""
+
     def attach(self, runner: Any) -> None:
-        """Put the verifier in place and warm up. Called once the runner can serve."""
+        """Put the verifier in place, warm up, and say what is active. Called once the runner can serve."""
+        if runner.drafter is self:
+            # vLLM drops everyone's drafts once one request is within k tokens of max_model_len; propose() limits each
+            # request by itself, so that rule has nothing left to protect.
+            runner.effective_drafter_max_model_len = self.max_model_len + self.num_speculative_tokens + 1
+        start = time.perf_counter()
         if self.settings.is_coupled:
-            self.verifier = CoupledVerifier(runner, self)
-            self.forks = v1_chains.attach(runner, lambda: self.drafting.take_further())
+            self.forks = v1_forks.attach(runner, self.steps)
+            self.verifier = CoupledVerifier(runner, self.settings, self.steps, self.forks, self._observe)
             num_places = 1 if self.forks is None else self.settings.num_chains
-            self._shared = share_noise(runner.drafter, self.verifier, num_places)
+            share_noise(runner.drafter, self.verifier, self.steps, num_places)
         else:
-            self.verifier = ObservedRejection(runner, self, runner.rejection_sampler)
+            self.verifier = ObservedRejection(runner, runner.rejection_sampler, self.steps, self._observe)
         runner.rejection_sampler = self.verifier
-        runner._specplug = self
+        attach(runner, self)
         self._runner = runner
         self.drafting.warm_up()
         atexit.register(self.drafting.close)
         if get_tp_group().rank_in_group == 0:
             publish_metrics(lambda: self.snapshot(is_fresh=False), runner.vllm_config)
+        log_start("V1", self.settings, self._role(runner, time.perf_counter() - start))
 
-    def describe_sampler(self) -> str:
-        """The sampler in the words of the start-up line."""
-        kind = "drafter-invariant" if self.settings.is_coupled else "vLLM's own verifier"
-        return f"runner V1, sampler {self.settings.sampler} ({kind})"
+    def _role(self, runner: Any, warm_up_s: float) -> str:
+        """Who drafts, for the start-up line."""
+        if runner.drafter is self:
+            return (
+                f", proposers: {self.drafting.describe()}; up to {self.num_speculative_tokens} draft tokens "
+                f"(warm-up {warm_up_s:.1f} s)"
+            )
+        joined = f", joined by {self.drafting.describe()}" if self.settings.host_proposers else ""
+        chains = f", up to {self.settings.num_chains} chains a request" if self.drafting.native and self.forks else ""
+        return beside_native(runner.vllm_config.speculative_config) + joined + chains
+
+    def _observe(self, verified: Verified) -> None:
+        self.drafting.observe(verified)
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: np.ndarray[Any, Any],
+        token_ids_cpu: np.ndarray[Any, Any],
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Called by vLLM after each step; arrays are its own, one row a request of the batch.
+
+        Args:
+            sampled_token_ids: tokens just emitted, empty for a request still in prefill.
+            num_tokens_no_spec: ``[max_num_reqs]`` tokens so far, the new ones included.
+            token_ids_cpu: ``[max_num_reqs, max_model_len]``.
+            slot_mappings: not used.
+        """
+        rows = [row for row, emitted in enumerate(sampled_token_ids) if emitted]
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        for row, draft in zip(rows, self.draft(rows, num_tokens_no_spec, token_ids_cpu), strict=True):
+            drafts[row] = draft
+        return drafts
 
     def draft(
         self,
@@ -83,7 +134,7 @@ class Attachment:
             num_tokens: ``[max_num_reqs]`` tokens so far, the new ones included.
             token_ids: ``[max_num_reqs, max_model_len]``.
             native: ``[len(rows), num_speculative_tokens]`` drafts of vLLM's own drafter, -1 behind their ends.
-            places: what else it could have drafted at each depth, of these requests.
+            places: runners-up of those drafts.
         """
         req_ids = self._runner.input_batch.req_ids
         requests = [self._request(req_ids[row]) for row in rows]
@@ -94,7 +145,7 @@ class Attachment:
             assert isinstance(verifier, CoupledVerifier)
             return verifier.target_noise([requests[i] for i in chosen], width)
 
-        return self.drafting.propose(
+        proposal = self.drafting.propose(
             requests,
             token_ids,
             index,
@@ -105,24 +156,24 @@ class Attachment:
             0 if self.forks is None else self.forks.max_forks,
             places,
         )
+        self.steps.now.proposal = proposal
+        return proposal.drafts
 
     def join(self, proposed: Any) -> Any:
-        """The drafts of vLLM's own drafter (its DraftTokenIds, or None), joined by ours where ours promise more."""
+        """The drafts of vLLM's own drafter (its DraftTokenIds, or None), joined by ours if ours promise more."""
         if not self.drafting.has_proposers:
             return proposed
         input_batch = self._runner.input_batch
         k = self.num_speculative_tokens
         theirs = {} if proposed is None else dict(zip(proposed.req_ids, proposed.draft_token_ids, strict=True))
-        rows = [
-            row
-            for request_id in self.drafting.take_settled()
-            if (row := input_batch.req_id_to_index.get(request_id)) is not None
-        ]
+        step = self.steps.now
+        emitting = () if step.verified is None or step.proposal is not None else step.verified.request_ids
+        rows = [row for request_id in emitting if (row := input_batch.req_id_to_index.get(request_id)) is not None]
         native = np.full((len(rows), k), -1, dtype=np.int32)
         for index, row in enumerate(rows):
             draft = theirs.get(input_batch.req_ids[row], ())
             native[index, : len(draft)] = draft
-        places = None if self._shared is None else self._shared.places(rows, k)
+        places = places_of(step, rows, k)
         drafts = self.draft(rows, input_batch.num_tokens_no_spec, input_batch.token_ids_cpu, native, places)
         for row, draft in zip(rows, drafts, strict=True):
             theirs[input_batch.req_ids[row]] = draft
@@ -152,74 +203,6 @@ class Attachment:
         return known
 
 
-class Proposer(Attachment):
-    """The drafter that vLLM's runner builds for ``"method": "custom_class"``, under a coupled verifier.
-
-    Args:
-        vllm_config: vLLM's configuration; ours is in its ``additional_config``.
-    """
-
-    def __init__(self, vllm_config: Any) -> None:
-        settings = settings_of(vllm_config.additional_config)
-        assert settings is not None  # taken in when the configuration was made, in either spelling
-        context = proposer_context(vllm_config, settings)
-        drafting = Drafting(settings, context, can_shorten=can_shorten(vllm_config))
-        super().__init__(settings, drafting, context.num_speculative_tokens, context.max_model_len)
-
-    def load_model(self, *_: Any, **__: Any) -> None:
-        """vLLM's CPU runner asks every drafter to load its model; there is none."""
-
-    def attach(self, runner: Any) -> None:
-        """Put the verifier in place, warm up, and say what is active."""
-        # vLLM drops everyone's drafts once one request is within k tokens of max_model_len; propose() limits each
-        # request by itself, so that rule has nothing left to protect.
-        runner.effective_drafter_max_model_len = self.max_model_len + self.num_speculative_tokens + 1
-        start = time.perf_counter()
-        super().attach(runner)
-        logger.info(
-            "specplug is active: %s, proposers: %s; up to %d draft tokens (warm-up %.1f s)",
-            self.describe_sampler(),
-            self.drafting.describe(),
-            self.num_speculative_tokens,
-            time.perf_counter() - start,
-        )
-
-    def propose(
-        self,
-        sampled_token_ids: list[list[int]],
-        num_tokens_no_spec: np.ndarray[Any, Any],
-        token_ids_cpu: np.ndarray[Any, Any],
-        slot_mappings: Any = None,
-    ) -> list[list[int]]:
-        """Called by vLLM after each step; arrays are its own, one row a request of the batch.
-
-        Args:
-            sampled_token_ids: tokens just emitted, empty for a request still in prefill.
-            num_tokens_no_spec: ``[max_num_reqs]`` tokens so far, the new ones included.
-            token_ids_cpu: ``[max_num_reqs, max_model_len]``.
-            slot_mappings: not used.
-        """
-        rows = [row for row, emitted in enumerate(sampled_token_ids) if emitted]
-        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        for row, draft in zip(rows, self.draft(rows, num_tokens_no_spec, token_ids_cpu), strict=True):
-            drafts[row] = draft
-        return drafts
-
-
-class ProposerWithRejection(Proposer):
-    """The same drafter in front of vLLM's own rejection sampler (``"sampler": "rejection"``)."""
-
-
-def proposer_context(vllm_config: Any, settings: Settings) -> ProposerContext:
-    return ProposerContext(
-        vocab_size=vllm_config.model_config.get_vocab_size(),
-        num_speculative_tokens=int(vllm_config.speculative_config.num_speculative_tokens),
-        max_num_requests=vllm_config.scheduler_config.max_num_seqs,
-        max_model_len=int(vllm_config.model_config.max_model_len),
-        datastores=settings.datastore or {},
-    )
-
-
 def can_shorten(vllm_config: Any) -> bool:
     """False under torchrun with several ranks a model: each schedules its own drafts, and all must be equally long.
 
@@ -228,7 +211,3 @@ def can_shorten(vllm_config: Any) -> bool:
     parallel_config = vllm_config.parallel_config
     ranks = int(parallel_config.tensor_parallel_size) * int(parallel_config.pipeline_parallel_size)
     return ranks == 1 or str(parallel_config.distributed_executor_backend) != "external_launcher"
-
-
-def attachment_of(runner: Any) -> Attachment | None:
-    return getattr(runner, "_specplug", None)

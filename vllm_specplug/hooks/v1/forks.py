@@ -3,15 +3,14 @@
 A fork holds only the tokens behind the place where it leaves the chain that it begins like. The keys and values of what
 they share are computed once, in that chain's row, and written a second time into the fork's own blocks.
 
-Order of a step: :meth:`ForkedRows.append` (after vLLM prepared its inputs), the forward pass, :meth:`ForkedRows.verify`
-(inside the verifier), :meth:`ForkedRows.copy_home`.
+Order of a step: :meth:`ForkedRows.append` (after vLLM prepared its inputs), the forward pass, and in the verifier
+:meth:`ForkedRows.copy_home`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,52 +18,10 @@ import torch
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
-from vllm_specplug.hooks.forks import Fork, Further, plan_forks, warn_once
+from vllm_specplug.hooks.attached import drafter_of
+from vllm_specplug.hooks.forks import Fork, plan_forks, warn_once
 from vllm_specplug.hooks.scratch_blocks import Scratch, plan_scratch
-
-
-@dataclass
-class RequestChains:
-    """One request's chains in a step, the one that the scheduler knows first.
-
-    Attributes:
-        tokens: draft tokens of each chain.
-        logits_rows: of each chain, the row of target logits behind so many of its tokens.
-        forks: of each chain but the first, which fork of the step it is.
-    """
-
-    tokens: list[list[int]]
-    logits_rows: list[list[int]]
-    forks: list[int] = field(default_factory=list)
-
-
-@dataclass
-class ForkedStep:
-    """The forks of one step and where they are in the batch.
-
-    Attributes:
-        forks: in the order of their rows, which follow those of the requests.
-        requests: of each fork, its request's row in the batch.
-        num_requests: rows of vLLM's own.
-        num_tokens: tokens of vLLM's own.
-        lengths: tokens of each fork's row.
-        chains: by row of the request.
-        repeated: of each KV-cache group, tokens (places in the batch) whose keys and values are written once more, and
-            the slots where.
-    """
-
-    forks: list[Fork]
-    requests: list[int]
-    num_requests: int
-    num_tokens: int
-    lengths: list[int]
-    chains: dict[int, RequestChains]
-    repeated: list[tuple[torch.Tensor, torch.Tensor]]
-
-    @property
-    def num_more_tokens(self) -> int:
-        """Tokens of all forks' rows."""
-        return sum(self.lengths)
+from vllm_specplug.hooks.v1.step import ForkedBatch, RequestChains, Step, Steps
 
 
 class ForkedRows:
@@ -72,15 +29,14 @@ class ForkedRows:
 
     Args:
         runner: vLLM's, with its KV cache in place.
-        take_further: gives the chains of the latest drafts beyond the first, by request id, and forgets them.
         scratch: the blocks that are set aside.
+        steps: the step under way, whose forks' tokens are written twice.
     """
 
-    def __init__(self, runner: Any, take_further: Callable[[], Further], scratch: Scratch) -> None:
+    def __init__(self, runner: Any, scratch: Scratch, steps: Steps) -> None:
         self._runner = runner
-        self._take_further = take_further
         self._scratch = scratch
-        self.step: ForkedStep | None = None
+        self._steps = steps
         self._write_twice()
 
     @property
@@ -88,11 +44,6 @@ class ForkedRows:
         """Forks that the next step has rows for, as far as can be said now."""
         runner = self._runner
         return min(int(runner.max_num_reqs) - int(runner.input_batch.num_reqs), self._scratch.num_rows)
-
-    def take_step(self) -> ForkedStep | None:
-        """The forks of the step whose forward pass is over; the next one has none until they are appended."""
-        step, self.step = self.step, None
-        return step
 
     def _write_twice(self) -> None:
         """What the cache holds of a shared head is written where each fork looks for it."""
@@ -107,27 +58,27 @@ class ForkedRows:
         self, original: Callable[..., None], group: int, layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any
     ) -> None:
         original(layer, key, value, kv_cache, slots)
-        if self.step is not None:
-            tokens, again = self.step.repeated[group]
+        if (forks := self._steps.now.forks_in_batch) is not None:
+            tokens, again = forks.repeated[group]
             if len(tokens):
                 original(layer, key[tokens], value[tokens], kv_cache, again)
 
     def append(
-        self, scheduler_output: Any, num_scheduled: np.ndarray[Any, Any], num_drafts: list[int]
+        self, step: Step, scheduler_output: Any, num_scheduled: np.ndarray[Any, Any], num_drafts: list[int]
     ) -> torch.Tensor | None:
-        """Put the forks of this step behind the rows that vLLM prepared.
+        """Put the side chains of this step behind the rows that vLLM prepared, as far as there is room.
 
         Args:
+            step: its ``forks`` are filled in.
             scheduler_output: vLLM's.
             num_scheduled: ``[num_requests]`` tokens of each.
             num_drafts: ``[num_requests]`` draft tokens among them.
 
         Returns:
-            Places of their tokens in the batch, which logits are wanted of; None where there are no forks.
+            Indices of their tokens in the batch, whose logits are wanted; None if there are no forks.
         """
-        self.step = None
-        further = self._take_further()
-        if not further:
+        side_chains = step.side_chains
+        if not side_chains:
             return None
         runner = self._runner
         input_batch = runner.input_batch
@@ -135,14 +86,14 @@ class ForkedRows:
         drafts = {
             request_id: draft
             for request_id, draft in scheduler_output.scheduled_spec_decode_tokens.items()
-            if request_id in further and self._can_fork(request_id, draft, num_scheduled)
+            if request_id in side_chains and self._can_fork(request_id, draft, num_scheduled)
         }
         max_rows = min(int(runner.max_num_reqs) - num_requests, self._scratch.num_rows)
-        forks = plan_forks(drafts, further, max_rows, int(runner.max_num_tokens) - num_tokens)
+        forks = plan_forks(drafts, side_chains, max_rows, int(runner.max_num_tokens) - num_tokens)
         if not forks:
             return None
-        self.step = self._lay_out(forks, drafts, num_drafts, num_tokens)
-        return torch.arange(num_tokens, num_tokens + self.step.num_more_tokens)
+        step.forks = self._lay_out(forks, drafts, num_drafts, num_tokens)
+        return torch.arange(num_tokens, num_tokens + step.forks.num_more_tokens)
 
     def _can_fork(self, request_id: str, draft: list[int], num_scheduled: np.ndarray[Any, Any]) -> bool:
         runner = self._runner
@@ -158,7 +109,7 @@ class ForkedRows:
         drafts: dict[str, list[int]],
         num_drafts: list[int],
         num_tokens: int,
-    ) -> ForkedStep:
+    ) -> ForkedBatch:
         """Fill rows, tokens, slots and lengths of the forks; copy in what their blocks begin with.
 
         Their rows are idle: a request that gets one of them later fills in everything anew.
@@ -227,13 +178,13 @@ class ForkedRows:
         runner.query_start_loc.copy_to_gpu()
         copy_kv_cache_blocks_inplace(runner.kv_caches, runner.kv_cache_config.num_blocks, copies)
         twice = [(torch.tensor(tokens), torch.tensor(slots, dtype=torch.int64)) for tokens, slots in repeated]
-        return ForkedStep(forks, requests, num_requests, num_tokens, lengths, chains, twice)
+        return ForkedBatch(forks, requests, num_requests, num_tokens, lengths, chains, twice)
 
-    def copy_home(self, step: ForkedStep, winners: dict[int, tuple[int, int]]) -> None:
+    def copy_home(self, forks: ForkedBatch, winners: dict[int, tuple[int, int]]) -> None:
         """The winner's keys and values become the request's own.
 
         Args:
-            step: whose forks they are.
+            forks: of the step.
             winners: by row of the request, which of its chains won, and how many of its tokens were accepted.
         """
         runner = self._runner
@@ -242,27 +193,27 @@ class ForkedRows:
         for request, (chain, num_accepted) in winners.items():
             if chain == 0:
                 continue
-            number = step.chains[request].forks[chain - 1]
+            number = forks.chains[request].forks[chain - 1]
             last = int(input_batch.num_computed_tokens_cpu[request])
             for table in input_batch.block_table.block_tables:
                 size, blocks = table.block_size, table.block_table.np
-                begin = (last + 1 + step.forks[number].main_head) // size
+                begin = (last + 1 + forks.forks[number].main_head) // size
                 end = (last + num_accepted) // size + 1
-                fork, own = blocks[step.num_requests + number, begin:end], blocks[request, begin:end]
-                copies += zip(fork.tolist(), own.tolist(), strict=True)
+                copied, own = blocks[forks.num_requests + number, begin:end], blocks[request, begin:end]
+                copies += zip(copied.tolist(), own.tolist(), strict=True)
             # vLLM's own drafter goes on from the tokens of the request's row.
             start = int(runner.query_start_loc.np[request]) + 1
-            won = step.chains[request].tokens[chain]
+            won = forks.chains[request].tokens[chain]
             runner.input_ids.gpu[start : start + len(won)] = torch.tensor(won, dtype=runner.input_ids.gpu.dtype)
         copy_kv_cache_blocks_inplace(runner.kv_caches, runner.kv_cache_config.num_blocks, copies)
 
 
-def attach(runner: Any, take_further: Callable[[], Further]) -> ForkedRows | None:
+def attach(runner: Any, steps: Steps) -> ForkedRows | None:
     """Forks for this runner; None where every request keeps one chain, which the log says.
 
     Args:
         runner: vLLM's, with its KV cache in place.
-        take_further: see :class:`ForkedRows`.
+        steps: see :class:`ForkedRows`.
     """
     config = runner.kv_cache_config
     scratch = plan_scratch(runner.vllm_config, config)
@@ -278,24 +229,23 @@ def attach(runner: Any, take_further: Callable[[], Further]) -> ForkedRows | Non
     if sizes != {group.kv_cache_spec.block_size for group in config.kv_cache_groups}:
         warn_once("every request keeps one chain: attention works on blocks of another size than the KV cache has")
         return None
-    return ForkedRows(runner, take_further, scratch)
+    return ForkedRows(runner, scratch, steps)
 
 
-def _forks_of(runner: Any) -> ForkedRows | None:
-    return getattr(getattr(runner, "_specplug", None), "forks", None)
-
-
-def _step_of(runner: Any) -> ForkedStep | None:
-    forks = _forks_of(runner)
-    return None if forks is None else forks.step
+def _forks_in_batch(runner: Any) -> ForkedBatch | None:
+    drafter = drafter_of(runner)
+    return None if drafter is None else drafter.steps.now.forks_in_batch
 
 
 def prepare_inputs(original: Callable[..., Any], self: Any, scheduler_output: Any, num_scheduled: Any) -> Any:
-    """Wraps ``GPUModelRunner._prepare_inputs``: forks behind the requests."""
+    """Wraps ``GPUModelRunner._prepare_inputs``: a step begins, forks behind the requests."""
     logits_indices, metadata, max_num_sampled = original(self, scheduler_output, num_scheduled)
-    forks = _forks_of(self)
-    if forks is not None and metadata is not None:
-        more = forks.append(scheduler_output, num_scheduled, metadata.num_draft_tokens)
+    drafter = drafter_of(self)
+    if drafter is None:
+        return logits_indices, metadata, max_num_sampled
+    step = drafter.steps.begin()
+    if drafter.forks is not None and metadata is not None:
+        more = drafter.forks.append(step, scheduler_output, num_scheduled, metadata.num_draft_tokens)
         if more is not None:
             logits_indices = torch.cat([logits_indices, more.to(logits_indices.dtype)])
     return logits_indices, metadata, max_num_sampled
@@ -303,42 +253,42 @@ def prepare_inputs(original: Callable[..., Any], self: Any, scheduler_output: An
 
 def determine_batch(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """Wraps ``_determine_batch_execution_and_padding``: forks count."""
-    step = _step_of(self)
-    if step is not None:
-        kwargs["num_tokens"] += step.num_more_tokens
-        kwargs["num_reqs"] += len(step.forks)
-        lengths: np.ndarray[Any, np.dtype[np.int32]] = np.array(step.lengths, dtype=np.int32)
+    forks = _forks_in_batch(self)
+    if forks is not None:
+        kwargs["num_tokens"] += forks.num_more_tokens
+        kwargs["num_reqs"] += len(forks.forks)
+        lengths: np.ndarray[Any, np.dtype[np.int32]] = np.array(forks.lengths, dtype=np.int32)
         kwargs["num_scheduled_tokens_np"] = np.concatenate([kwargs["num_scheduled_tokens_np"], lengths])
     return original(self, *args, **kwargs)
 
 
 def slot_mappings(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """Wraps ``_get_slot_mappings``: forks' slots are real ones, not padding."""
-    step = _step_of(self)
-    if step is not None:
-        kwargs["num_tokens_unpadded"] += step.num_more_tokens
+    forks = _forks_in_batch(self)
+    if forks is not None:
+        kwargs["num_tokens_unpadded"] += forks.num_more_tokens
         kwargs["num_tokens_padded"] = max(kwargs["num_tokens_padded"], kwargs["num_tokens_unpadded"])
-        kwargs["num_reqs_padded"] = max(kwargs["num_reqs_padded"], step.num_requests + len(step.forks))
+        kwargs["num_reqs_padded"] = max(kwargs["num_reqs_padded"], forks.num_requests + len(forks.forks))
     return original(self, *args, **kwargs)
 
 
 def build_attention_metadata(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """Wraps ``_build_attention_metadata``: attention sees the forks, vLLM's own drafter does not."""
-    step = _step_of(self)
-    if step is None:
+    forks = _forks_in_batch(self)
+    if forks is None:
         return original(self, *args, **kwargs)
-    kwargs["num_tokens"] += step.num_more_tokens
-    kwargs["num_reqs"] += len(step.forks)
+    kwargs["num_tokens"] += forks.num_more_tokens
+    kwargs["num_reqs"] += len(forks.forks)
     metadata, common = original(self, *args, **kwargs)
-    return metadata, None if common is None else common.unpadded(step.num_tokens, step.num_requests)
+    return metadata, None if common is None else common.unpadded(forks.num_tokens, forks.num_requests)
 
 
 def preprocess(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """Wraps ``_preprocess``, which zeroes the positions of what vLLM takes for padding."""
-    step = _step_of(self)
-    if step is None:
+    forks = _forks_in_batch(self)
+    if forks is None:
         return original(self, *args, **kwargs)
-    positions = self.positions[step.num_tokens : step.num_tokens + step.num_more_tokens]
+    positions = self.positions[forks.num_tokens : forks.num_tokens + forks.num_more_tokens]
     kept = positions.clone()
     result = original(self, *args, **kwargs)
     positions.copy_(kept)
@@ -347,5 +297,5 @@ def preprocess(original: Callable[..., Any], self: Any, *args: Any, **kwargs: An
 
 def padding_mask(original: Callable[..., Any], self: Any, num_tokens: int, num_tokens_padded: int) -> Any:
     """Wraps ``_prepare_padding_mask``: forks' tokens are none."""
-    step = _step_of(self)
-    return original(self, num_tokens + (0 if step is None else step.num_more_tokens), num_tokens_padded)
+    forks = _forks_in_batch(self)
+    return original(self, num_tokens + (0 if forks is None else forks.num_more_tokens), num_tokens_padded)

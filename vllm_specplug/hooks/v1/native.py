@@ -9,6 +9,7 @@ import torch
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import _SAMPLING_EPS
 
+from vllm_specplug.hooks.v1.step import Step, Steps
 from vllm_specplug.hooks.v1.verifier import CoupledVerifier
 from vllm_specplug.proposers.comb import Places
 
@@ -22,23 +23,23 @@ class SharedNoise:
     Args:
         drafter: one of vLLM's model drafters with ``draft_sample_method: probabilistic``.
         verifier: knows the seeds of the coming tokens.
+        steps: the step under way; its ``runners_up`` are filled in.
         num_places: tokens that are of use at each depth: what several chains can be made of.
     """
 
-    def __init__(self, drafter: Any, verifier: CoupledVerifier, num_places: int) -> None:
+    def __init__(self, drafter: Any, verifier: CoupledVerifier, steps: Steps, num_places: int) -> None:
         self._verifier = verifier
+        self._steps = steps
         self._propose = drafter.propose
         self._num_places = num_places
         self._depth = 0
-        # Of the latest draft: tokens and scores, [num_requests, depths, places] each.
-        self._places: list[tuple[torch.Tensor, torch.Tensor]] = []
         drafter.propose = self.propose
         drafter._sample_from_logits = self.sample
 
     def propose(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's own; a new draft begins with the next output token."""
         self._depth = 0
-        self._places = []
+        self._steps.now.runners_up = []
         return self._propose(*args, **kwargs)
 
     def sample(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> tuple[torch.Tensor, None]:
@@ -77,25 +78,27 @@ class SharedNoise:
     def _keep(self, tokens: torch.Tensor, scores: torch.Tensor) -> None:
         num_requests = self._verifier.num_running
         shape = num_requests, len(tokens) // num_requests, tokens.shape[1]
-        self._places.append((tokens.view(shape), scores.view(shape)))
-
-    def places(self, rows: Sequence[int], num_draft: int) -> Places | None:
-        """What the latest draft could have been else, of the requests in these rows; None where that is not known.
-
-        Args:
-            rows: of the batch, which is still the one that was drafted for.
-            num_draft: longest draft; depths that were not drafted hold -1.
-        """
-        if not self._places:
-            return None
-        tokens, scores = (torch.cat(each, dim=1)[list(rows), :num_draft] for each in zip(*self._places, strict=True))
-        missing = num_draft - tokens.shape[1]
-        tokens = torch.nn.functional.pad(tokens, (0, 0, 0, missing), value=-1)
-        scores = torch.nn.functional.pad(scores, (0, 0, 0, missing))
-        return Places.of_scores(tokens.numpy(), scores.numpy())
+        self._steps.now.runners_up.append((tokens.view(shape), scores.view(shape)))
 
 
-def share_noise(drafter: Any, verifier: CoupledVerifier, num_places: int) -> SharedNoise | None:
-    if not getattr(drafter, "_enable_probabilistic_draft_probs", False):
+def places_of(step: Step, rows: Sequence[int], num_draft: int) -> Places | None:
+    """Runners-up of vLLM's draft, of the requests in these batch rows; None if they are not known.
+
+    Args:
+        step: in which vLLM's drafter drafted.
+        rows: of its batch.
+        num_draft: longest draft; depths that were not drafted hold -1.
+    """
+    if not step.runners_up:
         return None
-    return SharedNoise(drafter, verifier, num_places)
+    tokens, scores = (torch.cat(each, dim=1)[list(rows), :num_draft] for each in zip(*step.runners_up, strict=True))
+    missing = num_draft - tokens.shape[1]
+    tokens = torch.nn.functional.pad(tokens, (0, 0, 0, missing), value=-1)
+    scores = torch.nn.functional.pad(scores, (0, 0, 0, missing))
+    return Places.of_scores(tokens.numpy(), scores.numpy())
+
+
+def share_noise(drafter: Any, verifier: CoupledVerifier, steps: Steps, num_places: int) -> None:
+    """Let vLLM's drafter draw with the target's noise, if it is one that samples."""
+    if getattr(drafter, "_enable_probabilistic_draft_probs", False):
+        SharedNoise(drafter, verifier, steps, num_places)

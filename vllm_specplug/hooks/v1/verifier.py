@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +21,32 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
 
 from vllm_specplug.drafting.requests import TrackedRequest
 from vllm_specplug.hooks.forks import walk
-from vllm_specplug.hooks.v1 import forks as v1_chains
 from vllm_specplug.hooks.v1.draws import KeyedSampler, SeededNoise
+from vllm_specplug.hooks.v1.forks import ForkedRows
+from vllm_specplug.hooks.v1.step import ForkedBatch, RequestChains, Steps
+from vllm_specplug.hooks.v1.step_by_step import Walk, stacked
 from vllm_specplug.proposers.base import TargetNoise, Verified
 from vllm_specplug.samplers.base import REJECTED, RowLayout, accept_while_equal
 from vllm_specplug.samplers.couplings import Coupling
+from vllm_specplug.settings.model import Settings
 
-if TYPE_CHECKING:
-    from vllm_specplug.hooks.v1.drafter import Attachment
+
+class Drawn(NamedTuple):
+    """The target's own tokens of one step.
+
+    Attributes:
+        token_ids: ``[num_requests, max_draft_tokens + 1]`` emitted tokens, :data:`REJECTED` behind the last.
+        targets: of each request, the target's token at each logits row of the chain that got furthest.
+        num_emitted: ``[num_requests]`` how many of them are emitted.
+        logprobs: vLLM's of all emitted tokens; None if nobody asks for them.
+        winners: by batch row, which chain of a request with several got furthest.
+    """
+
+    token_ids: torch.Tensor
+    targets: list[list[int]]
+    num_emitted: list[int]
+    logprobs: LogprobsTensors | None
+    winners: dict[int, int]
 
 
 class CoupledVerifier:
@@ -40,12 +58,22 @@ class CoupledVerifier:
     speculation, until every request has met its first rejected draft.
     """
 
-    def __init__(self, runner: Any, attachment: Attachment) -> None:
+    def __init__(
+        self,
+        runner: Any,
+        settings: Settings,
+        steps: Steps,
+        forks: ForkedRows | None,
+        observe: Callable[[Verified], None],
+    ) -> None:
         self._runner = runner
-        self._attachment = attachment
+        self._settings = settings
+        self._steps = steps
+        self._forks = forks
+        self._observe = observe
         stock: Sampler = runner.sampler
         self._stock = runner.rejection_sampler
-        coupling = attachment.settings.coupling
+        coupling = settings.coupling
         assert isinstance(coupling, Coupling)
         self._noise = SeededNoise(coupling)
         self._keyed = KeyedSampler(stock.logprobs_mode, stock.use_fp64_gumbel)
@@ -114,53 +142,54 @@ class CoupledVerifier:
         counts: list[int] = metadata.num_draft_tokens
         if len(counts) > len(runner.input_batch.req_ids):  # vLLM's warm-up with made-up rows
             return self._stock(metadata, draft_probs, logits, sampling_metadata)
+        step = self._steps.now
         request_ids = runner.input_batch.req_ids[: len(counts)]
         prefilling = runner.discard_request_mask.np[: len(counts)].tolist()
-        if sampling_metadata.all_greedy:
-            states: list[Any] = [None] * len(counts)
-        else:
-            greedy, requests = runner.input_batch.greedy_reqs, runner.requests
-            states = [
-                # Greedy requests draw nothing, nor do requests whose prompt is not complete yet.
-                None if skip or request_id in greedy else requests[request_id]
-                for request_id, skip in zip(request_ids, prefilling, strict=True)
-            ]
-        drafts: list[list[int]]
-        further: list[list[list[int]]] = []
+        states = self._states(request_ids, prefilling, sampling_metadata.all_greedy)
         if metadata.max_spec_len == 0:
-            output = self._no_drafts(logits, sampling_metadata, request_ids, states)
-            token_ids, logprobs = output.sampled_token_ids, output.logprobs_tensors
-            drafts, targets, emitted = [[]] * len(counts), token_ids.tolist(), [1] * len(counts)
+            drawn = self._no_drafts(logits, sampling_metadata, request_ids, states)
+            drafts: list[list[int]] = [[]] * len(counts)
+            side_chains: list[list[list[int]]] = []
         else:
             step_by_step = any(_is_active(p) for p in sampling_metadata.logitsprocs.all) or _budgets(sampling_metadata)
             verify = self._step_by_step if step_by_step else self._at_once
-            forks = self._attachment.forks
-            step = None if forks is None else forks.take_step()
-            token_ids, targets, emitted, logprobs, winners = verify(metadata, logits, sampling_metadata, states, step)
+            drawn = verify(metadata, logits, sampling_metadata, states, step.forks)
             drafts = _real_drafts(metadata)
-            if forks is not None and step is not None:
-                further = [[] for _ in drafts]
-                for index, chain in winners.items():
-                    tokens = step.chains[index].tokens
-                    drafts[index] = tokens[chain]
-                    further[index] = tokens[:chain] + tokens[chain + 1 :]
-                forks.copy_home(step, {index: (chain, emitted[index] - 1) for index, chain in winners.items()})
-        for request_id, state, count in zip(request_ids, states, emitted, strict=True):
+            side_chains = self._take_winners(step.forks, drawn, drafts)
+        for request_id, state, count in zip(request_ids, states, drawn.num_emitted, strict=True):
             if state is not None:
                 self._noise.consume(request_id, count)
-        verified = Verified(request_ids, drafts, targets, emitted, further=further)
-        if any(prefilling):
-            settled = [index for index, skip in enumerate(prefilling) if not skip]
-            verified = Verified(
-                [request_ids[index] for index in settled],
-                [drafts[index] for index in settled],
-                [targets[index] for index in settled],
-                [emitted[index] for index in settled],
-                num_unsettled=len(prefilling) - len(settled),
-                further=[further[index] for index in settled] if further else [],
-            )
-        self._attachment.drafting.observe(verified)
-        return SamplerOutput(sampled_token_ids=token_ids.to(torch.int32), logprobs_tensors=logprobs)
+        verified = Verified(request_ids, drafts, drawn.targets, drawn.num_emitted, further=side_chains)
+        step.verified = _settled(verified, prefilling) if any(prefilling) else verified
+        self._observe(step.verified)
+        return SamplerOutput(sampled_token_ids=drawn.token_ids.to(torch.int32), logprobs_tensors=drawn.logprobs)
+
+    def _states(self, request_ids: list[str], prefilling: list[bool], all_greedy: bool) -> list[Any]:
+        """vLLM's state of each request that draws; None for greedy ones and while the prompt is not complete."""
+        if all_greedy:
+            return [None] * len(request_ids)
+        greedy, requests = self._runner.input_batch.greedy_reqs, self._runner.requests
+        return [
+            None if skip or request_id in greedy else requests[request_id]
+            for request_id, skip in zip(request_ids, prefilling, strict=True)
+        ]
+
+    def _take_winners(self, forks: ForkedBatch | None, drawn: Drawn, drafts: list[list[int]]) -> list[list[list[int]]]:
+        """The chain that got furthest becomes a request's draft, its keys and values the request's own.
+
+        Returns:
+            All other chains of each request; empty if the step has no forks.
+        """
+        if forks is None or self._forks is None:
+            return []
+        side_chains: list[list[list[int]]] = [[] for _ in drafts]
+        for index, chain in drawn.winners.items():
+            tokens = forks.chains[index].tokens
+            drafts[index] = tokens[chain]
+            side_chains[index] = tokens[:chain] + tokens[chain + 1 :]
+        winners = {index: (chain, drawn.num_emitted[index] - 1) for index, chain in drawn.winners.items()}
+        self._forks.copy_home(forks, winners)
+        return side_chains
 
     def _draw(self, runs: Sequence[tuple[int, Any, int, int]]) -> None:
         """Key the sampler's next call by runs of rows: request's row, state, first output token, number of rows."""
@@ -171,11 +200,13 @@ class CoupledVerifier:
 
     def _no_drafts(
         self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, request_ids: list[str], states: list[Any]
-    ) -> SamplerOutput:
+    ) -> Drawn:
         """An ordinary sampling step; quick, since a step without drafts must cost no more than it does elsewhere."""
         if not sampling_metadata.all_greedy:
             self._keyed.draw_with(self._noise.next_row(request_ids, states))
-        return self._sampler(logits=logits, sampling_metadata=sampling_metadata)
+        output = self._sampler(logits=logits, sampling_metadata=sampling_metadata)
+        token_ids = output.sampled_token_ids
+        return Drawn(token_ids, token_ids.tolist(), [1] * len(request_ids), output.logprobs_tensors, {})
 
     def _at_once(
         self,
@@ -183,14 +214,9 @@ class CoupledVerifier:
         logits: torch.Tensor,
         sampling_metadata: SamplingMetadata,
         states: list[Any],
-        step: v1_chains.ForkedStep | None,
-    ) -> tuple[torch.Tensor, list[list[int]], list[int], LogprobsTensors | None, dict[int, int]]:
-        """Every row of every request, forks' rows behind, in one call of the sampler.
-
-        Returns:
-            Emitted tokens, ``[num_requests, max_draft_tokens + 1]``; the target's token at each row of the chain that
-            got furthest; how many are emitted; logprobs; and which chain that was, where there were several.
-        """
+        forks: ForkedBatch | None,
+    ) -> Drawn:
+        """Every logits row of every request, forks' rows behind, in one call of the sampler."""
         layout = RowLayout.of(metadata.num_draft_tokens, logits.device)
         runs = [
             (index, state, 0, count + 1)
@@ -198,36 +224,25 @@ class CoupledVerifier:
         ]
         drafts = _by_request(metadata.draft_token_ids, layout.num_draft_tokens)
         of_row, prefixes = layout.request_of_row, [(index, draft, 0) for index, draft in enumerate(drafts)]
-        if step is not None:
-            for index, fork in zip(step.requests, step.forks, strict=True):
+        if forks is not None:
+            for index, fork in zip(forks.requests, forks.forks, strict=True):
                 runs.append((index, states[index], fork.head + 1, len(fork.tokens) - fork.head))
                 prefixes.append((index, fork.tokens, fork.head + 1))
-            of_forks = torch.tensor(step.requests).repeat_interleave(torch.tensor(step.lengths))
+            of_forks = torch.tensor(forks.requests).repeat_interleave(torch.tensor(forks.lengths))
             of_row = torch.cat([of_row, of_forks.to(of_row.device)])
         self._draw(runs)
         output = self._sampler(logits=logits, sampling_metadata=_repeat_by_row(sampling_metadata, of_row, prefixes))
         tokens = output.sampled_token_ids.view(-1).to(torch.int64)
         num_rows = len(layout.request_of_row)
-        verification = accept_while_equal(tokens[:num_rows], metadata.draft_token_ids, layout)
-        token_ids, emitted = verification.token_ids, verification.num_emitted.tolist()
+        accepted = accept_while_equal(tokens[:num_rows], metadata.draft_token_ids, layout)
         targets = _by_request(tokens[:num_rows], [count + 1 for count in layout.num_draft_tokens])
+        drawn = Drawn(accepted.token_ids, targets, accepted.num_emitted.tolist(), None, {})
         rows = layout.padded_rows
-        winners: dict[int, int] = {}
-        if step is not None:
-            values = tokens.tolist()
-            for index, chains in step.chains.items():
-                winner, out = walk(chains.tokens, lambda chain, depth, of=chains: values[of.logits_rows[chain][depth]])  # type: ignore[misc]
-                winners[index] = winner
-                if winner:
-                    token_ids[index] = REJECTED
-                    token_ids[index, : len(out)] = torch.tensor(out, dtype=token_ids.dtype)
-                    emitted[index] = len(out)
-                    targets[index] = [values[row] for row in chains.logits_rows[winner]]
-                    rows[index, : len(out)] = torch.tensor(chains.logits_rows[winner][: len(out)])
-        logprobs = output.logprobs_tensors
-        if logprobs is not None:
-            logprobs = LogprobsTensors(*(field[rows.view(-1)] for field in logprobs[:3]))
-        return token_ids, targets, emitted, logprobs, winners
+        if forks is not None:
+            _walk_chains(forks, tokens.tolist(), drawn, rows)
+        if output.logprobs_tensors is None:
+            return drawn
+        return drawn._replace(logprobs=LogprobsTensors(*(f[rows.view(-1)] for f in output.logprobs_tensors[:3])))
 
     def _step_by_step(
         self,
@@ -235,85 +250,52 @@ class CoupledVerifier:
         logits: torch.Tensor,
         sampling_metadata: SamplingMetadata,
         states: list[Any],
-        step: v1_chains.ForkedStep | None,
-    ) -> tuple[torch.Tensor, list[list[int]], list[int], LogprobsTensors | None, dict[int, int]]:
-        """One call of the sampler a depth, whole batch in each, until every request met its first rejected draft.
-
-        Several chains are walked like one: at each depth only the target's own path has a row to look at.
-        """
+        forks: ForkedBatch | None,
+    ) -> Drawn:
+        """One call of the sampler a depth, whole batch in each, until every request met its first rejected draft."""
         runner = self._runner
         layout = RowLayout.of(metadata.num_draft_tokens, logits.device)
+        drafts = _by_request(metadata.draft_token_ids, layout.num_draft_tokens)
         chains = [
-            v1_chains.RequestChains([draft], [rows])
-            for draft, rows in zip(
-                _by_request(metadata.draft_token_ids, layout.num_draft_tokens), layout.padded_rows.tolist(), strict=True
-            )
+            RequestChains([draft], [rows]) for draft, rows in zip(drafts, layout.padded_rows.tolist(), strict=True)
         ]
-        if step is not None:
-            for index, several in step.chains.items():
+        if forks is not None:
+            for index, several in forks.chains.items():
                 chains[index] = several
-        # vLLM's processors and penalties hold references to these very lists: what was accepted is appended for the
-        # depths behind, as an ordinary step would have, and taken off at the end (bookkeeping appends it for good).
         request_ids = runner.input_batch.req_ids[: len(states)]
-        outputs = [runner.requests[request_id].output_token_ids for request_id in request_ids]
-        lengths = [len(output_ids) for output_ids in outputs]
-        targets: list[list[int]] = [[] for _ in states]
-        # Chains that begin with what was emitted so far, by request; of a request that is done, the one that led.
-        leading = [list(range(len(each.tokens))) for each in chains]
-        alive = set(range(len(states)))
+        walk = Walk(chains, [runner.requests[request_id].output_token_ids for request_id in request_ids])
         logprobs: list[LogprobsTensors] = []
+        width = layout.max_draft_tokens + 1
         try:
-            for depth in range(layout.max_draft_tokens + 1):
+            for depth in range(width):
                 if depth:
                     for processor in sampling_metadata.logitsprocs.all:
                         processor.update_state(None)
-                self._draw([(index, state if index in alive else None, depth, 1) for index, state in enumerate(states)])
-                rows = []
-                for each, leaders in zip(chains, leading, strict=True):
-                    own = each.logits_rows[leaders[0]]
-                    rows.append(own[min(depth, len(own) - 1)])
-                output = self._sampler(logits=logits[torch.tensor(rows)], sampling_metadata=sampling_metadata)
+                self._draw(
+                    [(index, state if index in walk.alive else None, depth, 1) for index, state in enumerate(states)]
+                )
+                rows = torch.tensor(walk.logits_rows(depth))
+                output = self._sampler(logits=logits[rows], sampling_metadata=sampling_metadata)
                 if output.logprobs_tensors is not None:
                     logprobs.append(output.logprobs_tensors)
-                tokens = output.sampled_token_ids.view(-1).tolist()
-                for index in sorted(alive):
-                    token = tokens[index]
-                    targets[index].append(token)
-                    all_tokens = chains[index].tokens
-                    left = [
-                        chain
-                        for chain in leading[index]
-                        if depth < len(all_tokens[chain]) and all_tokens[chain][depth] == token
-                    ]
-                    if left:
-                        leading[index] = left
-                        outputs[index].append(token)
-                    else:
-                        alive.discard(index)
-                if not alive:
+                walk.advance(depth, output.sampled_token_ids.view(-1).tolist())
+                if not walk.alive:
                     break
         finally:
-            for output_ids, length in zip(outputs, lengths, strict=True):
-                del output_ids[length:]
-        width = layout.max_draft_tokens + 1
-        padded = torch.tensor([row + [REJECTED] * (width - len(row)) for row in targets], device=logits.device)
-        emitted = [len(row) for row in targets]
-        winners = {} if step is None else {index: leading[index][0] for index in step.chains}
-        if not logprobs:
-            return padded, targets, emitted, None, winners
-        logprobs += [logprobs[-1]] * (width - len(logprobs))  # rows behind the last emitted token are filtered out
-        fields = zip(*(tensors[:3] for tensors in logprobs), strict=True)
-        stacked = LogprobsTensors(*(torch.stack(field, dim=1).flatten(0, 1) for field in fields))
-        return padded, targets, emitted, stacked, winners
+            walk.restore()
+        winners = {} if forks is None else {index: walk.winner(index) for index in forks.chains}
+        emitted = [len(row) for row in walk.targets]
+        return Drawn(walk.padded(width, logits.device), walk.targets, emitted, stacked(logprobs, width), winners)
 
 
 class ObservedRejection:
     """vLLM's own rejection sampler, with what it accepted reported to the proposers."""
 
-    def __init__(self, runner: Any, attachment: Attachment, stock: Any) -> None:
+    def __init__(self, runner: Any, stock: Any, steps: Steps, observe: Callable[[Verified], None]) -> None:
         self._runner = runner
-        self._attachment = attachment
         self._stock = stock
+        self._steps = steps
+        self._observe = observe
 
     def __call__(self, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> SamplerOutput:
         """Same arguments and result as the stock sampler."""
@@ -330,18 +312,45 @@ class ObservedRejection:
             # An ordinary step. vLLM's verifier fails without any draft where some request has a top_k.
             output = runner.sampler(logits=logits, sampling_metadata=sampling_metadata)
         kept = [[token for token in row if token != REJECTED] for row in output.sampled_token_ids.tolist()]
-        drafts = _real_drafts(metadata)
-        settled = [index for index, skip in enumerate(prefilling) if not skip]
-        self._attachment.drafting.observe(
-            Verified(
-                [runner.input_batch.req_ids[index] for index in settled],
-                [drafts[index] for index in settled],
-                [kept[index] for index in settled],
-                [len(kept[index]) for index in settled],
-                num_unsettled=len(prefilling) - len(settled),
-            )
-        )
+        emitted = [len(tokens) for tokens in kept]
+        verified = Verified(runner.input_batch.req_ids[: len(kept)], _real_drafts(metadata), kept, emitted)
+        self._steps.now.verified = verified = _settled(verified, prefilling.tolist())
+        self._observe(verified)
         return output
+
+
+def _walk_chains(forks: ForkedBatch, targets: list[int], drawn: Drawn, rows: torch.Tensor) -> None:
+    """Put the best chain of each request that has several in place of its main chain.
+
+    Args:
+        forks: of the step.
+        targets: the target's token of every logits row.
+        drawn: by main chains alone; changed in place.
+        rows: ``[num_requests, max_draft_tokens + 1]`` logits row of each emitted token; changed in place.
+    """
+    for index, chains in forks.chains.items():
+        logits_rows = chains.logits_rows
+        winner, emitted = walk(chains.tokens, lambda chain, depth, of=logits_rows: targets[of[chain][depth]])  # type: ignore[misc]
+        drawn.winners[index] = winner
+        if winner:
+            drawn.token_ids[index] = REJECTED
+            drawn.token_ids[index, : len(emitted)] = torch.tensor(emitted, dtype=drawn.token_ids.dtype)
+            drawn.num_emitted[index] = len(emitted)
+            drawn.targets[index] = [targets[row] for row in logits_rows[winner]]
+            rows[index, : len(emitted)] = torch.tensor(logits_rows[winner][: len(emitted)])
+
+
+def _settled(verified: Verified, prefilling: Sequence[bool]) -> Verified:
+    """Without the requests whose prompts are not complete: they emit nothing."""
+    settled = [index for index, skip in enumerate(prefilling) if not skip]
+    return Verified(
+        [verified.request_ids[index] for index in settled],
+        [verified.draft_token_ids[index] for index in settled],
+        [verified.target_token_ids[index] for index in settled],
+        [verified.num_emitted[index] for index in settled],
+        num_unsettled=len(prefilling) - len(settled),
+        further=[verified.further[index] for index in settled] if verified.further else [],
+    )
 
 
 def _is_active(processor: Any) -> bool:

@@ -1,7 +1,7 @@
 """vLLM's V1 model runner: our drafter in place of its own, our verifier in place of its rejection sampler.
 
 Tokens flow: target logits of every verified row -> :class:`CoupledVerifier` (the target's own token of every row,
-accepted while equal) -> vLLM's bookkeeping -> :class:`Proposer` or one of vLLM's own drafters (the next drafts).
+accepted while equal) -> vLLM's bookkeeping -> :class:`Drafter` or one of vLLM's own drafters (the next drafts).
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_specplug.drafting.drafting import Drafting
 from vllm_specplug.hooks import seam_list, seams
+from vllm_specplug.hooks.attached import drafter_of
 from vllm_specplug.hooks.marks import is_coupled
 from vllm_specplug.hooks.v1 import forks
-from vllm_specplug.hooks.v1.drafter import Attachment, Proposer, attachment_of, can_shorten, proposer_context
-from vllm_specplug.log import logger
+from vllm_specplug.hooks.v1.drafter import Drafter
 from vllm_specplug.settings.model import settings_of
 
 patches = seams.Patches()
@@ -52,36 +51,19 @@ def install() -> None:
 def _initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     result = original(self, *args, **kwargs)
     drafter = getattr(self, "drafter", None)
-    if drafter is None or attachment_of(self) is not None:
+    if drafter is None or drafter_of(self) is not None:
         return result
-    if isinstance(drafter, Proposer):
+    if isinstance(drafter, Drafter):
         drafter.attach(self)
     elif (settings := settings_of(self.vllm_config.additional_config)) and (
         settings.is_coupled or self.device.type == "cpu"  # elsewhere vLLM's own verifier needs no repair of ours
     ):
-        config = self.vllm_config.speculative_config
-        context = proposer_context(self.vllm_config, settings)
-        drafting = Drafting(
-            settings,
-            context,
-            native=config.method if settings.host_proposers or settings.forks_native(config) else None,
-            can_shorten=can_shorten(self.vllm_config),
-        )
-        attachment = Attachment(settings, drafting, context.num_speculative_tokens, context.max_model_len)
-        attachment.attach(self)
-        logger.info(
-            "specplug is active: %s verifies the drafts of vLLM's %s (%s)%s",
-            attachment.describe_sampler(),
-            config.method,
-            config.draft_sample_method,
-            (f", joined by {drafting.describe()}" if settings.host_proposers else "")
-            + (f", up to {settings.num_chains} chains a request" if drafting.native and attachment.forks else ""),
-        )
+        Drafter(self.vllm_config).attach(self)
     return result
 
 
 def _bookkeeping_sync(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    if attachment_of(self) is None:
+    if drafter_of(self) is None:
         return original(self, *args, **kwargs)
     # Bookkeeping would take back the draw of half-prefilled requests. Our verifiers never draw for them.
     generators = self.input_batch.generators
@@ -93,19 +75,19 @@ def _bookkeeping_sync(original: Callable[..., Any], self: Any, *args: Any, **kwa
 
 
 def _on_request_state_removed(original: Callable[..., Any], self: Any, req_id: str, req_state: Any) -> Any:
-    attachment = attachment_of(self)
-    if attachment is not None:
-        attachment.finish(req_id)
+    drafter = drafter_of(self)
+    if drafter is not None:
+        drafter.finish(req_id)
     return original(self, req_id, req_state)
 
 
 def _take_draft_token_ids(original: Callable[..., Any], self: Any) -> Any:
     proposed = original(self)
-    attachment = attachment_of(self)
+    drafter = drafter_of(self)
     # Our own drafter's drafts are what it gave; only beside one of vLLM's there is something to join.
-    if attachment is None or isinstance(attachment, Proposer):
+    if drafter is None or self.drafter is drafter:
         return proposed
-    return attachment.join(proposed)
+    return drafter.join(proposed)
 
 
 def _calc_spec_decode_metadata(
@@ -114,14 +96,14 @@ def _calc_spec_decode_metadata(
     num_draft_tokens: np.ndarray[Any, Any],  # [num_requests]
     cu_num_scheduled_tokens: np.ndarray[Any, Any],  # [num_requests]
 ) -> Any:
-    attachment = attachment_of(self)
-    if attachment is None or self.device.type != "cpu" or num_draft_tokens.any():
+    drafter = drafter_of(self)
+    if drafter is None or self.device.type != "cpu" or num_draft_tokens.any():
         return original(self, num_draft_tokens, cu_num_scheduled_tokens)
     num_requests = len(num_draft_tokens)
-    plain = attachment.plain_layout
+    plain = drafter.plain_layout
     if plain is None or len(plain.num_draft_tokens) != num_requests:
         request = torch.arange(num_requests, dtype=torch.int32)
-        plain = attachment.plain_layout = SpecDecodeMetadata(
+        plain = drafter.plain_layout = SpecDecodeMetadata(
             draft_token_ids=request[:0],
             num_draft_tokens=[0] * num_requests,
             cu_num_draft_tokens=torch.zeros_like(request),

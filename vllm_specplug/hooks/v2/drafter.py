@@ -1,4 +1,4 @@
-"""The speculator that vLLM's V2 runner holds."""
+"""Our drafter on vLLM's V2 runner."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import DraftTokenIds
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from vllm_specplug.drafting.drafting import Drafting
+from vllm_specplug.drafting.drafting import Drafting, Proposal
 from vllm_specplug.drafting.history import TokenHistory
 from vllm_specplug.drafting.requests import TrackedRequest
+from vllm_specplug.hooks.attached import attach, log_start, proposer_context
 from vllm_specplug.hooks.metrics import publish_metrics
-from vllm_specplug.hooks.v2 import forks as v2_chains
+from vllm_specplug.hooks.v2 import forks as v2_forks
 from vllm_specplug.hooks.v2.on_device import DeviceDrafting
-from vllm_specplug.hooks.v2.transfer import Step
+from vllm_specplug.hooks.v2.step import Step, Steps
+from vllm_specplug.hooks.v2.transfer import Transfer
 from vllm_specplug.hooks.v2.verifier import check_verifier
-from vllm_specplug.log import logger
-from vllm_specplug.proposers.base import ProposerContext, TargetNoise, Verified
+from vllm_specplug.proposers.base import TargetNoise, Verified
 from vllm_specplug.samplers.kernels import pack_emitted
 from vllm_specplug.samplers.keys import PositionKeys
 from vllm_specplug.settings.model import Settings, settings_of
@@ -36,7 +36,7 @@ _WARM_UP_REQUESTS = ("_warmup_", "_v2_mixed_warmup")
 """vLLM warms kernels up with made-up requests of these names: nothing to learn from, nothing to count."""
 
 
-class Speculator(BaseSpeculator):  # type: ignore[misc]
+class Drafter(BaseSpeculator):  # type: ignore[misc]
     """The drafter that vLLM's V2 runner builds for our configuration, or that joins one of vLLM's own.
 
     Args:
@@ -61,13 +61,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self.is_async = bool(vllm_config.scheduler_config.async_scheduling)
         self._req_states = req_states
         self._width = self.num_speculative_tokens + 1
-        context = ProposerContext(
-            vocab_size=vllm_config.model_config.get_vocab_size(),
-            num_speculative_tokens=self.num_speculative_tokens,
-            max_num_requests=max_num_requests,
-            max_model_len=self.max_model_len,
-            datastores=settings.datastore or {},
-        )
+        context = proposer_context(vllm_config, settings)
         # Under async scheduling the scheduler reserves k rows a request before any draft is known: none can be saved.
         self.drafting = Drafting(
             settings,
@@ -91,13 +85,10 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             self._drafts.shape if native is not None else (0, 0), dtype=torch.int64, pin_memory=device.type == "cuda"
         )
         self._sampling_states: Any = None
-        self._pending: Step | None = None
-        self._in_place: dict[str, list[int]] = {}  # request id -> its draft that the next step verifies
-        self.forks: v2_chains.ForkedRows | None = None
-        self.verified_chains: tuple[dict[str, list[list[int]]], torch.Tensor] | None = None
-        """Of the step just sampled: all chains of requests that had several, and which of each request's won."""
+        self.steps = Steps()
+        self.in_place: dict[str, list[int]] = {}  # request id -> its draft that the next step verifies
+        self.forks: v2_forks.ForkedRows | None = None
         self._on_host_winners = torch.empty(max_num_requests, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._verifier: RejectionSampler | None = None
         self._is_sharded = False
         self._has_pipeline = False
         self._tp_group: Any = None
@@ -112,14 +103,15 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         Raises:
             ConfigurationError: the model brings a sampler of its own, so that our verifier is not in place.
         """
-        self._verifier = runner.rejection_sampler
         if self.settings.is_coupled:
             check_verifier(runner)
+            runner.rejection_sampler.steps = self.steps
         self._is_sharded = runner.batch_sharder is not None
         self._has_pipeline = runner.use_pp
         if self.settings.num_noises and not runner.sampler.use_fp64_gumbel:  # which hashes in another way
             self._sampling_states = runner.sampler.sampling_states
-        runner.draft_tokens_handler._specplug = self
+        attach(runner, self)
+        attach(runner.draft_tokens_handler, self)
         group = get_tp_group()
         if group.world_size > 1:
             self._tp_group, self.is_first_rank = group, group.rank_in_group == 0
@@ -130,36 +122,33 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             self.drafting.warm_up()
             atexit.register(self.drafting.close)
             publish_metrics(lambda: self.snapshot(is_fresh=False), runner.vllm_config)
-            logger.info(
-                "specplug is active: runner V2, sampler %s (%s), proposers: %s%s; up to %d draft tokens, "
-                "async scheduling %s (warm-up %.1f s)",
-                self.settings.sampler,
-                "drafter-invariant" if self.settings.is_coupled else "vLLM's own verifier",
-                self._describe_proposers(),
-                "" if self._native is None else f", joining vLLM's {self.drafting.native}",
-                self.num_speculative_tokens,
-                "on: drafts are padded to that length" if self.is_async else "off: drafts keep their own length",
-                time.perf_counter() - start,
-            )
+            log_start("V2", self.settings, self._role(time.perf_counter() - start))
 
     def attach_forks(self, runner: Any) -> None:
         """The runner has its KV cache: several chains of a request need blocks of it."""
+        self.forks = v2_forks.attach(runner)
 
-        def take_further() -> dict[str, list[list[int]]]:
-            self.put_in_place()
-            return self.drafting.take_further()
-
-        self.forks = v2_chains.attach(runner, take_further, lambda: self._in_place)
+    def begin_step(self) -> Step:
+        """A step's inputs are about to be made: the drafts of the last one are put in place."""
+        self.put_in_place()
+        return self.steps.begin()
 
     @property
     def max_model_len(self) -> int:
         """Most tokens of a request; vLLM 0.33 may lower it after this drafter is built, to what fits the cache."""
         return int(self._model_config.max_model_len)
 
-    def _describe_proposers(self) -> str:
+    def _role(self, warm_up_s: float) -> str:
+        """Who drafts, for the start-up line."""
+        proposers = self.drafting.describe()
         if self._on_device is not None:
-            return f"rest ({self._on_device.proposer.describe()})"
-        return self.drafting.describe()
+            proposers = f"rest ({self._on_device.proposer.describe()})"
+        joining = "" if self._native is None else f", joining vLLM's {self.drafting.native}"
+        length = "on: drafts are padded to that length" if self.is_async else "off: drafts keep their own length"
+        return (
+            f", proposers: {proposers}{joining}; up to {self.num_speculative_tokens} draft tokens, async scheduling "
+            f"{length} (warm-up {warm_up_s:.1f} s)"
+        )
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Nothing of ours runs in a CUDA graph."""
@@ -193,13 +182,13 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         """These requests left their rows: for good, or preempted."""
         for request_id in (*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())):
             self.history.remove(request_id)
-            self._in_place.pop(request_id, None)
+            self.in_place.pop(request_id, None)
             if self.forks is not None:
                 self.forks.kept_to_one.discard(request_id)
         self.drafting.finish(list(scheduler_output.finished_req_ids))
 
     @torch.inference_mode()
-    def propose(
+    def propose(  # noqa: PLR0913 - vLLM's signature
         self,
         input_batch: Any,
         attn_metadata: Any,
@@ -249,7 +238,8 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         self, input_batch: Any, num_sampled: torch.Tensor, drafts: torch.Tensor, num_speculative_tokens: int | None
     ) -> torch.Tensor:
         """Drafts over those that stand in ``drafts``: placeholders, or vLLM's own."""
-        self.put_in_place()  # of an earlier step, when the one in between ran no model
+        if self.steps.now.transfer is not None:  # an earlier step's, when the one in between ran no model
+            self.begin_step()
         limit = self.num_speculative_tokens
         if num_speculative_tokens is not None:
             limit = min(limit, num_speculative_tokens)
@@ -257,7 +247,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             self._on_device.propose(input_batch.idx_mapping, num_sampled, limit, drafts)
             return drafts
         if self._tp_group is None and not self.drafting.has_proposers:
-            self._in_place.clear()
+            self.in_place.clear()
             return drafts
         self._send_to_host(input_batch, num_sampled, limit, drafts)
         # Whoever reads the drafts before the next step's inputs are made must not see placeholders.
@@ -272,30 +262,32 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             out: ``[num_requests, num_speculative_tokens]`` of that step, to be filled; None writes to the runner's
                 table, where the placeholders are by now.
         """
-        step, self._pending = self._pending, None
-        if step is None:
+        step = self.steps.now
+        transfer = step.transfer
+        if transfer is None or step.proposal is not None:
             return
-        alive = self.history.occupation[step.rows] == step.occupation
-        alive &= step.occupation > 0
-        drafts: list[list[int]] = [[] for _ in step.request_ids]
-        if step.packed is not None:
+        alive = self.history.occupation[transfer.rows] == transfer.occupation
+        alive &= transfer.occupation > 0
+        step.proposal = Proposal([[] for _ in transfer.request_ids])
+        if transfer.packed is not None:
             start = time.perf_counter()
-            if step.arrived is not None:
-                step.arrived.synchronize()
+            if transfer.arrived is not None:
+                transfer.arrived.synchronize()
             self.drafting.stats.wait_s += time.perf_counter() - start
-            drafts = self._draft(step, step.packed.numpy(), alive)
-        self._in_place.update(
+            self._draft(step, transfer, transfer.packed.numpy(), alive, step.proposal)
+        drafts = step.proposal.drafts
+        self.in_place.update(
             (request_id, draft)
-            for request_id, draft, lives in zip(step.request_ids, drafts, alive, strict=True)
+            for request_id, draft, lives in zip(transfer.request_ids, drafts, alive, strict=True)
             if lives
         )
         if self._tp_group is not None:
-            self._share(step, drafts, alive, out)
+            self._share(transfer, drafts, alive, out)
             return
         chosen = [index for index, draft in enumerate(drafts) if draft]
         if not chosen:
             return
-        rows = chosen if out is not None else step.rows[chosen].tolist()
+        rows = chosen if out is not None else transfer.rows[chosen].tolist()
         self._write(self._req_states.draft_tokens if out is None else out, rows, [drafts[index] for index in chosen])
 
     def cut(self, proposed: DraftTokenIds | None) -> DraftTokenIds | None:
@@ -308,65 +300,31 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             return proposed
         if self._every_rank_schedules and self._tp_group is not None:
             return proposed
-        lengths = [len(self._in_place.get(request_id, ())) for request_id in proposed.req_ids]
+        lengths = [len(self.in_place.get(request_id, ())) for request_id in proposed.req_ids]
         cut = [draft[:length] for draft, length in zip(proposed.draft_token_ids, lengths, strict=True)]
         return DraftTokenIds(proposed.req_ids, cut)
 
     def snapshot(self, is_fresh: bool = True) -> dict[str, Any]:
         """Counters of this worker, and how many requests hold state in it; ``is_fresh`` as in ``Drafting.snapshot``."""
         counters = self.drafting.snapshot(is_fresh)
-        counters["live_requests"] = max(counters["live_requests"], len(self.history), len(self._in_place))
+        counters["live_requests"] = max(counters["live_requests"], len(self.history), len(self.in_place))
         return counters
-
-    def take_in(
-        self,
-        request_ids: list[str],
-        rows: NDArray[np.int64],
-        num_verified: NDArray[np.int64],
-        max_draft_tokens: int,
-        packed: torch.Tensor | None,
-        arrived: Any = None,
-        native: torch.Tensor | None = None,
-        chains: dict[str, list[list[int]]] | None = None,
-        winners: torch.Tensor | None = None,
-    ) -> None:
-        """A step's tokens are on their way to the host; :meth:`put_in_place` will wait for them.
-
-        Args:
-            request_ids: of the step, ``[num_requests]``.
-            rows: of each, in the runner's per-request tensors.
-            num_verified: ``[num_requests]`` draft tokens of each that were verified.
-            max_draft_tokens: longest draft of the next step.
-            packed: ``[num_requests, 2 + num_speculative_tokens + 1]`` int32 on the host, as ``pack_emitted`` lays it
-                out; None on ranks that only receive drafts.
-            arrived: event after which ``packed`` and ``native`` can be read; None where they can be read at once.
-            native: ``[num_requests, num_speculative_tokens]`` int64 on the host, drafts of vLLM's own drafter that ours
-                join.
-            chains: all chains of requests that had several; ``winners``, ``[num_requests]`` int64 on the host, which of
-                its chains got furthest.
-        """
-        occupation = self.history.occupation[rows]
-        self._pending = Step(
-            request_ids, rows, occupation, num_verified, max_draft_tokens, packed, arrived, native, chains, winners
-        )
 
     def _send_to_host(self, input_batch: Any, num_sampled: torch.Tensor, limit: int, drafts: torch.Tensor) -> None:
         num_requests = input_batch.num_reqs
         verified = np.zeros(num_requests, dtype=np.int64)
         if input_batch.num_draft_tokens_per_req is not None:
             verified[:] = input_batch.num_draft_tokens_per_req[:num_requests]
+        step = self.steps.now
         packed, arrived, native, winners = None, None, None, None
-        chains, on_device_winners = self.verified_chains or (None, None)
-        self.verified_chains = None
         if self.is_first_rank:
             on_device, packed = self._packed[:num_requests], self._on_host[:num_requests]
-            targets = getattr(self._verifier, "token_ids", None)
             pack_emitted(
                 input_batch.idx_mapping,
                 num_sampled,
                 self._req_states.total_len.gpu,
                 self._req_states.all_token_ids.gpu,
-                targets if input_batch.num_draft_tokens and not self._is_sharded else None,
+                step.targets if input_batch.num_draft_tokens and not self._is_sharded else None,
                 on_device,
             )
             is_cuda = self.device.type == "cuda"
@@ -374,26 +332,50 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             if self._native is not None:
                 native = self._on_host_native[:num_requests]
                 native.copy_(drafts, non_blocking=is_cuda)
-            if on_device_winners is not None:
+            if step.winners is not None:
                 winners = self._on_host_winners[:num_requests]
-                winners.copy_(on_device_winners, non_blocking=is_cuda)
+                winners.copy_(step.winners, non_blocking=is_cuda)
             if is_cuda:
                 # A blocking event: the thread that waits for it sleeps instead of polling the driver.
                 arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
                 arrived.record()
         rows = np.asarray(input_batch.idx_mapping_np[:num_requests], dtype=np.int64)
-        self.take_in(list(input_batch.req_ids), rows, verified, limit, packed, arrived, native, chains, winners)
+        step.transfer = Transfer(
+            list(input_batch.req_ids),
+            rows,
+            self.history.occupation[rows],
+            verified,
+            limit,
+            packed,
+            arrived,
+            native,
+            winners,
+        )
 
-    def _draft(self, step: Step, packed: NDArray[np.int32], alive: NDArray[np.bool_]) -> list[list[int]]:
-        """Take in what a step emitted and ask the proposers; one draft a request of the step, empty where none."""
-        drafts: list[list[int]] = [[] for _ in step.request_ids]
+    def _draft(
+        self,
+        step: Step,
+        transfer: Transfer,
+        packed: NDArray[np.int32],
+        alive: NDArray[np.bool_],
+        out: Proposal,
+    ) -> None:
+        """Take in what a step emitted and ask the proposers.
+
+        Args:
+            step: whose chains were verified.
+            transfer: of that step, arrived.
+            packed: its emitted tokens.
+            alive: ``[num_requests]`` False for requests that have left their rows since.
+            out: one empty draft a request of the step; filled in.
+        """
         totals, counts = packed[:, 0].astype(np.int64), packed[:, 1].astype(np.int64)
         emitting = np.flatnonzero(alive & (counts > 0))
         if not len(emitting):
-            return drafts
-        rows = step.rows[emitting]
+            return
+        rows = transfer.rows[emitting]
         self.history.append(rows, totals[emitting], counts[emitting], packed[emitting, 2:])
-        self._observe(step, packed, emitting)
+        self._observe(step, transfer, packed, emitting)
         requests = [request for row in rows.tolist() if (request := self.history.requests[row]) is not None]
         states, coupling = self._sampling_states, self.settings.coupling
 
@@ -404,33 +386,34 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             seeds = torch.from_numpy(states.seeds.np[rows[chosen]][:, None])
             return TargetNoise(*coupling.noise(PositionKeys(seeds, torch.from_numpy(positions))), temperature)
 
-        answers = self.drafting.propose(
+        proposal = self.drafting.propose(
             requests,
             self.history.token_ids,
             rows,
             totals[emitting],
-            step.max_draft_tokens,
+            transfer.max_draft_tokens,
             None if states is None else noise,
-            None if step.native is None else step.native.numpy()[emitting].astype(np.int32),
-            0 if self.forks is None else self.forks.max_forks(len(step.request_ids)),
+            None if transfer.native is None else transfer.native.numpy()[emitting].astype(np.int32),
+            0 if self.forks is None else self.forks.max_forks(len(transfer.request_ids)),
         )
-        for index, draft in zip(emitting.tolist(), answers, strict=True):
-            drafts[index] = draft
-        return drafts
+        out.side_chains = proposal.side_chains
+        for index, draft in zip(emitting.tolist(), proposal.drafts, strict=True):
+            out.drafts[index] = draft
 
-    def _observe(self, step: Step, packed: NDArray[np.int32], emitting: NDArray[np.intp]) -> None:
-        """Tell counters and proposers what was verified."""
-        verified = Verified([], [], [], packed[emitting, 1].tolist(), len(step.request_ids) - len(emitting))
+    def _observe(self, step: Step, transfer: Transfer, packed: NDArray[np.int32], emitting: NDArray[np.intp]) -> None:
+        """Report to counters and proposers what was verified."""
+        several = None if step.forks is None else step.forks.chains
+        verified = Verified([], [], [], packed[emitting, 1].tolist(), len(transfer.request_ids) - len(emitting))
         for index in emitting.tolist():
-            request_id = step.request_ids[index]
+            request_id = transfer.request_ids[index]
             verified.request_ids.append(request_id)
-            draft = self._in_place.pop(request_id, [])[: step.num_verified[index]]
+            draft = self.in_place.pop(request_id, [])[: transfer.num_verified[index]]
             others: list[list[int]] = []
-            if step.chains is not None and step.winners is not None and request_id in step.chains:
-                chains, winner = step.chains[request_id], int(step.winners[index])
+            if several is not None and transfer.winners is not None and request_id in several:
+                chains, winner = several[request_id], int(transfer.winners[index])
                 draft, others = chains[winner], chains[:winner] + chains[winner + 1 :]
             verified.draft_token_ids.append(draft)
-            if step.chains is not None:
+            if several is not None:
                 verified.further.append(others)
         if self.drafting.has_proposers:  # counters do without the tokens
             verified.target_token_ids += (
@@ -442,9 +425,11 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             )
         self.drafting.observe(verified)
 
-    def _share(self, step: Step, drafts: list[list[int]], alive: NDArray[np.bool_], out: torch.Tensor | None) -> None:
+    def _share(
+        self, transfer: Transfer, drafts: list[list[int]], alive: NDArray[np.bool_], out: torch.Tensor | None
+    ) -> None:
         """Every rank of a tensor-parallel group must run the model on the same drafts: those of the first."""
-        shared = self._drafts[: len(step.request_ids)]  # the placeholders, which are the same on all ranks
+        shared = self._drafts[: len(transfer.request_ids)]  # the placeholders, which are the same on all ranks
         chosen = [index for index, draft in enumerate(drafts) if draft]
         if chosen:
             self._write(shared, chosen, [drafts[index] for index in chosen])
@@ -457,7 +442,7 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
             self._tp_group.broadcast(shared, src=0)
         if out is None:
             living = np.flatnonzero(alive)
-            rows = async_tensor_h2d(step.rows[living], device=self.device)
+            rows = async_tensor_h2d(transfer.rows[living], device=self.device)
             self._req_states.draft_tokens[rows] = shared[async_tensor_h2d(living, device=self.device)]
 
     def _write(self, target: torch.Tensor, rows: list[int], drafts: list[list[int]]) -> None:
@@ -471,8 +456,3 @@ class Speculator(BaseSpeculator):  # type: ignore[misc]
         ]
         on_device = table.to(self.device, non_blocking=self.device.type == "cuda").to(torch.int64)
         target[on_device[:, 0]] = on_device[:, 1:]
-
-
-def speculator_of(runner: Any) -> Speculator | None:
-    speculator = getattr(runner, "speculator", None)
-    return speculator if isinstance(speculator, Speculator) else getattr(speculator, "_specplug", None)

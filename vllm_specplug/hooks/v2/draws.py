@@ -30,7 +30,8 @@ def _draw(
     processed = logits
     if apply_temperature:
         of_rows = temperature[expanded_idx_mapping]
-        processed = logits.float() / torch.where(of_rows == 0.0, 1.0, of_rows)[:, None]
+        exact = logits.float() if coupling.num_noises else logits.double()  # races score in float32, as the kernel does
+        processed = exact / torch.where(of_rows == 0.0, 1.0, of_rows)[:, None]
 
     def race(rows: torch.Tensor, keys: PositionKeys) -> torch.Tensor:
         # The kernel applies temperatures itself, and of a greedy request draws the argmax.

@@ -15,43 +15,21 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 
-from vllm_specplug.hooks.forks import Fork, Further, plan_forks, warn_once
+from vllm_specplug.hooks.attached import drafter_of
+from vllm_specplug.hooks.forks import plan_forks, warn_once
 from vllm_specplug.hooks.scratch_blocks import Scratch, plan_scratch
 from vllm_specplug.hooks.v2.block_copies import BlockCopies
+from vllm_specplug.hooks.v2.step import ForkedBatch, Step
 
 _FORK_ID = "specplug fork {} of {}"
-
-
-@dataclass
-class ForkedStep:
-    """The forks of one step.
-
-    Attributes:
-        forks: in the order of their rows, which follow those of the requests.
-        request_ids: made-up ones, ``[num_forks]``.
-        chains: all chains of each request that has several, the one that the scheduler knows first.
-        num_requests: rows of vLLM's own.
-        parents: ``[num_forks]`` row of each fork's request; ``ranks`` which of its chains it is; on the device.
-    """
-
-    forks: list[Fork]
-    request_ids: list[str]
-    chains: dict[str, list[list[int]]]
-    num_requests: int = 0
-    parents_np: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    parents: Any = None
-    ranks: Any = None
-    first_blocks: list[Any] = field(default_factory=list)
-    """By KV-cache group, ``[num_forks]`` place in the block table where a fork's own blocks begin, on the device."""
 
 
 class ForkedRows:
@@ -60,22 +38,11 @@ class ForkedRows:
     Args:
         runner: vLLM's, with its KV cache in place.
         scratch: the blocks that are set aside.
-        take_further: puts the drafts of the step in place and gives their chains beyond the first.
-        drafts: the drafts in place, by request id.
     """
 
-    def __init__(
-        self,
-        runner: Any,
-        scratch: Scratch,
-        take_further: Callable[[], Further],
-        drafts: Callable[[], Mapping[str, list[int]]],
-    ) -> None:
+    def __init__(self, runner: Any, scratch: Scratch) -> None:
         self._runner = runner
         self._scratch = scratch
-        self._take_further = take_further
-        self._drafts = drafts
-        self.step: ForkedStep | None = None
         self.kept_to_one: set[str] = set()  # requests that cannot fork
         device = runner.device
         by_row = [scratch.blocks_of(fork) for fork in range(scratch.num_rows)]
@@ -122,24 +89,25 @@ class ForkedRows:
 
     # -- Before the forward pass -------------------------------------------------------------------------------------
 
-    def plan(self, scheduler_output: Any) -> None:
+    def plan(self, step: Step, scheduler_output: Any, in_place: Mapping[str, list[int]]) -> None:
         """Choose the forks of this step, and let the scheduler's output name them.
 
         Args:
+            step: its ``forks`` are filled in.
             scheduler_output: a copy of vLLM's whose dictionaries of scheduled tokens are its own.
+            in_place: the drafts in place, by request id.
         """
-        self.step = None
-        further = self._take_further()
+        side_chains = step.side_chains
         runner = self._runner
         scheduled = scheduler_output.num_scheduled_tokens
-        if not further or not scheduled or not self._is_decode(scheduled):
+        if not side_chains or not scheduled or not self._is_decode(scheduled):
             return
         spec = scheduler_output.scheduled_spec_decode_tokens
         drafts = {}
         for request_id, placeholders in spec.items():
-            draft = self._drafts().get(request_id)
+            draft = in_place.get(request_id)
             length = len(placeholders)
-            if draft and request_id in further and scheduled[request_id] == length + 1:
+            if draft and request_id in side_chains and scheduled[request_id] == length + 1:
                 if request_id in self.kept_to_one:
                     warn_once(
                         "requests with structured outputs or a budget of reasoning tokens keep one chain: what is "
@@ -154,22 +122,21 @@ class ForkedRows:
             idle = min(int(runner.max_num_reqs) - len(scheduled), self._scratch.num_rows, room // (longest + 1))
             max_rows = self._within_graph(list(scheduled.values()), longest + 1, max(idle, 0))
         padded = {
-            request_id: [_padded(chain, len(draft)) for chain in further[request_id]]
+            request_id: [_padded(chain, len(draft)) for chain in side_chains[request_id]]
             for request_id, draft in drafts.items()
         }
         forks = plan_forks(drafts, padded, max_rows, room)
         if not forks:
             return
-        step = ForkedStep(forks, [], {})
+        step.forks = batch = ForkedBatch(forks)
         for fork in forks:
-            chains = step.chains.setdefault(fork.request_id, [drafts[fork.request_id]])
+            chains = batch.chains.setdefault(fork.request_id, [drafts[fork.request_id]])
             name = _FORK_ID.format(len(chains), fork.request_id)
             chains.append(fork.tokens)
-            step.request_ids.append(name)
+            batch.request_ids.append(name)
             scheduled[name] = len(fork.tokens) + 1
             spec[name] = list(spec[fork.request_id])
         scheduler_output.total_num_scheduled_tokens = sum(scheduled.values())
-        self.step = step
 
     def _is_decode(self, scheduled: Mapping[str, int]) -> bool:
         states = self._runner.req_states
@@ -177,67 +144,61 @@ class ForkedRows:
         return bool((states.num_computed_prefill_tokens[rows] >= states.prefill_len.np[rows]).all())
 
     @contextlib.contextmanager
-    def aliases(self) -> Iterator[None]:
+    def aliases(self, forks: ForkedBatch) -> Iterator[None]:
         """While this lasts, the forks' made-up ids stand for their requests' state."""
-        if self.step is None:
-            yield
-            return
         index = self._runner.req_states.req_id_to_index
-        for fork, name in zip(self.step.forks, self.step.request_ids, strict=True):
+        for fork, name in zip(forks.forks, forks.request_ids, strict=True):
             index[name] = index[fork.request_id]
         try:
             yield
         finally:
-            for name in self.step.request_ids:
+            for name in forks.request_ids:
                 del index[name]
 
-    def gather(self, batch_state: Any) -> Any:
+    def gather(self, batch: ForkedBatch, batch_state: Any) -> Any:
         """vLLM's state of the batch with the forks behind the requests, whatever their lengths."""
-        step = self.step
-        if step is None or batch_state is None:
-            return batch_state
         place = {name: row for row, name in enumerate(batch_state.req_ids)}
-        forks = [place[name] for name in step.request_ids]
+        forks = [place[name] for name in batch.request_ids]
         are_forks = set(forks)
         order = [row for row in range(len(place)) if row not in are_forks] + forks
-        step.num_requests = len(order) - len(forks)
+        batch.num_requests = len(order) - len(forks)
         changes: dict[str, Any] = {"req_ids": [batch_state.req_ids[row] for row in order]}
         for name, values in batch_state._asdict().items():
             if isinstance(values, np.ndarray):
                 changes[name] = values[order]
         row_of = {request_id: row for row, request_id in enumerate(changes["req_ids"])}
-        step.parents_np = np.array([row_of[fork.request_id] for fork in step.forks], dtype=np.int64)
+        batch.parents_np = np.array([row_of[fork.request_id] for fork in batch.forks], dtype=np.int64)
         counts: dict[str, int] = {}
         ranks = []
-        for fork in step.forks:
+        for fork in batch.forks:
             counts[fork.request_id] = counts.get(fork.request_id, 0) + 1
             ranks.append(counts[fork.request_id])
         device = self._runner.device
-        step.parents = async_tensor_h2d(step.parents_np, device=device, dtype=torch.int64)
-        step.ranks = async_tensor_h2d(np.array([0] * step.num_requests + ranks), device=device, dtype=torch.int64)
+        batch.parents = async_tensor_h2d(batch.parents_np, device=device, dtype=torch.int64)
+        batch.ranks = async_tensor_h2d(np.array([0] * batch.num_requests + ranks), device=device, dtype=torch.int64)
         return batch_state._replace(**changes)
 
-    def fill(self, input_batch: Any) -> None:
-        """vLLM put the request's own draft into each fork's row; here is the fork's."""
-        step = self.step
-        if step is None:
-            return
-        starts = input_batch.query_start_loc_np[step.num_requests :]
+    def fill(self, forks: ForkedBatch, input_batch: Any) -> None:
+        """Write each fork's draft into its row, into which vLLM put the request's own."""
+        starts = input_batch.query_start_loc_np[forks.num_requests :]
         places = [
-            int(starts[number]) + 1 + at for number, fork in enumerate(step.forks) for at in range(len(fork.tokens))
+            int(starts[number]) + 1 + at for number, fork in enumerate(forks.forks) for at in range(len(fork.tokens))
         ]
-        tokens = [token for fork in step.forks for token in fork.tokens]
+        tokens = [token for fork in forks.forks for token in fork.tokens]
         device = self._runner.device
         input_batch.input_ids[async_tensor_h2d(places, device=device, dtype=torch.int64)] = async_tensor_h2d(
             tokens, device=device, dtype=torch.int32
         )
 
-    def attend(self, input_batch: Any, block_tables: tuple[torch.Tensor, ...], slot_mappings: torch.Tensor) -> None:
+    def attend(
+        self,
+        forks: ForkedBatch,
+        input_batch: Any,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+    ) -> None:
         """Let the forks' rows use scratch blocks, which begin like the request's own; in place, for graphs' sake."""
-        step = self.step
-        if step is None:
-            return
-        num_forks, first_row = len(step.forks), step.num_requests
+        num_forks, first_row = len(forks.forks), forks.num_requests
         # Position of the last token before the drafts.
         last = self._runner.req_states.num_computed_tokens.gpu[input_batch.idx_mapping[first_row:]].to(torch.int64)
         first_token, stop = (int(input_batch.query_start_loc_np[row]) for row in (first_row, first_row + num_forks))
@@ -246,12 +207,12 @@ class ForkedRows:
             np.repeat(np.arange(num_forks), lengths), device=last.device, dtype=torch.int64
         )
         positions = input_batch.positions[first_token:stop].to(torch.int64)
-        step.first_blocks = []
+        forks.first_blocks = []
         sources, targets = [], []
         for group, size in enumerate(self._runner.block_tables.block_sizes):
             scratch = self._blocks[group][:num_forks]
             begin = last // size
-            step.first_blocks.append(begin)
+            forks.first_blocks.append(begin)
             table = block_tables[group]
             rows = torch.arange(first_row, first_row + num_forks, device=last.device)
             sources.append(table[rows, begin].to(torch.int64))
@@ -268,29 +229,29 @@ class ForkedRows:
 
     # -- After it ----------------------------------------------------------------------------------------------------
 
-    def choose(self, input_batch: Any, output: Any) -> tuple[Any, torch.Tensor]:
+    def choose(self, forks: ForkedBatch, input_batch: Any, output: Any) -> tuple[Any, torch.Tensor]:
         """Keep each request's best row, copy its keys and values home, and take the forks out of the batch.
 
         Args:
+            forks: of the forks.
             input_batch: of the step; changed in place into what it would have been without forks.
             output: vLLM's of the sampler, for all rows.
 
         Returns:
             The output for the requests' rows, and ``[num_requests]`` which of its chains each one's is.
         """
-        step = self.step
-        assert step is not None
-        self.step = None
-        num_rows, num_requests = step.num_requests + len(step.forks), step.num_requests
+        assert forks.parents is not None
+        assert forks.ranks is not None
+        num_rows, num_requests = forks.num_requests + len(forks.forks), forks.num_requests
         device = output.num_sampled.device
         rows = torch.arange(num_rows, device=device)
         # Most emitted tokens first, of equals the request's own row, then the earlier fork.
         score = output.num_sampled.to(torch.int64) * num_rows + (num_rows - 1 - rows)
         best = score[:num_requests].clone()
-        best.scatter_reduce_(0, step.parents, score[num_requests:], "amax")
+        best.scatter_reduce_(0, forks.parents, score[num_requests:], "amax")
         winner = num_rows - 1 - best % num_rows  # [num_requests] row
         num_sampled = output.num_sampled[winner]
-        self._copy_home(input_batch, step, winner, num_sampled)
+        self._copy_home(forks, input_batch, winner, num_sampled)
         cu_rows = input_batch.cu_num_logits_np
         logprobs = output.logprobs_tensors
         if logprobs is not None:
@@ -310,21 +271,22 @@ class ForkedRows:
             num_rejected=output.num_rejected[winner],
         )
         _take_forks_out(input_batch, num_requests)
-        return kept, step.ranks[winner]
+        return kept, forks.ranks[winner]
 
-    def _copy_home(self, input_batch: Any, step: ForkedStep, winner: torch.Tensor, num_sampled: torch.Tensor) -> None:
-        num_forks, first_row = len(step.forks), step.num_requests
+    def _copy_home(self, forks: ForkedBatch, input_batch: Any, winner: torch.Tensor, num_sampled: torch.Tensor) -> None:
+        assert forks.parents is not None
+        num_forks, first_row = len(forks.forks), forks.num_requests
         device = winner.device
         last = self._runner.req_states.num_computed_tokens.gpu[input_batch.idx_mapping[first_row:]].to(torch.int64)
-        end = last + num_sampled[step.parents] - 1  # position of the last token whose keys and values are right
-        won = winner[step.parents] == torch.arange(first_row, first_row + num_forks, device=device)
+        end = last + num_sampled[forks.parents] - 1  # position of the last token whose keys and values are right
+        won = winner[forks.parents] == torch.arange(first_row, first_row + num_forks, device=device)
         sources, targets = [], []
         for group, size in enumerate(self._runner.block_tables.block_sizes):
-            scratch, begin = self._blocks[group][:num_forks], step.first_blocks[group]
+            scratch, begin = self._blocks[group][:num_forks], forks.first_blocks[group]
             table = self._runner.block_tables.input_block_tables[group]
             blocks = begin[:, None] + torch.arange(scratch.shape[1], device=device)
             is_used = won[:, None] & (blocks >= (last // size)[:, None]) & (blocks <= (end // size)[:, None])
-            own = table[step.parents[:, None], blocks.clamp(max=table.shape[1] - 1)].to(torch.int64)
+            own = table[forks.parents[:, None], blocks.clamp(max=table.shape[1] - 1)].to(torch.int64)
             sources.append(scratch.reshape(-1))
             targets.append(torch.where(is_used, own, scratch).reshape(-1))
         # A block that is its own target stays as it is.
@@ -358,27 +320,20 @@ def _take_forks_out(input_batch: Any, num_requests: int) -> None:
     input_batch.num_draft_tokens = int(input_batch.num_draft_tokens_per_req.sum())
 
 
-def attach(
-    runner: Any, take_further: Callable[[], Further], drafts: Callable[[], Mapping[str, list[int]]]
-) -> ForkedRows | None:
+def attach(runner: Any) -> ForkedRows | None:
     """Forks for this runner; None where every request keeps one chain, which the log says.
 
     Args:
         runner: vLLM's, with its KV cache in place.
-        take_further, drafts: see :class:`ForkedRows`.
     """
     scratch = plan_scratch(runner.vllm_config, runner.kv_cache_config)
-    return None if scratch is None else ForkedRows(runner, scratch, take_further, drafts)
-
-
-def _forks_of(runner: Any) -> ForkedRows | None:
-    speculator = getattr(runner, "speculator", None)
-    return getattr(getattr(speculator, "_specplug", speculator), "forks", None)
+    return None if scratch is None else ForkedRows(runner, scratch)
 
 
 def execute_model(original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
     """Wraps ``GPUModelRunner.execute_model``: the scheduler keeps its own output, the forks go into a copy."""
-    if _forks_of(self) is not None:
+    drafter = drafter_of(self)
+    if drafter is not None and drafter.forks is not None:
         scheduler_output = copy.copy(scheduler_output)
         scheduler_output.num_scheduled_tokens = dict(scheduler_output.num_scheduled_tokens)
         scheduler_output.scheduled_spec_decode_tokens = dict(scheduler_output.scheduled_spec_decode_tokens)
@@ -388,28 +343,30 @@ def execute_model(original: Callable[..., Any], self: Any, scheduler_output: Any
 def update_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> Any:
     """Wraps ``GPUModelRunner.update_requests``, after which every request of the step has its blocks."""
     result = original(self, scheduler_output)
-    forks = _forks_of(self)
-    if forks is not None:
-        forks.plan(scheduler_output)
+    drafter = drafter_of(self)
+    if drafter is not None and drafter.forks is not None:
+        drafter.forks.plan(drafter.begin_step(), scheduler_output, drafter.in_place)
     return result
 
 
 def gather_batch_req_state(original: Callable[..., Any], self: Any, scheduler_output: Any, dummy_run: bool) -> Any:
     """Wraps ``GPUModelRunner.gather_batch_req_state``: forks stand for their requests' state, behind them."""
-    forks = _forks_of(self)
-    if forks is None or dummy_run:
+    drafter = drafter_of(self)
+    forks = None if drafter is None or dummy_run else drafter.steps.now.forks_in_batch
+    if forks is None:
         return original(self, scheduler_output, dummy_run)
-    with forks.aliases():
+    with drafter.forks.aliases(forks):
         batch_state, uniform = original(self, scheduler_output, dummy_run)
-    return forks.gather(batch_state), uniform
+    return None if batch_state is None else drafter.forks.gather(forks, batch_state), uniform
 
 
 def prepare_attn(original: Callable[..., Any], self: Any, input_batch: Any) -> Any:
     """Wraps ``GPUModelRunner.prepare_attn``: forks have blocks of their own."""
     block_tables, slot_mappings = original(self, input_batch)
-    forks = _forks_of(self)
+    drafter = drafter_of(self)
+    forks = None if drafter is None else drafter.steps.now.forks_in_batch
     if forks is not None:
-        forks.attend(input_batch, block_tables, slot_mappings)
+        drafter.forks.attend(forks, input_batch, block_tables, slot_mappings)
     return block_tables, slot_mappings
 
 
@@ -418,15 +375,10 @@ def sample(
 ) -> Any:
     """Wraps ``GPUModelRunner.sample``: what goes on is what the batch would be without forks."""
     result = original(self, hidden_states, input_batch, grammar_output)
-    forks = _forks_of(self)
-    if forks is None:
+    drafter = drafter_of(self)
+    step = None if drafter is None else drafter.steps.now
+    if step is None or step.forks_in_batch is None:
         return result
-    speculator = getattr(self.speculator, "_specplug", self.speculator)
-    speculator.verified_chains = None
-    if forks.step is None:
-        return result
-    chains = forks.step.chains
-    output, winners = forks.choose(input_batch, result[0])
-    self.rejection_sampler.token_ids = output.sampled_token_ids
-    speculator.verified_chains = (chains, winners)
+    output, step.winners = drafter.forks.choose(step.forks, input_batch, result[0])
+    step.targets = output.sampled_token_ids
     return output, output.num_sampled, output.num_rejected

@@ -14,7 +14,7 @@ from vllm_specplug.hooks.v2.draws import draw_of
 from vllm_specplug.settings.model import settings_of
 
 
-def _sample_with_the_targets_noise(
+def _sample_with_the_targets_noise(  # noqa: PLR0913 - vLLM's signature
     draw: Callable[..., torch.Tensor],
     speculator: DraftModelSpeculator,
     hidden_states: torch.Tensor,

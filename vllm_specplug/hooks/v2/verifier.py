@@ -11,6 +11,7 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.hooks.v2.step import Steps
 from vllm_specplug.samplers.kernels import verify_drafts
 
 
@@ -23,16 +24,17 @@ class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
 
     draw = staticmethod(gumbel_sample)
     """Draws one token a row from (logits, row's request, temperature, seed, position)."""
-    token_ids: torch.Tensor | None = None
-    """``[num_requests, num_speculative_tokens + 1]``: the target's tokens at all positions of the last step."""
+    steps: Steps | None = None
+    """The step under way, whose ``targets`` are filled in; None if no proposer of ours is there to learn from them."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's own call; what was drawn behind a rejected draft is kept for proposers that learn from it."""
         output = super().__call__(*args, **kwargs)
-        self.token_ids = output.sampled_token_ids
+        if self.steps is not None:
+            self.steps.now.targets = output.sampled_token_ids
         return output
 
-    def _verify(
+    def _verify(  # noqa: PLR0913 - vLLM's signature
         self,
         logits: torch.Tensor,  # [num_rows, vocab]
         draft_logits: torch.Tensor | None,

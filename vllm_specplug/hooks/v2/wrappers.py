@@ -2,7 +2,7 @@
 
 Tokens flow: target logits of every verified row -> :class:`CoupledVerifier` (the target's own token of every row,
 accepted while equal) -> vLLM's bookkeeping on the device -> one copy of what was emitted to the host ->
-:class:`Speculator` (drafts of the next step) -> one copy back.
+:class:`Drafter` (drafts of the next step) -> one copy back.
 
 Under async scheduling the copy to the host starts when vLLM asks for drafts and is waited for only when the next step's
 inputs are made: in between, the device verifies while scheduler and worker do their host work.
@@ -18,13 +18,13 @@ import torch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
 from vllm_specplug.hooks import seam_list, seams
+from vllm_specplug.hooks.attached import attach, beside_native, drafter_of, log_start
 from vllm_specplug.hooks.marks import is_coupled, is_ours
 from vllm_specplug.hooks.v2 import forks
-from vllm_specplug.hooks.v2.drafter import Speculator, speculator_of
+from vllm_specplug.hooks.v2.drafter import Drafter
 from vllm_specplug.hooks.v2.draws import draw_by, draw_of
 from vllm_specplug.hooks.v2.native import native_speculator
 from vllm_specplug.hooks.v2.verifier import CoupledVerifier, check_verifier
-from vllm_specplug.log import logger
 from vllm_specplug.settings.model import settings_of
 
 patches = seams.Patches()
@@ -56,13 +56,13 @@ def install() -> None:
 def _init_speculator(original: Callable[..., Any], vllm_config: Any, device: torch.device, req_states: Any) -> Any:
     config = vllm_config.speculative_config
     if is_ours(config):
-        return Speculator(vllm_config, device, req_states)
+        return Drafter(vllm_config, device, req_states)
     native = native_speculator(original, vllm_config, device, req_states)
     settings = settings_of(vllm_config.additional_config)
     if settings is not None and settings.host_proposers and is_coupled(config):
-        joining = Speculator(vllm_config, device, req_states, native)
+        joining = Drafter(vllm_config, device, req_states, native)
         native.propose = functools.partial(joining.join, native.propose)
-        native._specplug = joining
+        attach(native, joining)
     return native
 
 
@@ -77,43 +77,41 @@ def _load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
     if is_coupled(self.vllm_config.speculative_config) and (draw := draw_of(settings)) is not gumbel_sample:
         check_verifier(self)
         draw_by(self, draw)
-    speculator = speculator_of(self)
-    if speculator is not None:
-        speculator.attach(self)
+    drafter = getattr(self, "speculator", None)
+    if not isinstance(drafter, Drafter):
+        drafter = drafter_of(drafter)  # beside one of vLLM's own
+    if drafter is not None:
+        drafter.attach(self)
     elif self.speculator is not None and is_coupled(self.vllm_config.speculative_config):
         check_verifier(self)
-        config = self.vllm_config.speculative_config
-        logger.info(
-            "specplug is active: runner V2, sampler %s (drafter-invariant) verifies the drafts of vLLM's %s (%s)",
-            settings_of(self.vllm_config.additional_config).sampler,  # type: ignore[union-attr]
-            config.method,
-            config.draft_sample_method,
-        )
+        assert settings is not None
+        log_start("V2", settings, beside_native(self.vllm_config.speculative_config))
     return result
 
 
 def _add_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> Any:
     result = original(self, scheduler_output)
-    speculator = speculator_of(self)
-    if speculator is not None:
-        speculator.add_requests(scheduler_output)
+    drafter = drafter_of(self)
+    if drafter is not None:
+        drafter.add_requests(scheduler_output)
     return result
 
 
 def _finish_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> Any:
-    speculator = speculator_of(self)
-    if speculator is not None:
-        speculator.finish_requests(scheduler_output)
+    drafter = drafter_of(self)
+    if drafter is not None:
+        drafter.finish_requests(scheduler_output)
     return original(self, scheduler_output)
 
 
 def _prepare_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    speculator = speculator_of(self)
-    if speculator is not None:
-        speculator.put_in_place()
+    drafter = drafter_of(self)
+    if drafter is not None and drafter.forks is None:  # with forks it has begun, when they were planned
+        drafter.begin_step()
     input_batch = original(self, *args, **kwargs)
-    if speculator is not None and speculator.forks is not None:
-        speculator.forks.fill(input_batch)
+    forks = None if drafter is None else drafter.steps.now.forks_in_batch
+    if forks is not None:
+        drafter.forks.fill(forks, input_batch)
     return input_batch
 
 
@@ -121,13 +119,13 @@ def _initialize_kv_cache(
     original: Callable[..., Any], self: Any, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
 ) -> Any:
     result = original(self, kv_cache_config, is_profiling, **kwargs)
-    speculator = speculator_of(self)
-    if speculator is not None and not is_profiling:
-        speculator.attach_forks(self)
+    drafter = drafter_of(self)
+    if drafter is not None and not is_profiling:
+        drafter.attach_forks(self)
     return result
 
 
 def _get_draft_tokens(original: Callable[..., Any], self: Any) -> Any:
     proposed = original(self)
-    speculator: Speculator | None = getattr(self, "_specplug", None)
-    return proposed if speculator is None else speculator.cut(proposed)
+    drafter: Drafter | None = drafter_of(self)
+    return proposed if drafter is None else drafter.cut(proposed)

@@ -69,7 +69,7 @@ def prefixes(found: Sequence[Difference], prompts: Sequence[Sequence[int]]) -> l
     return [[*prompts[each.request], *each.common] for each in found[:MAX_EXAMPLES]]
 
 
-def ask_identity(
+def ask_identity(  # noqa: PLR0913 - all that an answer depends on
     key: str,
     found: Sequence[Difference],
     prompts: Sequence[Sequence[int]],

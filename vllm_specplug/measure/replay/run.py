@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vllm_specplug.drafting.answers import well_formed
-from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.drafting.answers import checked
+from vllm_specplug.errors import SpecplugError
 from vllm_specplug.measure.replay.choosers import Chooser, Furthest, Ids, Learned, Lengths, LongestMatch, num_accepted
-from vllm_specplug.proposers.base import DraftBatch, Proposer, ProposerContext, Verified, read_only
+from vllm_specplug.proposers.base import DraftBatch, Drafts, Proposer, ProposerContext, Verified, read_only
 from vllm_specplug.settings import registry
 from vllm_specplug.settings.model import ENSEMBLE, ProposerSettings, Settings
 from vllm_specplug.stores.datastore import Datastore
@@ -43,22 +41,7 @@ class Makers:
         Raises:
             ConfigurationError: it refuses its options.
         """
-        context = ProposerContext(
-            vocab_size=self.context.vocab_size,
-            num_speculative_tokens=self.context.num_speculative_tokens,
-            max_num_requests=self.context.max_num_requests,
-            max_model_len=self.context.max_model_len,
-            datastores=self.settings.datastore or {},
-            options=entry.options,
-        )
-        try:
-            return registry.proposer_class(entry.name)(context)
-        except ConfigurationError:
-            raise
-        except (ValueError, TypeError, OSError, ArithmeticError) as error:
-            told = str(error)
-            prefix = "" if told.startswith(f"proposer {entry.name!r}") else f"proposer {entry.name!r}: "
-            raise ConfigurationError(f"{prefix}{told}") from error
+        return registry.build(entry.name, self.context, self.settings.datastore or {}, entry.options)
 
     def several(self, entries: Sequence[ProposerSettings]) -> dict[str, Proposer]:
         """Fresh proposers by name."""
@@ -151,13 +134,17 @@ class Replay:
         proposers: by name, in order of preference; fresh ones.
         k: longest draft.
         batch: requests at a time, each of another document.
+        vocab_size: number of token ids.
     """
 
-    def __init__(self, proposers: Mapping[str, Proposer], chooser: Chooser, k: int, batch: int) -> None:
+    def __init__(
+        self, proposers: Mapping[str, Proposer], chooser: Chooser, k: int, batch: int, vocab_size: int
+    ) -> None:
         self.proposers = proposers
         self.chooser = chooser
         self.k = k
         self.batch = batch
+        self.vocab_size = vocab_size
         self.counts = Counts()
         self._has_learners = any(type(each).observe is not Proposer.observe for each in proposers.values())
         self.chooser.warm_up()
@@ -268,7 +255,7 @@ class Replay:
             start = time.perf_counter()
             answer = each.propose(batch)
             self.counts.seconds += time.perf_counter() - start
-            answers.append(well_formed(name, answer, batch))
+            answers.append(well_formed(name, answer, batch, self.vocab_size))
         start = time.perf_counter()
         chosen = self.chooser.choose(batch, answers, truth)
         self.counts.seconds += time.perf_counter() - start
@@ -293,47 +280,71 @@ class Replay:
         return sum(each.memory_bytes() for each in self.proposers.values())
 
 
+def well_formed(name: str, answer: Drafts | Sequence[Sequence[int]], batch: DraftBatch, vocab_size: int) -> Drafts:
+    """A proposer's answer, made well-formed as in an engine, in arrays no wider than the longest draft asked for.
+
+    Raises:
+        SpecplugError: it is not one draft for each request.
+    """
+    try:
+        drafts = checked(answer, batch, vocab_size)
+    except (ValueError, TypeError) as error:
+        raise SpecplugError(f"proposer {name!r} {error}") from error
+    width = int(batch.max_draft_tokens.max())
+    return Drafts(
+        drafts.token_ids[:, :width].astype(np.int32, copy=False),
+        drafts.num_tokens,
+        drafts.confidence[:, :width],
+        drafts.match_length,
+        None if drafts.votes is None else drafts.votes[:, :width],
+    )
+
+
 def run_all(
-    console: Console,
     makers: Makers,
     stores: Mapping[str, Datastore],
     requests: Sequence[Sequence[Ids]],
     history: Sequence[Ids],
     prompt_tokens: int,
+    begin: Callable[[str, int], Callable[[int], None]],
 ) -> dict[str, Counts]:
-    settings, k, batch = makers.settings, makers.context.num_speculative_tokens, makers.context.max_num_requests
-    entries = settings.host_proposers
-    names = [entry.name for entry in entries]
+    """Replay all requests with each proposer alone, then with each way to choose between them.
 
-    def contenders() -> Iterator[tuple[str, Sequence[ProposerSettings], Chooser]]:
-        for entry in entries:
-            yield entry.name, [entry], Chooser()
-        if any(entry.name == ENSEMBLE for entry in settings.proposers):
-            yield ENSEMBLE, entries, Learned(names, k, settings.ensemble_options)
-        if len(entries) > 1:
-            yield LONGEST_MATCH, entries, LongestMatch()
-        yield ORACLE, entries, Furthest()
+    Args:
+        stores: those of the settings, opened: their sizes are counted.
+        requests: those of each document.
+        history: requests that are over before the first one starts.
+        prompt_tokens: tokens of each prompt.
+        begin: called with the name of what is replayed next and the number of its tokens; what it returns is called
+            with the number of tokens decoded since the last call.
 
+    Returns:
+        Counts by name, in the order of the runs.
+    """
+    k, batch = makers.context.num_speculative_tokens, makers.context.max_num_requests
+    total = sum(map(len, history)) + sum(len(request) - prompt_tokens for each in requests for request in each)
     counts: dict[str, Counts] = {}
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        outputs = sum(len(request) - prompt_tokens for each in requests for request in each)
-        total = sum(map(len, history)) + outputs
-        for name, members, chooser in contenders():
-            task = progress.add_task(name, total=total)
-
-            def advance(num_tokens: int, task: Any = task) -> None:
-                progress.advance(task, num_tokens)
-
-            run = Replay(makers.several(members), chooser, k, batch)
-            if any(each.name in registry.NEEDS_DATASTORE for each in members):
-                run.counts.store_bytes = sum(store.file_bytes for store in stores.values())
-                run.counts.store_tokens = sum(store.header.num_tokens for store in stores.values())
-            run.remember(history, advance)
-            counts[name] = run.decode(requests, prompt_tokens, advance)
+    for name, members, chooser in contenders(makers.settings, k):
+        advance = begin(name, total)
+        run = Replay(makers.several(members), chooser, k, batch, makers.context.vocab_size)
+        if any(each.name in registry.NEEDS_DATASTORE for each in members):
+            run.counts.store_bytes = sum(store.file_bytes for store in stores.values())
+            run.counts.store_tokens = sum(store.header.num_tokens for store in stores.values())
+        run.remember(history, advance)
+        counts[name] = run.decode(requests, prompt_tokens, advance)
     return counts
+
+
+def contenders(settings: Settings, k: int) -> Iterator[tuple[str, Sequence[ProposerSettings], Chooser]]:
+    """What is compared: (name, proposers, the way to choose between their drafts)."""
+    entries = settings.host_proposers
+    for entry in entries:
+        yield entry.name, [entry], Chooser()
+    if any(entry.name == ENSEMBLE for entry in settings.proposers):
+        yield ENSEMBLE, entries, Learned([entry.name for entry in entries], k, settings.ensemble_options)
+    if len(entries) > 1:
+        yield LONGEST_MATCH, entries, LongestMatch()
+    yield ORACLE, entries, Furthest()
 
 
 def ratios_of(counts: Mapping[str, Counts]) -> dict[str, float]:

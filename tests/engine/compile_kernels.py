@@ -1,0 +1,17 @@
+"""Compiles what proposers compile, once and in two processes, before test workers would all do it at the same time."""
+
+from concurrent.futures import ProcessPoolExecutor
+
+from vllm_specplug.drafting.drafting import Drafting
+from vllm_specplug.proposers import ProposerContext
+from vllm_specplug.settings.model import parse_settings
+
+
+def compile_all(proposers: list[str]) -> None:
+    Drafting(parse_settings({"proposers": proposers}), ProposerContext(4096, 4)).warm_up()
+
+
+if __name__ == "__main__":
+    # The automaton behind "suffix" takes as long as all the others, the ensemble among them.
+    with ProcessPoolExecutor(2) as processes:
+        list(processes.map(compile_all, [["suffix"], ["ngram", "jacobi", "lookahead", "recycling"]]))
