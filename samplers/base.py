@@ -18,14 +18,14 @@ REJECTED = -1
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where each request's rows are.
+    """Which rows of target logits belong to which request.
 
     Attributes:
         num_draft_tokens: ``[num_requests]``, as a list.
         counts: the same as a tensor, ``[num_requests]`` int64.
         request_of_row: ``[num_rows]`` int64.
         padded_rows: ``[num_requests, max_draft_tokens + 1]`` int64: row of request ``i`` at depth ``d``; a request's
-            last row repeats where its draft is shorter.
+            last row repeats if its draft is shorter.
 
     Example: ``num_draft_tokens = [1, 0]`` gives ``request_of_row = [0, 0, 1]``, ``padded_rows = [[0, 1], [2, 2]]``.
     """

@@ -2,7 +2,7 @@
 
 A sampler is asked for what follows from it (:class:`Sampler`); one that couples also draws (:class:`Coupling`). A
 sampler of your own is a subclass of :class:`Coupling`. Nothing here knows vLLM, and torch is imported only to draw:
-settings are also read where it is missing.
+settings are also read without it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ often as with a single noise (:func:`vllm_specplug.samplers.theory.gumbel`); the
 better still to list the K best of that one race: they are different tokens (:func:`ranked`).
 
 The yardstick is the best that is possible when drafts are drawn independently of each other: a linear programme
-(optimal transport with the cost "not in the list"; Sun et al., "SpecTr", 2023), solved here for small vocabularies.
+(optimal transport with the cost "not in the list"; Sun et al., "SpecTr", 2023), which
+:mod:`vllm_specplug.samplers.offline.lists` solves for small vocabularies.
 """
 
 from __future__ import annotations

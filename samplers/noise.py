@@ -8,7 +8,7 @@ by request, position and token id. A proposer that has weights for several candi
 Each runner of vLLM hashes in its own way. Everything but the token id goes into one 64-bit *key* a position, made once;
 the numpy forms in :mod:`vllm_specplug.samplers.gumbel` are the reference.
 
-Where the target's race takes the largest of K noises (:mod:`vllm_specplug.samplers.list_matching`), the key is that of
+If the target's race takes the largest of K noises (:mod:`vllm_specplug.samplers.list_matching`), the key is that of
 the first one, and the kind says how many there are (:func:`list_kind`). The largest of K standard Gumbel variables is
 one itself, log K further up: whoever draws with it here draws as with a single noise.
 """
@@ -64,7 +64,7 @@ def list_kind(kind: int, num_chains: int) -> int:
 
 
 def chain_noise(kind: int, keys: NDArray[np.uint64], chain: int) -> tuple[int, NDArray[np.uint64]]:
-    """Kind and keys of one of the noises alone: what chain ``chain`` draws with where each has noise of its own.
+    """Kind and keys of one of the noises alone: what chain ``chain`` draws with if each has noise of its own.
 
     Raises:
         ValueError: there is no such chain.
@@ -170,7 +170,7 @@ def noise_of(kind, key, token):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def noisy_score(log_weight, scale, kind, key, token):  # type: ignore[no-untyped-def]
-    """What a candidate runs the race with: ``scale * log_weight + noise``, or ``log_weight`` where ``scale`` is 0.
+    """What a candidate runs the race with: ``scale * log_weight + noise``, or ``log_weight`` if ``scale`` is 0.
 
     Args:
         log_weight: logarithm of the candidate's weight (votes, occurrences, a logit); constants common to all

@@ -13,7 +13,7 @@ Vector = NDArray[np.float64]
 
 
 def checked(target: Vector, draft: Vector) -> tuple[Vector, Vector]:
-    """Both in float64, summing to 1 exactly where rounding of float32 left a little more or less.
+    """Both in float64, summing to 1 exactly even if rounding of float32 left a little more or less.
 
     Raises:
         ValueError: they are not two distributions of one length.
@@ -43,7 +43,7 @@ def rejection(target: Vector, draft: Vector) -> float:
 def minhash(target: Vector, draft: Vector) -> float:
     """Exactly what shared darts match: sum over j of min(t_j, d_j) * (1 + abs(t_j - d_j)) / (1 + TV).
 
-    Both take the same dart with chance (1 - TV) / (1 + TV), the weighted Jaccard similarity. Where the first dart of
+    Both take the same dart with chance (1 - TV) / (1 + TV), the weighted Jaccard similarity. If the first dart of
     either lies below one of the two only, the other takes a later dart, which may still be of the same token.
     """
     target, draft = checked(target, draft)
@@ -91,7 +91,7 @@ def gumbel(target: Vector, draft: Vector) -> float:
 def low_communication(target: Vector, draft: Vector, epsilon: float) -> float:
     """Exactly what the scheme of :mod:`.low_communication` matches.
 
-    A token's match is the smaller of both probabilities, save where they end in the same cell of height: there sender
+    A token's match is the smaller of both probabilities, except when they end in the same cell of height: there sender
     and receiver draw by the share of the cell that is covered, independently.
     """
     from vllm_specplug.samplers.offline.low_communication import height_bits

@@ -42,7 +42,7 @@ def _emitted(
 def _at_drafts(
     target_probs: torch.Tensor, draft_probs: torch.Tensor, draft_token_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Target's and draft's probability of every draft token, ``[num_requests, k]`` float64; any where there is none."""
+    """Target's and draft's probability of every draft token, ``[num_requests, k]`` float64; any value without one."""
     index = draft_token_ids[..., None].long().clamp(min=0)
     target = target_probs[:, :-1].double().gather(2, index)[..., 0]
     return target, draft_probs.double().gather(2, index)[..., 0]
@@ -84,7 +84,7 @@ def verify(
     padded = torch.cat([draft_probs, torch.zeros_like(target_probs[:, :1])], dim=1)
     lacking = (last_target - _row(padded, num_accepted)).clamp(min=0.0)
     is_rejected = num_accepted < num_draft_tokens
-    # Where nothing is lacking a rejection had no chance: only rounding leads there.
+    # If nothing is lacking a rejection had no chance: only rounding leads there.
     is_residual = is_rejected & (lacking.sum(dim=-1) > 0)
     return _emitted(
         draft_token_ids, num_accepted, torch.where(is_residual[:, None], lacking, last_target), uniforms[:, k]
