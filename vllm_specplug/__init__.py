@@ -23,7 +23,7 @@ __all__ = [
 
 _LAZY = {
     "ConfigurationError": ".errors:ConfigurationError",
-    # What vLLM's native spelling names ("method": "custom_class"). The class to subclass is proposers.Proposer.
+    # Classes for vLLM's own spelling ("method": "custom_class"). To write a proposer, subclass proposers.Proposer.
     "Proposer": ".hooks.v1.drafter:Drafter",
     "ProposerWithRejection": ".hooks.v1.drafter:Drafter",
     "Settings": ".settings.model:Settings",

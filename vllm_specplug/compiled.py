@@ -1,11 +1,11 @@
-"""How this package compiles: one decorator for all kernels on the CPU."""
+"""The decorator that compiles all of this package's CPU kernels."""
 
 from __future__ import annotations
 
 from numba import njit
 
 # For developers: numba keeps machine code in ``__pycache__`` beside the file of a function, and compiles again when
-# that file has changed. It does not notice a change in another file, from which the function calls a kernel: after such
-# a change remove the old code with ``find . -name '*.nb[ic]' -delete``. A fresh clone has none.
+# that file has changed. If the function calls a kernel of another file, numba does not notice a change there: after
+# such a change remove the old code with ``find . -name '*.nb[ic]' -delete``. A fresh clone has no old code.
 kernel = njit(cache=True, nogil=True)
-"""Compile a function when it is first called, keep the machine code on disk, and run it without Python's lock."""
+"""Decorator: compile a function at its first call, keep the machine code on disk, and run it without Python's lock."""

@@ -1,4 +1,4 @@
-"""The exception tree. Every message says what was given, what is possible and what to do."""
+"""Exceptions of this package. Every message names the user's value, the possible values and the remedy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class SpecplugError(Exception):
 
 
 class ConfigurationError(SpecplugError, ValueError):
-    """A setting is unknown, has a wrong type or value, or does not fit the rest."""
+    """A setting is unknown, has a wrong type or value, or does not fit the other settings."""
 
 
 class UnsupportedVersionError(SpecplugError, RuntimeError):

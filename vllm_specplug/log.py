@@ -5,4 +5,4 @@ from __future__ import annotations
 import logging
 
 logger = logging.getLogger("vllm.specplug")
-"""Under vLLM's logger, so that its handlers and levels apply."""
+"""A child of vLLM's logger, so that vLLM's handlers and levels apply."""

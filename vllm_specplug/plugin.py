@@ -11,9 +11,9 @@ from vllm_specplug.log import logger
 def register() -> None:
     """Check vLLM's version and wrap the configuration seams. Idempotent and cheap.
 
-    Where vLLM is outside the supported range, or a seam has another signature, nothing is wrapped but the place where
-    our settings would be read: asking for this plugin then ends in one clear error, and vLLM without our settings works
-    as if the plugin were not installed.
+    If vLLM is outside the supported range, or a seam has another signature, only the function that would read our
+    settings is wrapped: vLLM with our settings then ends in one clear error, and vLLM without them works as if the
+    plugin were not installed.
     """
     lifeline.hold()
     try:

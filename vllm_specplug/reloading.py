@@ -15,22 +15,28 @@ from typing import Any
 from vllm_specplug.errors import SpecplugError
 
 OPEN, LOOK, TAKE = "specplug_open_stores", "specplug_opened_stores", "specplug_take_stores"
-"""Methods of each worker, called in this order; LOOK as often as it takes. All take the name of the reload."""
+"""Methods of each worker: start to open (OPEN), ask until all is open (LOOK), switch (TAKE).
+
+The first argument of each method is the name of the reload.
+"""
 LOOK_INTERVAL_S = 0.1
 
 Call = tuple[str, tuple[Any, ...]]
 
 
 class ReloadError(SpecplugError):
-    """The stores in use stay in use: a new version could not be opened, or workers see different ones."""
+    """A reload failed and the old stores stay in use: a version cannot be opened, or workers see different versions."""
 
 
 def _steps(timeout_s: float) -> Generator[Call | None, list[Any], list[str]]:
-    """Worker methods to call with their arguments, each answered with what all workers returned; None: a short wait."""
+    """Yield the calls of one reload as (worker method, arguments); None stands for a short wait.
+
+    The caller sends back what all workers returned, one entry a worker. Returns the names of replaced stores.
+    """
     name = uuid.uuid4().hex
     end = time.monotonic() + timeout_s
     began = yield OPEN, (name,)
-    if not any(began):  # stages of a pipeline that do not draft have none
+    if not any(began):  # pipeline stages that do not draft have no stores
         raise ReloadError(
             "the token stores of this engine cannot be replaced while it runs: it has none on the host, or several "
             "data parallel ranks, of which only one would answer"
@@ -59,10 +65,10 @@ def reload_stores(engine: Any, timeout_s: float = 600.0) -> list[str]:
 
     Args:
         engine: anything with vLLM's ``collective_rpc(method, args=...) -> list``.
-        timeout_s: how long opening may take.
+        timeout_s: seconds that opening may take.
 
     Returns:
-        Names of the stores that were replaced; none where nothing changed.
+        Names of the stores that were replaced; empty if nothing changed.
 
     Raises:
         ReloadError: the old stores stay in use.

@@ -1,4 +1,4 @@
-"""The ``specplug`` command, one file a subcommand.
+"""The ``specplug`` command, with one module for each subcommand.
 
 This module imports nothing heavy: ``specplug --help`` must not wait for torch, vLLM or numba.
 """

@@ -1,4 +1,4 @@
-"""``specplug audit``: three questions to any configuration of vLLM, answered with numbers and an exit status."""
+"""``specplug audit``: is a configuration of vLLM lossless, greedy-identical and drafter-invariant?"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OWN_OPTIONS = {
     "model": "MODEL, the first argument, is the model",
     "worker-extension-cls": "the audit brings a worker extension of its own",
 }
-"""Options of vLLM that the audit decides, and why."""
+"""Options of vLLM that the audit sets itself, each with the reason."""
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
@@ -125,9 +125,9 @@ def audit(
             if report is not None:
                 reports.write(report, result)
         except SpecplugError:
-            raise  # vLLM's logs, which it may name, stay
+            raise  # the message may name vLLM's logs, which are kept
         except Exception:
-            # Whatever went wrong, it is no answer: 1 would be one.
+            # An audit that broke off has no result: exit status 1 would say that the configuration failed.
             traceback.print_exc()
             print(f"error: the audit itself failed; vLLM's logs are in {kept.folder}", file=sys.stderr)
             raise typer.Exit(EXIT_STATUS["could not run"]) from None
@@ -135,10 +135,10 @@ def audit(
 
 
 def _check_order(model: str, rest: Sequence[str]) -> None:
-    """MODEL first, and nothing in vLLM's options that the audit decides.
+    """Check that MODEL comes first, and that vLLM's options leave out what the audit sets itself.
 
     Raises:
-        ConfigurationError: otherwise.
+        ConfigurationError: an option comes first, or is one of :data:`OWN_OPTIONS`.
     """
     if model.startswith("-"):
         raise ConfigurationError(

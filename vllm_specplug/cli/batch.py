@@ -109,7 +109,7 @@ def batch(
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Inputs, and vLLM's options behind them."""
+    """Split arguments into inputs and the options of vLLM that follow them."""
     first = next((index for index, each in enumerate(arguments) if each.startswith("-")), len(arguments))
     return arguments[:first], arguments[first:]
 

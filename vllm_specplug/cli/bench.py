@@ -29,10 +29,10 @@ SHORT = (OFF, NGRAM, SPECPLUG)
 
 
 def configurations(given: Sequence[str], datastore: Path | None, k: int) -> dict[str, dict[str, Any] | None]:
-    """``speculative_config`` by name, from NAME=JSON or one of :data:`SHORT`.
+    """``speculative_config`` by name, read from options of the form NAME=JSON or a name in :data:`SHORT`.
 
     Raises:
-        ConfigurationError: one is neither, or two have one name.
+        ConfigurationError: an option has neither form, or two have the same name.
     """
     found: dict[str, dict[str, Any] | None] = {}
     for text in given or SHORT:

@@ -17,21 +17,21 @@ CONNECT_TIMEOUT_S = 10.0
 
 
 def connect(address: str | None, temp_dir: Path | None, metrics_port: int | None = None) -> None:
-    """Use a cluster that is there, or start one on this machine that ends with this process.
+    """Connect to a running cluster, or start one on this machine that ends with this process.
 
     Args:
-        address: of a running cluster; None starts one.
-        temp_dir: for the files of a cluster that is started.
-        metrics_port: of Ray's exporter on a cluster that is started.
+        address: address of a running cluster; None starts one.
+        temp_dir: folder for the files of a cluster that is started.
+        metrics_port: port of Ray's exporter on a cluster that is started.
 
     Raises:
-        ConfigurationError: there is none at this address, or it does not start.
+        ConfigurationError: no cluster answers at this address, or none can be started.
     """
     _check_reachable(address)
     import ray
     import ray.data
 
-    # Ray Data's own words about an error are long; ours is one line, and the whole is in Ray's logs.
+    # Ray Data reports errors at length; the command shows one line, and Ray's logs have the rest.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     how: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -48,7 +48,7 @@ def connect(address: str | None, temp_dir: Path | None, metrics_port: int | None
 
 
 def _check_reachable(address: str | None) -> None:
-    """Ray itself would try for minutes."""
+    """Fail early if nothing listens at ``address``: Ray itself would try for minutes."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if host and port.isascii() and port.isdecimal():
         try:
@@ -61,7 +61,7 @@ def _check_reachable(address: str | None) -> None:
 
 @contextlib.contextmanager
 def released() -> Iterator[None]:
-    """Whatever cluster was connected to inside is let go at the end; one that was started here ends."""
+    """Disconnect at the end from a cluster that the block connected to; a cluster that it started ends."""
     try:
         yield
     finally:

@@ -138,7 +138,7 @@ def couple(
 def _measured(
     source: Iterable[tuple[str, float | None, Probs, Probs]], total: int, draws: int, seed: int
 ) -> list[Pair]:
-    """Every pair of ``source``, measured under a bar; every 20th is drawn ``draws`` times as well."""
+    """Measure every pair of ``source`` and show a progress bar; every 20th pair is also drawn ``draws`` times."""
     pairs: list[Pair] = []
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("pairs", total=total)
@@ -162,7 +162,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _print_checks(pairs: Sequence[Pair], draws: int) -> None:
-    """How far formulas and draws differ, over the pairs that were drawn."""
+    """Print how far formulas and draws differ, on average over the pairs that were drawn."""
     if not pairs:
         return
     for name in COUPLINGS:

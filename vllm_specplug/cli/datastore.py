@@ -73,10 +73,10 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "G
 
 
 def parse_bytes(text: str) -> int:
-    """Number of bytes of "4GiB", "500MB" or "1000000".
+    """Number of bytes that a size such as "4GiB", "500MB" or "1000000" stands for.
 
     Raises:
-        DatastoreError: not a size.
+        DatastoreError: ``text`` is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
     if not found:
@@ -90,7 +90,7 @@ def parse_bytes(text: str) -> int:
 
 
 class _Rate(ProgressColumn):
-    """Tokens so far, and tokens a second."""
+    """Column of a progress bar: tokens so far, and tokens a second."""
 
     def render(self, task: Task) -> Text:
         num_tokens = task.fields.get("num_tokens", 0)
@@ -157,7 +157,7 @@ def build(
         paths = find_paths(inputs, pattern, out)
         _check_free(out, force)
         unit_bytes = _shard_bytes(shard_size)
-        # Standard input cannot be read again where a build stopped: it goes into one file as it comes.
+        # A build that stopped cannot read standard input again, so that such input goes into one file at once.
         units = [] if None in paths else plan_units([path for path in paths if path is not None], unit_bytes)
         loaded = load_tokenizer(tokenizer)
         tokenizer = _everywhere(tokenizer)
@@ -194,7 +194,7 @@ def build(
                     highlight=False,
                 )
                 _tokenize_and_sort(console, sources, writer, loaded)
-            remove_unlisted(out, None)  # of a sharded store that this one took the place of
+            remove_unlisted(out, None)  # shards of a sharded store that the file replaces
     _say_built(
         console,
         out,
@@ -269,7 +269,7 @@ def merge(
             Datastore.open(path)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn())
         with writing(out) as folder, Progress(*columns, console=console) as progress:
-            # Opened under the lock: what was added until now is merged too.
+            # Opened under the lock, so that text added in the meantime is merged too.
             _check_free(out, force)
             opened = [Datastore.open(path) for path in dict.fromkeys(path.resolve() for path in stores)]
             clear(folder, {shard.file for shard in shards_at(out)}, restart=False)
@@ -292,7 +292,7 @@ for command in (datastore_show.info, datastore_show.verify, datastore_show.query
 
 @contextlib.contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
-    """Connected to a Ray cluster where there is one to be used."""
+    """Connect to a Ray cluster while the block runs, or start one for "local"; None does nothing."""
     if address is None:
         yield
         return
@@ -303,7 +303,7 @@ def _cluster(address: str | None) -> Iterator[None]:
 
 
 def _target(path: Path) -> Path:
-    """Where a store is written: what a link points to, not the link."""
+    """Path that a store is written to: the target of a link, not the link itself."""
     return path.resolve() if path.is_symlink() else path
 
 
@@ -315,7 +315,7 @@ def _check_free(out: Path, force: bool) -> None:
 
 
 def _everywhere(tokenizer: str) -> str:
-    """A tokenizer's folder as it is called in every working directory; a name stays."""
+    """A tokenizer as every working directory can load it: an absolute folder, or a name unchanged."""
     return str(Path(tokenizer).resolve()) if Path(tokenizer).is_dir() else tokenizer
 
 
@@ -372,7 +372,7 @@ def _plan(
 
 
 def _run(console: Console, made: Plan, loaded: Any, workers: int | None, ray: str | None) -> None:
-    """Do what is missing, with a bar."""
+    """Build the missing shards, with a progress bar."""
     left = missing(made)
     sizes = {number: sum(map(size_of, made.units[number].slices)) for number in range(len(made.units))}
     if made.finished:
@@ -388,7 +388,7 @@ def _run(console: Console, made: Plan, loaded: Any, workers: int | None, ray: st
         def report(state: UnitProgress) -> None:
             reports[state.unit] = state
             sorting = sum(each.is_sorting and each.unit not in made.finished for each in reports.values())
-            # Reading is some two thirds of the work, sorting the rest.
+            # Reading is about two thirds of the work, sorting the rest.
             bytes_done = sum(
                 sizes[number] if number in made.finished else 0.65 * each.bytes_done for number, each in reports.items()
             )
@@ -444,7 +444,7 @@ def _say_built(console: Console, out: Path, started: float, units: Iterable[Unit
 def _tokenize_and_sort(console: Console, sources: Sources, writer: DatastoreWriter, tokenizer: Any) -> None:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        # Of standard input nobody knows the size: no total, no ETA.
+        # The size of standard input is unknown: no total, no ETA.
         total = None if None in sources.slices else max(sources.num_bytes, 1)
         task = progress.add_task("tokenizing", total=total)
         add_texts(
@@ -454,7 +454,7 @@ def _tokenize_and_sort(console: Console, sources: Sources, writer: DatastoreWrit
             lambda num_tokens: progress.update(task, completed=sources.bytes_done, num_tokens=num_tokens),
         )
         progress.update(task, total=total or 1, completed=total or 1)
-        # One segment is one call: there is nothing to report before it is done.
+        # One segment is sorted in one call, which reports nothing until it ends.
         num_tokens = writer.num_tokens if writer.num_tokens > writer.segment_tokens else None
         sorting = progress.add_task("sorting", total=num_tokens)
 

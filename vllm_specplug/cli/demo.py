@@ -48,7 +48,7 @@ class DType(str, enum.Enum):
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration at one temperature."""
+    """Results of one configuration at one temperature."""
 
     name: str
     temperature: float
@@ -56,7 +56,7 @@ class Run:
     identical_to_off: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON; ``acceptance`` is 0 where nothing was drafted."""
+        """Plain types for JSON; ``acceptance`` is 0 if nothing was drafted."""
         return {
             "name": self.name,
             "temperature": self.temperature,
@@ -73,7 +73,7 @@ class Run:
 
 
 class Display:
-    """What is going on: live bars on a terminal, plain lines elsewhere (logs, CI)."""
+    """Progress display: live bars on a terminal, plain lines elsewhere (logs, CI)."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -89,13 +89,13 @@ class Display:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Show everything that happens inside."""
+        """Show the phases that the block works on."""
         with self._progress:
             yield
 
     @contextlib.contextmanager
     def phase(self, description: str) -> Iterator[Phase]:
-        """One line of the display."""
+        """Add a line to the display, and mark it as done when the block ends."""
         phase = Phase(self, self._progress, self._progress.add_task(description, total=None, status=""), description)
         phase.line("...")
         yield phase
@@ -103,7 +103,7 @@ class Display:
 
 
 class Phase:
-    """A line of the display that is being worked on."""
+    """A line of the display, for work in progress."""
 
     def __init__(self, display: Display, progress: Progress, task: TaskID, description: str) -> None:
         self._display = display
@@ -119,14 +119,14 @@ class Phase:
             self.line(status)
 
     def finish(self) -> None:
-        """All of it is done."""
+        """Mark the phase as done."""
         task = next(task for task in self._progress.tasks if task.id == self._task)
         total = task.total or 1
         self._progress.update(self._task, completed=total, total=total)
         self.line(f"done in {time.monotonic() - self._start:.1f} s  {task.fields['status']}".rstrip())
 
     def line(self, text: str) -> None:
-        """A plain line, where there is no terminal to draw on."""
+        """Print a plain line if there is no terminal to draw on."""
         self._last_line = time.monotonic()
         if not self._display.console.is_terminal:
             self._display.console.print(f"{self._description}: {text}", highlight=False, soft_wrap=True)
@@ -214,7 +214,7 @@ def _model_folder(model: str | None) -> Path:
 
 
 def build_store(display: Display, model: Path, path: Path) -> Path:
-    """A token store of the standard library, held-out modules left out, for the tokenizer of ``model``."""
+    """Build a token store of the standard library, without held-out modules, for the tokenizer of ``model``."""
     with display.phase("token store of the standard library") as phase:
         import io
 
@@ -261,12 +261,12 @@ def run_all(
     num_speculative_tokens: int,
     dtype: str,
 ) -> list[Run]:
-    """Every configuration at every temperature, one engine after the other."""
+    """Run every configuration at every temperature, one engine after the other."""
     from vllm_specplug.measure.corpus import held_out_prompts
 
     texts = held_out_prompts(num_prompts + NUM_WARM_UP_PROMPTS)
     runs: list[Run] = []
-    off: dict[float, Completed] = {}  # the first configuration's, by temperature
+    off: dict[float, Completed] = {}  # results of the first configuration, by temperature
     for name, label in LABELS.items():
         engine_args = {
             "model": str(model),
@@ -277,7 +277,7 @@ def run_all(
             # when speculation is off (vLLM 0.32 on CPUs).
             "max_num_batched_tokens": concurrency * MAX_MODEL_LEN,
             "enforce_eager": True,
-            "enable_prefix_caching": False,  # the second temperature would find the first one's prompts
+            "enable_prefix_caching": False,  # or the second temperature would reuse the prompts of the first
             "disable_log_stats": False,
             "speculative_config": speculative_config(name, num_speculative_tokens, store),
         }
@@ -294,7 +294,7 @@ def run_all(
                     )
             for temperature in TEMPERATURES:
                 with display.phase(f"{label}: generating, temperature {temperature:g}") as phase:
-                    # A tenant a temperature: the same prompts come twice, and history would know the answers.
+                    # One tenant for each temperature: the same prompts come twice, and history would know the answers.
                     tenant = {TENANT_OPTION: f"temperature {temperature}"} if name == SPECPLUG else {}
                     work = Work(texts[:num_prompts], max_tokens, temperature, SEED, concurrency, tenant)
 
@@ -311,8 +311,8 @@ def run_all(
 
 
 def print_table(console: Console, runs: list[Run], settings: str) -> None:
-    """The results, and what is to be known about them."""
-    # Fits a terminal of 80 columns.
+    """Print the results, and notes on how to read them."""
+    # The table fits a terminal of 80 columns.
     table = Table(title="Same prompts, same seeds", caption=settings, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("temp.", justify="right")
     table.add_column("speculation")
@@ -349,7 +349,7 @@ def print_table(console: Console, runs: list[Run], settings: str) -> None:
 
 
 def plot(runs: list[Run], path: Path, settings: str) -> Path:
-    """Bars of tokens/s and emitted tokens per step, as PNG."""
+    """Write a PNG with bars of tokens/s and of emitted tokens per step to ``path``; returns the path."""
     import matplotlib
 
     matplotlib.use("Agg")  # no window, and no display needed

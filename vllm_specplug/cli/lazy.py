@@ -14,7 +14,7 @@ def lazy_group(summaries: Mapping[str, tuple[str, str]]) -> type[TyperGroup]:
     """A group class for :class:`typer.Typer` whose ``--help`` imports none of its commands.
 
     Args:
-        summaries: for each command the module that has it as ``app``, and what the group's ``--help`` says of it.
+        summaries: by name of the command, the module whose ``app`` it is, and its line in the group's ``--help``.
     """
 
     class LazyGroup(TyperGroup):

@@ -1,4 +1,4 @@
-"""Values of options that several commands read the same way."""
+"""Readers of option values that several commands share."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ def json_object(
     """The JSON object that an option holds; None when it is absent or null.
 
     Args:
-        option: as the user writes it.
-        meaning_of_null: ", or null for ...", when the error names it.
-        example: a value, for the error.
+        option: name of the option as the user writes it, for errors.
+        text: value of the option; None if it is absent.
+        meaning_of_null: text such as ", or null for ..." for errors.
+        example: valid value, for errors.
         may_be_null: False refuses null.
 
     Raises:
-        ConfigurationError: no JSON, or no object.
+        ConfigurationError: the value is not JSON, or not an object.
     """
     if text is None:
         return None

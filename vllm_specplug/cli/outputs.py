@@ -1,4 +1,4 @@
-"""Files that a command writes when its work is done: looked at before the work."""
+"""Output files of a command, checked before its work starts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from vllm_specplug.errors import ConfigurationError
 
 
 def check_outputs(paths: Mapping[str, Path | None]) -> None:
-    """Refuse what could not be written later.
+    """Refuse output files that could not be written later.
 
     Args:
-        paths: by the option that named them; None was not asked for.
+        paths: path of each output by the option that names it; None if the option is absent.
 
     Raises:
-        ConfigurationError: two are the same file, or one cannot be written.
+        ConfigurationError: two options name the same file, or a file cannot be written.
     """
     seen: dict[Path, str] = {}
     for option, path in paths.items():

@@ -1,4 +1,4 @@
-"""What commands that take minutes share: bars, and an orderly end."""
+"""Progress bars and an orderly end, for commands that take minutes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINE_INTERVAL_S = 15.0
 
 
 class Shown:
-    """Progress: bars on a terminal, a line now and then elsewhere."""
+    """Shows progress: bars on a terminal, a line from time to time elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -49,7 +49,7 @@ class Shown:
 
 
 class _Ended(KeyboardInterrupt):
-    """A signal came that ends the command as Ctrl-C does."""
+    """Raised on a signal that ends the command as Ctrl-C does."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -57,11 +57,11 @@ class _Ended(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def ended_by_signals(console: Console | None = None, consequence: str | None = None) -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does: engines stop, temporary files go.
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: engines stop, temporary files are removed.
 
     Args:
-        console: where ``consequence`` is said.
-        consequence: what the end means for the command's result; None says nothing.
+        console: console that ``consequence`` is printed to.
+        consequence: what the end means for the command's result; None prints nothing.
     """
 
     def end(number: int, _: object) -> None:
@@ -76,7 +76,7 @@ def ended_by_signals(console: Console | None = None, consequence: str | None = N
         if console is not None and consequence is not None:
             what = "interrupted" if number == signal.SIGINT else "terminated"
             console.print(f"[red]{what}:[/red] {escape(consequence)}", soft_wrap=True, highlight=False)
-        # click would end with 1, which an audit means something by.
+        # click would exit with 1, which means "failed" for an audit.
         raise SystemExit(EXIT_SIGNAL + number) from None
     finally:
         for number, handler in zip(numbers, before, strict=True):

@@ -79,7 +79,7 @@ def ray_serve(
         try:
             serve.start(http_options={"host": host, "port": port})
             serve.run(application, name=NAME, route_prefix="/")
-        except RuntimeError as error:  # Ray's word for a deployment that does not come up
+        except RuntimeError as error:  # what Ray raises for a deployment that does not start
             raise SpecplugError(f"the replicas did not start: {error}") from error
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())

@@ -1,8 +1,8 @@
 """``specplug replay``: what proposers would have drafted for text that is already written, without an engine.
 
-Each document is "written" token by token by a target that agrees with its author: where a draft says what the author
-wrote it is accepted, and the next token of the document follows. So the figures depend on text, tokenizer and
-proposers alone, whatever the machine (but for times).
+Each document is "written" token by token by a target that agrees with its author: a draft is accepted as far as it says
+what the author wrote, and the next token of the document follows. All figures except times therefore depend on text,
+tokenizer and proposers alone, not on the machine.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ DEFAULT_MAX_TOKENS = 1000
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is asked for
+# Settings
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def parse_proposers(text: str) -> list[Any]:
-    """Entries of ``"proposers"``: of "suffix,rest", or of a JSON list with options.
+    """Entries of ``"proposers"``, read from names such as "suffix,rest" or from a JSON list with options.
 
     Raises:
-        ConfigurationError: neither.
+        ConfigurationError: a list that is not JSON.
     """
     if not text.lstrip().startswith("["):
         return [name.strip() for name in text.split(",")]
@@ -78,10 +78,10 @@ def parse_proposers(text: str) -> list[Any]:
 
 
 def settings_from(proposers: str | None, datastores: Sequence[str], k: int) -> Settings:
-    """What a user would write in ``speculative_config``, with what a replay cannot do refused.
+    """Settings of a replay, as a user would write them in ``speculative_config``.
 
     Raises:
-        ConfigurationError: a name, an option or a combination is not possible.
+        ConfigurationError: a name, an option or a combination is not possible, or a replay cannot do it.
     """
     given = [ENSEMBLE] if proposers is None else parse_proposers(proposers)
     entries = [
@@ -204,7 +204,7 @@ def replay(
         for store in stores.values():
             store.check_tokenizer(tokenizer_fingerprint(loaded), vocab_size_of(loaded), repr(tokenizer))
         makers = Makers(settings, ProposerContext(vocab_size_of(loaded), k, batch, max_tokens + k))
-        makers.several(settings.host_proposers)  # options are refused now, not after minutes
+        makers.several(settings.host_proposers)  # refuses wrong options now, not after minutes
         if json_path is not None:
             _check_writable(json_path)
         with console.status("tokenizing"):
@@ -224,7 +224,7 @@ def replay(
         )
     if skipped := sources.num_skipped + warm_sources.num_skipped:
         console.print(f"left out {skipped:,} files that are not UTF-8 text", highlight=False)
-    # Not as overlapping requests: no token shall be in the history twice.
+    # Requests that do not overlap, so that no token is in the history twice.
     history = [each for ids in warm_documents for each in requests_of(ids, 0, max_tokens)]
     counts = _replayed(console, partial(run_all, makers, stores, requests, history, prompt_tokens))
     num_requests, num_outputs = sum(map(len, requests)), counts[ORACLE].emitted
@@ -268,7 +268,7 @@ def replay(
 
 
 def _replayed(console: Console, run: Callable[..., dict[str, Counts]]) -> dict[str, Counts]:
-    """What ``run``, a :func:`run_all` without its last argument, answers; with a bar for each run."""
+    """Call ``run``, which is :func:`run_all` without its last argument, and show a bar for each of its runs."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What ``specplug bench``, ``tune`` and ``audit`` share: prompts, vLLM's own options, logs, what was measured with."""
+"""Shared by ``specplug bench``, ``tune`` and ``audit``: prompts, vLLM's own options, logs, facts about a run."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ OWN_OPTIONS = ("speculative-config", "sc", "spec-method", "spec-model", "spec-to
 
 
 def engine_cli(rest: Sequence[str], concurrency: int, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """vLLM's own options, with those that a run on a CPU needs.
+    """vLLM's own options, with those added that a run on a CPU needs.
 
     Raises:
-        ConfigurationError: one of them is decided by this command.
+        ConfigurationError: the command itself sets one of the options.
     """
     names = [each.lstrip("-").partition("=")[0].partition(".")[0].replace("_", "-") for each in rest]
     for argument, name in zip(rest, names, strict=True):
@@ -52,7 +52,7 @@ def prepared(
     chat: bool | None,
     **how: Any,
 ) -> tuple[Options, str]:
-    """What to run, and where its prompts are from, in words; the folder of logs is to be filled in.
+    """Options of a run without their folder of logs, and the source of its prompts in words.
 
     Args:
         model, configs: as in :class:`~vllm_specplug.measure.bench.run.Options`.
@@ -62,7 +62,7 @@ def prepared(
         how: the other fields of ``Options``.
 
     Raises:
-        ConfigurationError: vLLM is not installed, or some of it cannot be.
+        ConfigurationError: vLLM is not installed, or an option, a file of prompts or the tokenizer cannot be used.
     """
     from vllm_specplug.measure.bench.run import Options
 
@@ -85,7 +85,7 @@ def prepared(
 
 @dataclass
 class Logs:
-    """A folder for vLLM's logs; a temporary one goes at the end unless ``keep`` is set, or an error names it."""
+    """A folder for vLLM's logs; it is removed at the end unless ``keep`` is set or an error ends the run."""
 
     folder: Path
     keep: bool
@@ -93,7 +93,7 @@ class Logs:
 
 @contextlib.contextmanager
 def logs(log: Path | None, prefix: str) -> Iterator[Logs]:
-    """The folder that was asked for, or a temporary one."""
+    """Folder for vLLM's logs: ``log``, or a temporary one if ``log`` is None."""
     try:
         if log is not None:
             log.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ def _remove(found: Logs) -> None:
 
 
 def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
-    """Rows of texts, the first their heading."""
+    """Print rows of texts; the first row is the heading."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for nth, heading in enumerate(rows[0]):
         table.add_column(heading, justify="left" if nth == 0 else "right", overflow="fold")
@@ -126,7 +126,7 @@ def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
 
 
 def about(options: Options, source: str) -> dict[str, Any]:
-    """What was asked, as plain types."""
+    """Options of a run, as plain types."""
     return {
         "model": options.model,
         "speculative_configs": dict(options.configs),

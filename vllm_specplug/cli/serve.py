@@ -1,4 +1,4 @@
-"""``specplug serve``: vLLM's own ``vllm serve``, also where the ``vllm`` command of a CPU wheel does not start."""
+"""``specplug serve``: vLLM's own ``vllm serve``, which starts with the CPU wheel too, unlike its ``vllm`` command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_specplug.errors import SpecplugError
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
 CONTEXT_SETTINGS: dict[str, Any] = {"ignore_unknown_options": True, "allow_interspersed_args": False}
-"""Everything from the first argument on is vLLM's and stays untouched."""
+"""Everything from the first argument on goes to vLLM untouched."""
 
 
 @app.command(context_settings=CONTEXT_SETTINGS)

@@ -27,38 +27,38 @@ app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 TIMEOUT_S = 5.0
 BARS = "▁▂▃▄▅▆▇█"
 HISTORY = 60
-"""Intervals that the curve of tokens/s goes back."""
+"""Length of the curve of tokens/s, in intervals."""
 
 Labels = frozenset[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What ``/metrics`` said at one moment.
+    """The values of ``/metrics`` at one moment.
 
     Attributes:
-        at: seconds, monotonic.
-        values: by name and labels; under Ray without its ``ray_`` and with vLLM's own spelling of its names.
+        at: time in seconds, monotonic.
+        values: value by name and labels; names from Ray's exporter are spelt as on vLLM's ``/metrics``.
     """
 
     at: float
     values: Mapping[tuple[str, Labels], float]
 
     def all(self, name: str, **labels: str) -> list[float]:
-        """The values of all series with this name and these labels, one an engine."""
+        """The values of all series with this name and these labels, one for each engine."""
         wanted = set(labels.items())
         return [value for (found, has), value in self.values.items() if found == name and wanted <= has]
 
     def sum(self, name: str, **labels: str) -> float:
-        """Their sum."""
+        """Sum of all series with this name and these labels."""
         return sum(self.all(name, **labels))
 
     def highest(self, name: str) -> float:
-        """The largest of them; 0 where there is none."""
+        """Largest value of all series with this name; 0 if there is none."""
         return max(self.all(name), default=0.0)
 
     def names(self, label: str) -> list[str]:
-        """All values of a label of our series."""
+        """All values that a label has in this plugin's series."""
         found = {
             value
             for name, labels in self.values
@@ -83,10 +83,10 @@ def parse(text: str, at: float) -> Sample:
 
 
 def fetch(url: str) -> Sample:
-    """Ask a server.
+    """Fetch a sample from a server.
 
     Raises:
-        SpecplugError: nobody answers there, or it is no server with this plugin.
+        SpecplugError: nothing answers at ``url``, or the answer is not Prometheus metrics.
     """
     try:
         with urllib.request.urlopen(f"{url}/metrics", timeout=TIMEOUT_S) as answer:
@@ -109,7 +109,7 @@ def rate(now: Sample, before: Sample | None, name: str, **labels: str) -> float:
 
 
 def curve(values: deque[float]) -> str:
-    """A line of bars, the highest as high as a line."""
+    """Values as a line of bar characters; the largest value is as high as the line."""
     known = [value for value in values if not math.isnan(value)]
     most = max(known, default=0.0)
     if not most:
@@ -118,17 +118,17 @@ def curve(values: deque[float]) -> str:
 
 
 def number(value: float, digits: int = 1) -> str:
-    """A number for a person: thousands apart, ``-`` where it is not known."""
+    """A number with its thousands set apart; ``-`` if it is NaN."""
     return "-" if math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def share(part: float, whole: float) -> str:
-    """A percentage, ``-`` of nothing."""
+    """``part`` of ``whole`` as a percentage; ``-`` if ``whole`` is 0."""
     return f"{part / whole:.1%}" if whole > 0 else "-"
 
 
 def size(num_bytes: float) -> str:
-    """Bytes with a unit."""
+    """A number of bytes as text with a unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024 or unit == "GiB":
             break
@@ -137,14 +137,14 @@ def size(num_bytes: float) -> str:
 
 
 def window(now: Sample, before: Sample | None, name: str, **labels: str) -> float:
-    """Growth of a counter since ``before``, or since the start of the server where there is none."""
+    """Growth of a counter since ``before``, or since the start of the server if ``before`` is None."""
     if before is None:
         return now.sum(name, **labels)
     return max(0.0, now.sum(name, **labels) - before.sum(name, **labels))
 
 
 def proposers_table(now: Sample, before: Sample | None) -> Table:
-    """One row a proposer."""
+    """Table with one row for each proposer."""
     table = Table(box=None, padding=(0, 2), header_style="bold")
     table.add_column("proposer")
     for heading in ("drafted", "accepted", "rate", "chosen", "ms a step", "errors", "memory"):
@@ -172,7 +172,7 @@ def proposers_table(now: Sample, before: Sample | None) -> Table:
 
 
 def stores_table(now: Sample, before: Sample | None) -> Table:
-    """One row a token store."""
+    """Table with one row for each token store."""
     table = Table(box=None, padding=(0, 2), header_style="bold")
     table.add_column("store")
     for heading in ("tokens", "size", "lookups", "hits"):
@@ -191,7 +191,7 @@ def stores_table(now: Sample, before: Sample | None) -> Table:
 
 
 def view(url: str, now: Sample, before: Sample | None, curve_of: deque[float], trouble: str = "") -> RenderableType:
-    """The whole screen: ``before`` None shows what happened since the server started."""
+    """The whole screen; if ``before`` is None, its figures count from the start of the server."""
     emitted = window(now, before, "specplug_emitted_tokens_total")
     request_steps = window(now, before, "specplug_request_steps_total")
     is_paused = now.highest("specplug_paused") > 0
@@ -233,7 +233,7 @@ def view(url: str, now: Sample, before: Sample | None, curve_of: deque[float], t
 
 
 def check_plugin(url: str, sample: Sample) -> None:
-    """Raise where the server does not speculate with this plugin."""
+    """Raise :class:`SpecplugError` if the server does not speculate with this plugin."""
     if not any(name.startswith("specplug_") for name, _ in sample.values):
         raise SpecplugError(
             f"{url}/metrics has no specplug_ series: start the server with "
