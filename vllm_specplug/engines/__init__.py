@@ -1,1 +1,1 @@
-"""An engine in a process of its own, for commands, benchmarks and Ray replicas."""
+"""Engines in processes of their own, for commands, benchmarks and Ray replicas."""

@@ -6,7 +6,11 @@ from typing import Any, NoReturn
 
 
 def with_cli_arguments(engine_args: dict[str, Any]) -> dict[str, Any]:
-    """Engine arguments, those spelled as options of ``vllm serve`` read by vLLM's own parser."""
+    """Engine arguments in which vLLM's own parser has read the options of ``vllm serve`` under the key ``cli``.
+
+    Raises:
+        ValueError: vLLM refuses an option, or an option sets one of the other arguments.
+    """
     options = engine_args.pop("cli", None)
     if options is None:
         return engine_args

@@ -1,6 +1,6 @@
 """vLLM engines in processes of their own, driven by the demo and the benchmarks.
 
-The parent starts ``python -m vllm_specplug.engines.process``, sends one JSON object a line and reads one a line;
+The parent starts ``python -m vllm_specplug.engines.process``, and the two exchange JSON objects, one in a line;
 everything that vLLM prints goes to a log file. No state and no memory carries over from one configuration to the next.
 """
 
@@ -59,8 +59,8 @@ class Engine:
     """A running vLLM engine. A context manager: leaving it stops the process.
 
     Args:
-        engine_args: arguments of ``vllm.LLM``; a list under ``cli`` is read as ``vllm serve`` would, and must not say
-            anything of the other arguments.
+        engine_args: arguments of ``vllm.LLM``; a list under ``cli`` is read as ``vllm serve`` would, and must not set
+            any of the other arguments.
         log: file that everything the engine prints is appended to.
     """
 
@@ -78,16 +78,16 @@ class Engine:
         self._send(dict(engine_args))
 
     def wait_until_ready(self) -> float:
-        """Seconds that the engine took to start.
+        """Wait for the engine's start; returns the seconds that it took.
 
         Raises:
-            EngineError: it did not.
+            EngineError: the engine did not start.
         """
         return float(self._receive("ready")["start_s"])
 
     @classmethod
     def check(cls, engine_args: Mapping[str, Any], log: Path) -> int:
-        """Let vLLM read these arguments, without a model: the longest draft of an engine that had them.
+        """Let vLLM check arguments without loading a model; returns the longest draft, 0 without speculation.
 
         Raises:
             EngineError: vLLM refuses them.
@@ -113,7 +113,7 @@ class Engine:
         return Completed(**answer)
 
     def stop(self) -> None:
-        """End the process and whatever it started, and wait for it."""
+        """End the process and all that it started, and wait for the end."""
         process = self._process
         with contextlib.suppress(BrokenPipeError):
             _pipe(process.stdin).close()
@@ -123,7 +123,7 @@ class Engine:
             pass
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its own session: nobody else's processes
+                os.killpg(process.pid, signal.SIGKILL)  # the group is the engine's own session
             process.wait()
             _pipe(process.stdout).close()
             self._output.close()
@@ -134,14 +134,14 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is not None:  # no need to be gentle with an engine in the middle of something
+        if kind is not None:  # after an error the engine need not finish its work
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self.stop()
 
     def _send(self, message: dict[str, Any]) -> None:
         pipe = _pipe(self._process.stdin)
-        with contextlib.suppress(BrokenPipeError):  # the answer, or its absence, says more
+        with contextlib.suppress(BrokenPipeError):  # the next read reports why the engine ended
             pipe.write(json.dumps(message).encode() + b"\n")
             pipe.flush()
 

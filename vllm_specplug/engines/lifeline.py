@@ -1,7 +1,8 @@
 """Engine processes that end with the process that started them.
 
-A replica that is killed outright leaves vLLM's engine core behind: nobody tells it, and it keeps its memory, or its
-GPU. Where :data:`VARIABLE` is set, the plugin, which vLLM loads in each of its processes, waits for the parent's end.
+A replica that is killed leaves vLLM's engine core behind, which does not notice and keeps its memory or GPU. If
+:data:`VARIABLE` is "1", the plugin, which vLLM loads in each of its processes, waits for the end of the parent process
+and then ends its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _is_held = False
 
 
 def hold() -> None:
-    """Tie this process to its parent where that is wanted; in the process that starts an engine it does nothing."""
+    """Tie this process to its parent if :data:`VARIABLE` is "1"; no effect in the process that starts an engine."""
     global _is_held
     parent = multiprocessing.parent_process()
     if _is_held or parent is None or os.environ.get(VARIABLE) != "1":
@@ -26,7 +27,7 @@ def hold() -> None:
     _is_held = True
 
     def wait() -> None:
-        parent.join()  # on a pipe that the parent holds open as long as it lives
+        parent.join()  # waits on a pipe that the parent holds open as long as it lives
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, name="specplug-lifeline", daemon=True).start()

@@ -1,4 +1,4 @@
-"""The engine's side: what runs in the process of its own (``python -m vllm_specplug.engines.process``)."""
+"""The engine's side: the program of an engine process (``python -m vllm_specplug.engines.process``)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_specplug.engines.work import CHECK_ONLY, PROGRESS_INTERVAL_S, Work
 
 
 def serve() -> None:
-    # Whatever prints to standard output from here on, this process or vLLM's children, ends in the log.
+    # From here on, all that this process and vLLM's children print to standard output goes to the log.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
@@ -41,7 +41,7 @@ def serve() -> None:
         for line in sys.stdin:
             say("completed", **_complete(llm, Work(**json.loads(line)), say))
     except BrokenPipeError:
-        pass  # the parent is gone, and with it everyone who could be told
+        pass  # the parent is gone, and nobody else reads the messages
     except Exception as error:
         say("failed", reason=f"{type(error).__name__}: {_first_line(error)}")
         raise
@@ -141,7 +141,7 @@ def _take(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def _counters(llm: Any) -> dict[str, Any]:
-    """Sums over engines: numbers, and an array by position in the draft."""
+    """vLLM's speculation counters, summed over engines: numbers, and an array by position in the draft."""
     import numpy as np
 
     prefix = "vllm:spec_decode_num_"

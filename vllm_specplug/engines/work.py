@@ -1,4 +1,4 @@
-"""What an engine process is sent, and what it answers."""
+"""Messages of an engine process: the work that it gets, and the results that it sends."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Work:
     """Requests to complete, the same for every configuration.
 
     Attributes:
-        prompts: one text a request, or its token ids.
+        prompts: the text of each request, or its token ids.
         max_tokens: output tokens of each request, at most.
         temperature: 0 is greedy.
         seed: request ``i`` has the seed ``seed + i``; None: no seeds.
         concurrency: requests in flight; when one ends the next one starts.
         extra_args: options of every request.
-        ignore_eos: all ``max_tokens`` are emitted, whatever end-of-text token comes between.
+        ignore_eos: True emits all ``max_tokens``, also behind an end-of-text token.
         before, after: methods of the engine's worker extension to call around the run, with their arguments.
     """
 
@@ -40,14 +40,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Completed:
-    """What came out, and what it took.
+    """Outputs of some work, with times and counters.
 
     Attributes:
         token_ids: output of each request, in the order of the prompts.
-        elapsed_s: from the first request's start to the last one's end.
+        elapsed_s: seconds from the first request's start to the last one's end.
         num_request_steps: engine steps counted once for every request that emitted in them.
-        num_draft_tokens: by vLLM's own counter.
-        num_accepted_tokens: by vLLM's own counter.
+        num_draft_tokens: draft tokens verified, by vLLM's own counter.
+        num_accepted_tokens: draft tokens accepted, by vLLM's own counter.
         answers: what the first worker returned from the methods of :attr:`Work.after`.
         step_sizes: tokens that each request emitted in each step it took part in, in the order of the prompts.
         first_s, last_s: seconds from each request's start to its first and to its last token.
@@ -82,7 +82,7 @@ class Completed:
 
     @property
     def acceptance(self) -> float | None:
-        """Accepted draft tokens over verified draft tokens; None where nothing was drafted."""
+        """Accepted draft tokens over verified draft tokens; None if nothing was drafted."""
         return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else None
 
     def identical_to(self, other: Completed) -> float:

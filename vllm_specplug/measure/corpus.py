@@ -51,7 +51,7 @@ def held_out_sources() -> list[Path]:
 
 
 def read_text(path: Path) -> str | None:
-    """The file as UTF-8 text, or None where it is something else (the library ships odd encodings as test data)."""
+    """The file as UTF-8 text, or None if it is something else (the library ships odd encodings as test data)."""
     try:
         return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):
@@ -66,7 +66,7 @@ def _fingerprint(text: str) -> set[int]:
 def without_copies_of_held_out(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
     """``(path, text)`` of readable files that are not (vendored, edited) copies of a held-out module.
 
-    A file counts as a copy when over :data:`MAX_SHARED_LINES` of its longer lines also stand in a held-out module.
+    A file counts as a copy when over :data:`MAX_SHARED_LINES` of its longer lines are also in a held-out module.
     """
     held_out: set[int] = set()
     for path in held_out_sources():
@@ -85,7 +85,7 @@ def held_out_prompts(num_prompts: int, prompt_chars: int = 800) -> list[str]:
 
     Args:
         num_prompts: how many; they are always the same for one Python version.
-        prompt_chars: characters a prompt (cut at the last complete line).
+        prompt_chars: characters of a prompt (cut at the last complete line).
     """
     texts = [text for path in held_out_sources() if (text := read_text(path)) and len(text) > 2 * prompt_chars]
     if not texts:

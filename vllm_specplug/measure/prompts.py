@@ -19,9 +19,9 @@ class Task:
     """One prompt of a file.
 
     Attributes:
-        category: kind of task, where the file says; else the file's name.
-        text: what is asked.
-        is_chat: it is somebody's message, for a model's chat template.
+        category: kind of task if the file names one, else the file's name.
+        text: the prompt.
+        is_chat: True for a message, which goes through a model's chat template.
     """
 
     category: str
@@ -33,10 +33,10 @@ def read_tasks(path: Path) -> list[Task]:
     """Prompts of a file: JSON lines, one JSON list, or one prompt a line; compressed if named ``.gz`` or ``.zst``.
 
     JSON records hold ``turns`` (Spec-Bench), ``conversations`` (ShareGPT), ``messages``, ``prompt`` (HumanEval) or
-    ``text``, and may hold a ``category``. Of a conversation the first message of the user counts.
+    ``text``, and may hold a ``category``. The prompt of a conversation is the user's first message.
 
     Raises:
-        ConfigurationError: it cannot be read, or holds none.
+        ConfigurationError: the file cannot be read, or holds no prompt.
     """
     try:
         with path.open("rb") as raw, unpacked(raw, path) as stream:
@@ -67,7 +67,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """(where, record) of a file's text; a plain line is a record of its own."""
+    """(position in words, record) for each record of a file's text; a plain line is a record of its own."""
     if ".json" not in "".join(path.suffixes):
         yield from ((f"line {number}", line) for number, line in enumerate(text.splitlines(), 1))
         return
@@ -109,7 +109,7 @@ MAX_PROMPT_TOKENS = 1024
 
 
 def chosen(tasks: Sequence[Task], num_prompts: int) -> list[Task]:
-    """``num_prompts`` of the tasks, as many of each category as there are, in turn."""
+    """``num_prompts`` of the tasks, taken from each category in turn."""
     groups: dict[str, list[Task]] = {}
     for task in tasks:
         groups.setdefault(task.category, []).append(task)
@@ -120,7 +120,7 @@ def chosen(tasks: Sequence[Task], num_prompts: int) -> list[Task]:
 
 
 def load_tasks(paths: Sequence[Path], num_prompts: int) -> tuple[list[Task], str]:
-    """The prompts, and where they are from, in words."""
+    """Prompts of files (of the standard library without ``paths``), and their source in words."""
     if not paths:
         texts = corpus.held_out_prompts(num_prompts, 600)
         return [Task("python", text, False) for text in texts], "Python's standard library"
@@ -132,26 +132,26 @@ def tokenizer_of(model: str) -> Any:
     """The tokenizer of a model, by folder or name.
 
     Raises:
-        ConfigurationError: it cannot be loaded.
+        ConfigurationError: the tokenizer cannot be loaded.
     """
-    require_vllm()  # transformers comes with it
+    require_vllm()  # transformers comes with vLLM
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # damaged files raise nothing more special
+    except Exception as error:  # damaged files raise no narrower exception
         first = str(error).strip().partition("\n")[0]
         raise ConfigurationError(f"the tokenizer of {model!r} cannot be loaded: {first}") from error
 
 
 def encode(model: str, tasks: Sequence[Task], chat: bool | None) -> list[list[int]]:
-    """Token ids of every task, through the chat template where wanted, at most :data:`MAX_PROMPT_TOKENS`.
+    """Token ids of every task, at most :data:`MAX_PROMPT_TOKENS` each.
 
     Args:
-        chat: None: what is a message, where the model has a template.
+        chat: True puts all tasks through the chat template, False none, None messages if the model has a template.
 
     Raises:
-        ConfigurationError: the tokenizer cannot be loaded, or has no template.
+        ConfigurationError: the tokenizer cannot be loaded, or ``chat`` is True and the model has no template.
     """
     tokenizer = tokenizer_of(model)
     if chat and not tokenizer.chat_template:

@@ -19,12 +19,12 @@ img{max-width:100%;background:#fff;border-radius:4px}
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and its noun, in the singular where it is one."""
+    """A number and its noun, which is singular if the number is 1."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def html_table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table of texts, the first row its heading; ``kind`` is its class (``numbers`` aligns right)."""
+    """HTML table of texts with the first row as heading; ``kind`` is its CSS class (``numbers`` aligns right)."""
     head, *body = rows
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
@@ -33,7 +33,7 @@ def html_table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """The same as Markdown."""
+    """Markdown table of texts with the first row as heading."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
@@ -43,7 +43,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """A whole HTML page of these parts."""
+    """A complete HTML page with ``parts`` as its body."""
     return (
         '<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style>{''.join(parts)}</html>\n"

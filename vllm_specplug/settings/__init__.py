@@ -1,1 +1,1 @@
-"""What the user wrote, read and checked."""
+"""The user's settings and request options, read and checked."""

@@ -18,11 +18,11 @@ METHOD = "specplug"
 """Our value of vLLM's ``"method"`` key."""
 
 SETTINGS_KEY = "specplug"
-"""Where the settings travel in vLLM's ``additional_config``."""
+"""Key of the settings in vLLM's ``additional_config``."""
 
 
 ENSEMBLE = "ensemble"
-"""An entry of ``"proposers"`` of this name sets options of what combines the others."""
+"""Name of the entry of ``"proposers"`` that sets options of the ensemble, which combines the other entries."""
 
 MAX_SPECULATIVE_TOKENS = 128
 """vLLM's own limit of draft tokens a request and step (``MAX_SPEC_LEN`` of its rejection sampler)."""
@@ -40,7 +40,7 @@ DEVICE_PROPOSERS = ("rest",)
 
 
 class ProposerSettings(BaseModel):
-    """One entry of ``"proposers"``: a name, and whatever options that proposer knows."""
+    """One entry of ``"proposers"``: a name, and options of that proposer."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -53,7 +53,7 @@ class ProposerSettings(BaseModel):
 
     @property
     def on_device(self) -> bool:
-        """True when it is to draft on the device, without the host."""
+        """True if the proposer is to draft on the device, without the host."""
         return bool((self.model_extra or {}).get(ON_DEVICE, False))
 
 
@@ -68,10 +68,10 @@ class Settings(BaseModel):
         num_speculative_tokens: longest draft of a request in a step.
         proposers: who drafts, in order of preference between equals: names, ``{"name": ..., option: ...}`` or
             ``"module.Class"``; an entry ``ensemble`` sets options of what combines them. Default: ``suffix``,
-            ``ngram`` and ``lookahead``, and ``rest`` where a datastore is given. An empty list drafts nothing (the
+            ``ngram`` and ``lookahead``, and ``rest`` if there is a datastore. An empty list drafts nothing (the
             verifier still runs).
-        datastore: token stores for ``rest``, made by ``specplug datastore build``, as paths by name. May be given as
-            one path or a list of paths, whose names then are the files' without folder and suffix.
+        datastore: token stores for ``rest``, made by ``specplug datastore build``, as paths by name. Also one path or
+            a list of paths: the names are then those of the files, without folder and suffix.
         sampler: ``gumbel`` (drafter-invariant: seeded output as without speculation), ``minhash`` (drafter-invariant:
             seeded output as with ``minhash`` and no proposers), ``list`` (drafter-invariant for each ``num_chains``:
             seeded output as with ``list``, as many chains and no proposers), ``rejection`` (vLLM's own), or a coupling
@@ -99,7 +99,7 @@ class Settings(BaseModel):
         if isinstance(data, Mapping) and isinstance(data["proposers"], (list, tuple)):
             given = list(data["proposers"])
             if given and all(cls._name_of(entry) == ENSEMBLE for entry in given):
-                # An ensemble of nobody named: of those that draft by default.
+                # An ensemble without proposers combines those that draft by default.
                 return {**data, "proposers": [*cls._default_names(data), *given]}
         return data
 
@@ -140,7 +140,7 @@ class Settings(BaseModel):
             raise ValueError("names no store; leave it out, or give a path, a list of paths, or names with paths")
         if "" in named or "" in named.values():
             raise ValueError("a store needs a name and a path that are not empty")
-        # Requests name stores separated by commas. Where there is one, there is nothing to choose.
+        # Requests name stores separated by commas. A single store is never named.
         if len(named) > 1 and (odd := [name for name in named if name != str(name).strip() or "," in name]):
             raise ValueError(
                 f"the name of a store may have no comma and no space around it, as {odd[0]!r} has; "
@@ -161,7 +161,7 @@ class Settings(BaseModel):
             if name != ENSEMBLE:
                 registry.proposer_class(name)
         if self.ensemble_options:
-            from vllm_specplug.proposers.ensemble.ensemble import check_options  # numba takes its time to import
+            from vllm_specplug.proposers.ensemble.ensemble import check_options  # importing numba takes long
 
             check_options(self.ensemble_options)
         if repeated := {name for name in names if names.count(name) > 1}:
@@ -194,37 +194,37 @@ class Settings(BaseModel):
                 f"num_chains {self.num_chains} needs a coupled sampler, whose tokens do not depend on who drafted; "
                 f'sampler is {self.sampler!r}. Give "sampler": "gumbel", or leave num_chains out'
             )
-        _ = self.coupling  # which may refuse the number of chains
+        _ = self.coupling  # a sampler may refuse the number of chains
         if self.scratch_blocks is not None and self.num_chains == 1:
             raise ValueError("scratch_blocks is for chains beyond the first; give num_chains (2 to 8) too")
         return self
 
     @property
     def drafting_proposers(self) -> tuple[ProposerSettings, ...]:
-        """Those that draft, on the host or the device: all but the ensemble."""
+        """Entries of proposers that draft, on the host or the device: all but the ensemble."""
         return tuple(entry for entry in self.proposers if entry.name != ENSEMBLE)
 
     @property
     def host_proposers(self) -> tuple[ProposerSettings, ...]:
-        """Those that draft on the host."""
+        """Entries of proposers that draft on the host."""
         return tuple(entry for entry in self.drafting_proposers if not entry.on_device)
 
     @property
     def ensemble_options(self) -> dict[str, Any]:
-        """Options of what combines the proposers."""
+        """Options of the ensemble, which combines the proposers."""
         return next((entry.options for entry in self.proposers if entry.name == ENSEMBLE), {})
 
     @property
     def device_proposer(self) -> ProposerSettings | None:
-        """The one that drafts on the device, where there is one."""
+        """Entry of the proposer that drafts on the device; None if all draft on the host."""
         return next((entry for entry in self.proposers if entry.on_device), None)
 
     @cached_property
     def coupling(self) -> Sampler:
-        """The sampler itself.
+        """The sampler object.
 
         Raises:
-            ValueError: it cannot do with this number of chains, or its constructor raises something else.
+            ValueError: the sampler refuses this number of chains, or its constructor raises another exception.
         """
         try:
             return registry.sampler_class(self.sampler)(self.num_chains)
@@ -244,7 +244,7 @@ class Settings(BaseModel):
         return self.coupling.num_noises
 
     def forks_native(self, speculative_config: Any) -> bool:
-        """True where a drafter of vLLM's own makes several chains: one that samples, by the target's noise."""
+        """True if a drafter of vLLM's own drafts several chains; it then samples them with the target's noise."""
         return self.num_chains > 1 and speculative_config.draft_sample_method == "probabilistic"
 
     def to_dict(self) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def parse_settings(data: Mapping[str, Any]) -> Settings:
     """Validate what the user wrote (without ``method`` and ``model``).
 
     Raises:
-        ConfigurationError: naming the key, what was given and what is possible.
+        ConfigurationError: a setting is wrong; the message names its key, its value and the possible values.
     """
     known = [*Settings.model_fields]
     try:
@@ -288,7 +288,7 @@ def parse_settings(data: Mapping[str, Any]) -> Settings:
 
 
 def settings_of(additional_config: Any) -> Settings | None:
-    """The settings that travel in vLLM's ``additional_config``, or None where there are none."""
+    """The settings in vLLM's ``additional_config``, or None if it has none."""
     if isinstance(additional_config, Mapping) and SETTINGS_KEY in additional_config:
         return parse_settings(additional_config[SETTINGS_KEY])
     return None

@@ -42,12 +42,12 @@ def _entry_points(group: str) -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def proposer_names() -> list[str]:
-    """Every proposer that can be named here, built in or installed."""
+    """Names of all proposers on this machine, built in or installed."""
     return sorted({*PROPOSERS, *_entry_points(PROPOSER_GROUP)})
 
 
 def sampler_names() -> list[str]:
-    """Every sampler that can be named here: the built-in ones, then those installed."""
+    """Names of all samplers on this machine: the built-in ones, then those installed."""
     return [*SAMPLERS, *sorted({*_entry_points(SAMPLER_GROUP)} - {*SAMPLERS})]
 
 
@@ -55,7 +55,7 @@ def proposer_class(name: str) -> type[Proposer]:
     """The class behind ``name``: built in, an entry point, or ``"module.Class"``.
 
     Raises:
-        ConfigurationError: no such name, module or class, or it is not a :class:`Proposer`.
+        ConfigurationError: there is no such name, module or class, or the class is not a :class:`Proposer`.
     """
     if name in PROPOSERS:
         module, _, attribute = PROPOSERS[name].partition(":")
@@ -73,7 +73,7 @@ def sampler_class(name: str) -> type[Sampler]:
     """The class behind ``name``: built in, an entry point, or ``"module.Class"``.
 
     Raises:
-        ConfigurationError: no such name, module or class, or it is not a :class:`Coupling`.
+        ConfigurationError: there is no such name, module or class, or the class is not a :class:`Coupling`.
     """
     if name in SAMPLERS:
         return SAMPLERS[name]
@@ -86,7 +86,7 @@ def sampler_class(name: str) -> type[Sampler]:
 
 
 def _class_of_users(what: str, where: str, name: str, group: str, names: Callable[[], list[str]]) -> Any:
-    """What stands behind an entry point's name or a dotted path; errors begin with ``where``."""
+    """The class behind an entry point's name or a dotted path; messages of errors begin with ``where``."""
     if name in (points := _entry_points(group)):
         try:
             return points[name].load()
@@ -108,13 +108,13 @@ def _class_of_users(what: str, where: str, name: str, group: str, names: Callabl
 
 
 def build(name: str, context: ProposerContext, stores: Mapping[str, str], options: Mapping[str, Any]) -> Proposer:
-    """A fresh proposer.
+    """Create a proposer.
 
     Args:
         name: as in :func:`proposer_class`.
-        context: sizes; ``datastores`` and ``options`` are filled in.
+        context: sizes of the engine; ``datastores`` and ``options`` are filled in here.
         stores: path of each token store by name.
-        options: of this proposer, as the user wrote them.
+        options: options of this proposer, as the user wrote them.
 
     Raises:
         ConfigurationError: there is no such proposer, or it refuses its options or stores.

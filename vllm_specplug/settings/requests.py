@@ -38,13 +38,13 @@ MAX_TENANT_CHARS = 256
 
 @dataclass(frozen=True)
 class RequestChoices:
-    """What requests of one engine can choose from.
+    """Choices that the requests of one engine have.
 
     Attributes:
-        proposers: names of those that draft, the engine's own drafter among them.
+        proposers: names of the proposers that draft, and of the engine's own drafter.
         stores: names of the token stores.
         max_draft_tokens: longest draft.
-        own_drafter: name of the engine's own drafter where nobody else drafts: requests cannot opt out of it.
+        own_drafter: name of the engine's own drafter if no proposer drafts: requests cannot opt out of it.
     """
 
     proposers: tuple[str, ...] = ()
@@ -59,11 +59,11 @@ def parse_request_options(
     """The ``specplug_...`` options of one request, lists as tuples.
 
     Args:
-        extra_args: ``SamplingParams.extra_args``; keys that are not ours are left alone.
-        choices: what can be chosen; None checks types only.
+        extra_args: ``SamplingParams.extra_args``; keys of other owners are ignored.
+        choices: choices of the engine; None checks types only.
 
     Raises:
-        ConfigurationError: misspelt, of a wrong type, or naming what is not there.
+        ConfigurationError: an option is misspelt, has a wrong type, or names something that the engine lacks.
     """
     if not extra_args:
         return {}
