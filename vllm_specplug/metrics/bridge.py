@@ -17,7 +17,7 @@ class RayBridge:
 
     Args:
         folder: of the workers' files.
-        owner: value of :data:`OWNER_VARIABLE` in the workers to tell about.
+        owner: value of :data:`OWNER_VARIABLE` in the workers whose counters are published.
     """
 
     def __init__(self, folder: Path, owner: str) -> None:
@@ -28,17 +28,17 @@ class RayBridge:
         self._thread = threading.Thread(target=self._run, name="specplug-ray-metrics", daemon=True)
 
     def start(self) -> None:
-        """From now on, once a second."""
+        """Start publishing to Ray every second."""
         self._thread.start()
 
     def tell(self) -> None:
-        """Once."""
+        """Publish the counters to Ray once."""
         for worker, found in read_files(self._folder):
             if found.get("owner") == self._owner:
                 self._series.set(worker, found["labels"], found["snapshot"])
 
     def close(self) -> None:
-        """No more."""
+        """Stop publishing."""
         self._stop.set()
 
     def _run(self) -> None:

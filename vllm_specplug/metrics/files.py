@@ -1,8 +1,8 @@
-"""Counters where operators look: ``specplug_...`` series beside vLLM's own on ``/metrics``, or on Ray's exporter.
+"""``specplug_...`` series for operators, beside vLLM's own on ``/metrics`` or on Ray's exporter.
 
-Proposers work in vLLM's worker, and another process answers ``/metrics``. So the worker leaves its counters in a small
-file, at most once a second and only where they changed (:class:`Publisher`), and the process that is asked reads the
-files of all workers (:class:`Collector`). Nothing of this is in the way of a step. Knows no vLLM.
+Proposers work in vLLM's worker, and another process answers ``/metrics``. So the worker writes its counters to a small
+file, at most once a second and only if they changed (:class:`Publisher`), and the process that answers reads the files
+of all workers (:class:`Collector`). No step waits for any of this. This module imports no vLLM.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from vllm_specplug.metrics.on_ray import RaySeries
 from vllm_specplug.metrics.series import Snapshot, rows
 
 FOLDER_VARIABLE = "SPECPLUG_METRICS_DIR"
-"""Environment variable with the folder of the files: set by the process that reads the configuration, inherited."""
+"""Environment variable with the folder of the files; set by the process that reads the configuration, and inherited."""
 OWNER_VARIABLE = "SPECPLUG_METRICS_OWNER"
-"""Environment variable that names the process whose workers these are, where several share a folder; inherited."""
+"""Environment variable that names the process that started a worker, since several may share a folder; inherited."""
 INTERVAL_S = 1.0
 STALE_S = 60.0
-"""A file that was not touched for so long belongs to a worker that was killed."""
+"""Seconds without a touch after which a file counts as that of a killed worker."""
 
 
 def open_folder() -> Path:
-    """The folder that workers started by this process will write to; made, and removed at exit, unless it is given."""
+    """The folder that workers of this process write to: :data:`FOLDER_VARIABLE`, else a new one, removed at exit."""
     given = os.environ.get(FOLDER_VARIABLE)
     if given:
         folder = Path(given)
@@ -53,13 +53,15 @@ def open_folder() -> Path:
 
 
 class Publisher:
-    """Leaves a worker's counters where others find them, from a thread of its own.
+    """Publishes a worker's counters from a thread of its own.
+
+    The first error in that thread is logged and ends publishing; the worker goes on.
 
     Args:
-        snapshot: gives the counters.
-        labels: of every series of this worker, such as the model's name.
-        folder: for the file; None writes none.
-        ray: True sets series of ``ray.util.metrics`` from here: nobody else does it.
+        snapshot: returns the counters.
+        labels: labels of every series of this worker, such as the model's name.
+        folder: folder of the file; None writes no file.
+        ray: True publishes through ``ray.util.metrics`` from this process, for workers that know Ray themselves.
     """
 
     def __init__(
@@ -74,18 +76,18 @@ class Publisher:
         self._thread = threading.Thread(target=self._run, name="specplug-metrics", daemon=True)
 
     def start(self) -> None:
-        """Publish now and from here on."""
+        """Publish now, and every second from a thread."""
         self.publish()
         self._thread.start()
 
     def publish(self) -> None:
-        """Write the counters where they changed. Trouble is told once in the log and ends publishing, no more."""
+        """Publish the counters once, if they changed."""
         snapshot = self._snapshot()
         owner = "" if self._ray else os.environ.get(OWNER_VARIABLE, "")
         text = json.dumps({"labels": self._labels, "owner": owner, "snapshot": snapshot})
         if text == self._last:
             if self._path is not None:
-                self._path.touch()  # alive, only idle
+                self._path.touch()  # says that the worker is alive, only idle
             return
         if self._path is not None:
             temporary = self._path.with_suffix(".tmp")
@@ -96,7 +98,7 @@ class Publisher:
         self._last = text
 
     def close(self) -> None:
-        """Stop, and take the counters away: an engine that is gone has none."""
+        """Stop publishing and remove the file: an engine that has ended has no counters."""
         self._stop.set()
         if self._path is not None:
             with contextlib.suppress(OSError):
@@ -114,10 +116,10 @@ class Publisher:
 
 
 class Collector:
-    """Reads what workers left, whenever Prometheus asks; for ``prometheus_client``'s registries.
+    """Collector for ``prometheus_client``'s registries: reads the files of all workers when Prometheus asks.
 
     Args:
-        folder: of the files.
+        folder: folder of the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -140,7 +142,7 @@ class Collector:
         return families.values()
 
     def describe(self) -> Iterable[Any]:
-        """Nothing: a registry need not collect to know that these names are new."""
+        """Return no metrics, so that a registry does not collect when this collector is registered."""
         return []
 
 
@@ -153,7 +155,7 @@ def read(folder: Path) -> Iterator[tuple[dict[str, str], Snapshot]]:
 def read_files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, contents) of every file of a worker that is alive."""
     for path in sorted(folder.glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it went away, or is no file of ours
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the file is gone, or not ours
             if time.time() - path.stat().st_mtime > STALE_S:
                 continue
             found = json.loads(path.read_text())

@@ -11,10 +11,10 @@ from vllm_specplug.metrics.series import ENGINE_SERIES, ENSEMBLE_SERIES, PROPOSE
 
 
 class RaySeries:
-    """The same series through ``ray.util.metrics``, which the node's exporter shows with ``ray_`` in front.
+    """Publishes all series through ``ray.util.metrics``; the node's exporter shows them with ``ray_`` in front.
 
-    Ray's counters are told increments; what was told is kept here. They have one label more, the process that tells:
-    Ray may add up what has the same labels, and replicas of one model would.
+    Ray's counters take increments, so the published totals are stored here. A label more names this process: Ray may
+    add up series with the same labels, which replicas of one model would have.
     """
 
     LABELS = ("model_name", "engine", "process")
@@ -34,10 +34,10 @@ class RaySeries:
                 self._metrics[series.name] = make(name, description=series.help, tag_keys=(*self.LABELS, *more))
 
     def set(self, worker: str, labels: Mapping[str, str], snapshot: Snapshot) -> None:
-        """Tell Ray how far a worker's counters are.
+        """Publish a worker's counters.
 
         Args:
-            worker: which one, of those whose counters this process tells.
+            worker: name of the worker among those that this process publishes for.
         """
         for series, more, value in rows(snapshot):
             tags = {**labels, "process": self._process, **more}

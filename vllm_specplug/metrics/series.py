@@ -18,7 +18,7 @@ class Series:
         name: as on ``/metrics``, without the ``_total`` that counters get.
         kind: ``counter`` or ``gauge``.
         help: what it counts, with its unit.
-        key: where its value is in a snapshot.
+        key: key of its value in a snapshot.
     """
 
     name: str
@@ -90,7 +90,7 @@ ALL_SERIES = (*ENGINE_SERIES, *ENSEMBLE_SERIES, *PROPOSER_SERIES, *STORE_SERIES)
 
 
 def rows(snapshot: Snapshot) -> Iterator[tuple[Series, dict[str, str], float]]:
-    """Every series of a snapshot: (series, labels beside those of the engine, value)."""
+    """(series, labels beside those of the engine, value) for every series of a snapshot."""
     for series in ENGINE_SERIES:
         yield series, {}, float(snapshot[series.key])
     for series in ENSEMBLE_SERIES:

@@ -1,7 +1,7 @@
-"""vLLM with this plugin on Ray: batch generation over Ray Data, replicas over Ray Serve. Thin, and only public API.
+"""vLLM with this plugin on Ray: batch generation over Ray Data, replicas over Ray Serve. Uses Ray's public API only.
 
-``batch.generate`` and ``serve.run`` are the two ways in; ``settings`` has what ``ray.data.llm`` and ``ray.serve.llm``
-need to know for this plugin.
+``generate`` and ``deployment`` are the two entry points; ``data_llm`` and ``serve_llm`` return settings with this
+plugin for ``ray.data.llm`` and ``ray.serve.llm``.
 """
 
 from __future__ import annotations

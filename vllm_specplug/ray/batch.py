@@ -1,8 +1,9 @@
 """Batch generation over Ray Data: files of prompts in, a folder of Parquet files out, resumable.
 
-The driver numbers the rows, cuts them into parts, and stores each part as one file when it is whole. Every row's seed
-comes from the run's seed and the row's number, so that a row's tokens do not depend on which replica it met, beside
-whom, or in which run: a part that has to be done again has the same contents, and a file that is there stays as it is.
+The driver numbers the rows, cuts them into parts, and stores each part as one file when it is complete. Every row's
+seed comes from the run's seed and the row's number, so that a row's tokens do not depend on its replica, on the rows
+beside it, or on the run: a part that is generated again has the same contents, and the files of complete parts stay as
+they are.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from vllm_specplug.ray.output import BatchResult, Output, Progress, begin, manif
 from vllm_specplug.ray.replica import Job, Replica
 
 PARTS_IN_FLIGHT = 2
-"""Of a replica: while the last rows of one part end, those of the next fill the engine's batch."""
+"""Parts that a replica works on: while the last rows of one part end, those of the next fill the engine's batch."""
 NODE_LABEL = "ray.io/node-id"
 MAX_DEATHS = 4
-"""A replica that died so often on the way is not started again, nor is a part given out again that saw so many die."""
+"""Times that a replica is started again after it died, and that a part is tried again after its replica died."""
 
 _RAISED = re.compile(r"^(?P<name>[\w.]+(?:Error|Exception|Exit|Interrupt)): .+$", re.MULTILINE)
 _WRAPPERS = ("SystemException", "UserCodeException", "RayTaskError", "ActorDiedError")
 
 
 class BatchError(SpecplugError):
-    """A run ended before all rows were done; what was done stays."""
+    """A run ended before all rows were done; complete parts stay."""
 
 
 def generate(  # noqa: PLR0913 - public, and all but three are keywords
@@ -57,7 +58,7 @@ def generate(  # noqa: PLR0913 - public, and all but three are keywords
     connect: Callable[[], object] | None = None,
     on_progress: Progress | None = None,
 ) -> BatchResult:
-    """Complete every row of the inputs; run again, it completes what is missing.
+    """Complete every row of the inputs; another call with the same arguments completes the missing rows.
 
     Args:
         inputs_: files, folders or globs on this machine: JSON lines, Parquet, or text with one prompt a line.
@@ -66,22 +67,22 @@ def generate(  # noqa: PLR0913 - public, and all but three are keywords
         model: name, or folder that every node has.
         speculative_config: as vLLM takes it; stores are brought to every node.
         engine_args: further arguments of vLLM's engine.
-        options: the same, as ``vllm serve`` takes them.
+        options: arguments of vLLM's engine as ``vllm serve`` takes them.
         sampling: arguments of ``SamplingParams``, such as ``{"max_tokens": 256, "temperature": 0.8}``.
-        seed: of the run; a row with a value in a column ``seed`` has that one.
+        seed: seed of the run; a row with a value in a column ``seed`` uses that value.
         prompt_field: column of the prompt: text, token ids, or messages for the model's chat template.
         replicas: engines, each an actor of Ray Data.
-        cpus_per_replica: what Ray sets aside for each, and its threads on CPUs; by default 1.
-        gpus_per_replica: by default what an engine of these arguments takes, 0 with vLLM's CPU wheel.
+        cpus_per_replica: CPUs that Ray reserves for a replica, and its threads on CPUs; by default 1.
+        gpus_per_replica: GPUs of a replica; by default those that its engine takes, 0 with vLLM's CPU wheel.
         rows_per_part: rows of an output file, the unit of work and of what is lost with a replica.
         env: environment variables of the replicas.
         may_grow: an autoscaler adds nodes: wait for them.
-        connect: called where Ray is needed and this process has no connection; by default ``ray.init``.
+        connect: called if Ray is needed and this process has no connection; by default ``ray.init``.
         on_progress: called with rows done, rows in all, rows a second and output tokens a second of this run.
 
     Raises:
-        ConfigurationError: settings or inputs are wrong, they are not those that ``out`` was begun with, or the
-            cluster cannot hold the replicas.
+        ConfigurationError: settings or inputs are wrong or not those that ``out`` was begun with, or the cluster cannot
+            hold the replicas.
         BatchError: replicas did not start, or died too often.
     """
     environment.require_ray("data")
@@ -118,11 +119,6 @@ def _check_sampling(sampling: Mapping[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The folder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # On the cluster
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -146,7 +142,7 @@ def _run(
         fn_kwargs={"parts": numbered, "schema": schema},
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=0,  # the replicas may have all
+        num_cpus=0,  # leaves all CPUs to the replicas
         compute=ray.data.TaskPoolStrategy(size=1),
         label_selector={NODE_LABEL: ray.get_runtime_context().get_node_id()},  # where the files are
     )
@@ -188,7 +184,7 @@ def _read(batch: pa.Table, parts: Mapping[int, inputs.Part], schema: pa.Schema) 
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong inside of a replica, in one line: Ray wraps it several times, and its traceback is only text."""
+    """The error inside a replica, in one line: Ray wraps it several times, and passes its traceback as text."""
     chain = [error]
     while (inner := getattr(chain[-1], "cause", None) or chain[-1].__cause__) is not None and inner not in chain:
         chain.append(inner)

@@ -1,8 +1,8 @@
 """What a replica needs of its machine: a share that the cluster can give, and a process prepared for it.
 
-On CPUs three defaults stand in the way of several engines on a machine: vLLM binds the threads of each to the same
-cores, takes most of the memory for its KV cache, and whatever asks for a GPU waits for ever. They are handled here,
-each only where the user did not decide it.
+On CPUs three defaults stand in the way of several engines on a machine: vLLM binds the threads of all engines to the
+same cores, takes most of the memory for its KV cache, and a replica that asks for a GPU waits for ever. This module
+changes each default unless the user sets a value.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def require_ray(part: str) -> None:
     """Refuse to go on without Ray.
 
     Args:
-        part: of Ray, that is needed: "data" or "serve".
+        part: library of Ray that is needed: "data" or "serve".
 
     Raises:
-        ConfigurationError: it is not installed.
+        ConfigurationError: a package that the library needs is not installed.
     """
     needed = {"data": ("ray", "pandas"), "serve": ("ray", "starlette", "aiohttp")}[part]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -46,8 +46,8 @@ class Share:
     """What Ray sets aside for one replica.
 
     Attributes:
-        cpus: also the threads of an engine that computes on CPUs.
-        gpus: 0 where vLLM computes on CPUs.
+        cpus: number of CPUs; also the threads of an engine that computes on CPUs.
+        gpus: number of GPUs; 0 if vLLM computes on CPUs.
     """
 
     cpus: float
@@ -58,10 +58,15 @@ class Share:
 
 
 def share(cpus: float | None, gpus: float | None, engine_args: Mapping[str, Any], options: Sequence[str] = ()) -> Share:
-    """A replica's share, what is not given from what vLLM is installed here and how many devices an engine takes.
+    """A replica's share.
+
+    Args:
+        cpus: number of CPUs; by default 1.
+        gpus: number of GPUs; by default the devices that an engine of these arguments takes, 0 with vLLM's CPU wheel.
+        engine_args, options: the engine's arguments, as a dictionary and as ``vllm serve`` takes them.
 
     Raises:
-        ConfigurationError: a number that cannot be.
+        ConfigurationError: a number is impossible.
     """
     if (cpus is not None and cpus <= 0) or (gpus is not None and gpus < 0):
         raise ConfigurationError(f"a replica needs CPUs, and no fewer than 0 GPUs; was given {cpus} and {gpus}")
@@ -79,7 +84,7 @@ def num_devices(engine_args: Mapping[str, Any], options: Sequence[str] = ()) -> 
 
 
 def option(options: Sequence[str], *names: str) -> str | None:
-    """Value of an option in arguments as ``vllm serve`` takes them, None where it is absent."""
+    """Value of an option in arguments as ``vllm serve`` takes them; None if it is absent."""
     for index, argument in enumerate(options):
         name, separator, value = argument.partition("=")
         if name.replace("_", "-") in names:
@@ -92,10 +97,10 @@ def check_fits(replicas: int, of: Share, nodes: Sequence[Mapping[str, Any]], may
 
     Args:
         nodes: what ``ray.nodes()`` returns.
-        may_grow: an autoscaler adds nodes: only told, not refused.
+        may_grow: an autoscaler adds nodes: warn instead of refusing.
 
     Raises:
-        ConfigurationError: it says what every node has, and what to do.
+        ConfigurationError: the replicas do not fit; the message says what every node has, and what to do.
     """
     if replicas < 1:
         raise ConfigurationError(f"at least one replica is needed; was given {replicas}")
@@ -119,7 +124,7 @@ def check_fits(replicas: int, of: Share, nodes: Sequence[Mapping[str, Any]], may
 def wanted(
     of: Share, machine_cpus: float, engine_args: Mapping[str, Any], options: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Environment of an engine, for all that the user did not decide.
+    """Environment variables of an engine, without those for settings that are among its arguments.
 
     Args:
         of: a replica's share.
@@ -137,7 +142,7 @@ def wanted(
 
 
 def prepare(of: Share, machine_cpus: float, engine_args: Mapping[str, Any], options: Sequence[str] = ()) -> None:
-    """Set this process's environment for an engine, before vLLM is imported; what is set stays.
+    """Set this process's environment for an engine, before vLLM is imported; variables that are set stay as they are.
 
     The arguments are those of :func:`wanted`.
     """
@@ -148,14 +153,14 @@ def prepare(of: Share, machine_cpus: float, engine_args: Mapping[str, Any], opti
 
 
 def kv_cache_gib(of: Share, machine_cpus: float) -> int:
-    """GiB for the KV cache of one replica on a machine whose CPUs are all given to such replicas, at least 1."""
+    """GiB for the KV cache of one replica on a machine whose CPUs are all taken by such replicas, at least 1."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     part = min(1.0, of.cpus / max(machine_cpus, of.cpus))
     return max(1, int(KV_CACHE_SHARE * part * total / _GIB))
 
 
 def prepare_replica(of: Share, engine_args: Mapping[str, Any], options: Sequence[str] = ()) -> None:
-    """:func:`prepare` inside of a Ray actor."""
+    """Call :func:`prepare` for the node of this Ray actor."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()
@@ -164,7 +169,7 @@ def prepare_replica(of: Share, engine_args: Mapping[str, Any], options: Sequence
 
 
 def where_driver_is() -> Any:
-    """Scheduling strategy for what must run on this very node."""
+    """Scheduling strategy for actors and tasks that must run on this node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -1,8 +1,8 @@
-"""What a batch is made of: files of prompts, numbered row by row, and cut into parts that can be done anywhere.
+"""Inputs of a batch run: files of prompts, numbered row by row, and cut into parts that any replica can complete.
 
-Every row has a number that depends on the files alone: its place among all rows of all files in the order given. Parts
-are runs of rows; which rows a part has depends on their number and the size of parts, so that a later run, with other
-replicas, has the same ones.
+Every row has a number that depends on the files alone: its index among all rows of all files, in the order of the
+files. A part is a run of consecutive rows and depends on the size of parts only, so that a later run with other
+replicas has the same parts.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.stores.texts import COMPRESSION_SUFFIXES, READ_ERRORS, unpacked
 
 PROMPT_FIELDS = ("prompt", "messages", "text", "prompt_token_ids")
-"""Where a row's prompt is looked for, in this order, unless a field is named."""
+"""Columns that may hold a row's prompt, tried in this order unless the user names one."""
 ROW_ID = "row_id"
 SEED = "seed"
 OUTPUT_FIELDS = (ROW_ID, "output_text", "output_token_ids", "finish_reason", "error")
-"""Columns that are added to those of the input; ``seed`` too where it has none."""
+"""Columns that are added to those of the input; ``seed`` is added too if the input has none."""
 KINDS = {".parquet": "parquet", ".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".txt": "text"}
 CHECK_ROWS = 4096
 CHUNK_BYTES = 2**20
@@ -39,7 +39,7 @@ class Source:
     """One input file.
 
     Attributes:
-        path: absolute.
+        path: absolute path.
         num_rows: rows in it.
         digest: BLAKE2b (hex) of its contents.
     """
@@ -54,10 +54,10 @@ class Slice:
     """Rows of one file that belong to one part.
 
     Attributes:
-        path: to read, unpacked where the input is compressed.
+        path: file to read; an unpacked copy if the input is compressed.
         kind: "parquet", "lines" (JSON) or "text" (one prompt a line).
-        start: number of the first row in a Parquet file, elsewhere the byte that it starts at.
-        num_rows: rows from there on, without empty lines.
+        start: first row: its number in a Parquet file, its first byte in other files.
+        num_rows: rows from ``start`` on; empty lines do not count.
     """
 
     path: str
@@ -71,9 +71,9 @@ class Part:
     """Rows that are generated together and stored in one file.
 
     Attributes:
-        number: from 0 on.
-        first_row: ``row_id`` of the first.
-        slices: where they are.
+        number: index among all parts.
+        first_row: ``row_id`` of the first row.
+        slices: the rows in their files.
     """
 
     number: int
@@ -92,7 +92,7 @@ class Inputs:
     Attributes:
         sources: the files in order.
         schema: columns of the rows.
-        field: which of them is the prompt.
+        field: name of the prompt's column.
     """
 
     sources: tuple[Source, ...]
@@ -105,7 +105,7 @@ class Inputs:
         return sum(each.num_rows for each in self.sources)
 
     def parts(self, rows_per_part: int) -> list[Part]:
-        """All rows, ``rows_per_part`` at a time."""
+        """Cut all rows into parts of ``rows_per_part`` rows; the last part may be smaller."""
         found: list[Part] = []
         slices: list[Slice] = []
         room = rows_per_part
@@ -124,10 +124,10 @@ class Inputs:
 
 
 def find(inputs: Sequence[str]) -> list[Path]:
-    """Files that ``inputs`` (files, folders, globs) stand for, each once, those of one input sorted by name.
+    """Files that ``inputs`` (files, folders, globs) stand for, without repetition, those of one input sorted by name.
 
     Raises:
-        ConfigurationError: an input stands for none, or for a file of an unknown kind.
+        ConfigurationError: an input stands for no file, or for a file of an unknown kind.
     """
     found: dict[Path, None] = {}
     for name in inputs:
@@ -159,7 +159,7 @@ def _known() -> str:
 
 
 def kind_of(path: Path) -> str | None:
-    """What the name says that a file is."""
+    """Kind of a file by its name, a value of :data:`KINDS`; None if it is unknown."""
     name = path.name.lower()
     for suffix in COMPRESSION_SUFFIXES:
         name = name.removesuffix(suffix)
@@ -167,14 +167,14 @@ def kind_of(path: Path) -> str | None:
 
 
 def scan(paths: Sequence[Path], field: str | None, unpacked: Path) -> Inputs:
-    """Read all inputs once: number of rows, where each begins, their columns and a checksum.
+    """Read all inputs once: the number of rows, where each row begins, their columns and a checksum.
 
     Args:
-        field: column of the prompt; None takes the first of :data:`PROMPT_FIELDS` that there is.
-        unpacked: folder for what is compressed, or one long JSON list: it is written out to be read from any row on.
+        field: column of the prompt; None takes the first of :data:`PROMPT_FIELDS` that the inputs have.
+        unpacked: folder for copies of compressed files and of JSON lists, which can be read from any row on.
 
     Raises:
-        ConfigurationError: a file cannot be read, rows do not fit each other, or there is no prompt in them.
+        ConfigurationError: a file cannot be read, rows do not fit each other, or they have no prompt.
     """
     sources, places = [], []
     schemas: list[pa.Schema] = []
@@ -210,7 +210,7 @@ def _digest(path: Path) -> str:
 
 
 def _readable(path: Path, to: Path) -> Path:
-    """The file itself, or a copy of lines where it is compressed or one JSON list."""
+    """The file itself, or its copy ``to`` in lines if it is compressed or one JSON list."""
     readable = path
     if path.suffix.lower() in COMPRESSION_SUFFIXES:
         readable = to

@@ -1,4 +1,4 @@
-"""Output of a batch run: Parquet parts and their manifest."""
+"""Output of a batch run: a folder of Parquet files, one for each part, and a manifest."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from vllm_specplug.samplers.couplings import STOCK_TEXT, Text
 from vllm_specplug.settings.model import METHOD
 from vllm_specplug.settings.registry import sampler_class
 
-MANIFEST = "_manifest.json"  # Parquet readers pass over names that begin with an underscore
+MANIFEST = "_manifest.json"  # Parquet readers skip names that begin with an underscore
 
 
 FORMAT = 1
 
 
 PARTS_PER_REPLICA = 8
-"""Parts that each replica gets where their size is not given, so that replicas end at about the same time."""
+"""Parts for each replica if the user sets no size of parts, so that replicas end at about the same time."""
 
 
 SMALLEST_PART, LARGEST_PART = 16, 512
@@ -43,15 +43,15 @@ Progress = Callable[[int, int, float, float], None]
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What a run did.
+    """Result of a batch run.
 
     Attributes:
-        out: the folder.
+        out: folder of the output.
         num_rows: rows of all inputs, all of them in the folder now.
-        num_kept: of these, rows that an earlier run had done.
-        num_errors: rows whose column ``error`` says why they have no output, those of earlier runs among them.
-        num_output_tokens: generated in this run.
-        elapsed_s: of this run, replicas' start included.
+        num_kept: rows among these that an earlier run completed.
+        num_errors: rows whose column ``error`` says why they have no output, including those of earlier runs.
+        num_output_tokens: tokens generated in this run.
+        elapsed_s: seconds of this run, including the start of replicas.
     """
 
     out: Path
@@ -68,7 +68,7 @@ class BatchResult:
 
 @contextlib.contextmanager
 def owned(out: Path) -> Iterator[Path]:
-    """The folder, made where it is missing, for this process alone."""
+    """Create the output folder if it is missing, and lock it for this process."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / "_lock").open("a")
@@ -84,7 +84,7 @@ def owned(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
-    """A folder for temporary files, gone at the end; those of runs that were killed go too."""
+    """A folder for temporary files, removed at the end; those of killed runs are removed too."""
     for left in folder.glob("_tmp-*"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -98,9 +98,9 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 def manifest(job: Job, found: inputs.Inputs) -> dict[str, Any]:
-    """Everything that decides about the output, as plain types.
+    """Everything that the output depends on, as plain types.
 
-    How tokens are drafted is not among it where it cannot change them: a run may go on with other drafters, or none.
+    The drafter is left out if it cannot change the tokens: a run may go on with other drafters, or none.
     """
     return {
         "format": FORMAT,
@@ -115,12 +115,12 @@ def manifest(job: Job, found: inputs.Inputs) -> dict[str, Any]:
 
 
 def _speculation(config: Mapping[str, Any] | None) -> Any:
-    """The sampler where it is drafter-invariant (with its number of chains where that counts), else everything."""
+    """What tokens depend on: a drafter-invariant sampler (with ``num_chains`` if that matters), else all settings."""
     sampler = STOCK_TEXT if config is None else config.get("sampler")
     if sampler is None and config is not None and config.get("method") == METHOD:
         sampler = STOCK_TEXT
     text: Text = "per drafter"
-    with contextlib.suppress(ConfigurationError):  # the replicas will say what is wrong, if anything is there
+    with contextlib.suppress(ConfigurationError):  # replicas report a sampler that is wrong
         text = sampler_class(sampler).text if isinstance(sampler, str) else text
     if text == "per num_chains" and config is not None:
         spelt = {key.replace("-", "_"): value for key, value in config.items()}
@@ -133,7 +133,7 @@ def _plain(value: Any) -> Any:
 
 
 def begin(folder: Path, wanted: dict[str, Any], rows_per_part: int | None, replicas: int) -> int:
-    """Write the manifest, or compare with the one that is there; the size of parts."""
+    """Write the manifest, or compare it with that of an earlier run; returns the rows of a part."""
     path = folder / MANIFEST
     has_parts = any(folder.glob("*.parquet"))
     if not path.exists() or not has_parts:
@@ -170,7 +170,7 @@ def _compared(settings: Mapping[str, Any], key: str) -> Any:
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file that appears complete or not at all."""
     temporary = path.with_name(f"_tmp-{path.name}")
     write(temporary)
     with temporary.open("rb") as file:
@@ -179,7 +179,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 class Output:
-    """The files of a run: which are there, and rows on their way into others."""
+    """The output files of a run, and the rows that wait for their part to be complete."""
 
     def __init__(
         self, folder: Path, parts: Mapping[int, inputs.Part], rows_per_part: int, on_progress: Progress | None
@@ -215,11 +215,11 @@ class Output:
         return [part for number, part in self._parts.items() if number not in self._done]
 
     def add(self, table: pa.Table) -> None:
-        """Rows that a replica has done, those of one part together or in pieces; a part that is whole is stored."""
+        """Take rows that a replica has done, a whole part or a piece of one; a complete part is stored."""
         for row, row_id in enumerate(table[inputs.ROW_ID].to_pylist()):
             number = row_id // self._rows_per_part
             if number in self._done:
-                continue  # a part that was given out twice, with the same contents
+                continue  # a part that two replicas worked on, with the same contents
             waiting = self._waiting.setdefault(number, {})
             waiting[row_id] = table.slice(row, 1)
             if len(waiting) == self._parts[number].num_rows:
@@ -242,7 +242,7 @@ class Output:
         if self._first is None:
             self._on_progress(self.num_done, total, 0.0, 0.0)
             return
-        began, rows, tokens = self._first  # without the start of the engines
+        began, rows, tokens = self._first  # rates leave out the start of the engines
         elapsed_s = max(time.monotonic() - began, 1e-9)
         self._on_progress(
             self.num_done, total, (self.num_done - rows) / elapsed_s, (self._num_tokens - tokens) / elapsed_s
@@ -250,11 +250,11 @@ class Output:
 
     @property
     def num_done(self) -> int:
-        """Rows in the folder."""
+        """Number of rows in the folder."""
         return sum(self._parts[number].num_rows for number in self._done)
 
     def result(self, elapsed_s: float) -> BatchResult:
-        """After the end."""
+        """Result of the run, once all parts are stored."""
         return BatchResult(
             self._folder, self.num_done, self._num_kept, self._num_errors, self._num_tokens, max(elapsed_s, 1e-9)
         )

@@ -19,7 +19,7 @@ from vllm_specplug.ray import environment, inputs, stores
 from vllm_specplug.ray.environment import Share
 
 SEED_BITS = 53
-"""What any JSON reader can hold."""
+"""Bits of a row's seed: any JSON reader can hold it exactly."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Job:
         model: name, or folder that every node has.
         speculative_config: with absolute paths, see :func:`vllm_specplug.ray.stores.located`.
         engine_args: arguments of vLLM's engine.
-        options: the same as ``vllm serve`` takes them.
-        sampling: arguments of ``SamplingParams``, of every row.
-        seed: of the run.
+        options: arguments of vLLM's engine as ``vllm serve`` takes them.
+        sampling: arguments of ``SamplingParams`` for every row.
+        seed: seed of the run.
         field: column of the prompt.
     """
 
@@ -55,8 +55,9 @@ class Replica:
     """One engine in an actor of Ray Data.
 
     Args:
-        job, share: what to do, and with what.
-        source: of stores that this node lacks.
+        job: the work.
+        share: CPUs and GPUs of this replica.
+        source: actor that this node fetches missing stores from, see :func:`vllm_specplug.ray.stores.start_source`.
     """
 
     def __init__(self, job: Job, share: Share, source: Any) -> None:
@@ -75,15 +76,15 @@ class Replica:
         self._sampling: Callable[[int], Any] = lambda seed: SamplingParams(
             **job.sampling, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        self._sampling(0)  # a mistake there is told before a model is loaded
+        self._sampling(0)  # raises for wrong arguments before a model is loaded
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**with_cli_arguments(arguments)))
 
     async def __call__(self, table: pa.Table) -> AsyncIterator[pa.Table]:
-        """The rows of a part with their outputs."""
+        """Complete the rows of a part; yields them with their outputs."""
         ids = table[inputs.ROW_ID].to_pylist()
         given = table[inputs.SEED].to_pylist() if inputs.SEED in table.column_names else [None] * len(ids)
         seeds = [
-            # -1 is vLLM's word for no seed; such a row too has tokens that can be had again.
+            # -1 means no seed in vLLM; the tokens of such a row can be reproduced too.
             row_seed(self._job.seed, row_id) if seed is None or seed < 0 else seed
             for row_id, seed in zip(ids, given, strict=True)
         ]
@@ -109,10 +110,10 @@ class Replica:
                 done = output.outputs[0]
         except Exception as error:
             if self._engine.errored:
-                # Nothing can come from here any more. Another process starts in its place, and gets the same rows.
+                # A dead engine cannot go on. Ray starts another process in its place, which gets the same rows.
                 logger.exception("the engine died")
                 os._exit(1)
-            # This row's own trouble: too long, say.
+            # An error of this row alone, such as a prompt that is too long.
             cause = error if str(error) else error.__cause__ or error
             return _Outcome("", [], None, str(cause) or type(cause).__name__)
         return _Outcome(done.text, list(done.token_ids), done.finish_reason, None)
@@ -140,13 +141,13 @@ class _Outcome:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Messages as they were written: a table fills in what only others have."""
+    """Messages without the null values that a table adds for keys of other messages."""
     if isinstance(value, dict):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _unsplit(job: Job) -> dict[str, Any]:
-    """What keeps prompts in one step where splitting them is fatal: seeded ones, in vLLM 0.32 on CPUs as it ships."""
+    """Arguments that keep a prompt in one step: splitting a seeded one ends vLLM 0.32 on CPUs without speculation."""
     is_given = "enable_chunked_prefill" in job.engine_args or any("chunked-prefill" in each for each in job.options)
     return {"enable_chunked_prefill": False} if is_cpu_wheel() and not job.speculative_config and not is_given else {}

@@ -17,9 +17,9 @@ from vllm_specplug.ray.environment import Share
 
 NAME = "specplug"
 MAX_ONGOING_REQUESTS = 512
-"""Of a replica; Ray Serve's own default of a few would leave vLLM's batches empty."""
+"""Requests in flight of a replica; Ray Serve's own default of a few would leave vLLM's batches empty."""
 PROXYS_OWN = ("host", "port", "uds", "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "api-server-count", "headless")
-"""Options of ``vllm serve`` about sockets and processes, which Ray Serve has instead."""
+"""Options of ``vllm serve`` about sockets and processes, which are Ray Serve's here."""
 
 _app: Any = None
 
@@ -54,19 +54,19 @@ def deployment(  # noqa: PLR0913 - public, and all but one are keywords
     may_grow: bool = False,
     **settings: Any,
 ) -> Any:
-    """An application for ``ray.serve.run``; connects to Ray, or starts it, where that has not been done.
+    """An application for ``ray.serve.run``; connects to Ray, or starts it, if this process has no connection.
 
     Args:
         model: name, or folder that every node has.
         speculative_config: as vLLM takes it; stores are brought to every node.
         engine_args: further arguments of ``vllm serve`` by their names in Python: ``{"max_model_len": 4096}``.
-        options: the same, as on its command line.
+        options: arguments of ``vllm serve`` as on its command line.
         replicas: engines.
-        cpus_per_replica: what Ray sets aside for each, and its threads on CPUs; by default 1.
-        gpus_per_replica: by default what an engine of these arguments takes, 0 with vLLM's CPU wheel.
+        cpus_per_replica: CPUs that Ray reserves for a replica, and its threads on CPUs; by default 1.
+        gpus_per_replica: GPUs of a replica; by default those that its engine takes, 0 with vLLM's CPU wheel.
         env: environment variables of the replicas.
         may_grow: an autoscaler adds nodes: wait for them.
-        settings: of Ray Serve's deployment, such as ``autoscaling_config`` (then leave ``replicas`` out).
+        settings: options of Ray Serve's deployment, such as ``autoscaling_config`` (then leave ``replicas`` out).
 
     Raises:
         ConfigurationError: settings are wrong, or the cluster cannot hold the replicas.
@@ -95,7 +95,7 @@ def deployment(  # noqa: PLR0913 - public, and all but one are keywords
 
 
 def shutdown(speculative_config: Mapping[str, Any] | None = None) -> None:
-    """End Ray Serve with all of its applications, and the actor that the stores of this configuration came from."""
+    """End Ray Serve with all of its applications, and the actor that serves the stores of this configuration."""
     from ray import serve
 
     serve.shutdown()
@@ -116,7 +116,7 @@ def _check_options(job: Job) -> None:
 
 
 class _Door:
-    """The application as Ray Serve sees it before a replica has one."""
+    """ASGI application for Ray Serve; hands requests on to the one that the replica builds later."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await _app(scope, receive, send)
@@ -126,8 +126,9 @@ class Server:
     """One engine and its application in a replica of Ray Serve.
 
     Args:
-        job, share: what to do, and with what.
-        source: of stores that this node lacks.
+        job: model and arguments.
+        share: CPUs and GPUs of this replica.
+        source: actor that this node fetches missing stores from, see :func:`vllm_specplug.ray.stores.start_source`.
     """
 
     async def __init__(self, job: Job, share: Share, source: Any) -> None:  # type: ignore[misc] # Ray Serve awaits it
@@ -148,7 +149,7 @@ class Server:
         _app = app
 
     async def check_health(self) -> None:
-        """Ray Serve asks now and then; a replica whose engine died is replaced."""
+        """Raise if the engine died: Ray Serve calls this from time to time, and replaces such a replica."""
         await self._engine.check_health()
 
     def __del__(self) -> None:
@@ -157,10 +158,10 @@ class Server:
 
 
 def serve_arguments(job: Job, speculative_config: Mapping[str, Any] | None) -> Any:
-    """What ``vllm serve`` would make of a job's arguments.
+    """Arguments of a job, parsed as ``vllm serve`` does.
 
     Raises:
-        ValueError: vLLM does not know one of them, or does not like it.
+        ValueError: vLLM does not know an argument, or refuses its value.
     """
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -182,7 +183,7 @@ def serve_arguments(job: Job, speculative_config: Mapping[str, Any] | None) -> A
 
 
 def _stat_loggers(arguments: Any) -> list[Any]:
-    """vLLM's own counters on Ray's exporter too."""
+    """Loggers that put vLLM's own counters on Ray's exporter, too."""
     if arguments.disable_log_stats:
         return []
     from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger

@@ -1,7 +1,7 @@
 """Ready settings for Ray's own LLM libraries, ``ray.data.llm`` and ``ray.serve.llm``, with this plugin inside.
 
-Both run vLLM engines by themselves; these functions say what they have to be told, on CPUs above all, where they
-otherwise wait for a GPU for ever, pin all replicas to the same cores and reserve all memory twice.
+Both run vLLM engines by themselves. Without these settings they wait on CPUs for a GPU for ever, pin all replicas to
+the same cores and reserve all memory twice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vllm_specplug.engines.environment import intel_openmp
 from vllm_specplug.ray import environment, stores
 
 STAGE_CPUS = 0.01
-"""Of each stage around the engine: by default it takes a whole one, and waits for ever where engines have all."""
+"""CPUs of a stage around the engine: by default a stage takes a whole CPU, and waits for ever if engines have all."""
 
 
 def data_llm(
@@ -32,7 +32,7 @@ def data_llm(
     """Keyword arguments of ``ray.data.llm.vLLMEngineProcessorConfig``.
 
     On CPUs give ``build_processor`` the arguments ``preprocess_map_kwargs={"num_cpus": STAGE_CPUS}`` and
-    ``postprocess_map_kwargs`` likewise: these are not in that class, and wait for a whole CPU too.
+    ``postprocess_map_kwargs`` likewise: that class does not set them, and their stages wait for a whole CPU too.
 
     Args:
         model, speculative_config: as vLLM takes them; every node needs folders and stores at the same paths.
@@ -40,7 +40,7 @@ def data_llm(
         replicas: engines.
         cpus_per_replica, gpus_per_replica: see :func:`vllm_specplug.ray.batch.generate`.
         env: environment variables of the engines.
-        settings: further arguments of that class, which come first.
+        settings: further arguments of that class, which take precedence.
     """
     share = environment.share(cpus_per_replica, gpus_per_replica, engine_args or {})
     made: dict[str, Any] = {
@@ -69,13 +69,13 @@ def serve_llm(
     env: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Keyword arguments of ``ray.serve.llm.LLMConfig``; the others are those of :func:`data_llm`.
+    """Keyword arguments of ``ray.serve.llm.LLMConfig``; for all arguments but ``model_id`` see :func:`data_llm`.
 
     On CPUs give ``build_openai_app`` ``{"ingress_deployment_config": {"ray_actor_options": {"num_cpus": STAGE_CPUS}}}``
-    beside the configurations: the ingress takes a whole CPU by default, and waits for one where engines have all.
+    beside the configurations: the ingress takes a whole CPU by default, and waits for one if engines have all.
 
     Args:
-        model_id: name that clients ask for; by default the last part of the model's.
+        model_id: name that clients ask for; by default the last part of ``model``.
     """
     share = environment.share(cpus_per_replica, gpus_per_replica, engine_args or {})
     made: dict[str, Any] = {
@@ -86,7 +86,7 @@ def serve_llm(
     }
     if not share.gpus:
         made["accelerator_config"] = {"kind": "cpu"}
-        made["deployment_config"]["ray_actor_options"] = {"num_cpus": 0}  # the bundle's are added to these
+        made["deployment_config"]["ray_actor_options"] = {"num_cpus": 0}  # the CPUs of the bundle are added
         made["placement_group_config"] = {"bundles": [{"CPU": share.cpus}]}
         made["engine_kwargs"].setdefault("distributed_executor_backend", "mp")
     return {**made, **settings}
@@ -102,7 +102,7 @@ def _engine_args(speculative_config: Mapping[str, Any] | None, engine_args: Mapp
 def _variables(
     share: environment.Share, engine_args: Mapping[str, Any], env: Mapping[str, str] | None
 ) -> dict[str, str]:
-    """Environment of an engine, without what is set here already: that, Ray's workers inherit or the user knows."""
+    """Environment variables of an engine: ``env``, then those of this process, then defaults for its share."""
     wanted = environment.wanted(share, float(os.cpu_count() or 1), engine_args)
     made = {name: os.environ.get(name, value) for name, value in wanted.items()}
     return {**made, **({} if share.gpus else intel_openmp()), **(env or {})}

@@ -1,7 +1,7 @@
-"""Token stores where replicas are: one copy on each node, which all replicas of the node map.
+"""Token stores on the nodes of replicas: one copy on each node, which all replicas of the node map.
 
-A store that a node has at the path that was given is used as it is. Elsewhere the first replica fetches it from the
-driver's node, in chunks through one small actor, and the others of that node wait for it and find it.
+A node that has the store at the configured path uses it as it is. On other nodes the first replica fetches the store
+from the driver's node, in chunks through one small actor; the other replicas of the node wait and use its copy.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class StoreFile:
     """One file of a store.
 
     Attributes:
-        name: below the folder that the store lies in.
-        num_bytes: its size.
+        name: path relative to the store's folder.
+        num_bytes: size of the file.
         digest: SHA-256 (hex) of its contents.
     """
 
@@ -51,10 +51,10 @@ class StoreFile:
 
 
 def stores_of(speculative_config: Mapping[str, Any] | None) -> dict[str, str]:
-    """The token stores that a ``speculative_config`` names, as paths by name; {} where there are none.
+    """The token stores that a ``speculative_config`` names, as paths by name; {} if there are none.
 
     Raises:
-        ConfigurationError: something else stands there.
+        ConfigurationError: the value for stores, or for this plugin, is wrong.
     """
     given = dict(speculative_config or {})
     if given.get("method") == METHOD:
@@ -65,15 +65,15 @@ def stores_of(speculative_config: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def absolute(path: str) -> str:
-    """The same file or folder from every working directory; what is neither, such as a model's name, is left alone."""
+    """Absolute path of an existing file or folder; other text, such as a model's name, is returned as it is."""
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def located(speculative_config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The same configuration for processes with other working directories, its stores by name.
+    """A configuration with absolute paths, for processes with other working directories, and with its stores by name.
 
     Raises:
-        ConfigurationError: what is given for the stores, or this plugin, is wrong.
+        ConfigurationError: the value for stores, or for this plugin, is wrong.
     """
     if speculative_config is None:
         return None
@@ -86,21 +86,21 @@ def located(speculative_config: Mapping[str, Any] | None) -> dict[str, Any] | No
 
 
 def cache_folder() -> Path:
-    """Where this node keeps what was fetched."""
+    """Folder of fetched stores on this node."""
     given = os.environ.get(CACHE_VARIABLE)
     return Path(given) if given else Path.home() / ".cache" / "vllm-specplug" / "stores"
 
 
 class StoreSource:
-    """Reads stores for other nodes; lives as an actor on the driver's node.
+    """Reads stores for other nodes; runs as an actor on the driver's node.
 
-    The files stay open, so that what is read is what was there at the start, also after a store was replaced.
+    The files stay open, so that other nodes get the version of the start even after a store was replaced.
 
     Args:
-        paths: of stores, of one file or with shards beside it.
+        paths: paths of stores, with or without shards.
 
     Raises:
-        DatastoreError: one of them cannot be opened.
+        DatastoreError: a store cannot be opened.
     """
 
     def __init__(self, paths: list[str]) -> None:
@@ -109,18 +109,18 @@ class StoreSource:
         self._lock = threading.Lock()
 
     def files(self, path: str) -> list[StoreFile]:
-        """What the store at ``path`` consists of; reads all of it the first time."""
+        """Files of the store at ``path``; the first call reads all of them for their digests."""
         with self._lock:
             if path not in self._listed:
                 self._listed[path] = [_listed(name, file) for name, file in self._files[path].items()]
             return self._listed[path]
 
     def read(self, path: str, name: str, offset: int, num_bytes: int) -> bytes:
-        """Part of a file."""
+        """``num_bytes`` bytes of a file, from ``offset`` on."""
         return os.pread(self._files[path][name].fileno(), num_bytes, offset)
 
     def close(self) -> None:
-        """Let the files go."""
+        """Close all files."""
         for files in self._files.values():
             for file in files.values():
                 file.close()
@@ -139,14 +139,14 @@ def _listed(name: str, file: BinaryIO) -> StoreFile:
 
 
 def start_source(speculative_config: Mapping[str, Any] | None, is_detached: bool = False) -> Any:
-    """An actor on this node that other nodes fetch stores from, or None where no store is named.
+    """An actor on this node that other nodes fetch stores from, or None if no store is named.
 
     Args:
-        is_detached: it outlives this driver, as an application of Ray Serve does; there is one for the same stores.
+        is_detached: the actor outlives this driver, as an application of Ray Serve does; the same stores share one.
 
     Raises:
         ConfigurationError: the configuration is wrong.
-        StoreError: a store is not here.
+        DatastoreError: a store on this node cannot be opened.
     """
     import ray
 
@@ -168,37 +168,37 @@ def _paths(stores: Mapping[str, str]) -> list[str]:
 
 
 def _name(paths: list[str]) -> str:
-    """Of a detached source; a store that was replaced is another one."""
+    """Name of a detached source; it changes when a store is replaced."""
     known = repr([(path, os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in paths])
     return "stores-" + hashlib.sha256(known.encode()).hexdigest()[:DIGEST_CHARS]
 
 
 def detached_source(speculative_config: Mapping[str, Any] | None) -> Any:
-    """The detached actor that :func:`start_source` made for these stores, None where there is none."""
+    """The detached actor that :func:`start_source` made for these stores; None if there is none."""
     import ray
 
     paths = _paths(stores_of(speculative_config))
     try:
         return ray.get_actor(_name(paths), NAMESPACE) if paths else None
-    except (OSError, ValueError):  # the store is gone, or nobody made one
+    except (OSError, ValueError):  # the store is gone, or there is no such actor
         return None
 
 
 def stop_source(source: Any) -> None:
-    """End what :func:`start_source` returned."""
+    """End the actor that :func:`start_source` returned; None does nothing."""
     if source is None:
         return
     import ray
 
-    with contextlib.suppress(Exception):  # it may be gone, and so may the cluster
+    with contextlib.suppress(Exception):  # the actor may be gone, and so may the cluster
         ray.kill(source)
 
 
 def placed(speculative_config: Mapping[str, Any] | None, source: Any) -> dict[str, Any] | None:
-    """The same configuration with the paths of stores on this node; fetches those that are missing here.
+    """A configuration with the paths of its stores on this node; fetches stores that are missing here.
 
     Args:
-        source: what :func:`start_source` returned; None fetches nothing.
+        source: actor that :func:`start_source` returned; None fetches nothing.
 
     Raises:
         StoreError: a store is neither here nor could be fetched.
@@ -212,10 +212,10 @@ def placed(speculative_config: Mapping[str, Any] | None, source: Any) -> dict[st
 
 
 def place(path: str, source: Any, cache: Path | None = None) -> Path:
-    """A path on this node under which the store can be opened.
+    """Path of a store on this node; fetches the store if it is missing.
 
     Args:
-        path: of the store on the driver's node.
+        path: path of the store on the driver's node.
         source: see :func:`placed`.
         cache: folder of fetched stores; by default :func:`cache_folder`.
     """
@@ -234,7 +234,7 @@ def place(path: str, source: Any, cache: Path | None = None) -> Path:
     with _only_one(cache / f"{digest}.lock"):
         if not _has_sizes(final, files):
             temporary = cache / f"{digest}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)  # of a fetch that was killed
+            shutil.rmtree(temporary, ignore_errors=True)  # the rest of a fetch that was killed
             _check_space(cache, files, path)
             temporary.mkdir()
             logger.info("fetching token store %s (%d bytes)", path, sum(each.num_bytes for each in files))
@@ -249,7 +249,7 @@ def place(path: str, source: Any, cache: Path | None = None) -> Path:
 def _only_one(lock: Path) -> Iterator[None]:
     with lock.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing releases it, and so does the death of the process
+        yield  # closing the file releases the lock, and so does the end of the process
 
 
 def _has_sizes(store: Path, files: list[StoreFile]) -> bool:
