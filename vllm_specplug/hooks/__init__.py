@@ -1,1 +1,1 @@
-"""The only place that touches vLLM's internals. ``seams.py`` lists every name."""
+"""The only place that touches vLLM's internals. ``seam_list.py`` lists every name."""

@@ -1,4 +1,4 @@
-"""Every name this plugin touches, of vLLM or below it: where it is, why, its signature, and how to undo it."""
+"""What a seam is: how its signature is checked, how it is wrapped and undone. ``seam_list.py`` lists them all."""
 
 from __future__ import annotations
 
