@@ -1,19 +1,19 @@
-"""Acceptance in an engine beside what theory says of each coupling: a draft model that samples, at three temperatures.
+"""Acceptance in an engine beside the theory of each coupling: a draft model that samples, at three temperatures.
 
     python benchmarks/acceptance.py [--model TARGET --draft DRAFT] [--temperature 0.5 1.0 1.5] [--json FILE]
 
-For every draft token that was verified, the chance that it is accepted follows from the two distributions at that very
-place: `samplers/theory.py` has the formula of each coupling, and the distributions come from the models themselves, computed
-without vLLM. Noise is fresh at every place, so accepted tokens less their chances are a martingale, and their sum is
-normal with the sum of p (1 - p) as variance. "not" shows how far off the formulas of the other samplers would be.
-Exit status 1 where a deviation has a chance below 0.001 in the whole table.
+For every draft token that was verified, the chance that it is accepted follows from the two distributions at its
+position: `samplers/theory.py` has the formula of each coupling, and the distributions come from the models themselves,
+computed without vLLM. Noise is fresh at every position, so accepted tokens less their chances are a martingale, and
+their sum is normal with the sum of p (1 - p) as variance. "not" shows how far off the formulas of the other samplers
+would be. Exit status 1 if a deviation has a chance below 0.001 in the whole table.
 
     python benchmarks/acceptance.py --sampler --lists 2 4 [...]
 
-With ``--lists`` also, in a second table, how often one of K drafts of a place is the target's token: `list` (K races,
-each with noise of its own) and `gumbel` (the K first places of one race), the K chains verified side by side. For these
-there is no formula; "theory" is the mean over fresh noise at the same places, drawn without vLLM. The last columns are
-of the same places with all but the twelve likeliest tokens left out: how often `list` matches there, its bound, and the
+``--lists`` adds a second table: how often one of K drafts at a position is the target's token, under `list` (K races,
+each with noise of its own) and `gumbel` (the K first tokens of one race), with the K chains verified side by side.
+Since these have no formula, "theory" is the mean over fresh noise at the same positions, drawn without vLLM. The last
+columns keep only the twelve likeliest tokens of these positions: how often `list` matches there, its bound, and the
 best that any coupling could do with K independent drafts, by linear programming.
 """
 

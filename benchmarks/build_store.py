@@ -1,4 +1,4 @@
-"""How fast a token store is built, how large it is, and how much memory that takes.
+"""How fast a token store is built, how large it is, and how much memory the build takes.
 
     python benchmarks/build_store.py --tokens 1M 10M [--tokenizer T] [--markdown]
 

@@ -1,14 +1,14 @@
-"""Fits the confidence formulas of the rest and ngram proposers, and says what a draft token is worth.
+"""Fits the confidence formulas of the rest and ngram proposers, and reports what a draft token is worth.
 
     python benchmarks/calibrate.py [--tokens 10M] [--tokenizer T] [--markdown]
 
 Text is the Python on this machine. The *calibration modules*, every fourth larger module of the standard library, are
 "written" token by token, as a target would that agrees with their authors. The store holds other modules and installed
-packages: no held-out module, no calibration module, no copy of one. A *vote* is a draft token that was reached: all
-before it in its draft were right.
+packages: no held-out module, no calibration module, no copy of either. A *vote* is a draft token that was reached: all
+earlier tokens of its draft were right.
 
-Coefficients come from one half of the calibration modules. They are checked with the other half, and with the held-out
-modules, which the demo and the benchmarks take prompts from and no coefficient was fitted to.
+Coefficients are fitted to one half of the calibration modules. They are checked with the other half, and with the
+held-out modules, which are the source of prompts in the demo and the benchmarks and were not used for fitting.
 """
 
 from __future__ import annotations

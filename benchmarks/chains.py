@@ -1,15 +1,15 @@
-"""What further chains of a request bring, replayed: emitted tokens a step, and how well branches know their chances.
+"""What side chains of a request bring, replayed: emitted tokens a step, and how well branches know their chances.
 
     python benchmarks/chains.py [--tokens 10M] [--requests 120] [--temperature 0 0.8 1] [--markdown]
 
 At temperature 0 held-out modules of the standard library are "written" token by token, as a target would that agrees
 with their authors, against a store of other Python (:mod:`calibrate` has both). At other temperatures the text is what
-the tiny target writes after held-out prompts with noise of its own, which the proposers are told (:mod:`trajectories`).
+the tiny target writes after held-out prompts with noise of its own, which the proposers know (:mod:`trajectories`).
 
 Every chain that a proposer answers is verified, up to the number in the table; *nodes* are the different draft tokens
-of a request's tree. The last rows verify only so many nodes a request, those that the proposer thinks likeliest.
+of a request's tree. The last rows limit the nodes of a request to those that the proposer rates likeliest.
 
-A *branch* is the first token of a path that no path before it has, where everything before it was right.
+A *branch* is the first token of a path that no earlier path has, if all tokens before it were right.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks share: engines that stay alive and take turns, and what a reader needs to judge a number."""
+"""Shared by the benchmarks: engines that stay alive and take turns, and facts that a reader needs to judge a number."""
 
 from __future__ import annotations
 

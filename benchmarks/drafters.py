@@ -1,14 +1,14 @@
-"""Every drafter on the same prompts and seeds, in one run: vLLM's own, each proposer of ours, and the ensemble.
+"""Every drafter on the same prompts and seeds, in one run: vLLM's own, each proposer of this package, and the ensemble.
 
     python benchmarks/drafters.py --datastore STORE [--questions question.jsonl] [--humaneval HumanEval.jsonl.gz]
         [--draft-model DIR] [--batch 1 8 32] [--temperature 0 1] [--repeats 2] [--json FILE] [--chains 2 4]
 
-Kinds of work: see workloads.py. Engines take turns; no prompt is used twice by the same drafter, since several of them
-remember earlier requests. Our proposers share one engine but neither history nor what they learned. "suffix" of vLLM
-takes part where arctic-inference is installed.
+Kinds of work: see workloads.py. Engines take turns; no drafter gets a prompt twice, since several of them remember
+earlier requests. The proposers of this package share one engine, but neither history nor what they learned. "suffix"
+of vLLM takes part if arctic-inference is installed.
 
-With --chains the ensemble verifies so many chains of a request side by side, too, and a last table holds that against
-one chain; the engines then have rows to spare (16 times the largest batch), which is what further chains need.
+With --chains the ensemble also verifies these numbers of chains of a request side by side, and a last table compares
+them with one chain; the engines then have the spare rows that side chains need (16 times the largest batch).
 
 draft and verify: milliseconds of a step on the runner, with everything that is not drafting counted as verifying.
 """

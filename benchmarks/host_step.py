@@ -2,8 +2,8 @@
 
     python benchmarks/host_step.py [--tokens 10M] [--work-dir DIR] [--markdown]
 
-This is the host's part between the two copies of a step, run without a GPU: the very class that vLLM's runner holds,
-fed with steps as they come off the device. Each request emits two tokens of a held-out module a step. The copies
+This is the host's part between the two copies of a step, run without a GPU: the same class that vLLM's runner holds
+gets steps as they come off the device. Each request emits two tokens of a held-out module a step. The copies
 themselves need a GPU: ``benchmarks/verify_kernel.py --round-trip``.
 """
 

@@ -1,7 +1,7 @@
-"""A worker extension for the benchmarks: takes the time of drafting and of the rest, and swaps proposers.
+"""A worker extension for the benchmarks: measures the time of drafting and of the rest of a step, and swaps proposers.
 
-``worker_extension_cls="inside_engine.Inside"``; vLLM mixes it into its worker. It works in the same way with any
-drafter, vLLM's own too, on the V1 runner.
+Use it as ``worker_extension_cls="inside_engine.Inside"``, which vLLM mixes into its worker. The extension works with
+any drafter, vLLM's own too, on the V1 runner.
 """
 
 from __future__ import annotations

@@ -2,16 +2,16 @@
 
     python benchmarks/large_store.py --work-dir DIR [--tokens 500M] [--shard-size 200MB] [--max-memory 6GiB]
 
-Text: the Python sources on this machine (standard library and installed packages, without held-out modules), again and
-again until there are enough tokens. From the second time on every file is edited: four of its identifiers get other
-names throughout, and one line in fifty is left out. Lookups come from the held-out modules, in batches of 32.
+Text: the Python sources on this machine (standard library and installed packages, without held-out modules), repeated
+until there are enough tokens. From the second time on every file is edited: four of its identifiers get other names
+throughout, and one line in fifty is left out. Lookups come from the held-out modules, in batches of 32.
 
-Then the rows: the first shards side by side for growing stores, and all of the text in one and in four segments.
-"cold" is the first batch after the files were dropped from the system's page cache, in a fresh process; "just read"
-are the 300 batches after the file was read ahead, as a server does at its start; "warm" are the last 1000 of 3000. All
-contexts are drawn anew.
+The rows of the table: the first shards side by side for growing stores, and all of the text in one and in four
+segments. "cold" is the first batch after the files were dropped from the system's page cache, in a fresh process; "just
+read" is the 300 batches after the file was read ahead, as a server does at its start; "warm" is the last 1000 of 3000
+batches. Every batch has new contexts.
 
-Everything is kept in DIR (3 bytes a token for the text, and 6 for each of the store, the one segment and the four):
+DIR keeps all files (3 bytes a token for the text, and 6 for each of the store, the one segment and the four):
 another run measures without building again.
 """
 

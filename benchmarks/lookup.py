@@ -4,7 +4,7 @@
 
 A row of "rest" times whole ``propose`` calls: lookup, vote and draft. Contexts are pieces of held-out modules that no
 store has seen. "ngram" rows are decoding steps that add one token to each request; "scan", for reference, is the search
-alone where the whole context is read for each draft, as in prompt lookup without an index.
+alone if each draft reads the whole context, as prompt lookup without an index does.
 """
 
 from __future__ import annotations

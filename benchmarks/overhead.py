@@ -3,15 +3,15 @@
     python benchmarks/overhead.py --batch 1 8 32 --repeats 4
     python benchmarks/overhead.py --questions question.jsonl --datastore STORE
 
-In the first form all engines live in this process and take turns step by step on the same requests, and the ratio of
-each step to the neighbouring stock step is taken: whatever else the machine does touches both. vLLM switches
-asynchronous scheduling off under speculation by custom drafters, so stock runs without it there. One row is vLLM's own
+In the first form all engines run in this process and take turns step by step on the same requests. The figure is the
+ratio of each step to the neighbouring stock step, since other load of the machine affects both. vLLM switches
+asynchronous scheduling off under speculation by custom drafters, so stock runs without it. One row is vLLM's own
 speculation path around a drafter that never drafts, without our verifier: the part of the cost that is vLLM's.
 
-The second form is what the ensemble is for where nothing can be drafted: sampled answers to Spec-Bench's questions at
-temperature 1, the default proposers, the gate left to itself. Engines take different numbers of steps there, and the
-gate must see its own steps only: they take turns run by run, each time in another order, and each keeps as many
-requests in flight. Stock runs twice, as two engines: how far these are apart says what the rest is worth.
+The second form is work that cannot be drafted well, for which the ensemble has its gate: sampled answers to
+Spec-Bench's questions at temperature 1, with the default proposers and gate. The engines take different numbers of
+steps, and the gate must see its own steps only: so they take turns run by run, each time in another order, all with
+the same number of requests in flight. Stock runs twice, as two engines: their difference is the error of the others.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/shared_noise.py [--model TARGET --draft DRAFT] [--temperature 0.5 0.8 1.0] [--json FILE]
 
-Both run vLLM's ``draft_model`` under the Gumbel-coupled verifier, on the same prompts and seeds; "identical" is the
-share of requests with the tokens of the engine without speculation.
+Both ways of drafting run vLLM's ``draft_model`` under the Gumbel-coupled verifier, on the same prompts and seeds;
+"identical" is the share of requests with the tokens of the engine without speculation.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Many clients of mixed kinds on one server for minutes, some of which hang up: nothing fails, leaks, changes its text.
+"""Mixed clients on one server for minutes, some of which hang up: nothing may fail, leak, or change its text.
 
     python benchmarks/soak.py [--minutes 10] [--clients 32] [--url http://127.0.0.1:8000] [--json FILE]
 
-Without --url it starts `specplug serve` on the tiny pair with a store of this Python's standard library. Every client
-draws one request after the other from a fixed pool (completions, chats, streams, n, log probabilities, JSON schemas,
-tool calls, drafts switched off) and every tenth time hangs up in the middle. Answers to the same request must be the
-same text, whatever ran beside it. Exit status 1 where a request failed, a text changed, or the server kept requests or
-memory.
+Without --url the script starts `specplug serve` on the tiny pair with a store of this Python's standard library. Every
+client draws one request after the other from a fixed pool (completions, chats, streams, n, log probabilities, JSON
+schemas, tool calls, drafts switched off) and every tenth time hangs up in the middle. Answers to the same request must
+be the same text, whatever other requests run. Exit status 1 if a request failed, a text changed, or the server kept
+requests or memory.
 """
 
 from __future__ import annotations

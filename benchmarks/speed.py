@@ -2,10 +2,10 @@
 
     python benchmarks/speed.py --batch 1 8 32 --repeats 3 --json speed.json
 
-Each configuration has an engine of its own; they take turns, so that whatever else the machine does touches all of them
-alike. Ratios are medians over pairs of neighbouring runs. ``suffix`` (vLLM's suffix decoding) joins where
-arctic-inference is installed; it remembers earlier requests, and repeats bring the same ones again: see drafters.py
-for a comparison in which no prompt comes twice.
+Each configuration has an engine of its own; the engines take turns, so that other load of the machine affects all of
+them alike. Ratios are medians over pairs of neighbouring runs. ``suffix`` (vLLM's suffix decoding) joins if
+arctic-inference is installed; it remembers earlier requests, which repeats bring again: see drafters.py for a
+comparison in which no prompt comes twice.
 """
 
 from __future__ import annotations

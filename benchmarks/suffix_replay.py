@@ -2,23 +2,24 @@
 
     python benchmarks/suffix_replay.py [--history 2M] [--requests 200] [--concurrency 1 8 32] [--fit] [--markdown]
 
-Both decode the same text without an engine: "the target" writes what the authors of a file wrote. Two kinds of work:
+Both proposers decode the same text without an engine: "the target" writes what the authors of a file wrote. There are
+two kinds of work:
 
-* *held-out code*: a history of other Python files, each one request (200 tokens of prompt, the rest is output), then
+* *held-out code*: a history of other Python files, one request a file (200 tokens of prompt, the rest is output), then
   pieces of the held-out modules, 200 tokens of prompt and up to 800 of output.
-* *edits*: the history, then again and again some file of a small set, changed a little: the prompt holds the version
-  before, the output is the next.
+* *edits*: the history, then many times a file of a small set, changed a little: the prompt holds the previous version,
+  the output is the next.
 
-Each proposer runs in a process of its own. Time is that of telling it the new tokens and getting the draft, for one
-request in one step, the calls from Python included, as processor time of the thread: other programs do not count.
-Memory is resident memory, after the history less before it, over the tokens of the history that are kept (outputs, by
-arctic-inference; ours keeps prompts, too); for ours also what it says itself. arctic-inference's settings are vLLM's
-defaults.
+Each proposer runs in a process of its own. Time is the time of passing the new tokens to the proposer and getting its
+draft, for one request in one step, with the calls from Python, as processor time of the thread: other programs do not
+count. Memory is the growth of resident memory over the history, divided by the tokens of the history that a proposer
+stores (arctic-inference stores outputs, ours prompts too); for ours also the memory that it reports itself.
+arctic-inference's settings are vLLM's defaults.
 
 ``--fit`` fits the coefficients of ``continuation_score`` and ``draft_confidence`` instead, to one half of the
-calibration modules (calibrate.py), and prints how well the formulas say what is right in the other half. Each token of
-these modules is one position, the candidates of its match are what is judged; the history has none of them, nor a
-held-out module.
+calibration modules (calibrate.py), and prints how well the formulas predict the right tokens of the other half. Each
+token of these modules is one position, and the candidates of its match are judged; the history has neither a
+calibration module nor a held-out module.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/target_noise.py --datastore STORE [--proposers rest suffix] [--sharpness 0 1 2]
 
-For each proposer, temperature and sharpness (the factor of its log weights at temperature 1; 0: no noise, the heaviest
-candidate is drafted): emitted tokens a step and acceptance in a running engine, on the same prompts and seeds. Drafts
-have their full length (no gate). "identical" is the share of requests with the tokens of the engine without
-speculation.
+Prints emitted tokens a step and acceptance in a running engine, on the same prompts and seeds, for each proposer,
+temperature and sharpness (the factor of its log weights at temperature 1; 0: no noise, and the heaviest candidate is
+drafted). Drafts have their full length (no gate). "identical" is the share of requests with the tokens of the engine
+without speculation.
 """
 
 from __future__ import annotations

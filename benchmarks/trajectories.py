@@ -3,8 +3,8 @@
     python benchmarks/trajectories.py [--proposers jacobi lookahead recycling] [--json FILE]
 
 The tiny target decodes held-out prompts in float32, one batched forward pass a step, and draws every position with
-noise of its own (greedy: none). Each proposer starts with nothing and drafts for all requests in turn. That the tokens
-are those of decoding without drafts is asserted.
+noise of its own (greedy: none). Each proposer starts without history and drafts for all requests in turn. The script
+asserts that the tokens are those of decoding without drafts.
 """
 
 from __future__ import annotations

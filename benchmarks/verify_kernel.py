@@ -4,18 +4,19 @@
     python benchmarks/verify_kernel.py --round-trip     # and what drafting on the host costs a step
     python benchmarks/verify_kernel.py --check          # a tiny case, on a CPU under Triton's interpreter; no timing
 
-Three ways to verify the same drafts against the same target logits: ours (vLLM's ``gumbel_sample`` over all rows, then
-``verify_drafts``), and vLLM's ``rejection_sample`` without and with the drafter's logits. In every row of logits one
-token, the draft's where there is one, has probability 0.7, and the drafter is all but certain of its drafts, so that
-all three accept alike; before a case is timed, all three must emit the same tokens at temperature 0.
+Three ways to verify the same drafts against the same target logits are compared: ours (vLLM's ``gumbel_sample`` over
+all rows, then ``verify_drafts``), and vLLM's ``rejection_sample`` without and with the drafter's logits. In every row
+of logits one token (the draft token, if the row has one) has probability 0.7, and the drafter is all but certain of its
+drafts, so that all three ways accept alike; before a case is timed, all three must emit the same tokens at
+temperature 0.
 
-Times are medians of the device's own time. The three take turns; before each, the L2 cache is emptied by reading a
-large buffer, for long enough that the host has queued all that is measured. vLLM hands its samplers logits of the
+Times are medians of the device's own time. The three ways take turns; before each, the L2 cache is emptied by reading a
+large buffer, for long enough that the host has queued all work that is measured. vLLM hands its samplers logits of the
 model's type as long as no request asks for more than temperature 1, and float32 otherwise.
 
 Bytes moved, of logits alone: ours reads num_rows * vocab once, with num_rows = batch * (k + 1). Without draft logits
 vLLM reads as many (all rows but the last of each request, then one row of each again), and with them twice as many.
-The cache of draft logits, batch * k * vocab, is what ours need not keep.
+Ours needs no cache of draft logits, which has batch * k * vocab elements.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Three kinds of work for drafters, and all of them mixed, as prompts without end: no two runs share a prompt.
+"""Three kinds of work for drafters, and a mix of all three, as endless prompts: no two runs share a prompt.
 
-*code*: held-out modules of the standard library, and HumanEval's prompts where its file is given. *edit*: the prompt
+*code*: held-out modules of the standard library, and HumanEval's prompts if its file is named. *edit*: the prompt
 holds an earlier version of a piece of a held-out module, then begins the present one. *text*: first turns of
-Spec-Bench's questions, unlike anything in a store of code; needs that file.
+Spec-Bench's questions, unlike anything in a store of code; needs the file of Spec-Bench.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Publisher:
         snapshot: returns the counters.
         labels: labels of every series of this worker, such as the model's name.
         folder: folder of the file; None writes no file.
-        ray: True publishes through ``ray.util.metrics`` from this process, for workers that know Ray themselves.
+        ray: True publishes through ``ray.util.metrics`` from this process, for a worker that is an actor of Ray.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
-"""Building large token stores: units of input become shards, in parallel, and a killed build goes on where it was.
+"""Building large token stores: units of input become shards, in parallel, and a killed build can go on.
 
-A *unit* is a part of the input that is tokenized, sorted and written by itself, as one shard. Whether a unit is done
-is written beside its shard, under a name that stands for the whole build (inputs with their sizes and times, tokenizer,
-cuts, and the store that is added to). So the same command, given again, takes up what is finished, and what another
-command left is never mixed in.
+A *unit* is a part of the input that is tokenized, sorted and written by itself, as one shard. A file beside the shard
+records that its unit is done, under a name that stands for the whole build (inputs with their sizes and times,
+tokenizer, cuts, and the store that is added to). So the same command, repeated, goes on with the finished shards, and
+shards of another command are never mixed in.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ DONE_SUFFIX = ".done"
 
 
 class UnitDone(BaseModel):
-    """What became of a unit, kept beside its shard.
+    """Result of a unit, stored beside its shard.
 
     Attributes:
-        shard: None where the unit had no text.
+        shard: the shard; None if the unit had no text.
         num_skipped: files that are not text.
         num_split_documents: documents longer than a segment, which were cut.
     """
@@ -60,9 +60,9 @@ class Recipe:
     Attributes:
         field: name of the text field of JSON lines and Parquet.
         tokenizer: folder or name.
-        tokenizer_name: what the store calls it.
-        vocab_size, fingerprint: of that tokenizer.
-        max_memory_bytes: peak resident memory of a process that builds one.
+        tokenizer_name: name of the tokenizer in the store.
+        vocab_size, fingerprint: size of the tokenizer's vocabulary, and its :func:`tokenizer_fingerprint`.
+        max_memory_bytes: peak resident memory of a process that builds a shard.
     """
 
     field: str
@@ -75,11 +75,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Unit:
-    """One shard to make, as it is sent to the process that makes it.
+    """One shard to build, as sent to the process that builds it.
 
     Attributes:
-        shard: where the shard goes; what became of it is written beside it.
-        slices: what to read.
+        shard: path of the shard; the result of the unit is written beside it.
+        slices: parts of files to read.
         recipe: how to read them.
     """
 
@@ -93,10 +93,10 @@ class Unit:
 
 
 class UnitProgress(NamedTuple):
-    """How far a unit is.
+    """Progress of a unit.
 
     Attributes:
-        unit: its number.
+        unit: number of the unit.
         bytes_done: bytes of its input that were read.
         num_tokens: tokens stored so far.
         is_sorting: True once all input is read.
@@ -113,14 +113,14 @@ Report = Callable[[UnitProgress], None]
 
 @dataclass
 class Plan:
-    """A build that may have been begun before.
+    """A build, which an earlier call may have begun.
 
     Attributes:
-        units: all of them, in order.
-        folder: where shards are made.
+        units: all units, in order.
+        folder: folder of the shards.
         base: shards that stay in front.
         num_workers: processes that work at the same time.
-        finished: what became of units that are done, by number.
+        finished: results of the units that are done, by number.
     """
 
     units: list[Unit]
@@ -131,7 +131,7 @@ class Plan:
 
     @property
     def shards(self) -> list[Shard]:
-        """What the store consists of when all units are done."""
+        """Shards of the store when all units are done."""
         done = (self.finished[number].shard for number in range(len(self.units)))
         return [*self.base, *(shard for shard in done if shard is not None)]
 
@@ -147,19 +147,19 @@ def plan(
     listed: Sequence[Shard] = (),
     restart: bool = False,
 ) -> Plan:
-    """What is to be done, and what of it was done by an earlier call that did not come to its end.
+    """Plan a build; units that an interrupted earlier call finished are done.
 
     The caller holds the store's lock.
 
     Args:
-        units: slices of each.
-        num_workers: processes that work at the same time.
-        folder: of the store's shards.
+        units: slices of each unit.
+        folder: folder of the store's shards.
         recipe: how every unit is read.
-        version: stands for what lies at the store's place now; another version is another build.
+        num_workers: processes that work at the same time.
+        version: :func:`version_of` the store that the build replaces or adds to; another version is another build.
         base: shards that stay in front of the new ones.
-        listed: shards that belong to what lies at the store's place now.
-        restart: throw away what an earlier call left, whatever it was.
+        listed: shards of the store that the build replaces.
+        restart: remove all that earlier calls left.
 
     Raises:
         DatastoreError: finished shards of another build are in the way.
@@ -181,7 +181,7 @@ def plan(
     keep = {shard.file for shard in (*listed, *base)}
     left = [file for file in keep if file.startswith(what) and (folder / file).with_suffix(DONE_SUFFIX).exists()]
     if left and not restart:
-        # Only a call that was stopped between its last two acts leaves these beside shards that are listed.
+        # Listed shards have these files only if a call was stopped between publishing the store and tidying up.
         for file in left:
             (folder / file).with_suffix(DONE_SUFFIX).unlink(missing_ok=True)
         raise DatastoreError(
@@ -202,15 +202,15 @@ def plan(
 
 
 def clear(folder: Path, keep: Collection[str], restart: bool, keep_prefix: str = "") -> None:
-    """Remove what lies in the folder of a store's shards and is not needed. The caller holds the store's lock.
+    """Remove files that are not needed from the folder of a store's shards. The caller holds the store's lock.
 
     Args:
         keep: files that stay.
-        restart: throw away finished shards of unfinished builds too.
-        keep_prefix: of the build that is to go on, where there is one.
+        restart: remove finished shards of unfinished builds too.
+        keep_prefix: prefix of the files of a build that goes on; "" if there is none.
 
     Raises:
-        DatastoreError: there are such shards, of another build, and ``restart`` is False.
+        DatastoreError: another build left finished shards, and ``restart`` is False.
     """
     others = [each for each in folder.iterdir() if each.name not in keep and each.name != LOCK_NAME]
     if not restart:
@@ -234,18 +234,18 @@ def _done(unit: Unit) -> UnitDone | None:
         if done.shard is None or shard_of(unit.shard) == done.shard:
             return done
     except (OSError, ValidationError, DatastoreError):
-        pass  # not begun, or not come to its end
+        pass  # the unit is not begun, or not complete
     return None
 
 
 def build_unit(unit: Unit, number: int, report: Report, tokenizer: Any = None) -> UnitDone:
-    """Tokenize, sort and write one shard, and note that it is done.
+    """Tokenize, sort and write one shard, and record that it is done.
 
     Args:
-        tokenizer: loaded already; by default it is loaded here.
+        tokenizer: the recipe's tokenizer; None loads it.
 
     Raises:
-        DatastoreError: input that cannot be read, or too little memory.
+        DatastoreError: the input cannot be read, or the memory is too small.
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(unit.recipe.tokenizer)
@@ -279,23 +279,23 @@ def build_unit(unit: Unit, number: int, report: Report, tokenizer: Any = None) -
 
 
 def missing(made: Plan) -> list[int]:
-    """Numbers of the units that are still to be done."""
+    """Numbers of the units that are not done yet."""
     return [number for number in range(len(made.units)) if number not in made.finished]
 
 
 def run_here(made: Plan, report: Report, tokenizer: Any) -> None:
-    """Do what is missing, unit after unit, in this process."""
+    """Build the missing units one after the other in this process."""
     for number in missing(made):
         made.finished[number] = build_unit(made.units[number], number, report, tokenizer)
 
 
 def run_in_processes(made: Plan, report: Report, num_workers: int) -> None:
-    """Do what is missing in several processes of this machine.
+    """Build the missing units in several processes of this machine.
 
-    Processes end with this one, however that ends.
+    The processes end with this one, even if it is killed.
 
     Raises:
-        DatastoreError: what a unit raised, or one of the processes was killed.
+        DatastoreError: a unit failed, or one of the processes was killed.
     """
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     reports = context.SimpleQueue()
@@ -330,7 +330,7 @@ def _completed(
 
 
 def _end(pool: concurrent.futures.ProcessPoolExecutor) -> None:
-    """Stop the processes at once: what they were at is made again next time."""
+    """Stop the processes at once; the next call builds their units again."""
     processes = list((getattr(pool, "_processes", None) or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:
@@ -349,7 +349,7 @@ def _start_worker(reports: Any, parent: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        os._exit(1)  # it was killed before this could be asked for
+        os._exit(1)  # the parent was killed before prctl was called
 
 
 def _work(unit: Unit, number: int) -> UnitDone:
@@ -357,13 +357,13 @@ def _work(unit: Unit, number: int) -> UnitDone:
 
 
 def run_on_ray(made: Plan, report: Report) -> None:
-    """Do what is missing as tasks of the Ray cluster that this process is connected to.
+    """Build the missing units as tasks of the Ray cluster that this process is connected to.
 
-    All of its nodes see inputs and store under the same paths. A task whose node is lost is tried again on another;
-    each asks for one processor.
+    All nodes must see inputs and store under the same paths. Each task asks for one CPU; a task whose node is lost is
+    tried again on another node.
 
     Raises:
-        DatastoreError: what a unit raised, a task was lost, or its shard is not to be seen here.
+        DatastoreError: a unit failed, a task was lost, or this node does not see its shard.
     """
     import ray
 
@@ -396,9 +396,9 @@ def _work_on_ray(unit: Unit, number: int) -> None:
 
 
 def finish(made: Plan, out: Path) -> None:
-    """All units are done: make their shards the store, at one stroke.
+    """Make the shards of all units the store, in one atomic step; to be called when all units are done.
 
-    One shard alone becomes a store of one file.
+    A single shard becomes a store of one file.
 
     Raises:
         DatastoreError: no unit had text.
@@ -417,7 +417,7 @@ def finish(made: Plan, out: Path) -> None:
 
 
 def version_of(out: Path) -> str:
-    """Stands for what lies at a store's place: "" for nothing, otherwise something that changes with it."""
+    """Text that identifies the file at ``out``: "" if there is none, else text that changes when the file does."""
     try:
         store = Datastore.open(out)
     except DatastoreError:
@@ -426,7 +426,7 @@ def version_of(out: Path) -> str:
 
 
 def shards_at(out: Path) -> list[Shard]:
-    """Shards of the sharded store at ``out``; none where there is no such store."""
+    """Shards of the sharded store at ``out``; empty if there is no such store."""
     try:
         store = Datastore.open(out)
     except DatastoreError:
@@ -435,7 +435,7 @@ def shards_at(out: Path) -> list[Shard]:
 
 
 def default_workers(num_units: int, unit_bytes: int, vocab_size: int, memory_bytes: int) -> int:
-    """As many processes as there are processors, units, and memory to sort a unit at one go in each."""
-    num_tokens = unit_bytes // 3  # text has about so many bytes a token, and often more
+    """Number of processes: at most one for each processor and each unit, with memory to sort a whole unit in each."""
+    num_tokens = unit_bytes // 3  # text has about three bytes a token, and often more
     each = FIXED_MEMORY_BYTES + num_tokens * sort_bytes_per_token(vocab_size)
     return max(1, min(os.cpu_count() or 1, num_units, memory_bytes // each))

@@ -1,4 +1,4 @@
-"""Checksums and the order of a suffix array."""
+"""Checks of a store's contents: checksums, and the order of the suffix array."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_sum(path: Path, name: str, section: Section, on_progress: Callable[[in
 
 @kernel
 def scan_tokens(tokens, separator):
-    """Largest id, and number of separators."""
+    """Largest id in ``tokens``, and number of separators."""
     largest = np.int64(0)
     num_separators = 0
     for token in tokens:
@@ -45,7 +45,7 @@ def scan_tokens(tokens, separator):
 
 @kernel
 def check_order(tokens, positions, first, last, first_position, last_position, step, separator, depth):
-    """True when positions lie inside their segment and every ``step``-th pair of neighbours is in order.
+    """True if positions are inside their segment and every ``step``-th pair of neighbours is in order.
 
     Only the last ``depth`` tokens before a position count.
     """

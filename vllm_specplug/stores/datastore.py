@@ -7,7 +7,7 @@ came next", and longer matches lie inside shorter ones.
 Layout of the file (little-endian, sections start at page boundaries)::
 
     prefix        magic (8 bytes), format version, header length, CRC-32 of the header (uint32 each)
-    header        JSON: counts, tokenizer, segments, and place, size and CRC-32 of both sections
+    header        JSON: counts, tokenizer, segments, and offset, size and CRC-32 of both sections
     tokens        uint16 or uint32; a separator, whose id is ``vocab_size``, before, between and after documents
     positions     uint32, relative to the start of their segment, in the order of the suffix array
 
@@ -18,8 +18,8 @@ No context contains the separator, so a match cannot run out of its document, an
 
 A *sharded* store is a small JSON file, the manifest, that lists such files (its shards) in the folder beside it named
 like the manifest with :data:`SHARDS_SUFFIX`. Shards are mapped one behind the other, so that lookups see two arrays and
-a list of segments here too. No file of a store changes once it has its name: what changes a store replaces the
-manifest, and whoever has the old one open goes on with it.
+a list of segments, as in a store of one file. No file of a store changes once it has its name: a change replaces the
+manifest, and readers that have the old one open go on with it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from vllm_specplug.stores.format import (
 
 PREFAULT_SHARE = 0.5
 MANIFEST_TRIES = 5
-"""A reader may meet a manifest whose shards a merge is just replacing: so often it looks again."""
+"""Times that a reader opens a manifest, since a merge may be replacing the shards that the manifest lists."""
 
 _MAP_FIXED = 0x10  # Linux's and macOS's number; Python's mmap module has no name for it
 _MADV_POPULATE_READ = 22  # Linux's number; Python's mmap module has no name for it
@@ -75,7 +75,7 @@ class Datastore:
         path: the file, or the manifest of a sharded store.
         header: what the store says about itself.
         files: the mapped files with their headers, one or one for each shard.
-        tokens: ``[num_slots]`` uint16 or uint32, token ids and separators; between shards zeros.
+        tokens: ``[num_slots]`` uint16 or uint32, token ids and separators; zeros between shards.
         positions: ``[num_positions]`` uint32, see the module's docstring.
         segments: ``[num_segments, 4]`` int64, rows of :class:`Segment`.
         file_bytes: size of all files together.
@@ -103,7 +103,7 @@ class Datastore:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Datastore:
-        """Map a store. Takes milliseconds whatever its size: contents are left to :meth:`verify`.
+        """Map a store, in milliseconds whatever its size: only :meth:`verify` checks its contents.
 
         Raises:
             DatastoreError: no such file, not a store, another format version, damaged header or manifest, a missing
@@ -121,7 +121,7 @@ class Datastore:
                 return cls._map(path, identity, [path])
             except OSError as error:
                 if left and isinstance(error, FileNotFoundError) and _has_changed(path, identity):
-                    continue  # replaced between its manifest and its shards
+                    continue  # the store was replaced after its manifest was read
                 reason = os.strerror(error.errno) if error.errno else str(error)
                 missing = Path(error.filename) if error.filename else path
                 if missing != path:
@@ -136,10 +136,10 @@ class Datastore:
 
     @classmethod
     def side_by_side(cls, paths: Sequence[Path]) -> Datastore:
-        """Several files of one tokenizer as one store that has no manifest.
+        """Map several files of one tokenizer as one store that has no manifest.
 
         Raises:
-            DatastoreError, OSError: one of them cannot be opened.
+            DatastoreError, OSError: a file cannot be opened.
         """
         return cls._map(paths[0], (), paths)
 
@@ -205,17 +205,17 @@ class Datastore:
         )
 
     def is_replaced(self) -> bool:
-        """True when another version of the store lies at its path now."""
+        """True if another version of the store is at its path now."""
         return _has_changed(self.path, self._identity)
 
     @property
     def version(self) -> str:
-        """Stands for the content: the same wherever the same files are open."""
+        """Text that identifies the content: equal in all processes that have the same files open."""
         said = [[header.created, header.num_tokens, *header.tokens, *header.positions] for _, header in self.files]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
     def check_max_match(self, max_match: int) -> None:
-        """Refuse lookups of longer matches than the store's order reaches.
+        """Refuse lookups of matches that are longer than the store's ``sorted_depth``.
 
         Raises:
             DatastoreError: ``max_match`` is above ``sorted_depth``.
@@ -227,15 +227,15 @@ class Datastore:
             )
 
     def check_tokenizer(self, fingerprint: str, vocab_size: int, name: str = "this tokenizer") -> None:
-        """Refuse the store when its ids are not those of a given tokenizer.
+        """Refuse the store if its ids are not those of the tokenizer in use.
 
         Args:
             fingerprint: :func:`tokenizer_fingerprint` of the tokenizer in use.
             vocab_size: number of ids that the model in use can emit; may exceed the tokenizer's (padding).
-            name: what to call the tokenizer in use.
+            name: name of the tokenizer in use, for the error.
 
         Raises:
-            DatastoreError: naming both tokenizers.
+            DatastoreError: the tokenizers differ; the message names both.
         """
         if fingerprint != self.header.fingerprint:
             raise DatastoreError(
@@ -246,7 +246,7 @@ class Datastore:
         self.check_vocab_size(vocab_size)
 
     def check_vocab_size(self, vocab_size: int) -> None:
-        """Refuse the store when it holds ids that a model with ``vocab_size`` ids cannot emit."""
+        """Refuse the store if it holds ids that a model with ``vocab_size`` ids cannot emit."""
         if self.header.vocab_size > vocab_size:
             raise DatastoreError(
                 f"the token store {self.path} has {self.header.vocab_size} token ids (tokenizer "
@@ -257,13 +257,13 @@ class Datastore:
     def prefault(self) -> None:
         """Map the whole file ahead of the first lookups, unless it would take most of the available memory.
 
-        Later lookups then meet no page fault. Reads what is not in the system's page cache yet.
+        Later lookups then meet no page fault. Pages that are not in the system's page cache yet are read.
         """
         if self.file_bytes > PREFAULT_SHARE * available_memory_bytes():
             return
         # By ctypes: Python's own madvise holds the interpreter's lock, and an engine's other threads would stand still.
         base = np.frombuffer(self._mapped, np.uint8).ctypes.data
-        if _libc.madvise(base, len(self._mapped), _MADV_POPULATE_READ):  # before Linux 5.14
+        if _libc.madvise(base, len(self._mapped), _MADV_POPULATE_READ):  # fails before Linux 5.14
             _libc.madvise(base, len(self._mapped), mmap.MADV_WILLNEED)
 
     def verify(self, on_progress: Callable[[int, int], None] | None = None, num_order_checks: int = 200_000) -> None:
@@ -276,7 +276,7 @@ class Datastore:
             on_progress: called with (bytes done, bytes in all).
 
         Raises:
-            DatastoreError: at the first thing that is wrong.
+            DatastoreError: a check failed; later checks are left out.
         """
         total = sum(header.tokens.num_bytes + header.positions.num_bytes for _, header in self.files)
         done = 0
@@ -296,7 +296,7 @@ class Datastore:
             each._check_contents(num_checks)
 
     def _check_contents(self, num_order_checks: int) -> None:
-        """A matching checksum says that the file is what was written; this says that what was written makes sense."""
+        """Check that the contents are those of a store; checksums only say that the file is as it was written."""
         largest, num_separators = scan_tokens(self.tokens, self.header.vocab_size)
         if largest > self.header.vocab_size or num_separators != self.header.num_documents + 1:
             raise DatastoreError(f"the token store {self.path} has inconsistent documents; {REBUILD}")
@@ -308,14 +308,14 @@ class Datastore:
 
 
 def store_files(path: str | os.PathLike[str]) -> list[Path]:
-    """All files that make up a store, for whoever copies it: relative places to each other must stay.
+    """All files of a store, in an order for copying; copies must keep their paths relative to each other.
 
     Raises:
         DatastoreError: as :meth:`Datastore.open`.
     """
     store = Datastore.open(path)
     shards = [each for each, _ in store.files if each != store.path]
-    return [*shards, store.path]  # the manifest last: it must not be seen before what it lists
+    return [*shards, store.path]  # the manifest last: readers must not see it before the shards that it lists
 
 
 def _check_shard(
@@ -338,11 +338,11 @@ def _has_changed(path: Path, identity: tuple[int, ...]) -> bool:
     try:
         return _identity_of(path.stat()) != identity
     except OSError:
-        return False  # nothing to change to
+        return False  # the file is gone: there is no new version
 
 
 def _placed(sizes: Sequence[int], start: int) -> tuple[list[int], int]:
-    """Offsets for sections of so many bytes at page boundaries from ``start`` on, and the end of the last."""
+    """Offsets of sections with these sizes at page boundaries from ``start`` on, and the end of the last section."""
     page = mmap.PAGESIZE
     places = []
     for num_bytes in sizes:
@@ -358,7 +358,7 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def _map_fixed(address: int, file: BinaryIO, section: Section) -> None:
-    """Map a section at a page of our own reservation, which unmaps it together with itself."""
+    """Map a section at an address of the range that the store has reserved; unmapping the range unmaps it too."""
     if not section.num_bytes:
         return
     flags = mmap.MAP_SHARED | _MAP_FIXED
@@ -366,8 +366,3 @@ def _map_fixed(address: int, file: BinaryIO, section: Section) -> None:
     if found != address:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), file.name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Lookup kernels
-# ---------------------------------------------------------------------------------------------------------------------

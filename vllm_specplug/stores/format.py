@@ -33,7 +33,7 @@ PAGE_BYTES = 4096
 
 
 LARGEST_16_BIT_VOCABULARY = 2**16 - 1
-"""Up to this many ids (one more is the separator) a token takes two bytes."""
+"""Largest number of ids (without the separator) with which a token takes two bytes."""
 
 
 CHUNK_BYTES = 16 * 2**20
@@ -43,7 +43,7 @@ SHARDS_SUFFIX = ".shards"
 
 
 MANIFEST_BYTES = 2**24
-"""A manifest is smaller: a shard takes about 200 bytes of it."""
+"""Bytes of a manifest at most; a shard takes about 200 bytes of it."""
 
 
 REBUILD = "build it again with `specplug datastore build`"
@@ -59,7 +59,7 @@ class Segment(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Where a section lies in the file, in bytes, and its CRC-32."""
+    """Offset and size of a section in the file, in bytes, and its CRC-32."""
 
     offset: int
     num_bytes: int
@@ -68,7 +68,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StoreFacts:
-    """What a store says about itself.
+    """Facts about a store that its header or manifest holds.
 
     Attributes:
         vocab_size: ids below it are tokens; the id itself separates documents.
@@ -76,11 +76,11 @@ class StoreFacts:
         num_tokens: tokens of all documents, without separators.
         num_documents: documents that have at least one token.
         tokenizer: name or path of the tokenizer, for people to read.
-        fingerprint: its :func:`tokenizer_fingerprint`.
+        fingerprint: :func:`tokenizer_fingerprint` of the tokenizer.
         created: UTC time of the build, ISO 8601.
         segments: one or more, in order; of a sharded store as :class:`Datastore` maps them.
-        sorted_depth: so many tokens back the suffix array is in order, which bounds the match that can be looked up; 0:
-            no bound.
+        sorted_depth: tokens before a position over which the suffix array is in order, the longest match that can be
+            looked up; 0: no bound.
     """
 
     vocab_size: int
@@ -96,7 +96,7 @@ class StoreFacts:
 
 @dataclass(frozen=True, slots=True)
 class StoreHeader(StoreFacts):
-    """What the header of a file says.
+    """Contents of a file's header.
 
     Attributes:
         tokens, positions: the two sections.
@@ -115,10 +115,10 @@ class Shard(BaseModel):
     """One file of a sharded store, as the manifest lists it.
 
     Attributes:
-        file: its name, in the folder of the store's shards.
-        num_tokens, num_documents: what it holds.
-        file_bytes: its size.
-        header_checksum: CRC-32 of its header, so that no other file passes for it.
+        file: name of the file, in the folder of the store's shards.
+        num_tokens, num_documents: tokens and documents in the file.
+        file_bytes: size of the file.
+        header_checksum: CRC-32 of the file's header, so that no other file passes for it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -131,7 +131,7 @@ class Shard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """A sharded store: which files it consists of.
+    """The manifest of a sharded store: a list of its files.
 
     Attributes:
         shards: in the order in which they are searched.
@@ -150,7 +150,7 @@ class Manifest(BaseModel):
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 (hex) of a tokenizer's whole vocabulary, added tokens included: equal where ids mean the same tokens.
+    """SHA-256 (hex) of a tokenizer's whole vocabulary, added tokens included: equal if ids mean the same tokens.
 
     Args:
         tokenizer: anything with ``get_vocab() -> {token: id}``, such as the tokenizers of transformers.
@@ -171,7 +171,7 @@ def available_memory_bytes() -> int:
 
 
 def shards_folder(path: Path) -> Path:
-    """Where the shards of a sharded store lie: beside the manifest itself, not beside a link to it."""
+    """Folder of a sharded store's shards: beside the manifest itself, not beside a link to it."""
     path = path.resolve() if path.is_symlink() else path
     return path.with_name(path.name + SHARDS_SUFFIX)
 
@@ -182,10 +182,10 @@ def shard_paths(path: Path, manifest: Manifest) -> list[Path]:
 
 
 def read_manifest(path: Path, file: BinaryIO) -> Manifest:
-    """What a sharded store consists of.
+    """Read the manifest of a sharded store.
 
     Raises:
-        DatastoreError: damaged, or of another version.
+        DatastoreError: the manifest is damaged, or of another version.
     """
     text = file.read(MANIFEST_BYTES)
     try:
@@ -206,7 +206,11 @@ def starts_a_manifest(file: BinaryIO) -> bool:
 
 
 def read_header(path: Path, file: BinaryIO) -> tuple[StoreHeader, int]:
-    """The header, and its checksum."""
+    """Read the header of a store's file, and its checksum.
+
+    Raises:
+        DatastoreError: the file is not a store, has another format version, or is damaged.
+    """
     prefix = file.read(PREFIX.size)
     if len(prefix) < PREFIX.size or not prefix.startswith(MAGIC):
         raise DatastoreError(f"{path} is not a token store; `specplug datastore build` makes one")

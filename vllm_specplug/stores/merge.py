@@ -1,4 +1,10 @@
-"""Merges shards of a token store."""
+"""Merging token stores: one segment from several, so that a lookup searches once.
+
+The suffix arrays are read front to back and merged by a tournament among them, in pieces that start with different
+tokens, so that all processors work and memory does not grow with the stores. Positions are compared over
+:data:`MERGE_DEPTH` tokens, and a tie keeps the order of the stores: text that is repeated, as much text is, would
+otherwise cost its whole length at every step.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +36,15 @@ from vllm_specplug.stores.format import (
 )
 
 MERGE_DEPTH = 256
-"""Tokens over which a merged suffix array is in order: no longer match can be looked up in it."""
+"""Tokens over which a merged suffix array is in order, and so the longest match that can be looked up in it."""
 
 
 LARGEST_SEGMENT_SLOTS = 2**32
-"""Positions have 32 bits."""
+"""Most tokens and separators of a segment: positions have 32 bits."""
 
 
 NUM_PIECES = 64
-"""Into so many parts, with different tokens before the position, a merge is cut."""
+"""Pieces that a merge is cut into, by the token before a position."""
 
 
 def merge(
@@ -51,21 +57,21 @@ def merge(
 ) -> list[Path]:
     """Write the text of several stores as files of one segment each, as few as possible.
 
-    Memory: none that grows with the stores but the system's page cache, and for speed that should hold their tokens,
+    Memory does not grow with the stores, except for the system's page cache: for speed it should hold their tokens,
     2 or 4 bytes each.
 
     Args:
-        stores: of one tokenizer; their order is kept.
-        name_of: where the file of that number goes; files that are there are replaced.
+        stores: stores of one tokenizer; their order is kept.
+        name_of: returns the path of a file by its number, from 0 on; existing files are replaced.
         num_threads: by default one for each processor.
-        max_segment_slots: tokens and separators of a segment at most.
+        max_segment_slots: most tokens and separators of a segment.
         on_progress: called with (tokens merged, tokens in all).
 
     Returns:
-        The files.
+        Paths of the files.
 
     Raises:
-        DatastoreError: several tokenizers.
+        DatastoreError: the stores have different tokenizers.
     """
     first = stores[0].header
     for store in stores:
@@ -104,7 +110,7 @@ def merge(
 def _merge_group(
     source: Datastore, runs: NDArray[np.int64], path: Path, num_threads: int, advance: Callable[[int], None]
 ) -> None:
-    """Write one file of one segment.
+    """Merge segments into one file of one segment.
 
     Args:
         runs: ``[num_runs, 4]`` segments of ``source``.
@@ -131,7 +137,7 @@ def _merge_group(
             offset = -(-(HEADER_BYTES + tokens.num_bytes) // PAGE_BYTES) * PAGE_BYTES
             num_positions = int((runs[:, 3] - runs[:, 2]).sum())
             file.flush()
-            # Not a hole: on a full disk, writing into one through memory would kill the process.
+            # Allocates the space: on a full disk, writing into a hole through mapped memory would kill the process.
             os.posix_fallocate(file.fileno(), 0, offset + 4 * num_positions)
             checksum = 0
             if num_positions:
@@ -192,7 +198,7 @@ def _merge_positions(
             for size in pool.map(work, range(len(sizes))):
                 advance(size)
         except BaseException:
-            is_stopped = True  # Ctrl-C waits for the pieces that are in work only
+            is_stopped = True  # Ctrl-C waits only for the pieces in progress
             raise
 
 
@@ -239,7 +245,7 @@ def _key(tokens, position, separator, key_tokens):
 
 @kernel
 def _comes_first(tokens, places, keys, ended, left, right, separator, key_tokens, depth):
-    """Which of two runs has the next position; -1 is a run that is used up. A tie goes to the earlier run."""
+    """The run of two that has the next position; -1 is a run that has ended. A tie goes to the earlier run."""
     if left < 0 or right < 0:
         return max(left, right)
     if keys[left] != keys[right]:

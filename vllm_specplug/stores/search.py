@@ -1,4 +1,4 @@
-"""Search in a suffix array; compiled."""
+"""Compiled search in suffix arrays."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def _widen(tokens, positions, first_token, start, stop, table, rows, num_tokens,
 
     Args:
         start, stop: the segment's range of positions.
-        longest: ``[num_requests]`` tokens that must match; 0 where nothing is to be found.
-        inside: ``[num_requests, 2]`` an entry that matches, nearest the lower and the upper end; changed to the first
-            and the last one that match.
-        outside: ``[num_requests, 2]``, filled with the entries beside them.
-        place: ``[num_requests, 2]`` int64, for use in here.
+        longest: ``[num_requests]`` tokens that must match; 0 skips a request.
+        inside: ``[num_requests, 2]`` known matching entries nearest to the lower and to the upper end; replaced by the
+            first and the last matching entry.
+        outside: ``[num_requests, 2]``, filled with the entries just outside of those.
+        place: ``[num_requests, 2]`` int64, scratch space.
     """
     num_requests = len(rows)
     stride = 1
@@ -68,7 +68,7 @@ def _widen(tokens, positions, first_token, start, stop, table, rows, num_tokens,
                 place[i, side] = probe
                 num_open += 1
         stride *= 2
-        # All that this round compares is fetched before the first is looked at.
+        # Fetches all that this round compares before it compares the first.
         for i in range(num_requests):
             for side in range(2):
                 if place[i, side] >= 0:
@@ -89,7 +89,7 @@ def _widen(tokens, positions, first_token, start, stop, table, rows, num_tokens,
                 else:
                     outside[i, side] = probe
                     is_striding[i, side] = False
-    return fetched  # or the compiler would find that nobody wants it
+    return fetched  # or the compiler would drop the fetches as unused
 
 
 @kernel
@@ -102,10 +102,10 @@ def search_batch(
     store, and the processor fetches for many contexts at once what it would otherwise wait for one by one.
 
     Args:
-        wanted: ``[num_requests]``, 0 where nothing is to be looked up.
-        longest: ``[num_requests]`` int64, filled with the length of each match, 0 where there is none.
-        ranges: ``[num_requests, num_segments, 2]`` int64, filled with begin and end of its occurrences in each
-            segment: all are at ``first_token + positions[begin:end]``, each the position of the token that follows.
+        wanted: ``[num_requests]``, 0 skips a request.
+        longest: ``[num_requests]`` int64, filled with the length of each match, 0 if there is none.
+        ranges: ``[num_requests, num_segments, 2]`` int64, filled with begin and end of the match's occurrences in each
+            segment: the tokens that follow them are at ``first_token + positions[begin:end]``.
     """
     num_requests = len(rows)
     limits = np.zeros(num_requests, dtype=np.int64)
@@ -136,7 +136,7 @@ def search_batch(
             num_open += low[i] < high[i]
         while num_open:
             for i in range(num_requests):
-                # A search that has ended reads a place of its segment again.
+                # A search that has ended reads some entry of its segment again.
                 place[i] = first_token + np.int64(positions[min((low[i] + high[i]) >> 1, stop - 1)])
             for i in range(num_requests):
                 read[i] = tokens[place[i] - 1]
@@ -150,7 +150,7 @@ def search_batch(
                 length = min(low_length[i], high_length[i])
                 if length > 0 or read[i] == context[end - 1]:
                     length = match_length(tokens, place[i], context, limits[i], max(length, 1))
-                # Where the whole limit matches, the search goes on before this entry, to the first such.
+                # If the whole limit matches, the search goes on before this entry, to the first such entry.
                 if length < limits[i] and tokens[place[i] - 1 - length] < context[end - 1 - length]:
                     low[i] = middle + 1
                     low_length[i] = length
@@ -161,7 +161,7 @@ def search_batch(
         for i in range(num_requests):
             length = max(low_length[i], high_length[i])
             found[i] = length if length >= max(longest[i], min_match) else 0
-            # The matches of that length surround ``low``: at least one of its neighbours is one.
+            # The entries that match over that length surround ``low``: at least one of its neighbours does.
             inside[i, 0] = low[i] - 1 if low_length[i] == length else low[i]
             inside[i, 1] = low[i] if high_length[i] == length else low[i] - 1
         _widen(tokens, positions, first_token, start, stop, table, rows, num_tokens, found, inside, outside, probes)
@@ -170,7 +170,7 @@ def search_batch(
                 continue
             if found[i] > longest[i]:
                 longest[i] = found[i]
-                ranges[i, :segment] = 0  # the matches of the segments before were shorter: they have no vote
+                ranges[i, :segment] = 0  # the matches of earlier segments were shorter and do not count
             ranges[i, segment, 0] = inside[i, 0]
             ranges[i, segment, 1] = inside[i, 1] + 1
 

@@ -1,14 +1,9 @@
-"""Sharded stores: list shards in a manifest, switch to a new version at one stroke, and merge suffix arrays.
+"""Sharded stores: list shards in a manifest, and switch to a new version in one atomic step.
 
-For the format see datastore.py. Whoever changes a store holds its :func:`writing` lock. A version is published by
-replacing the manifest, a single rename; readers that have the old one open keep its files, which the system frees when
-the last of them lets go. Files that no manifest lists are what a killed build left, or old versions: the next change
-that is published removes them.
-
-*Merging* makes one segment of several, so that a lookup searches once. The arrays are read front to back and merged by
-a tournament among them, in pieces that start with different tokens, so that all processors work and memory does not
-grow with the stores. Positions are compared over :data:`MERGE_DEPTH` tokens, and a tie keeps the order of the stores:
-text that is repeated, as much text is, would otherwise cost its whole length at every step.
+For the format see datastore.py. A process that changes a store holds its :func:`writing` lock. A version is published
+by replacing the manifest, a single rename; readers that have the old version open keep its files, which the system
+frees when the last reader closes them. Files that no manifest lists belong to a killed build or to an old version: the
+next change that is published removes them.
 """
 
 from __future__ import annotations
@@ -38,12 +33,12 @@ LOCK_NAME = "lock"
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Be the only one who changes the store at ``path``; makes the folder of its shards and gives its path.
+    """Lock the store at ``path`` for a change; creates the folder of its shards and yields the folder's path.
 
-    Leaves no empty folder behind.
+    An empty folder is removed at the end.
 
     Raises:
-        DatastoreError: somebody else is at it, or the folder cannot be made.
+        DatastoreError: another process is changing the store, or the folder cannot be created.
     """
     folder = shards_folder(path)
     try:
@@ -59,7 +54,7 @@ def writing(path: Path) -> Iterator[Path]:
                 f"somebody else is changing the token store {path} (lock {folder / LOCK_NAME}): wait for it to end"
             ) from error
         try:
-            if not _is_at(lock, folder / LOCK_NAME):  # its last holder took it away before we had it
+            if not _is_at(lock, folder / LOCK_NAME):  # its last holder removed it first
                 raise DatastoreError(f"somebody else has just changed the token store {path}: try again")
             _remove_stale_partials(folder)
             yield folder
@@ -84,7 +79,7 @@ def _remove_stale_partials(folder: Path) -> None:
 
 
 def shard_of(path: Path) -> Shard:
-    """A complete file, as a manifest lists it."""
+    """Entry of a manifest for a complete file."""
     with path.open("rb") as file:
         _, _, _, checksum = PREFIX.unpack(file.read(PREFIX.size))
     ((_, header),) = Datastore.open(path).files
@@ -98,9 +93,9 @@ def shard_of(path: Path) -> Shard:
 
 
 def adopt(store: Datastore) -> list[Shard]:
-    """The shards of a store that is to be changed; a store of one file becomes the first shard, without being copied.
+    """Shards of a store that is to be changed; a store of one file becomes the first shard, by a link if possible.
 
-    The caller holds the lock. The file stays at its own place too, until a manifest takes that.
+    The caller holds the lock. Such a file also stays at its own path until a manifest replaces it.
     """
     folder = shards_folder(store.path)
     if store.files[0][0] != store.path:
@@ -112,7 +107,7 @@ def adopt(store: Datastore) -> list[Shard]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy where the file system cannot do that."""
+    """Give a file another name too, or copy it if the file system cannot do that."""
     try:
         os.link(source, target)
     except OSError:
@@ -122,12 +117,12 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def publish(path: Path, shards: Sequence[Shard]) -> Manifest:
-    """Make these shards the store at ``path``, at one stroke, and remove what is not listed any more.
+    """Make these shards the store at ``path`` in one atomic step, and remove files that are no longer listed.
 
-    The caller holds the lock. What else is in the way at ``path`` is replaced.
+    The caller holds the lock. Another store at ``path`` is replaced.
 
     Raises:
-        DatastoreError: shards of different tokenizers.
+        DatastoreError: the shards have different tokenizers.
     """
     folder = shards_folder(path)
     headers = [Datastore.open(folder / shard.file).header for shard in shards]
@@ -157,7 +152,7 @@ def publish(path: Path, shards: Sequence[Shard]) -> Manifest:
 
 
 def remove_unlisted(path: Path, manifest: Manifest | None) -> None:
-    """Delete what lies in the folder of a store's shards without belonging to it; None: everything."""
+    """Delete all files in the folder of a store's shards that ``manifest`` does not list; None lists none."""
     listed = set() if manifest is None else {each.name for each in shard_paths(path, manifest)}
     for each in shards_folder(path).iterdir():
         if each.name not in listed and each.name != LOCK_NAME:
@@ -170,8 +165,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Merging
-# ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from vllm_specplug.stores.writer import PIECE_CHARS, Piece, split_text
 RECORD_SUFFIXES = (".jsonl", ".ndjson")
 COMPRESSION_SUFFIXES = (".gz", ".zst")
 EXPANSION = 4
-"""Bytes of text for a byte of a compressed file, about: only to cut work into parts of similar size."""
+"""Approximate bytes of text for a byte of a compressed file; only used to cut work into parts of similar size."""
 
 READ_ERRORS = (UnicodeDecodeError, OSError, EOFError, zlib.error, zstandard.ZstdError)
 
@@ -35,7 +35,7 @@ class Slice(NamedTuple):
     Attributes:
         path: the file.
         start: first byte or row group.
-        stop: the one behind the last; None: to the end.
+        stop: first byte or row group behind the part; None: to the end.
     """
 
     path: Path
@@ -93,7 +93,7 @@ class Sources:
 
 
 def kind_of(path: Path) -> str:
-    """What a file's name says, without a suffix of compression: "parquet", "jsonl" or "text"."""
+    """Kind of a file by its name without a suffix of compression: "parquet", "jsonl" or "text"."""
     name = path.name.lower()
     for suffix in COMPRESSION_SUFFIXES:
         name = name.removesuffix(suffix)
@@ -106,7 +106,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def size_of(part: Slice) -> int:
-    """Bytes on disk, about: of Parquet's row groups, their share of the file."""
+    """Approximate bytes of a slice on disk; of Parquet's row groups, the bytes that their metadata state."""
     if part.start == 0 and part.stop is None:
         return part.path.stat().st_size
     if kind_of(part.path) == "parquet":
@@ -142,7 +142,7 @@ def plan_units(paths: Sequence[Path], unit_bytes: int) -> list[list[Slice]]:
 
 
 def _parts(paths: Sequence[Path], unit_bytes: int) -> Iterator[tuple[Slice, int]]:
-    """Slices no larger than a unit, where the file can be cut, with their bytes of text."""
+    """Slices with their bytes of text, no larger than a unit if the file can be cut."""
     for path in paths:
         size = path.stat().st_size
         if kind_of(path) == "parquet":
@@ -177,7 +177,7 @@ def _row_groups(path: Path, unit_bytes: int) -> Iterator[tuple[Slice, int]]:
 
 
 class _Part(io.RawIOBase):
-    """So many bytes of a file from where it stands."""
+    """The next ``num_bytes`` bytes of an open file, as a stream."""
 
     def __init__(self, file: IO[bytes], num_bytes: int) -> None:
         self._file = file
@@ -194,7 +194,7 @@ class _Part(io.RawIOBase):
 
 
 def _line_start(file: IO[bytes], at: int) -> int:
-    """Where the first line begins that does not begin before ``at``."""
+    """First byte of the first line that begins at byte ``at`` or later."""
     if at == 0:
         return 0
     file.seek(at - 1)
@@ -220,7 +220,7 @@ def unpacked(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def _open(part: Slice) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The file as it lies on disk, and the slice of it decompressed."""
+    """Open a file: yields it as it is on disk, and a stream of the decompressed slice."""
     with part.path.open("rb") as raw:
         if part.path.suffix.lower() in COMPRESSION_SUFFIXES or (part.start == 0 and part.stop is None):
             with unpacked(raw, part.path) as stream:
@@ -233,7 +233,7 @@ def _open(part: Slice) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
 
 def is_text(part: Slice) -> bool:
-    """True for UTF-8 text without null characters; reads all of it, so that no half of one gets into a store."""
+    """True for UTF-8 text without null characters; reads all of it, so that no half of a file gets into a store."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         with _open(part) as (_, stream):
@@ -256,7 +256,7 @@ def _plain(stream: IO[bytes]) -> Iterator[Piece]:
 
 
 def _json_lines(part: Slice, stream: IO[bytes], field: str) -> Iterator[Piece]:
-    # Only a slice from the start knows the number of a line.
+    # The number of a line is only known in a slice from the start of a file.
     def place(number: int) -> str:
         return f"{part.path} line {number}" if part.start == 0 else f"{part.path} line {number} from byte {part.start}"
 
@@ -280,7 +280,7 @@ def _json_lines(part: Slice, stream: IO[bytes], field: str) -> Iterator[Piece]:
 
 
 def _whole_characters(text: str) -> str:
-    """Halves of surrogate pairs, which JSON can spell and UTF-8 cannot, become replacement characters."""
+    """Replace halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -311,14 +311,14 @@ def _parquet_texts(part: Slice, field: str) -> Iterator[Piece]:
 
 
 def find_paths(inputs: Sequence[str], pattern: str, out: Path | None = None) -> list[Path | None]:
-    """The files that ``inputs`` (files, folders, globs, "-") stand for, each once, in order; None is standard input.
+    """The files that ``inputs`` (files, folders, globs, "-") stand for, without repetition; None is standard input.
 
     Args:
         pattern: which files of a folder are read, at any depth; hidden files and folders are left out.
-        out: the store that is made of them: its own files are left out too, where they lie among the inputs.
+        out: store that is built from the files; if its own files are among the inputs, they are left out too.
 
     Raises:
-        DatastoreError: an input stands for nothing.
+        DatastoreError: an input stands for no file.
     """
     paths: dict[Path | None, Path | None] = {}
     for name in inputs:
@@ -355,16 +355,16 @@ def _belongs_to(path: Path, out: Path) -> bool:
 
 
 def whole(paths: Sequence[Path | None], field: str) -> Sources:
-    """All of these files."""
+    """Sources that read whole files; None is standard input."""
     sizes = (path.stat().st_size for path in paths if path is not None)
     return Sources([None if path is None else Slice(path) for path in paths], field, num_bytes=sum(sizes))
 
 
 def load_tokenizer(name: str) -> Any:
-    """A tokenizer by folder or Hugging Face name.
+    """Load a tokenizer by folder or Hugging Face name.
 
     Raises:
-        DatastoreError: transformers is missing, or cannot load it.
+        DatastoreError: transformers is missing, or cannot load the tokenizer.
     """
     try:
         from transformers import AutoTokenizer
@@ -372,11 +372,11 @@ def load_tokenizer(name: str) -> Any:
         raise DatastoreError("tokenizers are loaded with transformers, which comes with vLLM: install it") from error
     try:
         return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # damaged tokenizer files raise nothing more special
+    except Exception as error:  # damaged tokenizer files raise no narrower exception
         reason = str(error).strip().partition("\n")[0]
         raise DatastoreError(f"cannot load tokenizer {name!r} (a folder or a Hugging Face name): {reason}") from error
 
 
 def vocab_size_of(tokenizer: Any) -> int:
-    """One more than the largest id."""
+    """Size of a tokenizer's vocabulary: one more than its largest id."""
     return int(max(tokenizer.get_vocab().values())) + 1

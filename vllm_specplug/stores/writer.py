@@ -1,4 +1,4 @@
-"""Making token stores: tokenize, sort, write, and appear complete or not at all; their format is in datastore.py."""
+"""Writing token stores: tokenize, sort, write; a store appears complete or not at all. Format: see datastore.py."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from vllm_specplug.stores.format import (
 )
 
 SORT_LIMIT_BYTES = 2**31 - 2
-"""Most bytes that the suffix sorter orders at one go."""
+"""Most bytes that the suffix sorter sorts in one call."""
 MEMORY_SHARE = 0.6
-"""Part of the available memory that a build uses where it is not told."""
+"""Part of the available memory that a build uses by default."""
 FIXED_MEMORY_BYTES = 2**30
 """What a build needs beside the sorter: libraries, tokenizer, and one batch of texts and its token ids.
 
@@ -50,10 +50,10 @@ PIECE_CHARS = 2**20
 
 
 def sort_bytes_per_token(vocab_size: int) -> int:
-    """Resident memory that sorting takes at most.
+    """Peak resident memory of sorting, in bytes for each token.
 
-    The ids as 2 or 3 big-endian bytes, an int32 for each of these bytes, and the mapped file that the ids are read
-    from, 2 or 4 bytes each.
+    The sum of the ids as 2 or 3 big-endian bytes, an int32 for each of these bytes, and the mapped file that the ids
+    are read from, 2 or 4 bytes each.
     """
     return 2 + 8 + 2 if vocab_size <= LARGEST_16_BIT_VOCABULARY else 3 + 12 + 4
 
@@ -68,11 +68,11 @@ class DatastoreWriter:
         path: the store to make.
         vocab_size: number of token ids; all ids must be below it.
         fingerprint: :func:`tokenizer_fingerprint` of the tokenizer.
-        tokenizer: its name, for people to read.
+        tokenizer: name of the tokenizer, for people to read.
         max_memory_bytes: peak resident memory of the build, mapped files included, by default :data:`MEMORY_SHARE` of
-            what is available. The sorter takes :func:`sort_bytes_per_token` for each token of a segment, the rest
+            the available memory. The sorter takes :func:`sort_bytes_per_token` for each token of a segment, the rest
             :data:`FIXED_MEMORY_BYTES`.
-        overwrite: replace a file that is there.
+        overwrite: replace an existing file.
         segment_tokens: most tokens of a segment, instead of what ``max_memory_bytes`` allows.
 
     Raises:
@@ -133,12 +133,12 @@ class DatastoreWriter:
         try:
             self._file.close()
         except OSError:
-            pass  # what could not be written goes now: a full disk must not stay full
+            pass  # the file is removed all the same: a full disk must not stay full
         finally:
             self._partial.unlink(missing_ok=True)
 
     def add(self, token_ids: Iterable[int] | NDArray[np.integer[Any]], end_document: bool = True) -> None:
-        """Append the next tokens of the open document, and close it unless told otherwise.
+        """Append the next tokens of the open document, and close the document if ``end_document`` is True.
 
         Raises:
             DatastoreError: an id is not below the vocabulary size.
@@ -245,10 +245,10 @@ class DatastoreWriter:
 
 
 def segment_tokens_for(vocab_size: int, max_memory_bytes: int | None) -> int:
-    """Tokens that can be sorted at one go in so much memory, by default :data:`MEMORY_SHARE` of what is available.
+    """Tokens that can be sorted in one call within ``max_memory_bytes``; None: a :data:`MEMORY_SHARE` of free memory.
 
     Raises:
-        DatastoreError: too little.
+        DatastoreError: the memory is too small.
     """
     per_token = sort_bytes_per_token(vocab_size)
     width = 2 if vocab_size <= LARGEST_16_BIT_VOCABULARY else 3
@@ -264,7 +264,7 @@ def segment_tokens_for(vocab_size: int, max_memory_bytes: int | None) -> int:
 
 
 def _remove_stale_partials(path: Path) -> None:
-    """Delete what killed builds of this store left: partial files whose process is gone."""
+    """Delete files of killed builds of this store: partial files whose process is gone."""
     for partial in path.parent.glob(f"{_escape_glob(path.name)}.partial-*"):
         pid = partial.name.rpartition("-")[2]
         if pid.isdigit() and not is_running(int(pid)):
@@ -272,13 +272,13 @@ def _remove_stale_partials(path: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process on this machine."""
+    """True if a process with this number runs on this machine."""
     try:
         os.kill(pid, 0)  # sends nothing
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # somebody else's
+        pass  # a process of another user
     return True
 
 
@@ -296,12 +296,12 @@ def sort_positions(tokens: NDArray[Any], vocab_size: int) -> NDArray[np.uint32]:
         tokens: ``[num_slots]``, starts and ends with a separator (``vocab_size``).
 
     Returns:
-        ``[num_positions]`` uint32; the position is that of the token that follows.
+        ``[num_positions]`` uint32, each the position of the token that follows the text.
     """
     rank = np.zeros(vocab_size + 1, dtype=np.uint32)
     for start in range(0, len(tokens), 2**20):
         rank[np.bincount(tokens[start : start + 2**20], minlength=vocab_size + 1) > 0] = 1
-    # Ids that occur are numbered anew in the same order: often they fit fewer bytes, and the sorter's work with them.
+    # Ids that occur are numbered anew in the same order: they often fit fewer bytes, which saves the sorter work.
     rank = np.cumsum(rank, dtype=np.uint32) - rank
     width = 1 if rank[-1] < 2**8 else 2 if rank[-1] < 2**16 else 3
     text = np.empty(len(tokens) * width, dtype=np.uint8)
@@ -313,7 +313,7 @@ def sort_positions(tokens: NDArray[Any], vocab_size: int) -> NDArray[np.uint32]:
 
 
 def _sort_suffixes(text: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """Suffix array of bytes, in a thread: the caller stays open to Ctrl-C during the long call into C."""
+    """Suffix array of bytes, sorted in a thread, so that Ctrl-C works during the long call into C."""
     from pydivsufsort import divsufsort
 
     results: list[NDArray[np.int32]] = []
@@ -346,7 +346,7 @@ def _write_reversed_bytes(tokens, rank, width, text):
 
 @kernel
 def _keep_whole_tokens(order, tokens, width, separator):
-    """Turn byte offsets into the reversed text into token positions, in place; returns how many are left."""
+    """Turn byte offsets into the reversed text into token positions, in place; returns their number."""
     count = 0
     for index in range(len(order)):
         offset = order[index]
@@ -374,7 +374,7 @@ def split_text(read: Callable[[int], str]) -> Iterator[Piece]:
     """A document in pieces of about :data:`PIECE_CHARS` characters that end at a line, so that memory stays bounded.
 
     Args:
-        read: returns that many next characters, and fewer only at the end, such as the ``read`` of a text file.
+        read: returns that many of the next characters, fewer only at the end, as the ``read`` of a text file does.
     """
     rest = ""
     while len(chunk := read(PIECE_CHARS)) == PIECE_CHARS:
