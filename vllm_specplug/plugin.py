@@ -33,7 +33,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Undo :func:`register` and whatever the model runner's hooks wrapped in this process."""
+    """Undo :func:`register`, and what the model runner's hooks wrapped in this process."""
     from vllm_specplug.hooks import entry
 
     guard.uninstall()

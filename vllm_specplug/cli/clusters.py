@@ -1,4 +1,4 @@
-"""What ``specplug batch`` and ``specplug ray-serve`` share: a connection to Ray."""
+"""The connection to Ray of ``specplug batch``, ``ray-serve`` and ``datastore``."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from vllm_specplug.errors import SpecplugError
 
 EXIT_FAILED = 1
-"""The command ran and found a fault, such as a damaged store or a configuration that is not lossless."""
+"""The command ran and detected a fault, such as a damaged store or a configuration that is not lossless."""
 EXIT_BAD_INPUT = 2
 EXIT_SIGNAL = 128
 """Base of the exit status after a signal: the number of the signal is added."""

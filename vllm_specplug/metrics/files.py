@@ -87,7 +87,7 @@ class Publisher:
         text = json.dumps({"labels": self._labels, "owner": owner, "snapshot": snapshot})
         if text == self._last:
             if self._path is not None:
-                self._path.touch()  # says that the worker is alive, only idle
+                self._path.touch()  # shows that the worker is alive, only idle
             return
         if self._path is not None:
             temporary = self._path.with_suffix(".tmp")

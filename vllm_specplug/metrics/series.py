@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Snapshot = Mapping[str, Any]
-"""What :meth:`vllm_specplug.drafting.drafting.Drafting.snapshot` returns."""
+"""Counters of a worker, from :meth:`vllm_specplug.drafting.drafting.Drafting.snapshot`."""
 
 
 @dataclass(frozen=True)

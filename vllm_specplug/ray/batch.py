@@ -144,7 +144,7 @@ def _run(
         batch_format="pyarrow",
         num_cpus=0,  # leaves all CPUs to the replicas
         compute=ray.data.TaskPoolStrategy(size=1),
-        label_selector={NODE_LABEL: ray.get_runtime_context().get_node_id()},  # where the files are
+        label_selector={NODE_LABEL: ray.get_runtime_context().get_node_id()},  # the node that has the files
     )
     source = stores.start_source(job.speculative_config)
     with warnings.catch_warnings():

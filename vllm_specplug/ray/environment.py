@@ -43,7 +43,7 @@ def require_ray(part: str) -> None:
 
 @dataclass(frozen=True)
 class Share:
-    """What Ray sets aside for one replica.
+    """CPUs and GPUs that Ray reserves for one replica.
 
     Attributes:
         cpus: number of CPUs; also the threads of an engine that computes on CPUs.

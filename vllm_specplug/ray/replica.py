@@ -24,7 +24,7 @@ SEED_BITS = 53
 
 @dataclass(frozen=True)
 class Job:
-    """What every replica needs to know.
+    """Settings of the run, sent to every replica.
 
     Attributes:
         model: name, or folder that every node has.

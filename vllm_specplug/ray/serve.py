@@ -26,7 +26,7 @@ _app: Any = None
 
 @dataclass(frozen=True)
 class Job:
-    """What every replica needs to know.
+    """Settings of the deployment, sent to every replica.
 
     Attributes:
         model: name, or folder that every node has.

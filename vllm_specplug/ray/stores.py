@@ -174,7 +174,7 @@ def _name(paths: list[str]) -> str:
 
 
 def detached_source(speculative_config: Mapping[str, Any] | None) -> Any:
-    """The detached actor that :func:`start_source` made for these stores; None if there is none."""
+    """The detached actor that :func:`start_source` started for these stores; None if there is none."""
     import ray
 
     paths = _paths(stores_of(speculative_config))

@@ -230,7 +230,7 @@ class Settings(BaseModel):
             return registry.sampler_class(self.sampler)(self.num_chains)
         except ValueError:
             raise
-        except Exception as error:  # whatever a user's class raises
+        except Exception as error:  # a user's class may raise anything
             raise ConfigurationError(f"sampler {self.sampler!r} cannot be made: {error!r}") from error
 
     @property

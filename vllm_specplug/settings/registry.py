@@ -100,7 +100,7 @@ def _class_of_users(what: str, where: str, name: str, group: str, names: Callabl
     module, _, attribute = name.replace(":", ".").rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a user's module raises when imported
+    except Exception as error:  # a user's module may raise anything when imported
         raise ConfigurationError(
             f"{where}cannot load {name!r}: {error!r}. Give 'module.Class' importable by every vLLM process "
             f"(PYTHONPATH), or one of: {', '.join(names())}."

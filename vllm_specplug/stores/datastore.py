@@ -103,7 +103,7 @@ class Datastore:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Datastore:
-        """Map a store, in milliseconds whatever its size: only :meth:`verify` checks its contents.
+        """Map a store. Takes milliseconds for any size, since only :meth:`verify` checks the contents.
 
         Raises:
             DatastoreError: no such file, not a store, another format version, damaged header or manifest, a missing

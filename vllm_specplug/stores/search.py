@@ -98,8 +98,8 @@ def search_batch(
 ):
     """Occurrences of the longest suffix of each context, in all segments.
 
-    All contexts take a step of the binary search before one takes the next: what a step reads lies anywhere in the
-    store, and the processor fetches for many contexts at once what it would otherwise wait for one by one.
+    All contexts take a step of the binary search before one takes the next: the reads of a step are anywhere in the
+    store, and the processor fetches them for many contexts at once instead of waiting for each of them.
 
     Args:
         wanted: ``[num_requests]``, 0 skips a request.

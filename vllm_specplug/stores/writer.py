@@ -40,7 +40,7 @@ SORT_LIMIT_BYTES = 2**31 - 2
 MEMORY_SHARE = 0.6
 """Part of the available memory that a build uses by default."""
 FIXED_MEMORY_BYTES = 2**30
-"""What a build needs beside the sorter: libraries, tokenizer, and one batch of texts and its token ids.
+"""Memory of a build beside the sorter's: libraries, tokenizer, and one batch of texts and its token ids.
 
 Measured with transformers and torch loaded: 500 MiB at the start, at the peak 680 to 830 MiB (4096 to 150,000 ids).
 """
@@ -61,8 +61,8 @@ def sort_bytes_per_token(vocab_size: int) -> int:
 class DatastoreWriter:
     """Builds a store beside its final place, and moves it there when it is complete.
 
-    Use as a context manager: leaving it without :meth:`finish` (an error, Ctrl-C) removes the unfinished file. What a
-    killed build left is removed by the next build of the same store.
+    Use as a context manager: leaving it without :meth:`finish` (an error, Ctrl-C) removes the unfinished file. The next
+    build of the same store removes the files of a killed build.
 
     Args:
         path: the store to make.
