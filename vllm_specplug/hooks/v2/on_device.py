@@ -48,7 +48,7 @@ class DeviceDrafting:
         self._longest[at] = async_tensor_h2d(longest, device=device, dtype=torch.int32)
 
     def propose(self, idx_mapping: torch.Tensor, num_sampled: torch.Tensor, limit: int, drafts: torch.Tensor) -> None:
-        """Write drafts over ``drafts``, ``[num_requests, num_speculative_tokens]``; columns behind them do not change."""
+        """Write drafts over ``drafts``, ``[num_requests, num_speculative_tokens]``; columns behind a draft stay."""
         states = self._req_states
         # The step emits one token more than it accepts, and none may pass max_tokens or max_model_len.
         wanted = (self._longest[idx_mapping] - states.total_len.gpu[idx_mapping] - 1).clamp(0, limit)

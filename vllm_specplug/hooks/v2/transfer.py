@@ -20,8 +20,8 @@ class Transfer:
         occupation: ``[num_requests]`` occupation of these table rows in the drafter's history when the copy started.
         num_verified: ``[num_requests]`` number of verified draft tokens.
         max_draft_tokens: longest draft of the next step.
-        packed: ``[num_requests, 2 + num_speculative_tokens + 1]`` int32, laid out by ``pack_emitted``; None on ranks that
-            only receive drafts.
+        packed: ``[num_requests, 2 + num_speculative_tokens + 1]`` int32, filled by ``pack_emitted``; None on ranks
+            that only receive drafts.
         arrived: event after which the tensors can be read; None if they can be read at once.
         native: ``[num_requests, num_speculative_tokens]`` int64, drafts of vLLM's own drafter, if our proposers join
             it; None otherwise.
