@@ -46,8 +46,8 @@ class ProposerContext:
 class TargetNoise:
     """The noise with which the verifier will draw the next tokens of each request.
 
-    Pass ``kind``, a key and a token id to :func:`vllm_specplug.samplers.noise.noise_of`. Noise helps a proposer that has
-    weights for several candidates: see :func:`~vllm_specplug.samplers.noise.noisy_score`.
+    Pass ``kind``, a key and a token id to :func:`vllm_specplug.samplers.noise.noise_of`. Noise helps proposers that
+    have weights for several candidates: see :func:`~vllm_specplug.samplers.noise.noisy_score`.
 
     Attributes:
         kind: the hash that vLLM uses, a constant of :mod:`vllm_specplug.samplers.noise`.
@@ -178,8 +178,8 @@ class Drafts:
         votes: ``[num_requests, max_tokens]`` int32, occurrences that chose each draft token; None if there are
             no votes.
         others: side chains, best first, at most ``batch.num_chains - 1``: each is a Drafts for the same
-            requests, whose drafts may share first tokens with earlier chains (as paths of a tree), but differ from them. Side
-            chains are verified beside the main chain if that pays.
+            requests, whose drafts may share first tokens with earlier chains (as paths of a tree), but differ from
+            them. Side chains are verified beside the main chain if that pays.
     """
 
     DEFAULT_CONFIDENCE: ClassVar[float] = 0.5

@@ -68,7 +68,7 @@ def _search(  # type: ignore[no-untyped-def]
     back = tl.arange(0, match_lanes)[None, :]
     longest = 0
     while low < high:
-        # The result is one of high - low + 1 positions. Probes cut these into num_probes + 1 pieces, the last maybe empty.
+        # The result is one of high - low + 1 positions. Probes cut these into num_probes + 1 pieces, maybe empty.
         step = (high - low) // (num_probes + 1) + 1
         index = low + (probe + 1) * step - 1
         inside = index < high

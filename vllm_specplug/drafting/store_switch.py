@@ -59,7 +59,7 @@ class StoreSwitch:
         return {"is_ready": True, "error": self._error, "versions": versions}
 
     def take(self, name: str, versions: Mapping[str, str]) -> list[str] | None:
-        """Switch to ``versions`` and return the names of new stores; None, without a switch, if that is not possible."""
+        """Switch to ``versions`` and return the names of new stores; None, without a switch, if that is impossible."""
         state = self.look(name)
         if not state["is_ready"] or state["error"] or state["versions"] != dict(versions):
             return None
