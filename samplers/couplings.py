@@ -159,7 +159,7 @@ class ListMatching(Coupling):
     def ranked(
         self, logits: torch.Tensor, keys: Keys, race: Race, num_places: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The winners of all races, the best first, whatever ``num_places`` is."""
+        """The winners of all races, the best first; ``num_places`` is ignored."""
         from vllm_specplug.samplers import list_matching
 
         return list_matching.draw(logits, keys, self.num_chains, race)

@@ -87,7 +87,7 @@ def sample(probs: NDArray[np.float64], keys: NDArray[np.uint64]) -> NDArray[np.i
         ``[num_rows]`` token ids.
 
     Raises:
-        ValueError: a row is no distribution (its darts might never end), or keys are not one a row.
+        ValueError: a row is not a distribution (its darts might never end), or there is not one key per row.
     """
     probs = _checked(probs)
     _check_keys(np.shape(keys), len(probs))
@@ -127,7 +127,7 @@ def sample_torch(probs: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         ``[num_rows]`` int64.
 
     Raises:
-        ValueError: a row is no distribution (its darts might never end), or keys are not one a row.
+        ValueError: a row is not a distribution (its darts might never end), or there is not one key per row.
     """
     sums = probs.sum(dim=-1)
     # One wait for the device, not two.

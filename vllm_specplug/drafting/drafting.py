@@ -49,7 +49,7 @@ class Proposal:
 
 
 class Drafting:
-    """The configured proposers of one worker, called once a step.
+    """The configured proposers of one worker, called once per step.
 
     Args:
         settings: the plugin's settings.

@@ -135,7 +135,7 @@ class V2:
         runner: the model runner.
         on_step: called with every step.
         drafts_of: the drafts that the next step verifies; None keeps the drafter's own.
-        seed: of the generator that makes the fresh seeds.
+        seed: seed of the generator that makes the fresh seeds.
     """
 
     def __init__(self, runner: Any, on_step: OnStep, drafts_of: DraftsOf | None = None, seed: int = 0) -> None:

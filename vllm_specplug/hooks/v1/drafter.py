@@ -160,7 +160,7 @@ class Drafter:
         return proposal.drafts
 
     def join(self, proposed: Any) -> Any:
-        """Replace drafts of vLLM's drafter (its DraftTokenIds, or None) by our proposers' where these promise more."""
+        """Replace each draft of vLLM's drafter (its DraftTokenIds, or None) by ours if ours promises more."""
         if not self.drafting.has_proposers:
             return proposed
         input_batch = self._runner.input_batch

@@ -110,7 +110,7 @@ class ForkedRows:
         num_drafts: list[int],
         num_tokens: int,
     ) -> ForkedBatch:
-        """Fill batch rows, tokens, KV-cache slots and lengths of the forks; copy the first tokens of their blocks.
+        """Fill batch rows, tokens, KV-cache slots and lengths of the forks; fill the beginning of their scratch blocks.
 
         The batch rows are free, and a request that gets such a row later overwrites everything in it.
         """

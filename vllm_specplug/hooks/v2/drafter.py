@@ -220,7 +220,7 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
 
     @torch.inference_mode()
     def join(self, propose: Callable[..., torch.Tensor], input_batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Let vLLM's own drafter propose, then replace its drafts by ours where ours promise more.
+        """Let vLLM's own drafter propose, then replace each draft by ours if ours promises more.
 
         Args:
             propose: the ``propose`` method of vLLM's drafter.
