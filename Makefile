@@ -15,14 +15,14 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 demo: setup
 	$(BIN)/specplug demo $(DEMO_OPTIONS)
 
-# Everything that starts no engine.
+# Lint, types, and everything that starts neither an engine nor a slow command.
 quick: lint types
 	$(PYTEST) -m "not engine and not long"
 
 test: setup
 	$(PYTEST) --durations=20
 
-# What takes minutes by itself: ten thousand requests, a million draws, trainings.
+# What takes minutes by itself: ten thousand requests, a million draws.
 test-long: setup
 	$(PYTEST) -m long --durations=20
 
@@ -43,11 +43,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
-# proposers/ and samplers/ are installed under vllm_specplug: the installed package is what gets checked.
 types: setup
-	rm -rf build/types
-	$(BIN)/python -m pip install --quiet --no-deps --target build/types .
-	cd build/types && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p vllm_specplug
+	$(BIN)/python -m mypy -p vllm_specplug
 
 # The site, in build/site; nothing is fetched. Without the variable every build advertises another generator.
 docs: setup

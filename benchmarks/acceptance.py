@@ -3,7 +3,7 @@
     python benchmarks/acceptance.py [--model TARGET --draft DRAFT] [--temperature 0.5 1.0 1.5] [--json FILE]
 
 For every draft token that was verified, the chance that it is accepted follows from the two distributions at that very
-place: `theory.py` has the formula of each coupling, and the distributions come from the models themselves, computed
+place: `samplers/theory.py` has the formula of each coupling, and the distributions come from the models themselves, computed
 without vLLM. Noise is fresh at every place, so accepted tokens less their chances are a martingale, and their sum is
 normal with the sum of p (1 - p) as variance. "not" shows how far off the formulas of the other samplers would be.
 Exit status 1 where a deviation has a chance below 0.001 in the whole table.

@@ -1,4 +1,4 @@
-"""Checks and wraps functions of vLLM (and of libraries under it), and puts the originals back."""
+"""Seams: checks and wraps functions of vLLM and libraries under it, and undoes that. ``seam_list.py`` lists all."""
 
 from __future__ import annotations
 

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_specplug.engines.engine import Engine
 from vllm_specplug.engines.work import Work
 from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.measure.audit.asked import QUESTIONS, Options, Progress, Row
-from vllm_specplug.measure.audit.contexts import context_rows, drawn_contexts
-from vllm_specplug.measure.audit.identity import Runs, ask_identity, first_differences, prefixes
+from vllm_specplug.measure.audit.contexts import Context, context_rows, drawn_contexts
+from vllm_specplug.measure.audit.identity import Difference, Runs, ask_identity, first_differences, prefixes
 from vllm_specplug.measure.audit.lossless import ask_lossless
 from vllm_specplug.measure.prompts import tokenizer_of
 from vllm_specplug.samplers.couplings import Sampler
 from vllm_specplug.settings.model import METHOD
 from vllm_specplug.settings.registry import sampler_class
+
+REFERENCE = "vLLM without speculation"
+
+
+@dataclass
+class _Seen:
+    """What the engines of one audit showed.
+
+    Attributes:
+        prompts: token ids, cut to what fits.
+        k: draft tokens a step that the audited configuration verifies at most; 0 without speculation.
+        plain: runs of the engine without speculation.
+        contexts: at which tokens are drawn.
+        reference: runs that sampled tokens are compared with; ``reference_name`` says whose.
+    """
+
+    prompts: list[list[int]]
+    k: int
+    plain: Runs
+    contexts: list[Context]
+    reference: Runs
+    reference_name: str = REFERENCE
 
 
 def audit(options: Options, progress: Progress) -> dict[str, Any]:
@@ -29,95 +53,128 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
         EngineError: an engine did not start or stopped.
     """
     tokenizer = tokenizer_of(options.model)
+    seen = _without_speculation(options, tokenizer, progress)
+    _without_proposers(options, seen, progress)
+    with _started(options, options.speculative_config, "audited", "audited engine", seen.k, progress) as engine:
+        about = _about(engine)
+        # Without speculation the same engine is compared with itself, at another batch size.
+        batch = options.batch if seen.k else max(1, options.batch // 2 - 1)
+        mine = Runs.of(engine, seen.prompts, options, batch, "audited engine", progress)
+        progress("audited engine", 1.0, "done")
+        lossless = ask_lossless(engine, options, seen.contexts, about, tokenizer, progress)
+        pairs = {
+            "greedy_identical": first_differences(seen.plain.greedy, mine.greedy),
+            "drafter_invariant": first_differences(seen.reference.sampled, mine.sampled),
+        }
+        margins = {key: context_rows(engine, prefixes(found, seen.prompts)) for key, found in pairs.items()}
+    others = _margins_without_speculation(options, seen.prompts, pairs, progress)
+    sampler = _sampler(about)
+    answers: dict[str, Any] = {"lossless": lossless}
+    for key, found in pairs.items():
+        answers[key] = ask_identity(
+            key, found, seen.prompts, margins[key], others[key], options, about, sampler, tokenizer
+        ) | {"reference": _reference_of(key, seen)}
+    is_promised = {
+        "lossless": True,
+        "greedy_identical": True,
+        "drafter_invariant": not seen.k or (sampler is not None and sampler.is_coupled),
+    }
+    return {
+        "model": options.model,
+        "speculative_config": dict(options.speculative_config or {}) or None,
+        "engine_cli": list(options.engine_cli),
+        "temperature": options.temperature,
+        "draws": options.draws,
+        "num_prompts": len(seen.prompts),
+        "max_tokens": options.max_tokens,
+        "batch": options.batch,
+        "seed": options.seed,
+        "contexts": [context.to_dict(tokenizer) for context in seen.contexts],
+        "about": about,
+        "promised": is_promised,
+        "answers": answers,
+        "verdict": verdict(answers, is_promised),
+    }
+
+
+def _without_speculation(options: Options, tokenizer: Any, progress: Progress) -> _Seen:
+    """Complete all prompts without speculation, and choose the contexts to draw at."""
     prompts = [ids[:512] for text in options.prompts if (ids := tokenizer.encode(text))]
     if not prompts:
         raise ConfigurationError("no prompt has a token; give longer ones")
     progress("configuration", 0.0, "vLLM reads it")
     k = Engine.check(options.engine_args(options.speculative_config), options.log / "configuration.log")
     progress("configuration", 1.0, f"up to {k} draft tokens a step" if k else "no speculation")
-
-    with Engine(options.engine_args(None), options.log / "off.log") as engine:
-        progress("engine without speculation", 0.0, "starting")
-        engine.wait_until_ready()
-        about_off = _about(engine)
-        _expect(0, about_off, "the engine without speculation")
-        room = about_off["max_model_len"] - options.max_tokens - 1
+    title = "engine without speculation"
+    with _started(options, None, "off", title, 0, progress) as engine:
+        about = _about(engine)
+        room = about["max_model_len"] - options.max_tokens - 1
         if room < 1:
             raise ConfigurationError(
                 f"--max-tokens {options.max_tokens} leaves no room for a prompt in a context of "
-                f"{about_off['max_model_len']} tokens; give fewer, or a larger --max-model-len"
+                f"{about['max_model_len']} tokens; give fewer, or a larger --max-model-len"
             )
         prompts = [ids[:room] for ids in prompts]
-        plain = Runs.of(engine, prompts, options, options.batch, "engine without speculation", progress)
-        contexts = drawn_contexts(engine, options, prompts, plain.greedy, about_off, k)
-        progress("engine without speculation", 1.0, "done")
-    reference = plain
-    name = "vLLM without speculation"
-    settings = dict(options.speculative_config or {})
-    own_text = settings.get("sampler")
-    if own_text is not None and sampler_class(own_text).text in ("own", "per num_chains"):
-        name = "the same sampler without proposers"
-        alone = {"method": METHOD, "sampler": own_text, "proposers": [], "num_speculative_tokens": k}
-        alone |= {key: value for key, value in settings.items() if key.replace("-", "_") == "num_chains"}
-        with Engine(options.engine_args(alone), options.log / f"{own_text}.log") as engine:
-            progress(f"{own_text} without proposers", 0.0, "starting")
-            engine.wait_until_ready()
-            _expect(k, _about(engine), "the engine without proposers")
-            reference = Runs.of(engine, prompts, options, options.batch, f"{own_text} without proposers", progress)
-            progress(f"{own_text} without proposers", 1.0, "done")
+        plain = Runs.of(engine, prompts, options, options.batch, title, progress)
+        contexts = drawn_contexts(engine, options, prompts, plain.greedy, about, k)
+        progress(title, 1.0, "done")
+    return _Seen(prompts, k, plain, contexts, plain)
 
-    with Engine(options.engine_args(options.speculative_config), options.log / "audited.log") as engine:
-        progress("audited engine", 0.0, "starting")
+
+def _without_proposers(options: Options, seen: _Seen, progress: Progress) -> None:
+    """If the sampler has a text of its own, the reference is that sampler with nobody drafting."""
+    settings = dict(options.speculative_config or {})
+    name = settings.get("sampler")
+    if name is None or sampler_class(name).text not in ("own", "per num_chains"):
+        return
+    alone = {"method": METHOD, "sampler": name, "proposers": [], "num_speculative_tokens": seen.k}
+    alone |= {key: value for key, value in settings.items() if key.replace("-", "_") == "num_chains"}
+    title = f"{name} without proposers"
+    with _started(options, alone, str(name), title, seen.k, progress) as engine:
+        seen.reference = Runs.of(engine, seen.prompts, options, options.batch, title, progress)
+        seen.reference_name = "the same sampler without proposers"
+        progress(title, 1.0, "done")
+
+
+def _margins_without_speculation(
+    options: Options, prompts: list[list[int]], pairs: Mapping[str, list[Difference]], progress: Progress
+) -> dict[str, list[Row]]:
+    """The logits of an engine without speculation at the first difference of each output."""
+    if not any(pairs.values()):
+        return {key: [] for key in pairs}
+    title = "margins without speculation"
+    with _started(options, None, "off-again", title, 0, progress) as engine:
+        rows = {key: context_rows(engine, prefixes(found, prompts)) for key, found in pairs.items()}
+        progress(title, 1.0, "done")
+    return rows
+
+
+def _reference_of(key: str, seen: _Seen) -> str:
+    """What the outputs of a question were compared with, in words."""
+    if not seen.k:
+        return "the same engine at another batch size"
+    return REFERENCE if key == "greedy_identical" else seen.reference_name
+
+
+@contextlib.contextmanager
+def _started(
+    options: Options, speculative_config: Mapping[str, Any] | None, log: str, title: str, k: int, progress: Progress
+) -> Iterator[Engine]:
+    """An engine that is ready, and that verifies up to ``k`` draft tokens a step.
+
+    Raises:
+        SpecplugError: it verifies another number of them.
+    """
+    with Engine(options.engine_args(speculative_config), options.log / f"{log}.log") as engine:
+        progress(title, 0.0, "starting")
         engine.wait_until_ready()
-        about = _about(engine)
-        _expect(k, about, "the audited engine")
-        is_plain = k == 0
-        # Without speculation the same engine is compared with itself, at another batch size.
-        batch = max(1, options.batch // 2 - 1) if is_plain else options.batch
-        mine = Runs.of(engine, prompts, options, batch, "audited engine", progress)
-        progress("audited engine", 1.0, "done")
-        lossless = ask_lossless(engine, options, contexts, about, tokenizer, progress)
-        pairs = {
-            "greedy_identical": first_differences(plain.greedy, mine.greedy),
-            "drafter_invariant": first_differences(reference.sampled, mine.sampled),
-        }
-        margins = {key: context_rows(engine, prefixes(found, prompts)) for key, found in pairs.items()}
-    others: dict[str, list[Row]] = {key: [] for key in pairs}
-    if any(pairs.values()):
-        with Engine(options.engine_args(None), options.log / "off-again.log") as engine:
-            progress("margins without speculation", 0.0, "starting")
-            engine.wait_until_ready()
-            others = {key: context_rows(engine, prefixes(found, prompts)) for key, found in pairs.items()}
-            progress("margins without speculation", 1.0, "done")
-    sampler = _sampler(about)
-    is_promised = {
-        "lossless": True,
-        "greedy_identical": True,
-        "drafter_invariant": is_plain or (sampler is not None and sampler.is_coupled),
-    }
-    answers: dict[str, Any] = {"lossless": lossless}
-    for key, found in pairs.items():
-        answers[key] = ask_identity(
-            key, found, prompts, margins[key], others[key], options, about, sampler, tokenizer
-        ) | {"reference": "the same engine at another batch size" if is_plain else name}
-        if key == "greedy_identical" and not is_plain:
-            answers[key]["reference"] = "vLLM without speculation"
-    return {
-        "model": options.model,
-        "speculative_config": settings or None,
-        "engine_cli": list(options.engine_cli),
-        "temperature": options.temperature,
-        "draws": options.draws,
-        "num_prompts": len(prompts),
-        "max_tokens": options.max_tokens,
-        "batch": options.batch,
-        "seed": options.seed,
-        "contexts": [context.to_dict(tokenizer) for context in contexts],
-        "about": about,
-        "promised": is_promised,
-        "answers": answers,
-        "verdict": verdict(answers, is_promised),
-    }
+        found = _about(engine)["num_speculative_tokens"]
+        if found != k:
+            raise SpecplugError(
+                f"the {title} verifies up to {found} draft tokens a step where {k} were expected: "
+                "what it does cannot be told from this speculative_config"
+            )
+        yield engine
 
 
 def verdict(answers: Mapping[str, Mapping[str, Any]], is_promised: Mapping[str, bool]) -> str:
@@ -126,14 +183,6 @@ def verdict(answers: Mapping[str, Mapping[str, Any]], is_promised: Mapping[str, 
     if any(each is False for each in asked):
         return "failed"
     return "could not run" if any(each is None for each in asked) else "passed"
-
-
-def _expect(k: int, about: Mapping[str, Any], what: str) -> None:
-    if about["num_speculative_tokens"] != k:
-        raise SpecplugError(
-            f"{what} verifies up to {about['num_speculative_tokens']} draft tokens a step where {k} were expected: "
-            "what it does cannot be told from this speculative_config"
-        )
 
 
 def _about(engine: Engine) -> dict[str, Any]:
