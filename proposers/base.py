@@ -1,7 +1,7 @@
-"""What a proposer sees and what it answers. numpy only; nothing here knows vLLM.
+"""The interface of proposers: their input, their answers, and their base class. numpy only; knows no vLLM.
 
 Words: *draft* tokens are guesses for the next output tokens of a request; the verifier *accepts* a prefix of them and
-adds one more token of its own; what a request gained in a step are its *emitted* tokens.
+adds one more token of its own; accepted tokens and that one are the *emitted* tokens of the step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TENANT_OPTION = "specplug_tenant"
-"""Request option: name of the tenant whose history this request reads and writes; "" is everybody's."""
+"""Request option: name of the tenant whose history this request reads and writes; "" is the shared history."""
 
 STORES_OPTION = "specplug_datastore"
 """Request option: names of the stores to consult, as a tuple; absent: all of them."""
@@ -23,15 +23,15 @@ STORES_OPTION = "specplug_datastore"
 
 @dataclass(frozen=True, slots=True)
 class ProposerContext:
-    """What a proposer may count on for its whole life; handed to its constructor.
+    """Sizes, stores and options that a proposer gets at construction; they never change.
 
     Attributes:
         vocab_size: number of token ids that the target model can emit.
         num_speculative_tokens: longest draft of a request.
         max_num_requests: most requests in one batch.
         max_model_len: most tokens (prompt + output) of one request.
-        datastores: path of each token store by its name, in the order in which the user gave them.
-        options: the proposer's own settings, as the user wrote them.
+        datastores: path of each token store by its name, in the order of the configuration.
+        options: the proposer's own options, as in the configuration.
     """
 
     vocab_size: int
@@ -46,14 +46,14 @@ class ProposerContext:
 class TargetNoise:
     """The noise with which the verifier will draw the next tokens of each request.
 
-    Hand ``kind``, a key and a token id to :func:`vllm_specplug.samplers.noise.noise_of`. It helps a proposer that has
-    weights for several candidates: see :func:`~vllm_specplug.samplers.noise.noisy_score`.
+    Pass ``kind``, a key and a token id to :func:`vllm_specplug.samplers.noise.noise_of`. Noise helps proposers that
+    have weights for several candidates: see :func:`~vllm_specplug.samplers.noise.noisy_score`.
 
     Attributes:
-        kind: which of vLLM's hashes, one of the constants of :mod:`vllm_specplug.samplers.noise`.
+        kind: the hash that vLLM uses, a constant of :mod:`vllm_specplug.samplers.noise`.
         keys: ``[num_requests, max_draft_tokens]`` uint64: key of each coming token; column 0 is the first draft token.
             Rows of greedy requests are not filled.
-        temperature: ``[num_requests]`` float32; 0 for greedy requests, which know no noise.
+        temperature: ``[num_requests]`` float32; 0 for greedy requests, which have no noise.
     """
 
     kind: int
@@ -63,9 +63,9 @@ class TargetNoise:
     def scales(self, sharpness: float) -> NDArray[np.float64]:
         """Factor of a proposer's log weights, ``[num_requests]``: sharpness over temperature squared, 0 if greedy.
 
-        Squared: frequencies over temperature would be right if they were the target's own at temperature 1. They are
-        flatter than the target at low temperatures, and what was accepted says so: with votes of a store, 1.6 was best
-        at temperature 1, 2 at 0.8 and 6 at 0.5 (benchmarks/target_noise.py).
+        Dividing by the temperature once would be right if a proposer's frequencies were the target's at temperature 1.
+        In measurements they are flatter than the target at low temperatures: with votes of a store, a scale of 1.6 is
+        best at temperature 1, 2 at 0.8 and 6 at 0.5 (benchmarks/target_noise.py).
         """
         sampling = self.temperature > 0
         return np.where(sampling, sharpness / np.where(sampling, self.temperature, 1.0) ** 2, 0.0)
@@ -78,16 +78,16 @@ class DraftBatch:
     Attributes:
         request_ids: ``[num_requests]``, stable for the life of a request.
         token_ids: ``[num_rows, max_model_len]`` int32, the engine's table of token ids; not copied. Row ``rows[i]``
-            holds request ``i``'s prompt and emitted tokens, the last one at column ``num_tokens[i] - 1``; what lies
-            behind is garbage.
-        rows: ``[num_requests]`` int64.
+            holds request ``i``'s prompt and emitted tokens, the last one at column ``num_tokens[i] - 1``; later
+            columns are garbage.
+        rows: ``[num_requests]`` int64, table row of each request.
         num_tokens: ``[num_requests]`` int64, prompt and emitted tokens so far.
-        num_prompt_tokens: ``[num_requests]`` int64.
-        max_draft_tokens: ``[num_requests]`` int64, longest draft that is of use to each request (at least 1).
+        num_prompt_tokens: ``[num_requests]`` int64, prompt tokens.
+        max_draft_tokens: ``[num_requests]`` int64, longest draft that can help the request (at least 1).
         options: ``[num_requests]``, each request's own ``extra_args``.
         noise: the noise of the coming tokens; None if the verifier's is not known (every request then counts as
             greedy).
-        num_chains: most continuations of a request that are of use: see ``Drafts.others``.
+        num_chains: most chains of a request, the main chain included: see ``Drafts.others``.
     """
 
     request_ids: Sequence[str]
@@ -108,7 +108,7 @@ class DraftBatch:
         return self.token_ids[self.rows[index], : self.num_tokens[index]]
 
     def subset(self, indices: Sequence[int]) -> DraftBatch:
-        """The same step for some of its requests, in the order of ``indices``."""
+        """The batch for the requests at ``indices`` only, in that order."""
         at = np.asarray(indices, dtype=np.int64)
         noise = self.noise
         if noise is not None:
@@ -126,7 +126,7 @@ class DraftBatch:
         )
 
     def noise_inputs(self, sharpness: float) -> tuple[int, NDArray[np.uint64], NDArray[np.float64]]:
-        """What a compiled kernel needs to draw with the target's noise: kind, keys and scales of the log weights.
+        """Arguments with which a compiled kernel draws with the target's noise: kind, keys and scales of log weights.
 
         Args:
             sharpness: factor of the proposer's log weights at temperature 1.
@@ -166,20 +166,20 @@ class DraftBatch:
 
 @dataclass(slots=True)
 class Drafts:
-    """One draft a request. Plain lists of token ids count with :attr:`DEFAULT_CONFIDENCE`.
+    """One draft per request. Plain lists of token ids get :attr:`DEFAULT_CONFIDENCE`.
 
     Attributes:
         token_ids: ``[num_requests, max_tokens]`` int32; columns from ``num_tokens[i]`` on are ignored.
         num_tokens: ``[num_requests]`` int64; 0 if there is nothing to propose.
         confidence: ``[num_requests, max_tokens]`` float32 in [0, 1]: estimated chance that a draft token is accepted
             given that all before it are. It decides between proposers, never about correctness.
-        match_length: ``[num_requests]`` int32, tokens of context that matched to find the draft; None if the proposer
-            matches nothing. Evidence for whoever weighs this draft against another.
+        match_length: ``[num_requests]`` int32, length of the context match that the draft follows; None if the proposer
+            does not match. The ensemble uses it to weigh drafts.
         votes: ``[num_requests, max_tokens]`` int32, occurrences that chose each draft token; None if there are
             no votes.
         others: side chains, best first, at most ``batch.num_chains - 1``: each is a Drafts for the same
-            requests, whose drafts may begin like those before it (a tree, one path an entry) but differ from each of
-            them. They are verified beside the main chain if that pays.
+            requests, whose drafts may share first tokens with earlier chains (as paths of a tree), but differ from
+            them. Side chains are verified beside the main chain if that pays.
     """
 
     DEFAULT_CONFIDENCE: ClassVar[float] = 0.5
@@ -193,7 +193,7 @@ class Drafts:
 
     @classmethod
     def empty(cls, num_requests: int, max_tokens: int) -> Drafts:
-        """No draft for anyone, with room for ``max_tokens`` a request."""
+        """Empty drafts with room for ``max_tokens`` tokens per request."""
         return cls(
             token_ids=np.zeros((num_requests, max_tokens), dtype=np.int32),
             num_tokens=np.zeros(num_requests, dtype=np.int64),
@@ -202,7 +202,7 @@ class Drafts:
 
     @classmethod
     def from_lists(cls, token_ids: Sequence[Sequence[int]], confidence: float = DEFAULT_CONFIDENCE) -> Drafts:
-        """Plain lists of token ids, one a request, all with the same confidence."""
+        """Drafts from plain lists of token ids, one per request, all with the same confidence."""
         drafts = cls.empty(len(token_ids), max(map(len, token_ids), default=0))
         for index, tokens in enumerate(token_ids):
             drafts.token_ids[index, : len(tokens)] = tokens
@@ -211,7 +211,7 @@ class Drafts:
         return drafts
 
     def kernel_inputs(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """The five arrays as :func:`kernel_input` makes them; evidence that is missing has length 0."""
+        """The five arrays as :func:`kernel_input` makes them; ``match_length`` or ``votes`` of None have length 0."""
         return (
             kernel_input(self.token_ids, np.int32),
             kernel_input(self.num_tokens, np.int64),
@@ -223,18 +223,18 @@ class Drafts:
 
 @dataclass(slots=True)
 class Verified:
-    """What the verifier saw in one step; one entry a request that emitted something.
+    """Result of verification in one step, with one entry per request that emitted tokens.
 
     Attributes:
-        request_ids: ``[num_requests]``.
-        draft_token_ids: the draft that was verified, ``[num_requests]`` lists (empty: an ordinary step). Of several
-            chains, the one that got furthest.
+        request_ids: ``[num_requests]`` request ids.
+        draft_token_ids: the draft that was verified, ``[num_requests]`` lists (empty: an ordinary step). With side
+            chains, the chain with the most accepted tokens.
         target_token_ids: the target's tokens, ``[num_requests]`` lists. The first ``num_emitted`` of them were emitted.
             If the verifier drew all positions at once, the tokens behind them follow: the target's choice after the
             rejected draft tokens, up to one more than the draft is long.
-        num_emitted: ``[num_requests]``, accepted drafts plus one.
-        num_unsettled: requests that took part in the step without emitting: still in their prompts.
-        further: side chains of each request that were verified beside ``draft_token_ids``, ``[num_requests]`` lists of
+        num_emitted: ``[num_requests]``, accepted draft tokens plus one.
+        num_unsettled: requests in the step that emitted nothing, since their prompts are not complete.
+        further: chains of each request that were verified beside ``draft_token_ids``, ``[num_requests]`` lists of
             lists of tokens; empty if no request had any.
     """
 
@@ -251,10 +251,10 @@ class StoreStats:
     """Counters of one token store.
 
     Attributes:
-        tokens: in the store.
-        bytes: of its file.
-        lookups: drafts that were asked of it.
-        hits: lookups that it had a draft for.
+        tokens: number of tokens in the store.
+        bytes: size of the store's file.
+        lookups: drafts that were looked up in the store.
+        hits: lookups that had a draft as their result.
     """
 
     tokens: int = 0
@@ -267,10 +267,11 @@ class Proposer(abc.ABC):
     """Guesses the next tokens of a batch of requests.
 
     Subclass, implement :meth:`propose`, and name the class in ``"proposers"``. A proposer may be wrong, slow or raise:
-    the engine's output stays the same token for token; one that raises is logged, counted and left out from then on.
+    the engine's output stays the same, token for token. A proposer that raises is logged, counted and left out from
+    then on.
 
     State is keyed by request id. A request appears in :meth:`propose` when it has emitted its first token, may pause
-    (preemption) and come back with the same tokens, and is over when :meth:`finish` names it.
+    (preemption) and resume with the same tokens, and ends when :meth:`finish` names it.
     """
 
     def __init__(self, context: ProposerContext) -> None:
@@ -281,40 +282,40 @@ class Proposer(abc.ABC):
         """Up to ``batch.max_draft_tokens[i]`` token ids for each request, as :class:`Drafts` or plain lists."""
 
     def observe(self, verified: Verified) -> None:  # noqa: B027 - an optional hook, empty on purpose
-        """Learn from what the verifier saw. Called once a step, before :meth:`propose`; not while proposers rest."""
+        """Learn from a verified step. Called once per step, before :meth:`propose`; not while proposers rest."""
 
     def follow(self, batch: DraftBatch) -> None:  # noqa: B027 - an optional hook, empty on purpose
-        """Called instead of :meth:`propose` now and then while nothing is drafted: keep up with the tokens."""
+        """Read new tokens without drafting. Called in some steps, instead of :meth:`propose`, while proposers rest."""
 
     def finish(self, request_ids: Sequence[str]) -> None:  # noqa: B027 - an optional hook, empty on purpose
-        """These requests ended or were aborted: drop their state."""
+        """Drop the state of these requests, which ended or were aborted."""
 
     def close(self) -> None:  # noqa: B027 - an optional hook, empty on purpose
-        """The engine is going down in an orderly way: save what is to be kept."""
+        """Save what must outlive the engine. Called when the engine shuts down in an orderly way."""
 
     def warm_up(self) -> None:  # noqa: B027 - an optional hook, empty on purpose
-        """Called once before the first request: compile, map files, touch memory."""
+        """Compile, map files, touch memory. Called once before the first request."""
 
     def memory_bytes(self) -> int:
-        """Bytes of state kept about requests now, for the counters."""
+        """Bytes of the current state about requests, for the counters."""
         return 0
 
     def store_stats(self) -> Mapping[str, StoreStats]:
-        """Counters of the token stores that it drafts from, by name."""
+        """Counters of the proposer's token stores, by name."""
         return {}
 
     def held_stores(self) -> Mapping[str, Any]:
-        """The token stores that it drafts from now, by name; each has a ``version``, see :meth:`open_stores`."""
+        """The token stores in use, by name; each has a ``version``, see :meth:`open_stores`."""
         return {}
 
     def open_stores(self) -> Mapping[str, Any]:
-        """Open newer versions of its token stores beside those in use, which stay in use.
+        """Open new versions of the token stores; the stores in use stay in use.
 
-        Called from a thread of its own, while drafting goes on, and may take long.
+        Called in a separate thread while drafting goes on, and may take long.
 
         Returns:
-            Those stores that were replaced since they were opened, by name, as :meth:`take_stores` wants them; each
-            has a ``version``, a string that two processes with the same content agree in.
+            The new versions of stores that were replaced on disk, by name, for :meth:`take_stores`. Each has a
+            ``version``, a string that is equal in all processes for equal content.
 
         Raises:
             ValueError: a new version cannot be used.
@@ -322,7 +323,7 @@ class Proposer(abc.ABC):
         return {}
 
     def take_stores(self, stores: Mapping[str, Any]) -> None:  # noqa: B027 - an optional hook, empty on purpose
-        """Draft from these, opened by :meth:`open_stores`, from the next call on."""
+        """Draft from ``stores``, opened by :meth:`open_stores`, from the next call on."""
 
     def describe(self) -> str:
         """A few words for the start-up line, such as the store's size."""
@@ -330,7 +331,7 @@ class Proposer(abc.ABC):
 
 
 def read_only(array: NDArray[Any]) -> NDArray[Any]:
-    """A view that cannot be written through: the table of tokens is the engine's own."""
+    """A read-only view: proposers must not write to the engine's arrays."""
     view = array.view()
     view.flags.writeable = False
     return view
@@ -339,8 +340,8 @@ def read_only(array: NDArray[Any]) -> NDArray[Any]:
 def kernel_input(array: NDArray[Any], dtype: type[np.generic]) -> NDArray[Any]:
     """A read-only, contiguous view of ``array`` (a copy only if it has another dtype or layout).
 
-    Compiled kernels are compiled anew for each kind of array, writable or not, contiguous or not: with this they meet
-    one kind, the one that ``warm_up`` compiled them for.
+    Kernels are compiled anew for each kind of array, writable or not, contiguous or not. With this function they only
+    get the kind that ``warm_up`` compiles them for.
     """
     view = np.ascontiguousarray(array, dtype=dtype).view()
     view.setflags(write=False)
@@ -352,7 +353,7 @@ _NO_VOTES = kernel_input(np.zeros((0, 0)), np.int32)
 
 
 class NoiseInputs:
-    """:meth:`DraftBatch.noise_inputs` for one batch after another, reusing its arrays if there is no noise.
+    """Calls :meth:`DraftBatch.noise_inputs` for successive batches; without noise it reuses its own arrays.
 
     Args:
         sharpness: factor of the proposer's log weights at temperature 1.
@@ -367,6 +368,7 @@ class NoiseInputs:
         """Kind, keys (``[at least num_requests, at least width]``) and scales (``[at least num_requests]``).
 
         Args:
+            batch: the batch.
             width: longest draft of the batch; with 0 nothing is drafted, and the noise is left out.
         """
         if batch.noise is not None and width > 0:

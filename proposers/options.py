@@ -1,4 +1,4 @@
-"""Checks of proposer options, with one style of error."""
+"""Checks of proposers' options, with uniform errors."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 
 def check_option_names(options: Mapping[str, Any], known: Mapping[str, object], proposer: str) -> None:
-    """Raise ValueError when ``options`` has a key that ``known`` lacks, naming both."""
+    """Raise ValueError if ``options`` has a key that is not in ``known``."""
     for name in options:
         if name not in known:
             raise ValueError(f"proposer {proposer!r} has no option {name!r}; it knows {', '.join(sorted(known))}")
 
 
 def with_defaults(proposer: str, defaults: Mapping[str, object], options: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a proposer, by name; ValueError when ``options`` has one that ``defaults`` lacks."""
+    """``defaults`` updated with ``options``; ValueError if ``options`` has a key that is not in ``defaults``."""
     check_option_names(options, defaults, proposer)
     return {**defaults, **options}
 
 
 def check_match_lengths(proposer: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError when the shortest match that ``options`` allow is longer than the longest."""
+    """Raise ValueError if ``min_match`` of ``options`` is above ``max_match``."""
     if options["min_match"] > options["max_match"]:
         raise ValueError(
             f"proposer {proposer!r}: min_match {options['min_match']} is above max_match {options['max_match']}"

@@ -1,1 +1,1 @@
-"""Samplers: couplings of target and draft that decide which draft tokens are kept. None of them knows vLLM."""
+"""Samplers: couplings of target and draft that decide which draft tokens are accepted. None of them knows vLLM."""

@@ -1,6 +1,6 @@
-"""What a verifier returns, and the layout of target rows it works on. torch only; nothing here knows vLLM.
+"""The result of a verifier, and the layout of its logits rows. torch only; nothing here knows vLLM.
 
-The engine hands over ``sum(num_draft_tokens + 1)`` rows of target logits: for each request one row a draft token and
+The engine computes ``sum(num_draft_tokens + 1)`` rows of target logits: for each request one row per draft token, and
 one more. The token at row ``d`` of a request is the target's own choice after the first ``d`` draft tokens.
 """
 
@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 REJECTED = -1
-"""Fills the places of a row of emitted tokens behind the last emitted one."""
+"""Padding behind the last emitted token of a request."""
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Which rows of target logits belong to which request.
+    """The logits rows of each request.
 
     Attributes:
-        num_draft_tokens: ``[num_requests]``, as a list.
-        counts: the same as a tensor, ``[num_requests]`` int64.
-        request_of_row: ``[num_rows]`` int64.
-        padded_rows: ``[num_requests, max_draft_tokens + 1]`` int64: row of request ``i`` at depth ``d``; a request's
-            last row repeats if its draft is shorter.
+        num_draft_tokens: ``[num_requests]`` draft lengths, as a list.
+        counts: ``num_draft_tokens`` as a tensor, ``[num_requests]`` int64.
+        request_of_row: ``[num_rows]`` int64, index of each logits row's request.
+        padded_rows: ``[num_requests, max_draft_tokens + 1]`` int64: logits row of request ``i`` at depth ``d``; a
+            request's last row repeats if its draft is shorter.
 
     Example: ``num_draft_tokens = [1, 0]`` gives ``request_of_row = [0, 0, 1]``, ``padded_rows = [[0, 1], [2, 2]]``.
     """
@@ -40,7 +40,7 @@ class RowLayout:
         """The layout of a batch with these draft lengths.
 
         Raises:
-            ValueError: one is negative.
+            ValueError: a draft length is negative.
         """
         # numpy, since this runs every step and small torch operations cost microseconds each
         counts = np.array(num_draft_tokens, dtype=np.int64)
@@ -60,11 +60,11 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class Verification:
-    """Outcome of verifying one batch.
+    """Result of verifying a batch.
 
     Attributes:
         token_ids: ``[num_requests, max_draft_tokens + 1]`` emitted tokens, then :data:`REJECTED`.
-        num_emitted: ``[num_requests]``, accepted drafts plus one.
+        num_emitted: ``[num_requests]``, accepted draft tokens plus one.
     """
 
     token_ids: torch.Tensor
@@ -72,7 +72,7 @@ class Verification:
 
 
 def probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Softmax in float64, defined for every row: what couplings that need probabilities make of logits.
+    """Softmax in float64, defined for any logits, for couplings that need probabilities.
 
     Args:
         logits: ``[num_rows, vocab]``, any values. Infinite logits share the whole mass (the limit of ever larger ones);
@@ -85,7 +85,7 @@ def probabilities(logits: torch.Tensor) -> torch.Tensor:
     """
     rows = logits.double()
     top = rows.amax(dim=-1, keepdim=True)
-    # Of infinite logits the differences are not defined: those that are largest get 0, the others -inf.
+    # Differences of infinite logits are not defined: the largest logits get 0, the others -inf.
     shifted = torch.where(top.isinf(), torch.where(rows == top, 0.0, -torch.inf), rows - top)
     one_hot = torch.zeros_like(rows).scatter_(-1, rows.argmax(dim=-1, keepdim=True), 1.0)
     return torch.where(top.isnan() | (top == -torch.inf), one_hot, torch.softmax(shifted, dim=-1))
@@ -94,24 +94,24 @@ def probabilities(logits: torch.Tensor) -> torch.Tensor:
 def accept_while_equal(
     target_token_ids: torch.Tensor, draft_token_ids: torch.Tensor, layout: RowLayout
 ) -> Verification:
-    """Keep draft tokens as long as they are the target's own; the target's first other token ends the row.
+    """Accept draft tokens while they equal the target's; the target's first other token is the last emitted one.
 
     This is the verification rule of every coupling in which the target's token does not depend on the draft.
     No host synchronisation.
 
     Args:
-        target_token_ids: ``[num_rows]`` the target's token at each row.
+        target_token_ids: ``[num_rows]`` the target's token at each logits row.
         draft_token_ids: ``[num_rows - num_requests]`` all drafts, flattened.
-        layout: which row belongs to whom.
+        layout: layout of the logits rows.
 
-    Example: target ``[5, 7, 9]``, draft ``[5, 8]`` emits ``[5, 7]``: 5 was accepted, 7 replaces 8.
+    Example: target ``[5, 7, 9]``, draft ``[5, 8]`` emits ``[5, 7]``: 5 is accepted, 7 replaces 8.
     """
     num_requests, width = layout.padded_rows.shape
     targets = target_token_ids[layout.padded_rows]
     if width == 1:
         return Verification(targets, torch.ones(num_requests, dtype=torch.int64, device=targets.device))
     depths = torch.arange(width - 1, device=targets.device)[None, :]
-    # A request's drafts are flattened without its last row: row r of request i holds draft number r - i.
+    # The last row of a request has no draft token: row r of request i has the flattened draft token r - i.
     draft_index = layout.padded_rows[:, :-1] - torch.arange(num_requests, device=targets.device)[:, None]
     drafts = draft_token_ids[draft_index.clamp(max=max(len(draft_token_ids) - 1, 0))]
     equal = (drafts == targets[:, :-1]) & (depths < layout.counts[:, None])

@@ -1,7 +1,7 @@
-"""What an engine asks of a sampler, and the samplers that come with this package.
+"""The interface of samplers, and the samplers of this package.
 
-A sampler is asked for what follows from it (:class:`Sampler`); one that couples also draws (:class:`Coupling`). A
-sampler of your own is a subclass of :class:`Coupling`. Nothing here knows vLLM, and torch is imported only to draw:
+A :class:`Sampler` states properties that settings need; a :class:`Coupling` also draws tokens. Subclass
+:class:`Coupling` for a sampler of your own. Nothing here knows vLLM, and torch is imported only to draw:
 settings are also read without it.
 """
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from vllm_specplug.samplers.keys import Keys, Race
 
 Text: TypeAlias = Literal["stock", "own", "per num_chains", "per drafter"]
-"""What decides about the text that a seed gives:
+"""What the text of a seeded request depends on:
 
-``stock``: the seed; it is the text of vLLM without speculation. ``own``: the seed; the text is the sampler's own.
-``per num_chains``: the seed and ``num_chains``. ``per drafter``: who drafts, too.
+``stock``: the seed only; it is the text of vLLM without speculation. ``own``: the seed only; the text is the sampler's
+own. ``per num_chains``: the seed and ``num_chains``. ``per drafter``: the seed and the drafter.
 """
 
 
 class Sampler:
-    """What settings, the audit and batches ask of a sampler.
+    """The properties of a sampler, for settings, the audit and batches.
 
     Args:
-        num_chains: most drafts of a request that a step verifies.
+        num_chains: most chains of a request that a step verifies.
 
     Raises:
-        ValueError: the sampler cannot do with so many; the message says what it can.
+        ValueError: the sampler does not work with ``num_chains``; the message names what it works with.
     """
 
     text: ClassVar[Text]
@@ -43,18 +43,18 @@ class Sampler:
 
     @property
     def is_coupled(self) -> bool:
-        """True when the sampler is a :class:`Coupling`: its tokens do not depend on the drafter."""
+        """Whether the sampler is a :class:`Coupling`: its tokens do not depend on the drafter."""
         return isinstance(self, Coupling)
 
     @property
     def num_noises(self) -> int:
-        """Gumbel noises that a token of the target races with, the largest counting; 0 when it is drawn otherwise."""
+        """Number of Gumbel noises of a token in the target's race, of which the largest counts; 0 without a race."""
         return 0
 
     def noise(self, keys: Keys) -> tuple[int, NDArray[np.uint64]]:
-        """The noise of the target's race at these keys, as compiled code takes it: see :meth:`Keys.packed`.
+        """The noise of the target's race at ``keys``, in the form for compiled code: see :meth:`Keys.packed`.
 
-        The kind is :data:`NO_NOISE` when the sampler draws otherwise.
+        The kind is :data:`NO_NOISE` if the sampler does not draw by a race.
         """
         from vllm_specplug.samplers.noise import NO_NOISE
 
@@ -63,30 +63,30 @@ class Sampler:
 
 
 class VllmRejection(Sampler):
-    """vLLM's own verifier: exact for every draft, but another draft gives another text."""
+    """vLLM's own verifier: lossless, but the text depends on the drafter."""
 
     text: ClassVar[Text] = "per drafter"
 
 
 class Coupling(Sampler, abc.ABC):
-    """Draws the target's token of every row from the row's logits and key alone.
+    """Draws the target's token of every logits row from the row's logits and key alone.
 
-    A draft token is kept when it is the token that the target drew: what is emitted is then the target's own, whoever
-    drafted. Several objects may be made for an engine and draw for one request in turn: they must draw alike.
+    A draft token is accepted if it equals the token that the target drew, so that emitted tokens do not depend on the
+    drafter. An engine may build several objects and let them draw for one request in turn: all must draw the same.
     """
 
     text: ClassVar[Text] = "own"
 
     @abc.abstractmethod
     def draw(self, logits: torch.Tensor, keys: Keys, race: Race) -> torch.Tensor:
-        """The token of each row, distributed as the softmax of its logits.
+        """The token of each row, distributed as the softmax of the row's logits.
 
-        It must depend on nothing but the row's own logits and key: a step may hold a row alone or among others.
+        The token must depend on the row's own logits and key only: a row may come alone or among others.
 
         Args:
-            logits: ``[num_rows, vocab]``, temperature applied, -inf where a token is excluded. On V2 the rows of greedy
-                requests are among them; whatever is drawn for these is replaced by the argmax.
-            keys: of the rows.
+            logits: ``[num_rows, vocab]``, divided by temperature; -inf for excluded tokens. On V2 there are rows of
+                greedy requests too, whose tokens are replaced by the argmax afterwards.
+            keys: keys of the rows.
             race: the runner's own draw.
 
         Returns:
@@ -96,13 +96,13 @@ class Coupling(Sampler, abc.ABC):
     def ranked(
         self, logits: torch.Tensor, keys: Keys, race: Race, num_places: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a drafter drafts first, second and so on for a row, the first as :meth:`draw` does.
+        """A drafter's candidates for each row: the token that :meth:`draw` draws, then its runners-up.
 
-        By default the first alone, with a score of 0.
+        The default returns the token of :meth:`draw` only, with a score of 0.
 
         Args:
             logits, keys, race: as in :meth:`draw`.
-            num_places: most that are of use.
+            num_places: most candidates that the caller uses.
 
         Returns:
             ``[num_rows, any]`` int64 tokens and float64 scores, descending.
@@ -112,30 +112,30 @@ class Coupling(Sampler, abc.ABC):
 
 
 class Gumbel(Coupling):
-    """The runner's own race, which vLLM draws with in every step: see :mod:`vllm_specplug.samplers.gumbel`."""
+    """The runner's own race, with which vLLM draws in every step: see :mod:`vllm_specplug.samplers.gumbel`."""
 
     text: ClassVar[Text] = "stock"
 
     @property
     def num_noises(self) -> int:
-        """One."""
+        """One noise per token."""
         return 1
 
     def draw(self, logits: torch.Tensor, keys: Keys, race: Race) -> torch.Tensor:
-        """The race's winner."""
+        """The winner of the race."""
         return race(logits, keys)
 
     def ranked(
         self, logits: torch.Tensor, keys: Keys, race: Race, num_places: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first places of the one race."""
+        """The tokens of the race with the highest scores."""
         from vllm_specplug.samplers import list_matching
 
         return list_matching.ranked(logits, keys, num_places, race)
 
 
 class ListMatching(Coupling):
-    """Races with noise of their own, one a chain, and the best of their winners: see :mod:`.list_matching`."""
+    """One race per chain, each with its own noise, and the best of their winners: see :mod:`.list_matching`."""
 
     text: ClassVar[Text] = "per num_chains"
 
@@ -149,27 +149,27 @@ class ListMatching(Coupling):
 
     @property
     def num_noises(self) -> int:
-        """One a chain."""
+        """One noise per chain."""
         return self.num_chains
 
     def draw(self, logits: torch.Tensor, keys: Keys, race: Race) -> torch.Tensor:
-        """The winner of all races."""
+        """The best of the winners of all races."""
         return self.ranked(logits, keys, race, 1)[0][:, 0]
 
     def ranked(
         self, logits: torch.Tensor, keys: Keys, race: Race, num_places: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The winner of each race, best first, however many are of use."""
+        """The winners of all races, the best first; ``num_places`` is ignored."""
         from vllm_specplug.samplers import list_matching
 
         return list_matching.draw(logits, keys, self.num_chains, race)
 
 
 class MinHash(Coupling):
-    """The first dart below the probabilities: see :mod:`vllm_specplug.samplers.minhash`."""
+    """The token of the first dart below the probabilities: see :mod:`vllm_specplug.samplers.minhash`."""
 
     def draw(self, logits: torch.Tensor, keys: Keys, race: Race) -> torch.Tensor:
-        """Compiled on the CPU, in torch elsewhere: the same tokens."""
+        """Draw in compiled code on the CPU and in torch on other devices, with the same tokens."""
         import torch
 
         from vllm_specplug.samplers import minhash
@@ -187,10 +187,10 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "list": ListMatching,
     "rejection": VllmRejection,
 }
-"""The samplers of this package by the names that settings give them."""
+"""The samplers of this package by their names in settings."""
 
 STOCK_TEXT = "gumbel"
-"""The default, whose text is that of vLLM without speculation."""
+"""Name of the default sampler, whose text is that of vLLM without speculation."""
 
 VLLMS_OWN = "rejection"
-"""vLLM's own verifier."""
+"""Name of vLLM's own verifier."""

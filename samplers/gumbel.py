@@ -1,12 +1,12 @@
-"""Gumbel coupling: the target's token is argmax(logits + noise), the noise keyed by (seed of the draw, token id).
+"""Gumbel coupling: the target's token is argmax(logits + noise), with noise keyed by (seed of the draw, token id).
 
-A draft token is accepted when it equals that argmax. The emitted tokens are then the target's alone, whoever drafted:
-drafter-invariant and lossless (Daliri, Musco, Suresh: "Coupling without Communication and Drafter-Invariant
-Speculative Decoding", 2024).
+A draft token is accepted if it equals that argmax. Emitted tokens then depend on the target only, not on the drafter:
+the coupling is drafter-invariant and lossless (Daliri, Musco, Suresh: "Coupling without Communication and
+Drafter-Invariant Speculative Decoding", 2024).
 
 On the CPU vLLM draws one 31-bit seed per output token from the request's generator and hashes it with the token id
 (splitmix64) into the noise. Verifying k drafts needs the seeds of the next k + 1 tokens *before* knowing how many will
-be emitted: :class:`SeedStream` draws ahead and consumes only what was emitted.
+be emitted: :class:`SeedStream` draws ahead and consumes only the seeds of emitted tokens.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _UNMIX = tuple(np.uint64(pow(factor, -1, 2**64)) for factor in (0xBF58476D1CE4E5
 
 
 class SeedStream:
-    """Seeds of a request's coming output tokens: seed ``j`` is draw ``j`` of its generator, whatever was verified.
+    """Seeds of a request's coming output tokens: seed ``j`` is always draw ``j`` of its generator.
 
     Args:
-        generator: the request's own generator. Nothing else may draw from it any more.
+        generator: the request's own generator. From now on nothing else may draw from it.
     """
 
     __slots__ = ("_ahead", "_generator")
@@ -37,7 +37,7 @@ class SeedStream:
 
     @classmethod
     def fresh(cls) -> SeedStream:
-        """For a request without a seed: a stream of its own, seeded from torch's global generator."""
+        """A stream for a request without a seed, seeded from torch's global generator."""
         generator = torch.Generator()
         generator.manual_seed(int(torch.randint(0, 2**62, (), dtype=torch.int64)))
         return cls(generator)
@@ -45,12 +45,12 @@ class SeedStream:
     def peek(self, count: int) -> list[int]:
         """The next ``count`` seeds, in [0, 2**31), without consuming them."""
         while len(self._ahead) < count:
-            # One draw at a time: torch promises nothing about a vector of draws being the same numbers.
+            # One draw at a time: torch does not promise the same numbers for a vector of draws.
             self._ahead.append(int(torch.randint(0, SEED_BOUND, (1,), generator=self._generator, dtype=torch.long)))
         return [self._ahead[i] for i in range(count)]
 
     def consume(self, count: int) -> None:
-        """``count`` tokens were emitted: their seeds are used up."""
+        """Drop the seeds of the ``count`` tokens that were emitted."""
         for _ in range(count):
             self._ahead.popleft()
 
@@ -78,7 +78,7 @@ def gumbel_noise(seeds: NDArray[np.int64], token_ids: NDArray[np.int64]) -> NDAr
 
     Args:
         seeds: seeds of draws, any shape.
-        token_ids: token ids, any shape that broadcasts with it.
+        token_ids: token ids, any shape that broadcasts with ``seeds``.
 
     Returns:
         float64 of the broadcast shape.
@@ -104,21 +104,21 @@ def murmur3_round(state: NDArray[np.uint32], word: NDArray[np.uint32]) -> NDArra
 def murmur_gumbel_noise(
     seeds: NDArray[np.int64], positions: NDArray[np.int64], token_ids: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Standard Gumbel noise keyed by (seed, position, token id), broadcast over all; vLLM's V2 runner, on GPUs.
+    """Standard Gumbel noise keyed by (seed, position, token id), broadcast over all; the noise of vLLM's V2 runner.
 
-    The hash is MurmurHash3 (Appleby, x86, 32 bits) of four words: seed modulo 2**32, seed divided by it, position and
-    token id modulo 2**32. A hash ``h`` becomes the uniform ``u = (h + 0.5) / 2**32`` and the noise
+    The hash is MurmurHash3 (Appleby, x86, 32 bits) of four words: seed modulo 2**32, seed divided by 2**32, position
+    and token id modulo 2**32. A hash ``h`` becomes the uniform ``u = (h + 0.5) / 2**32`` and the noise
     ``-log(-log(1 - u))``.
 
-    V2 computes it in float32, within 3e-6 of this for noise above -1. Less noise loses digits there, 0.02 at -2.7 and
-    0.3 below -2.8, where float32 rounds ``1 - u`` to nothing; a token with so little noise is drawn only when the
-    target is all but certain of it. vLLM's own drafters draw at ``position + 2**30``, and its option for float64 noise
-    hashes differently.
+    V2 computes the noise in float32, within 3e-6 of this float64 for noise above -1. Smaller noise loses digits in
+    float32, 0.02 at -2.7 and 0.3 below -2.8, where ``1 - u`` rounds to nothing; a token with so little noise is drawn
+    only if the target is all but certain of it. vLLM's own drafters draw at ``position + 2**30``, and its option for
+    float64 noise hashes differently.
 
     Args:
         seeds: the request's seed, any int64, any shape.
-        positions: position in the request of the input token whose logits are sampled (the token drawn comes after
-            it), any shape that broadcasts with it.
+        positions: position in the request of the input token whose logits are sampled (the drawn token comes after
+            it), any shape that broadcasts with ``seeds``.
         token_ids: token ids, any shape that broadcasts with both.
 
     Returns:
@@ -142,11 +142,11 @@ def murmur_gumbel_noise(
 
 
 def murmur_gumbel_noise_torch(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """:func:`murmur_gumbel_noise` on any device, without waiting for it: int64 tensors that broadcast, float64."""
+    """:func:`murmur_gumbel_noise` on any device, from int64 tensors that broadcast to float64, without host waits."""
     low = 0xFFFFFFFF
     h = torch.zeros((), dtype=torch.int64, device=seeds.device)
     for word in (seeds & low, (seeds >> 32) & low, positions & low, token_ids & low):
-        word = word * 0xCC9E2D51 & low  # a product of 32 bits each may wrap in int64; its lower half stays right
+        word = word * 0xCC9E2D51 & low  # a product of two 32-bit words may wrap in int64; its lower half stays right
         word = (word << 15 | word >> 17) & low
         h = h ^ (word * 0x1B873593 & low)
         h = (h << 13 | h >> 19) & low
@@ -163,15 +163,15 @@ def coupled_argmax(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     """The target's token of every row: argmax over the vocabulary of ``logits + noise``.
 
     Args:
-        logits: ``[num_rows, vocab]`` processed target logits (temperature applied; -inf where excluded).
-        seeds: ``[num_rows]`` int64, one a row.
+        logits: ``[num_rows, vocab]`` processed target logits (divided by temperature; -inf for excluded tokens).
+        seeds: ``[num_rows]`` int64, one per row.
 
     Returns:
-        ``[num_rows]`` int64. A slow float64 form for use without an engine; vLLM's fused kernel gives the same tokens
-        up to ties within float rounding.
+        ``[num_rows]`` int64. This is a slow float64 form for use without an engine; vLLM's fused kernel draws the same
+        tokens up to ties within float rounding.
 
     Raises:
-        ValueError: the seeds are not one a row.
+        ValueError: there is not one seed per row.
     """
     if seeds.shape != logits.shape[:1]:
         raise ValueError(f"seeds must be one a row, [{len(logits)}], not of shape {tuple(seeds.shape)}")

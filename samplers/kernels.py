@@ -1,7 +1,7 @@
-"""Triton kernels of the accept-while-equal rule and of what a step hands to the host. Triton and torch; no vLLM.
+"""Triton kernels: the accept-while-equal rule, and packing a step's tokens for the host. Triton and torch; no vLLM.
 
-Both work on flat rows with per-request bounds that stay on the device: nothing here waits for the device, and nothing
-is allocated but the results. Slow forms of the same functions are in :mod:`vllm_specplug.samplers.reference`.
+Both kernels work on flat rows with per-request bounds that stay on the device: no host waits, and no allocations except
+the results. Slow forms of the same functions are in :mod:`vllm_specplug.samplers.reference`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 try:
-    # not typed, and not there at all without CUDA
+    # untyped, and missing without CUDA
     import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
     import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 except ImportError as error:
@@ -22,8 +22,8 @@ NUM_HEADER_COLUMNS = 2
 """Columns of :func:`pack_emitted` before the first token: total length, number of emitted tokens."""
 
 
-# Not tl.min: whether Triton's own functions are interpreted is settled when triton is first imported, and another
-# module may have done that before TRITON_INTERPRET was set.
+# Not tl.min: the first import of triton decides whether Triton's own functions are interpreted, and another module may
+# have imported triton before TRITON_INTERPRET was set.
 @triton.jit
 def _smaller(left, right):  # type: ignore[no-untyped-def]
     return tl.minimum(left, right)
@@ -45,8 +45,8 @@ def _verify_kernel(  # type: ignore[no-untyped-def]
     depth = tl.arange(0, block_size)
     target = tl.load(target_ptr + start + depth, mask=depth < num_rows, other=-1)
     tl.store(token_ids_ptr + request * width + depth, target, mask=depth < width)
-    # What was drafted for the place of `target`: the input of the next row. The last row has none, and a -1 stands in
-    # for it, so that the search below always ends inside the request.
+    # The draft token to compare with `target` is the input of the next row. The last row has -1 instead, so that the
+    # search below always ends inside the request.
     draft = tl.load(draft_ptr + start + depth + 1, mask=depth + 1 < num_rows, other=-1).to(tl.int64)
     stops = (draft < 0) | (draft != target)
     num_accepted = tl.reduce(tl.where(stops, depth, block_size), 0, _smaller)
@@ -88,30 +88,30 @@ def _pack_kernel(  # type: ignore[no-untyped-def]
 def verify_drafts(
     target_token_ids: torch.Tensor, draft_token_ids: torch.Tensor, cu_num_rows: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keep draft tokens as long as they are the target's own: the rule of ``accept_while_equal``, for ragged rows.
+    """Accept draft tokens while they equal the target's: the rule of ``accept_while_equal``, for ragged rows.
 
-    Request ``i`` has the rows ``cu_num_rows[i]`` to ``cu_num_rows[i + 1] - 1``, at most ``width`` of them. This is not
-    checked, since the bounds are on the device.
+    Request ``i`` has the logits rows ``cu_num_rows[i]`` to ``cu_num_rows[i + 1] - 1``, at most ``width``. This limit is
+    not checked, since the bounds are on the device.
 
     Args:
         target_token_ids: ``[num_rows]`` int64, the target's own token at each row.
         draft_token_ids: ``[num_rows]`` int32 or int64, the *input* token of each row. A request's first row holds no
             draft; its row ``j`` holds draft ``j``, which is compared with the target's token of row ``j - 1``.
-            Negative ones are placeholders and never accepted.
+            Negative ids are placeholders and never accepted.
         cu_num_rows: ``[num_requests + 1]`` int32 or int64.
         width: longest draft plus one.
 
     Returns:
         ``token_ids``, ``[num_requests, width]`` int64: the target's token at *every* row of a request, also behind the
-        first rejection, then -1; and ``num_emitted``, ``[num_requests]`` int32: how many of them are emitted, accepted
-        drafts plus one, or 0 for a request without rows.
+        first rejection, then -1; and ``num_emitted``, ``[num_requests]`` int32: number of emitted tokens, which is
+        accepted draft tokens plus one, or 0 for a request without rows.
 
     Raises:
         ValueError: a tensor is not one-dimensional and contiguous, or has another type than named here, or targets and
-            drafts differ in number.
+            draft tokens differ in number.
 
     Example: rows of one request with targets ``[5, 7, 9]`` and inputs ``[3, 5, 8]`` give ``[[5, 7, 9]]`` and ``[2]``:
-    draft 5 was accepted, 7 replaces draft 8, and 9 is what the target would have said after 8.
+    draft token 5 is accepted, 7 replaces draft token 8, and 9 is the target's token after 8.
     """
     _check("target_token_ids", target_token_ids, (torch.int64,))
     _check("draft_token_ids", draft_token_ids, (torch.int32, torch.int64))
@@ -143,17 +143,17 @@ def pack_emitted(
     verified: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """Gather what the host needs to know of a step into one tensor, so that one copy carries it.
+    """Pack a step's results for the host into one tensor, so that one copy suffices.
 
     Args:
-        idx_mapping: ``[num_requests]`` int64 or int32, which row of the engine's per-request state belongs to each
-            request of the batch; none may be negative.
-        num_emitted: ``[num_requests]`` int32, tokens that each request emitted in this step, at most ``width``.
-        total_len: ``[max_requests]`` int32, tokens of each request so far, those just emitted included.
-        all_token_ids: ``[max_requests, max_len]`` int32, prompt and output; its rows may lie apart.
+        idx_mapping: ``[num_requests]`` int64 or int32, table row of each request of the batch; none may be negative.
+        num_emitted: ``[num_requests]`` int32, number of tokens that each request emitted in this step, at most
+            ``width``.
+        total_len: ``[max_requests]`` int32, by table row: number of tokens so far, the emitted ones included.
+        all_token_ids: ``[max_requests, max_len]`` int32, by table row: prompt and output; any row stride.
         verified: ``[num_requests, >= width]`` int64, the ``token_ids`` of this step's :func:`verify_drafts`, or None.
-        out: ``[num_requests, NUM_HEADER_COLUMNS + width]`` int32, written: ``total_len``, ``num_emitted``, the emitted
-            tokens, and behind them ``verified``'s tokens of the same columns, or -1 without it.
+        out: ``[num_requests, NUM_HEADER_COLUMNS + width]`` int32, filled with ``total_len``, ``num_emitted``, the
+            emitted tokens, and behind them the tokens of ``verified`` in the same columns (-1 if it is None).
 
     Raises:
         ValueError: a tensor has another type than named here, or its last dimension is not contiguous.
@@ -189,7 +189,7 @@ def pack_emitted(
 
 
 def _check(name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], num_dims: int = 1) -> None:
-    # A kernel would read the wrong memory without a word.
+    # A kernel would silently read the wrong memory.
     if tensor.dtype not in dtypes or tensor.dim() != num_dims or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
         raise ValueError(
             f"{name} must have {num_dims} dimension(s), the last one contiguous, and type "

@@ -1,7 +1,7 @@
-"""Keys of rows: everything that a row's noise depends on but the token id. Each of vLLM's runners has its own.
+"""Keys of logits rows: all that a row's noise depends on, except the token id. Each of vLLM's runners has its own kind.
 
-A key belongs to an output token of a request, whoever drafts it and however often it is looked at. That is what makes a
-coupling drafter-invariant: :class:`SeedKeys` are those of the V1 runner, :class:`PositionKeys` those of V2.
+The key of an output token depends neither on the drafter nor on how often the token is drawn, which makes a coupling
+drafter-invariant. :class:`SeedKeys` are the keys of the V1 runner, :class:`PositionKeys` those of V2.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from vllm_specplug.samplers.noise import (
 
 
 class Keys(abc.ABC):
-    """The keys of some rows, ``[num_rows]``; for :meth:`packed` any shape."""
+    """The keys of logits rows, ``[num_rows]``; for :meth:`packed` any shape."""
 
     @abc.abstractmethod
     def chain(self, chain: int) -> Keys:
-        """Keys of independent noise for the same rows: chain 0 has these keys, each further chain others."""
+        """Keys of independent noise for the same rows; those of chain 0 are ``self``."""
 
     @abc.abstractmethod
     def bits(self) -> torch.Tensor:
-        """``[num_rows]`` int64 on the rows' device, all 64 bits mixed: for couplings with noise of their own."""
+        """``[num_rows]`` int64 with all 64 bits mixed, on the rows' device, for couplings that draw without a race."""
 
     @abc.abstractmethod
     def gumbel(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -47,31 +47,31 @@ class Keys(abc.ABC):
             token_ids: ``[num_rows]`` or ``[num_rows, any]`` int64, on the rows' device.
 
         Returns:
-            float64 of that shape. On V2 within float32 rounding of what the race uses (see
+            float64 of the shape of ``token_ids``. On V2 it equals the race's noise within float32 rounding (see
             :func:`vllm_specplug.samplers.gumbel.murmur_gumbel_noise`).
         """
 
     @abc.abstractmethod
     def packed(self, num_noises: int) -> tuple[int, NDArray[np.uint64]]:
-        """The same noise as compiled code takes it: kind and keys for :func:`vllm_specplug.samplers.noise.noise_of`.
+        """The noise for compiled code: kind and keys for :func:`vllm_specplug.samplers.noise.noise_of`.
 
         Args:
-            num_noises: the noise is the largest of so many chains'.
+            num_noises: number of chains of whose noises the largest is taken.
         """
 
     def uniforms(self) -> torch.Tensor:
-        """``[num_rows]`` float64 between 0 and 1, ends excluded, made of :meth:`bits`."""
+        """``[num_rows]`` float64 between 0 and 1, both excluded, from :meth:`bits`."""
         return ((self.bits() >> 12 & (1 << 52) - 1).double() + 0.5) * 2.0**-52
 
 
 Race: TypeAlias = Callable[[torch.Tensor, Any], torch.Tensor]
-"""The runner's own draw: ``[num_rows, vocab]`` logits and the runner's :class:`Keys` of these rows to ``[num_rows]``
-int64: argmax(logits + Gumbel noise). Other keys, such as another chain's, make an independent draw."""
+"""The runner's own draw: from logits ``[num_rows, vocab]`` and the :class:`Keys` of these rows to ``[num_rows]`` int64,
+argmax(logits + Gumbel noise). With other keys, such as another chain's, the draw is independent."""
 
 
 @dataclass(frozen=True)
 class SeedKeys(Keys):
-    """V1: a seed for each draw, from the request's generator (:class:`vllm_specplug.samplers.gumbel.SeedStream`).
+    """Keys on V1: a seed per draw, from the request's generator (:class:`vllm_specplug.samplers.gumbel.SeedStream`).
 
     Attributes:
         seeds: int64 on the CPU.
@@ -81,7 +81,7 @@ class SeedKeys(Keys):
 
     @classmethod
     def of_token(cls, seed: int, num_prompt_tokens: int, position: int) -> SeedKeys:
-        """One row: output token number ``position`` of a request with this seed."""
+        """The key of one row: that of output token ``position`` (from 0) of a request with this seed."""
         draws = SeedStream(torch.Generator().manual_seed(seed)).peek(position + 1)
         return cls(torch.tensor(draws[-1:]))
 
@@ -108,11 +108,11 @@ class SeedKeys(Keys):
 
 @dataclass(frozen=True)
 class PositionKeys(Keys):
-    """V2: the request's seed, and the position of the input token whose logits are sampled.
+    """Keys on V2: the request's seed, and the position of the input token whose logits are sampled.
 
     Attributes:
         seeds: int64, any device.
-        positions: int32 or int64 of a shape that broadcasts with it.
+        positions: int32 or int64 of a shape that broadcasts with ``seeds``.
     """
 
     seeds: torch.Tensor
@@ -120,7 +120,7 @@ class PositionKeys(Keys):
 
     @classmethod
     def of_token(cls, seed: int, num_prompt_tokens: int, position: int) -> PositionKeys:
-        """One row: output token number ``position`` of a request with this seed."""
+        """The key of one row: that of output token ``position`` (from 0) of a request with this seed."""
         return cls(torch.tensor([seed]), torch.tensor([num_prompt_tokens + position - 1]))
 
     def chain(self, chain: int) -> PositionKeys:

@@ -1,17 +1,17 @@
 """One target against several drafts that share noise: Gumbel-max list sampling.
 
-Each of K drafts runs its race with noise of its own, and the target runs one with, for every token, the largest of the
-K noises. All are exactly distributed, nobody communicates, and the target's token is in the list at least as often as
-:func:`vllm_specplug.samplers.theory.list_matching_bound` says (Rowan, Phan, Khisti, "List-Level Distribution Coupling
+Each of K drafts runs a race with its own noise, and the target runs a race with the largest of the K noises of each
+token. All races are exactly distributed without communication, and the target's token is in the list at least as often
+as :func:`vllm_specplug.samplers.theory.list_matching_bound` (Rowan, Phan, Khisti, "List-Level Distribution Coupling
 with Applications to Speculative Decoding and Lossy Compression", 2025). The emitted token depends on the target, the
-seed and the *number* of drafts, not on who drafted.
+seed and the *number* of drafts, not on the drafter.
 
-In an engine one drafter sees all K noises. The largest of K Gumbel variables is a Gumbel variable again: the target's
-race is an ordinary one. The best of the K drafts (:func:`best_of`) wins the same race of the draft's, and so matches as
-often as with a single noise (:func:`vllm_specplug.samplers.theory.gumbel`); the others come on top. Such a drafter does
-better still to list the K best of that one race: they are different tokens (:func:`ranked`).
+In an engine one drafter sees all K noises. The largest of K Gumbel variables is a Gumbel variable again, so that the
+target's race is an ordinary one. The best of the K drafts (:func:`best_of`) wins the draft's race with the same noise,
+and so matches as often as with a single noise (:func:`vllm_specplug.samplers.theory.gumbel`); the other drafts add to
+that. It is better still to list the K best tokens of that one race, since they all differ (:func:`ranked`).
 
-The yardstick is the best that is possible when drafts are drawn independently of each other: a linear programme
+The yardstick is the optimum for drafts that are drawn independently of each other: a linear programme
 (optimal transport with the cost "not in the list"; Sun et al., "SpecTr", 2023), which
 :mod:`vllm_specplug.samplers.offline.lists` solves for small vocabularies.
 """
@@ -24,15 +24,15 @@ from vllm_specplug.samplers.keys import Keys, Race
 
 
 def best_of(logits: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Winners of K races ordered by what they ran with; the first is what the largest of the K noises would draw.
+    """Winners of K races ordered by score; the first is the winner of the race with the largest of the K noises.
 
     ``max over i of (logit_i + max over j of noise_ij)`` is ``max over j of max over i of (logit_i + noise_ij)``: K
-    races over the vocabulary and one between their winners, nothing of K times the vocabulary.
+    races over the vocabulary and one between their winners suffice, without tensors of K times the vocabulary.
 
     Args:
         logits: ``[num_rows, vocab]``.
         tokens: ``[num_rows, K]`` int64, the winner of each race.
-        noise: ``[num_rows, K]`` float64, of these tokens in their races.
+        noise: ``[num_rows, K]`` float64, the noise of each winner in its race.
 
     Returns:
         ``[num_rows, K]`` tokens and float64 scores.
@@ -44,12 +44,12 @@ def best_of(logits: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor) -> 
 
 
 def ranked(logits: torch.Tensor, keys: Keys, num_places: int, race: Race) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first places of one race: each time without those before.
+    """The first ``num_places`` tokens of one race: each is the winner without those before it.
 
     Args:
         logits: ``[num_rows, vocab]``, processed.
-        keys: of the rows.
-        num_places: how many.
+        keys: keys of the rows.
+        num_places: number of tokens.
         race: see :func:`draw`.
 
     Returns:
@@ -64,19 +64,17 @@ def ranked(logits: torch.Tensor, keys: Keys, num_places: int, race: Race) -> tup
 
 
 def draw(logits: torch.Tensor, keys: Keys, num_chains: int, race: Race) -> tuple[torch.Tensor, torch.Tensor]:
-    """The target's token and the K drafts of these logits: winners of K races, the best first.
-
-    Nothing here waits for the device.
+    """Winners of K races, the best first: the target's token, or a drafter's K drafts. The host never waits.
 
     Args:
         logits: ``[num_rows, vocab]``, processed.
-        keys: of the rows; those of the first chain.
+        keys: keys of the rows for the first chain.
         num_chains: K.
         race: draws ``[num_rows]`` tokens as the argmax of logits plus ``keys.gumbel``, such as
             :func:`vllm_specplug.samplers.gumbel.coupled_argmax` by ``keys.seeds``.
 
     Returns:
-        ``[num_rows, K]`` tokens, of which the target's is the first, and float64 scores.
+        ``[num_rows, K]`` tokens (the target's is the first) and float64 scores.
     """
     tokens, noise = [], []
     for chain in range(num_chains):

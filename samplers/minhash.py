@@ -1,17 +1,17 @@
-"""Weighted MinHash by shared darts: another coupling without communication, the yardstick of the Gumbel one.
+"""Weighted MinHash by shared darts: another coupling without communication, for comparison with the Gumbel coupling.
 
-Both sides see the same endless sequence of darts, thrown uniformly at the rectangle ``vocabulary x [0, 1]``. Each takes
-the token of the first dart that lands below its own probabilities: exactly distributed, and the same dart on both
-sides with chance (1 - TV) / (1 + TV), the weighted Jaccard similarity (Manasse, McSherry, Talwar, "Consistent Weighted
-Sampling", 2010; as a coupling: Bavarian et al., 2020). Different darts of one token come on top of that:
+Target and draft see the same endless sequence of darts, thrown uniformly at the rectangle ``vocabulary x [0, 1]``. Each
+takes the token of the first dart below its own probabilities. The tokens are exactly distributed, and both sides take
+the same dart with chance (1 - TV) / (1 + TV), the weighted Jaccard similarity (Manasse, McSherry, Talwar, "Consistent
+Weighted Sampling", 2010; as a coupling: Bavarian et al., 2020). Different darts of the same token add to that:
 :func:`vllm_specplug.samplers.theory.minhash`.
 
-It is often described by a formula that needs no darts, "the token with the smallest u_i / p_i, u_i uniform". That one
+MinHash is often described by a formula without darts, "the token with the smallest u_i / p_i, u_i uniform". That token
 is **not** distributed as p (two tokens of 3/4 and 1/4 get 5/6 and 1/6): the exact race takes -log(u_i) / p_i, which is
 the Gumbel coupling. ``tests/test_couplings.py`` shows both.
 
-A row takes as many darts as the vocabulary has tokens, on average: about as long as a softmax over it, and more where
-one is unlucky. Darts are keyed by (key of the row, number of the dart).
+On average a row takes as many darts as the vocabulary has tokens: about as long as a softmax, and longer with bad luck.
+Darts are keyed by (key of the row, number of the dart).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vllm_specplug.samplers.gumbel import splitmix64
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 CHUNK = 1024
-"""Darts that the torch form throws at once for each row."""
+"""Least number of darts that the torch form throws at once for each row."""
 
 
 @njit(cache=True, nogil=True)
@@ -72,7 +72,7 @@ def _check_keys(shape: tuple[int, ...], num_rows: int) -> None:
 
 
 def keys_of(seeds: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Key of each row's darts for any 64-bit seeds."""
+    """Keys of rows' darts from any 64-bit seeds."""
     return splitmix64(np.asarray(seeds, dtype=np.int64).astype(np.uint64))
 
 
@@ -80,14 +80,14 @@ def sample(probs: NDArray[np.float64], keys: NDArray[np.uint64]) -> NDArray[np.i
     """The token of the first dart below the probabilities, row by row; compiled.
 
     Args:
-        probs: ``[num_rows, vocab]``, each row non-negative and summing to 1 (what is missing to it only costs darts).
+        probs: ``[num_rows, vocab]``, each row non-negative and summing to 1 (a smaller sum only costs darts).
         keys: ``[num_rows]`` uint64, as :func:`keys_of` makes them.
 
     Returns:
         ``[num_rows]`` token ids.
 
     Raises:
-        ValueError: a row is no distribution (its darts might never end), or keys are not one a row.
+        ValueError: a row is not a distribution (its darts might never end), or there is not one key per row.
     """
     probs = _checked(probs)
     _check_keys(np.shape(keys), len(probs))
@@ -117,7 +117,7 @@ def keys_at(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def sample_torch(probs: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """:func:`sample` on any device, the same tokens: darts of all rows in chunks until each has its own.
+    """:func:`sample` on any device, with the same tokens; it throws darts in chunks until every row has its token.
 
     Args:
         probs: ``[num_rows, vocab]`` float64 or float32.
@@ -127,10 +127,10 @@ def sample_torch(probs: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         ``[num_rows]`` int64.
 
     Raises:
-        ValueError: a row is no distribution (its darts might never end), or keys are not one a row.
+        ValueError: a row is not a distribution (its darts might never end), or there is not one key per row.
     """
     sums = probs.sum(dim=-1)
-    # One question to the device, not two.
+    # One wait for the device, not two.
     if probs.ndim != 2 or not bool((((sums - 1.0).abs() < 1e-3) & (probs >= 0).all(dim=-1)).all()):
         raise ValueError(
             f"probs must be [num_rows, vocab] of rows that sum to 1, not {tuple(probs.shape)} with sums {sums}"

@@ -1,16 +1,16 @@
-"""The target's noise, token by token, in compiled code: what a proposer needs to draw its drafts as the target will.
+"""The target's noise, token by token, in compiled code, for proposers that draw drafts as the target draws.
 
-A verifier that couples draft and target draws the target's token as argmax(processed logits + noise), the noise keyed
-by request, position and token id. A proposer that has weights for several candidates proposes argmax(scaled log weight
-+ the same noise): two noisy races with common noise have the same winner far more often than a race and a favourite
-(Daliri, Musco, Suresh, 2024). Only the few candidates at hand are hashed, never the vocabulary.
+A coupled verifier draws the target's token as argmax(processed logits + noise), with noise keyed by request, position
+and token id. A proposer that has weights for several candidates proposes argmax(scaled log weight + the same noise):
+two races with common noise have the same winner far more often than a race and the candidate of largest weight
+(Daliri, Musco, Suresh, 2024). Only the few candidates are hashed, never the vocabulary.
 
-Each runner of vLLM hashes in its own way. Everything but the token id goes into one 64-bit *key* a position, made once;
-the numpy forms in :mod:`vllm_specplug.samplers.gumbel` are the reference.
+Each runner of vLLM hashes in its own way. Everything but the token id is hashed once, into one 64-bit *key* per
+position; the numpy forms in :mod:`vllm_specplug.samplers.gumbel` are the reference.
 
 If the target's race takes the largest of K noises (:mod:`vllm_specplug.samplers.list_matching`), the key is that of
-the first one, and the kind says how many there are (:func:`list_kind`). The largest of K standard Gumbel variables is
-one itself, log K further up: whoever draws with it here draws as with a single noise.
+the first noise, and the kind holds K (:func:`list_kind`). The largest of K standard Gumbel variables is a standard
+Gumbel variable plus log K: the functions here subtract log K, so that callers draw as with a single noise.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ NO_NOISE, SPLITMIX, MURMUR = 0, 1, 2
 
 _KIND_BITS = 2
 CHAIN_TOKENS = 1 << 32
-"""Chain ``c`` of V1 draws token ``t`` with what ``t + c * CHAIN_TOKENS`` has in the first chain."""
+"""On V1, the noise of token ``t`` in chain ``c`` is that of token ``t + c * CHAIN_TOKENS`` in the first chain."""
 CHAIN_POSITIONS = 1 << 27
-"""Chain ``c`` of V2 draws at position ``p`` with what ``p + c * CHAIN_POSITIONS`` has in the first chain: more than any
-request is long, and with 8 chains less than the 2**30 where vLLM's own drafters draw."""
+"""On V2, the noise at position ``p`` in chain ``c`` is that at ``p + c * CHAIN_POSITIONS`` in the first chain. No
+request is that long, and 8 chains stay below 2**30, from where on vLLM's own drafters draw."""
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def splitmix_keys(seeds: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Keys for :data:`SPLITMIX`: ``seeds`` of the draws (any shape), as ``SeedStream.peek`` gives them."""
+    """Keys for :data:`SPLITMIX`: ``seeds`` of the draws (any shape), from ``SeedStream.peek``."""
     return splitmix64(np.asarray(seeds, dtype=np.int64).astype(np.uint64))
 
 
 def murmur_keys(seeds: NDArray[np.int64], positions: NDArray[np.int64], num_chains: int = 1) -> NDArray[np.uint64]:
-    """Keys for :data:`MURMUR`: the hash's state before the token id, for request seeds and positions that broadcast.
+    """Keys for :data:`MURMUR`: the hash's state before the token id, from request seeds and positions that broadcast.
 
-    ``positions`` are those of the input tokens whose logits are sampled. With several chains the state before the
-    position is in the upper half and the position in the lower.
+    ``positions`` are those of the input tokens whose logits are sampled. With several chains a key holds the state
+    before the position in its upper half and the position in its lower half.
     """
     low = np.uint64(0xFFFFFFFF)
     seed_bits = np.asarray(seeds, dtype=np.int64).astype(np.uint64)
@@ -59,15 +59,15 @@ def murmur_keys(seeds: NDArray[np.int64], positions: NDArray[np.int64], num_chai
 
 
 def list_kind(kind: int, num_chains: int) -> int:
-    """The kind of the largest of ``num_chains`` noises of this kind; of one it is the kind itself."""
+    """The kind of the largest of ``num_chains`` noises of ``kind``; for one chain it is ``kind`` itself."""
     return kind | (num_chains - 1) << _KIND_BITS
 
 
 def chain_noise(kind: int, keys: NDArray[np.uint64], chain: int) -> tuple[int, NDArray[np.uint64]]:
-    """Kind and keys of one of the noises alone: what chain ``chain`` draws with if each has noise of its own.
+    """Kind and keys of the noise of chain ``chain`` alone, from those of the largest of all chains' noises.
 
     Raises:
-        ValueError: there is no such chain.
+        ValueError: ``kind`` has no such chain.
     """
     num_chains = (kind >> _KIND_BITS) + 1
     if not 0 <= chain < num_chains:
@@ -95,7 +95,7 @@ def _splitmix_bits(key, number):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _murmur_round(h, word):  # type: ignore[no-untyped-def]
-    """Mix a word of 32 bits in. 32-bit arithmetic in 64-bit words: numba widens anything narrower by itself."""
+    """Mix a 32-bit word into the state. 32-bit arithmetic in 64-bit words, since numba widens narrower types."""
     mask = np.uint64(0xFFFFFFFF)
     word = word * np.uint64(0xCC9E2D51) & mask
     word = ((word << np.uint64(15)) | (word >> np.uint64(17))) & mask
@@ -117,7 +117,7 @@ def _murmur_bits(h, token):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _largest_noise(kind, key, token):  # type: ignore[no-untyped-def]
-    """The largest noise of several chains, less the logarithm of their number. Hashed for each, drawn for one."""
+    """The largest noise of several chains, minus the logarithm of their number. Logarithms are taken once."""
     num_chains = (kind >> 2) + 1
     if kind & 3 == 1:
         most = np.uint64(0)
@@ -138,8 +138,8 @@ def noise_of(kind, key, token):  # type: ignore[no-untyped-def]
     """Standard Gumbel noise of one token, float64; 0.0 for :data:`NO_NOISE`.
 
     Args:
-        kind: one of :data:`NO_NOISE`, :data:`SPLITMIX`, :data:`MURMUR`, or what :func:`list_kind` makes of them.
-        key: uint64, of the position.
+        kind: one of :data:`NO_NOISE`, :data:`SPLITMIX`, :data:`MURMUR`, or a result of :func:`list_kind`.
+        key: uint64 key of the position.
         token: token id, at least 0.
     """
     if kind == 0:
@@ -153,7 +153,7 @@ def noise_of(kind, key, token):  # type: ignore[no-untyped-def]
         return -math.log(-math.log(uniform))
     if kind > 2:
         return _largest_noise(kind, key, token)
-    # 32-bit arithmetic in 64-bit words: numba widens anything narrower by itself.
+    # 32-bit arithmetic in 64-bit words, since numba widens narrower types.
     mask = np.uint64(0xFFFFFFFF)
     word = (np.uint64(token) & mask) * np.uint64(0xCC9E2D51) & mask
     word = ((word << np.uint64(15)) | (word >> np.uint64(17))) & mask
@@ -170,12 +170,12 @@ def noise_of(kind, key, token):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def noisy_score(log_weight, scale, kind, key, token):  # type: ignore[no-untyped-def]
-    """What a candidate runs the race with: ``scale * log_weight + noise``, or ``log_weight`` if ``scale`` is 0.
+    """A candidate's score in the race: ``scale * log_weight + noise``, or ``log_weight`` if ``scale`` is 0.
 
     Args:
         log_weight: logarithm of the candidate's weight (votes, occurrences, a logit); constants common to all
             candidates do not matter.
-        scale: sharpness of the weights over the request's temperature; 0.0 for a greedy request or unknown noise, where
+        scale: sharpness of the weights over the request's temperature; 0.0 for a greedy request or unknown noise: then
             the heaviest candidate wins.
         kind, key, token: as in :func:`noise_of`.
     """

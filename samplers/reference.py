@@ -1,8 +1,8 @@
-"""Slow, obvious forms of what is computed fast elsewhere: the oracles of the tests.
+"""Slow, obvious forms of fast code elsewhere: the oracles of the tests.
 
-First what the hooks' kernels do, with the names, arguments and results of :mod:`vllm_specplug.samplers.kernels`. Then
-every coupling in float64 for one row: ``target`` and ``draft`` are probability vectors ``[vocab]``, and randomness is
-handed in.
+First the kernels of the hooks, with the names, arguments and results of :mod:`vllm_specplug.samplers.kernels`. Then
+every coupling in float64 for one row: ``target`` and ``draft`` are probability vectors ``[vocab]``, and callers pass
+the random numbers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def pack_emitted(
 
 
 def gumbel_token(probs: Sequence[float], noise: Sequence[float]) -> int:
-    """argmax(log p + noise), tokens of probability 0 left out; of equals the first."""
+    """argmax(log p + noise), without tokens of probability 0; the first of equals."""
     best, best_score = -1, -math.inf
     for token, (prob, each) in enumerate(zip(probs, noise, strict=True)):
         if prob > 0 and (best < 0 or math.log(prob) + each > best_score):
@@ -76,7 +76,7 @@ def gumbel_match(target: Sequence[float], draft: Sequence[float]) -> float:
 
 
 def darts(key: int, vocab: int) -> Iterator[tuple[int, float]]:
-    """The endless sequence of (token, height) of a key."""
+    """The endless sequence of darts (token, height) of a key."""
 
     def uniform(number: int) -> float:
         with np.errstate(over="ignore"):
@@ -109,7 +109,7 @@ Probs = Callable[[Sequence[int]], Vector]
 
 
 def rejection(target: Probs, draft: Probs, tokens: Sequence[int], uniforms: Sequence[float]) -> list[int]:
-    """Emitted tokens of the classic rule; one uniform a draft token, one for the last."""
+    """Emitted tokens of rejection sampling; ``uniforms`` has one per draft token and one for the last token."""
     for depth, token in enumerate(tokens):
         t, d = target(tokens[:depth]), draft(tokens[:depth])
         if not uniforms[depth] * d[token] < t[token]:
@@ -119,7 +119,7 @@ def rejection(target: Probs, draft: Probs, tokens: Sequence[int], uniforms: Sequ
 
 
 def block(target: Probs, draft: Probs, tokens: Sequence[int], uniforms: Sequence[float]) -> list[int]:
-    """Emitted tokens of block verification."""
+    """Emitted tokens of block verification; arguments as in :func:`rejection`."""
     mass, kept, kept_mass = 1.0, 0, 1.0
     for depth, token in enumerate(tokens):
         t, d = target(tokens[:depth]), draft(tokens[:depth])
@@ -141,6 +141,6 @@ def block(target: Probs, draft: Probs, tokens: Sequence[int], uniforms: Sequence
 def list_tokens(
     target: Sequence[float], drafts: Sequence[Sequence[float]], noise: NDArray[np.float64]
 ) -> tuple[int, list[int]]:
-    """The target's token and those of each draft, noise ``[K, vocab]``."""
+    """The target's token and the token of each draft, from noise ``[K, vocab]``."""
     listed = [gumbel_token(each, noise[k].tolist()) for k, each in enumerate(drafts)]
     return gumbel_token(target, [max(column) for column in noise.T.tolist()]), listed

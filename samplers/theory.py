@@ -1,4 +1,4 @@
-"""How often target and draft agree under each coupling, as formulas of the two distributions. numpy, float64.
+"""Chance of a match of target and draft under each coupling, as formulas of the two distributions. numpy, float64.
 
 Throughout, ``target`` and ``draft`` are probability vectors ``[vocab]`` (non-negative, summing to 1; zeros allowed); a
 match is a draft token that is emitted. TV is their total variation distance.
@@ -13,10 +13,10 @@ Vector = NDArray[np.float64]
 
 
 def checked(target: Vector, draft: Vector) -> tuple[Vector, Vector]:
-    """Both in float64, summing to 1 exactly even if rounding of float32 left a little more or less.
+    """Both distributions in float64, rescaled to a sum of 1, since float32 rounding may have left another sum.
 
     Raises:
-        ValueError: they are not two distributions of one length.
+        ValueError: the arguments are not two distributions of one length.
     """
     pair = np.asarray(target, dtype=np.float64), np.asarray(draft, dtype=np.float64)
     if pair[0].ndim != 1 or pair[0].shape != pair[1].shape or not len(pair[0]):
@@ -35,16 +35,17 @@ def total_variation(target: Vector, draft: Vector) -> float:
 
 
 def rejection(target: Vector, draft: Vector) -> float:
-    """1 - TV: what the classic rule accepts (Leviathan et al., 2023), and the most that any coupling can."""
+    """1 - TV: the match of rejection sampling (Leviathan et al., 2023), and the most of any coupling."""
     target, draft = checked(target, draft)
     return float(np.minimum(target, draft).sum())
 
 
 def minhash(target: Vector, draft: Vector) -> float:
-    """Exactly what shared darts match: sum over j of min(t_j, d_j) * (1 + abs(t_j - d_j)) / (1 + TV).
+    """Match of shared darts, exactly: sum over j of min(t_j, d_j) * (1 + abs(t_j - d_j)) / (1 + TV).
 
-    Both take the same dart with chance (1 - TV) / (1 + TV), the weighted Jaccard similarity. If the first dart of
-    either lies below one of the two only, the other takes a later dart, which may still be of the same token.
+    Both sides take the same dart with chance (1 - TV) / (1 + TV), the weighted Jaccard similarity. If the first dart
+    that either takes lies below only one of the distributions, the other side takes a later dart, which may be of the
+    same token.
     """
     target, draft = checked(target, draft)
     less, more = np.minimum(target, draft), np.maximum(target, draft)
@@ -52,7 +53,7 @@ def minhash(target: Vector, draft: Vector) -> float:
 
 
 def communication_free_bound(target: Vector, draft: Vector) -> float:
-    """(1 - TV) / (1 + TV): no coupling without communication guarantees more for every pair of this distance.
+    """(1 - TV) / (1 + TV): no coupling without communication guarantees more for all pairs with this TV.
 
     Bavarian et al., "Optimality of Correlated Sampling Strategies", 2020.
     """
@@ -63,8 +64,8 @@ def communication_free_bound(target: Vector, draft: Vector) -> float:
 def _race_times(target: Vector, draft: Vector) -> tuple[Vector, Vector]:
     """For each token ``j`` that both may draw: its target probability, and sum over i of max(t_i / t_j, d_i / d_j).
 
-    With the tokens in order of t_i / d_i, those from ``j`` on have the larger first term and those before the larger
-    second: two running sums, O(n log n).
+    If tokens are sorted by t_i / d_i, the first term is larger from ``j`` on and the second before ``j``: two running
+    sums suffice, O(n log n).
     """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratio = np.where(draft > 0, target / draft, np.inf)
@@ -75,7 +76,7 @@ def _race_times(target: Vector, draft: Vector) -> tuple[Vector, Vector]:
     d_before = np.concatenate([[0.0], np.cumsum(d)[:-1]])
     both = (t > 0) & (d > 0)
     t, d, t_from, d_before = t[both], d[both], t_from[both], d_before[both]
-    with np.errstate(over="ignore"):  # a token of hardly any probability: its share is 1 / inf
+    with np.errstate(over="ignore"):  # a token of tiny probability has the share 1 / inf
         return t, t_from / t + d_before / d
 
 
@@ -89,10 +90,10 @@ def gumbel(target: Vector, draft: Vector) -> float:
 
 
 def low_communication(target: Vector, draft: Vector, epsilon: float) -> float:
-    """Exactly what the scheme of :mod:`.low_communication` matches.
+    """Match of the scheme of :mod:`.low_communication`, exactly.
 
-    A token's match is the smaller of both probabilities, except when they end in the same cell of height: there sender
-    and receiver draw by the share of the cell that is covered, independently.
+    A token's match is the smaller of both probabilities, unless they end in the same cell of height: in that cell
+    sender and receiver draw independently, by the share of the cell that is covered.
     """
     from vllm_specplug.samplers.offline.low_communication import height_bits
 
@@ -105,16 +106,16 @@ def low_communication(target: Vector, draft: Vector, epsilon: float) -> float:
 
 
 def low_communication_bound(target: Vector, draft: Vector, epsilon: float) -> float:
-    """1 - TV - epsilon: the least that the scheme of :mod:`.low_communication` matches."""
+    """1 - TV - epsilon: lower bound of the match of the scheme of :mod:`.low_communication`."""
     return max(rejection(target, draft) - epsilon, 0.0)
 
 
 def list_matching_bound(target: Vector, draft: Vector, num_drafts: int) -> float:
-    """The least chance that one of ``num_drafts`` drafts, independent but sharing the target's noise, is its token.
+    """Lower bound of the chance that the target's token is in a list of ``num_drafts`` drafts that share its noise.
 
-    K times the sum over j of 1 / (sum over i of max(t_i / t_j, d_i / d_j) + (K - 1) / t_j): the chance that the very
-    draft that set the target's race drew the same token. For one draft it is :func:`gumbel`, exactly; with more of them
-    another may match as well (Rowan, Phan, Khisti, "List-Level Distribution Coupling", 2025).
+    K times the sum over j of 1 / (sum over i of max(t_i / t_j, d_i / d_j) + (K - 1) / t_j): the chance that the draft
+    whose noise decided the target's race has the target's token. For one draft it is :func:`gumbel`, exactly; of more
+    drafts another may match as well (Rowan, Phan, Khisti, "List-Level Distribution Coupling", 2025).
     """
     if num_drafts < 1:
         raise ValueError(f"num_drafts must be at least 1, not {num_drafts}")
@@ -124,9 +125,10 @@ def list_matching_bound(target: Vector, draft: Vector, num_drafts: int) -> float
 
 
 def list_bound(target: Vector, draft: Vector, num_drafts: int) -> float:
-    """No coupling does better with ``num_drafts`` independent drafts: sum of min(t_j, 1 - (1 - d_j) ** K).
+    """Upper bound of any coupling with ``num_drafts`` independent drafts: sum of min(t_j, 1 - (1 - d_j) ** K).
 
-    A token is in the list with that chance, and is matched no more often than it is drawn or listed.
+    1 - (1 - d_j) ** K is the chance that token ``j`` is in the list. The token cannot match more often than the target
+    draws it, nor more often than it is listed.
     """
     if num_drafts < 1:
         raise ValueError(f"num_drafts must be at least 1, not {num_drafts}")
@@ -135,7 +137,7 @@ def list_bound(target: Vector, draft: Vector, num_drafts: int) -> float:
 
 
 def emitted_per_step(acceptance: float, num_draft_tokens: int) -> float:
-    """Expected tokens of a step whose draft tokens are each accepted with this chance, those before accepted."""
+    """Expected emitted tokens of a step; ``acceptance`` is each draft token's chance if all before it are accepted."""
     if acceptance >= 1.0:
         return float(num_draft_tokens + 1)
     return float((1.0 - acceptance ** (num_draft_tokens + 1)) / (1.0 - acceptance))

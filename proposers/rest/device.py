@@ -1,18 +1,17 @@
-"""The rest proposer on a GPU: the token store lives in device memory, and one program of a kernel drafts for a request.
+"""The rest proposer on a GPU: the token store is in device memory, and one program of a kernel drafts for a request.
 
-Token ids so far go in as a tensor on the device and drafts come out as tensors on the device, so a step that drafts
-this way waits for no host. The drafts are those of :class:`~.proposer.RestProposer` for greedy requests bit for bit,
-confidences included. Requests that sample get the same: the token with the most votes, without the target's noise.
-Requests cannot choose among stores, of which there is one.
+Token ids and drafts are tensors on the device, so that a step never waits for the host. Drafts and confidences are bit
+for bit those of :class:`~.proposer.RestProposer` for greedy requests. Requests that sample get the same drafts: the
+tokens with the most votes, without the target's noise. There is one store, so that requests cannot choose among stores.
 
-- *Lookup.* Where a context belongs in the suffix array does not depend on how it is searched for. Each round compares
-  ``PROBES`` evenly spaced entries at once, each over all tokens of the longest match, since a GPU waits as long for one
-  load as for a thousand: 6 rounds for 80 million tokens, where halving takes 27. Three such searches find the longest
-  match and both ends of its occurrences.
-- *Vote.* The occurrences that vote are the lanes of a vector, in the order in which the host's loop meets them. Of
-  tokens with equally many votes the host takes the one that had them first, and so does :func:`_most_voted`.
-- *Confidence.* It decides where a draft ends, and the ``log`` and ``exp`` of a GPU are not those of a CPU. So the
-  kernel reads :func:`~.confidence.vote_confidence` from a table that the host filled, and only multiplies, in float64.
+- *Lookup.* The result does not depend on the method of the search. Each round compares the context with ``PROBES``
+  evenly spaced entries of the suffix array at once, over all tokens of the longest match, since a GPU waits as long for
+  one load as for a thousand: 6 rounds for 80 million tokens, compared with 27 of a binary search. Three such searches
+  find the longest match and both ends of its occurrences.
+- *Vote.* The occurrences that vote are the lanes of a vector, in the order of the host's loop. Of tokens with equally
+  many votes the host takes the one that reached that number first, and so does :func:`_most_voted`.
+- *Confidence.* It decides where a draft ends, and ``log`` and ``exp`` of a GPU differ from those of a CPU. So the
+  kernel reads :func:`~.confidence.vote_confidence` from a table that the host fills, and only multiplies, in float64.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from vllm_specplug.proposers.rest.confidence import vote_confidence
 from vllm_specplug.proposers.rest.proposer import RestProposer
 
 try:
-    # not typed, and not there at all without CUDA
+    # untyped, and missing without CUDA
     import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
     import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 except ImportError as error:
@@ -38,14 +37,14 @@ except ImportError as error:
     ) from error
 
 LARGEST_MAX_MATCH = 256
-"""Longest match that a program compares at once."""
+"""Largest ``max_match``: a program compares a whole match at once."""
 LARGEST_MAX_VOTES = 128
-"""A program compares every vote with every other at once: 128 * 128 pairs still fit the registers of its warps."""
+"""Largest ``max_votes``: a program compares all pairs of votes at once, and 128 * 128 still fit its registers."""
 PROBES = 32
-"""Entries of the suffix array that a round of the search looks at."""
+"""Entries of the suffix array that a round of the search compares."""
 NUM_WARPS = 4
 UPLOAD_BYTES = 64 * 2**20
-"""What is copied to the device at one go: a store need not fit the host's memory beside its memory map."""
+"""Bytes per copy to the device; piecewise copies keep a store from filling the host's memory."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -53,32 +52,32 @@ def _search(  # type: ignore[no-untyped-def]
     tokens, positions, first_token, low, high, suffix, limit,
     after: tl.constexpr, match_lanes: tl.constexpr, num_probes: tl.constexpr,
 ):  # fmt: skip
-    """Where in ``positions[low:high]``, one segment's or a part of it, a suffix belongs.
+    """Search ``positions[low:high]``, all or part of one segment, for the position at which a suffix belongs.
 
     Args:
         tokens: ``[num_slots]``, the store's tokens.
-        first_token: the segment's first token.
+        first_token: slot of the segment's first token.
         suffix: ``[match_lanes]`` int32, the context read backwards; only its first ``limit`` tokens count.
-        after: 0 to come out before all entries that match ``limit`` tokens, 1 to come out behind them.
+        after: 0 for the position before all entries that match ``limit`` tokens, 1 for the position behind them.
 
     Returns:
-        (index, length): the entry before which the suffix belongs, and the longest match that was met on the way. If
-        the suffix belongs inside a segment, both neighbours of that place were met, and one of them matches longest.
+        (index, length): the entry before which the suffix belongs, and the longest match among all compared entries.
+        Inside a segment both neighbours of that position are compared, and one of them has the longest match.
     """
     probe = tl.arange(0, num_probes)
     back = tl.arange(0, match_lanes)[None, :]
     longest = 0
     while low < high:
-        # One of high - low + 1 places is right. Probes cut them into num_probes + 1 pieces, the last ones maybe empty.
+        # The result is one of high - low + 1 positions. Probes cut these into num_probes + 1 pieces, maybe empty.
         step = (high - low) // (num_probes + 1) + 1
         index = low + (probe + 1) * step - 1
         inside = index < high
         following = first_token + tl.load(positions + index, mask=inside, other=0).to(tl.int64)
         slot = following[:, None] - 1 - back
-        # A separator differs from any token of a context, so what lies before the first document is not missed.
+        # A separator differs from any token of a context: no match reaches slots before the first document.
         text = tl.load(tokens + slot, mask=inside[:, None] & (back < limit) & (slot >= 0), other=0).to(tl.int32)
         differs = (text != suffix[None, :]) & (back < limit)
-        # [num_probes]: twice the length of the match, and odd where the suffix belongs before the entry.
+        # [num_probes]: twice the length of the match, plus 1 if the suffix belongs before the entry.
         order = tl.where(differs, 2 * back + (text > suffix[None, :]).to(tl.int32), 2 * limit + 1 - after)
         order = tl.min(order, axis=1)
         longest = tl.maximum(longest, tl.max(tl.where(inside, order // 2, 0), axis=0))
@@ -90,17 +89,17 @@ def _search(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _most_voted(token, voting, vote_lanes: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The token with the most votes, and how many: of several, the one that had so many votes first.
+    """The token with the most votes, and its number of votes. Of equals, the token that reached that number first.
 
-    Votes for 5, 7, 7, 5 elect 7: it had two votes before 5 had.
+    Votes for 5, 7, 7, 5 elect 7: it has two votes before 5 has.
 
     Args:
-        token: ``[vote_lanes]`` int32, -1 if not voting.
-        voting: ``[vote_lanes]`` bool, at least one of them true.
+        token: ``[vote_lanes]`` int32, -1 in lanes that do not vote.
+        voting: ``[vote_lanes]`` bool, true in at least one lane.
     """
     vote = tl.arange(0, vote_lanes)
     earlier = (token[:, None] == token[None, :]) & (vote[:, None] >= vote[None, :])
-    # Number of votes for the same token up to and with this one. The first to reach the highest count decides.
+    # Number of votes for the same token, up to and including this one. The first to reach the highest count decides.
     nth = tl.sum(earlier.to(tl.int32), axis=1)
     best = tl.max(tl.where(voting, nth * vote_lanes + vote_lanes - 1 - vote, 0), axis=0)
     decider = vote_lanes - 1 - best % vote_lanes
@@ -115,16 +114,16 @@ def _draft_kernel(  # type: ignore[no-untyped-def]
     max_votes: tl.constexpr, draft_width: tl.constexpr, segment_lanes: tl.constexpr, match_lanes: tl.constexpr,
     vote_lanes: tl.constexpr, draft_lanes: tl.constexpr, num_probes: tl.constexpr,
 ):  # fmt: skip
-    """``draft_one`` of drafts.py, one program a request. The first five arguments are :class:`DeviceRest`'s tensors.
+    """``draft_one`` of drafts.py, one program per request. The first five arguments are :class:`DeviceRest`'s tensors.
 
-    ``*_lanes``: the number before it, rounded up to a power of two.
+    ``*_lanes``: a number such as ``max_match``, rounded up to a power of two.
     """
     request = tl.program_id(0)
     row = tl.load(rows + request).to(tl.int64)
     num_context = tl.load(total_len + row)
     max_draft = tl.minimum(tl.load(wanted + request), draft_width)
 
-    # The last tokens read backwards, up to the first that no store can hold: [match_lanes].
+    # The last tokens of the request, read backwards, up to the first that cannot be in a store: [match_lanes].
     back = tl.arange(0, match_lanes)
     suffix = tl.load(
         token_ids + row * row_stride + num_context - 1 - back,
@@ -133,7 +132,7 @@ def _draft_kernel(  # type: ignore[no-untyped-def]
     )
     limit = tl.min(tl.where((suffix < 0) | (suffix >= vocab_size), back, match_lanes), axis=0)
 
-    # The longest match of all segments, and its range of positions in each: [segment_lanes].
+    # The longest match over all segments, and its range of positions in each segment: [segment_lanes].
     num_searched = tl.where((max_draft > 0) & (limit >= min_match), num_segments, 0)
     lane = tl.arange(0, segment_lanes)
     begins = tl.zeros([segment_lanes], tl.int64)
@@ -147,12 +146,12 @@ def _draft_kernel(  # type: ignore[no-untyped-def]
         if length >= tl.maximum(longest, min_match):
             begin, _ = _search(tokens, positions, first_token, start, place, suffix, length, 0, match_lanes, num_probes)
             end, _ = _search(tokens, positions, first_token, place, stop, suffix, length, 1, match_lanes, num_probes)
-            counts = tl.where(length > longest, 0, counts)  # shorter matches have no vote
+            counts = tl.where(length > longest, 0, counts)  # shorter matches do not vote
             begins = tl.where(lane == segment, begin, begins)
             counts = tl.where(lane == segment, end - begin, counts)
             longest = length
 
-    # What follows the occurrences that vote, evenly spread over all of them, as slots of the store: [vote_lanes].
+    # Slots of the tokens behind the occurrences that vote, which are evenly spread over all: [vote_lanes].
     total = tl.sum(counts, axis=0)
     num_votes = tl.minimum(total, max_votes)
     vote = tl.arange(0, vote_lanes)
@@ -169,7 +168,7 @@ def _draft_kernel(  # type: ignore[no-untyped-def]
         following = tl.where(here, first_token + position, following)
         passed += count
 
-    # The vote, token by token. Who was outvoted votes no more.
+    # The vote, token by token. An outvoted occurrence does not vote again.
     least = tl.load(min_confidence)
     chance = tl.full([], 1.0, tl.float64)
     depth = 0
@@ -197,23 +196,23 @@ def _draft_kernel(  # type: ignore[no-untyped-def]
 
 
 class DeviceRest:
-    """What :class:`~.proposer.RestProposer` drafts, drafted on a device. Keeps no state about requests.
+    """Drafts like :class:`~.proposer.RestProposer`, but on a device. Keeps no state about requests.
 
-    Device memory: 6 or 8 bytes a token of the store (ids of 16 or 32 bits), and 8 bytes for each entry of the table of
+    Device memory: 6 or 8 bytes per token of the store (ids of 16 or 32 bits), and 8 bytes per entry of the table of
     confidences, 1.5 MB with the default options and 16 draft tokens.
 
     Args:
-        context: as for :class:`~.proposer.RestProposer`: ``datastores``, of which there must be one, ``options``,
-            ``vocab_size`` and ``num_speculative_tokens`` count, the latter as the width of what :meth:`propose`
-            returns.
-        device: where the store and the drafts are to be; the current device of the process when it calls.
+        context: context of :class:`~.proposer.RestProposer`. Used are ``datastores``, which must hold one store,
+            ``options``, ``vocab_size``, and ``num_speculative_tokens`` as the width of :meth:`propose`'s results.
+        device: device of store and drafts; must be the process's current device in all calls.
 
     Attributes:
-        num_bytes: device memory held, in bytes.
+        num_bytes: device memory in use, in bytes.
 
     Raises:
-        ValueError: what :class:`~.proposer.RestProposer` refuses; several stores; ``sharpness``, as no noise is known
-            here; ``max_match`` above :data:`LARGEST_MAX_MATCH` or ``max_votes`` above :data:`LARGEST_MAX_VOTES`.
+        ValueError: :class:`~.proposer.RestProposer` refuses the context; there are several stores; ``sharpness`` is
+            set, which has no use without noise; ``max_match`` is above :data:`LARGEST_MAX_MATCH` or ``max_votes`` above
+            :data:`LARGEST_MAX_VOTES`.
     """
 
     def __init__(self, context: ProposerContext, device: torch.device | str) -> None:
@@ -242,7 +241,7 @@ class DeviceRest:
         self._positions = _upload(self.store.positions, self.device)
         self._segments = _upload(self.store.segments, self.device)
         self._confidences = _upload(confidence_table(max_match + self.num_draft_tokens - 1, max_votes), self.device)
-        # A tensor, since Triton passes plain floats in 32 bits.
+        # A tensor, since Triton passes plain floats as float32.
         self._min_confidence = _upload(np.array([host.min_confidence]), self.device)
         num_segments = len(self.store.segments)
         self.constants = {
@@ -258,7 +257,7 @@ class DeviceRest:
             "draft_lanes": triton.next_power_of_2(self.num_draft_tokens),
             "num_probes": PROBES,
         }
-        """What the kernel is compiled for."""
+        """The kernel's compile-time constants."""
 
     @property
     def num_bytes(self) -> int:
@@ -272,14 +271,14 @@ class DeviceRest:
         rows: torch.Tensor,  # [num_requests]
         wanted: torch.Tensor,  # [num_requests]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Draft for a batch. Queues one kernel and returns; the first call compiles it, whatever is ``wanted``.
+        """Draft for a batch. Queues one kernel and returns; the first call compiles it, even if ``wanted`` is 0.
 
         Args:
-            token_ids: int32, the engine's table of token ids, any distance between its rows; what lies in a row behind
-                its ``total_len`` is not read.
-            total_len: int32, prompt and emitted tokens so far of each *row*.
-            rows: int64 or int32, the row of each request; need be neither sorted nor distinct.
-            wanted: int32, the longest draft that is of use to each request; 0 for none.
+            token_ids: int32, the engine's table of token ids, with any row stride; columns from ``total_len`` on are
+                not read.
+            total_len: int32, prompt and emitted tokens so far, by *table row*.
+            rows: int64 or int32, table row of each request; need be neither sorted nor distinct.
+            wanted: int32, longest draft that can help each request; 0 for none.
 
         Returns:
             (token_ids ``[num_requests, num_draft_tokens]`` int64, num_tokens ``[num_requests]`` int32, confidence
@@ -287,7 +286,7 @@ class DeviceRest:
             are 0. For confidence see :class:`~.base.Drafts`.
 
         Raises:
-            ValueError: tokens of a row, or one of the other tensors, do not lie side by side in memory.
+            ValueError: rows of ``token_ids``, or one of the other tensors, are not contiguous in memory.
         """
         for name, tensor in (("token_ids", token_ids), ("total_len", total_len), ("rows", rows), ("wanted", wanted)):
             if tensor.stride(-1) != 1:
@@ -315,16 +314,16 @@ class DeviceRest:
 
 
 def confidence_table(max_length: int, max_votes: int) -> NDArray[np.float64]:
-    """The values of :func:`~.confidence.vote_confidence`, bit for bit.
+    """A table of :func:`~.confidence.vote_confidence`, bit for bit.
 
     Returns:
-        ``[max_length, max_votes, max_votes]`` float64, by length - 1, num_votes - 1 and num_agreeing - 1; 0 if more
-        agree than vote.
+        ``[max_length, max_votes, max_votes]`` float64, by length - 1, num_votes - 1 and num_agreeing - 1; 0 if
+        num_agreeing is above num_votes.
     """
     table = np.zeros((max_length, max_votes, max_votes))
     for length in range(1, max_length + 1):
         for num_votes in range(1, max_votes + 1):
-            # Entry by entry: a compiler that took several at once might round them otherwise than the proposer does.
+            # Entry by entry: vectorised code might round otherwise than the proposer does.
             table[length - 1, num_votes - 1, :num_votes] = [
                 vote_confidence(length, num_agreeing, num_votes) for num_agreeing in range(1, num_votes + 1)
             ]
@@ -332,12 +331,12 @@ def confidence_table(max_length: int, max_votes: int) -> NDArray[np.float64]:
 
 
 def _upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A copy on the device, of the same shape and width, unsigned integers included."""
+    """Copy an array to the device, with the same shape and item size."""
     flat = array.reshape(-1)
     step = UPLOAD_BYTES // array.itemsize
     result: torch.Tensor | None = None
     for start in range(0, max(len(flat), 1), step):
-        piece = torch.from_numpy(flat[start : start + step].copy())  # torch warns of arrays that cannot be written
+        piece = torch.from_numpy(flat[start : start + step].copy())  # torch warns about read-only arrays
         if result is None:
             result = torch.empty(len(flat), dtype=piece.dtype, device=device)
         result[start : start + len(piece)].copy_(piece)

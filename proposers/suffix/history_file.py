@@ -1,4 +1,4 @@
-"""History that outlives the process: written in a thread of its own, read at start-up."""
+"""A history file, with which history outlives the process: written in a separate thread, read at start-up."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FILE_FORMAT = "specplug-history-1"
 
 
 class HistoryFile:
-    """Texts of finished requests on disk; the newest stay. Written by a thread of its own, whole, then renamed.
+    """Keeps the newest texts of finished requests on disk. A separate thread writes a whole file and then renames it.
 
-    An ``.npz`` archive of: ``header``, JSON as bytes (format, vocab_size, tenants); ``tokens`` int32, all texts one
-    after the other, the oldest first; ``lengths`` int64 and ``tenants`` int32, one a text.
+    The file is an ``.npz`` archive of: ``header``, JSON as bytes (format, vocab_size, tenants); ``tokens`` int32, all
+    texts one after the other, the oldest first; ``lengths`` int64 and ``tenants`` int32, one entry per text.
     """
 
     def __init__(self, path: Path, vocab_size: int, max_bytes: int, interval_s: float) -> None:
@@ -53,11 +53,11 @@ class HistoryFile:
     # -- Collecting --------------------------------------------------------------------------------------------------
 
     def record(self, request_id: str, tenant: str, context: NDArray[np.int32], num_known: int) -> None:
-        """``context`` is the request's text now, of which ``num_known`` tokens were inserted before."""
+        """Add the new tokens of a request: those of ``context``, its text now, from index ``num_known`` on."""
         _, pieces = self._growing.setdefault(request_id, (tenant, []))
         num_kept = sum(map(len, pieces))
         if num_kept != num_known or num_known > len(context):
-            num_kept = 0  # a context that was replaced
+            num_kept = 0  # the request has another text now
             self._num_bytes -= sum(piece.nbytes for piece in pieces)
             pieces.clear()
         if num_kept < len(context):
@@ -68,7 +68,7 @@ class HistoryFile:
             self._trim()
 
     def finish(self, request_id: str) -> None:
-        """The text of a request is complete."""
+        """Move the complete text of a request to the texts that are saved."""
         tenant, pieces = self._growing.pop(request_id, ("", []))
         if pieces:
             with self._lock:
@@ -76,7 +76,7 @@ class HistoryFile:
                 self._is_dirty = True
 
     def _trim(self) -> None:
-        """Forget the oldest texts until what is left is small enough, at last texts that still grow."""
+        """Drop the oldest texts until the rest fits ``max_bytes``; last of all texts of running requests."""
         while self._num_bytes > self._max_bytes and self._texts:
             with self._lock:
                 self._num_bytes -= self._texts.popleft()[1].nbytes
@@ -126,7 +126,7 @@ class HistoryFile:
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
             raise ValueError("it has tokens outside the vocabulary")
         pieces = np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
-        # Copies: a view would keep all the others in memory.
+        # Copies: a view would keep all texts in memory.
         return [(str(header["tenants"][tenant]), piece.copy()) for tenant, piece in zip(tenants, pieces, strict=True)]
 
     def save(self) -> None:
@@ -174,7 +174,7 @@ class HistoryFile:
                 has_warned = True
 
     def close(self) -> None:
-        """Stop the thread and save, texts that still grow included."""
+        """Stop the thread and save all texts, also those of running requests."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()

@@ -1,4 +1,4 @@
-"""Histories of tenants, kept apart and bounded in memory."""
+"""The history of a tenant: its automata and counters."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from vllm_specplug.proposers.suffix.automaton import Automaton
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """What the requests of one tenant have said: the automaton being built, and the one before it."""
+    """The texts of one tenant's requests: the automaton that grows, and the one before it."""
 
     key: tuple[str, str]
     new: Automaton
     old: Automaton | None
     new_id: int
-    """Number of the automaton, so that a request sees when it was exchanged; never used twice."""
+    """Unique number of ``new``, from which a request sees that the automaton was replaced."""
     old_id: int = 0
     last_used: int = 0
     num_requests: int = 0

@@ -1,1 +1,1 @@
-"""Couplings that no engine runs: mathematics for comparison."""
+"""Couplings for comparison, which no engine runs."""

@@ -1,4 +1,4 @@
-"""List couplings of two distributions, and the optimum they are held against."""
+"""List couplings of two distributions, and the optimum to compare them with."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ MAX_LISTS = 1_000_000
 
 
 def list_noise(seeds: NDArray[np.int64], vocab: int) -> NDArray[np.float64]:
-    """Gumbel noise ``[num_rows, K, vocab]`` for seeds ``[num_rows, K]``, one a draft."""
+    """Gumbel noise ``[num_rows, K, vocab]`` for seeds ``[num_rows, K]``, one per draft."""
     return gumbel_noise(seeds[:, :, None], np.arange(vocab)[None, None, :])
 
 
 def couple(
     target_logits: torch.Tensor, draft_logits: torch.Tensor, seeds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The target's token and the list of drafts.
+    """Draw the target's token and the list of draft tokens of each row.
 
     Args:
-        target_logits: ``[num_rows, vocab]`` processed; -inf where excluded.
+        target_logits: ``[num_rows, vocab]`` processed; -inf for excluded tokens.
         draft_logits: ``[num_rows, vocab]``, or ``[num_rows, K, vocab]`` for drafters that differ.
         seeds: ``[num_rows, K]`` int64.
 
     Returns:
-        ``[num_rows]`` and ``[num_rows, K]`` int64.
+        Target tokens ``[num_rows]`` and draft tokens ``[num_rows, K]``, int64.
     """
     noise = torch.from_numpy(list_noise(seeds.cpu().numpy(), target_logits.shape[-1])).to(target_logits.device)
     if draft_logits.ndim == 2:
@@ -45,12 +45,12 @@ def optimal_acceptance(target: NDArray[np.float64], draft: NDArray[np.float64], 
 
     Args:
         target: ``[vocab]`` probabilities.
-        draft: ``[vocab]``.
-        num_drafts: drafts in the list; the sets of ``num_drafts`` tokens are enumerated: keep the vocabulary small.
+        draft: ``[vocab]`` probabilities.
+        num_drafts: drafts in the list; all lists of that length are enumerated: keep the vocabulary small.
 
     Raises:
-        ValueError: there would be more than :data:`MAX_LISTS` lists, there is no draft, or the two are no distributions
-            of one length.
+        ValueError: there would be more than :data:`MAX_LISTS` lists, ``num_drafts`` is below 1, or target and draft are
+            not distributions of one length.
         ImportError: scipy is not installed.
     """
     target, draft = theory.checked(target, draft)
@@ -69,7 +69,7 @@ def optimal_acceptance(target: NDArray[np.float64], draft: NDArray[np.float64], 
     for drawn in itertools.product(np.flatnonzero(draft).tolist(), repeat=num_drafts):
         tokens = tuple(sorted(set(drawn)))
         mass[tokens] = mass.get(tokens, 0.0) + float(np.prod(draft[list(drawn)]))
-    # Variables: how much of each set of tokens goes to each token of it.
+    # Variables: the mass that each set of tokens gives to each of its tokens.
     edges = [(row, token) for row, tokens in enumerate(mass) for token in tokens]
     rows = [row for row, _ in edges] + [len(mass) + token for _, token in edges]
     matrix = coo_matrix(

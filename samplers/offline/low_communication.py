@@ -1,17 +1,17 @@
-"""Nearly the optimal coupling for a few words over a wire: O(log(n / epsilon)) bits instead of a distribution.
+"""A nearly optimal coupling with little communication: O(log(n / epsilon)) bits instead of a distribution.
 
-Where the drafter runs elsewhere, the classic rule needs the draft's whole distribution beside its token. Here the
-drafter draws a point under its own distribution, (token, height), and sends the token and the leading bits of the
+If the drafter runs on another machine, rejection sampling needs the draft's whole distribution beside its token. Here
+the drafter draws a point under its own distribution, (token, height), and sends the token and the leading bits of the
 height. The verifier keeps the token if the point lies below the target too: with chance 1 - TV. Otherwise it draws
-points under the target until the drafter says of one, with one bit, that it is not under the draft as well. That
-happens with chance TV and then takes 1 / TV points on average: one point in all, whatever the distributions.
+points under the target until the drafter answers, with one bit, that a point is not under the draft as well. That
+happens with chance TV and then takes 1 / TV points on average: one point per row, for any distributions.
 
-Heights travel as numbers of cells of height 2**-b with ``vocab * 2**-b <= epsilon``. In the one cell of a token that
-its probability ends in, both sides draw by the share of the cell that is covered. So both tokens are exactly
-distributed, and what rounding costs is matches, at most epsilon.
+Heights are sent as numbers of cells of height 2**-b, with ``vocab * 2**-b <= epsilon``. In the cell in which a token's
+probability ends, both sides accept by the share of the cell that is covered. So both tokens are exactly distributed,
+and rounding only costs matches, at most epsilon.
 
 Daliri, Musco, Suresh, "Coupling without Communication and Drafter-Invariant Speculative Decoding" (2024) prove that
-O(log(n / epsilon)) bits suffice; the scheme above is one that does it.
+O(log(n / epsilon)) bits suffice; the scheme above is one such scheme.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from dataclasses import dataclass
 import torch
 
 MAX_HEIGHT_BITS = 52
-"""Of a float64's fraction."""
+"""Bits of a float64's fraction."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What came of it, for each row.
+    """Result of :func:`exchange` for each row.
 
     Attributes:
-        target_token_ids: ``[num_rows]`` distributed as the target.
-        draft_token_ids: ``[num_rows]`` distributed as the draft.
-        num_bits: ``[num_rows]`` sent in both directions together, answers included.
-        num_points: ``[num_rows]`` points sent, the drafter's own among them.
+        target_token_ids: ``[num_rows]`` tokens distributed as the target.
+        draft_token_ids: ``[num_rows]`` tokens distributed as the draft.
+        num_bits: ``[num_rows]`` bits sent in both directions together, answers included.
+        num_points: ``[num_rows]`` points sent, the drafter's own included.
     """
 
     target_token_ids: torch.Tensor
@@ -65,7 +65,7 @@ def point_bits(vocab: int, epsilon: float) -> int:
 
 
 def expected_bits(vocab: int, epsilon: float) -> int:
-    """Most bits on average: the drafter's point and the verdict, one more point and its answer."""
+    """Upper bound of the mean number of bits: two points, each with its answer."""
     return 2 * (point_bits(vocab, epsilon) + 1)
 
 
@@ -81,7 +81,7 @@ def _normalised(probs: torch.Tensor) -> torch.Tensor:
 
 
 def _under(probs: torch.Tensor, generator: torch.Generator | None, cells: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A point under each row, as (token, number of its cell)."""
+    """Draw a point under each row of probabilities, as (token, number of its cell)."""
     token = torch.multinomial(probs, 1, generator=generator)[:, 0]
     top = probs.gather(1, token[:, None])[:, 0]
     height = torch.rand(len(probs), dtype=torch.float64, device=probs.device, generator=generator) * top
@@ -89,23 +89,23 @@ def _under(probs: torch.Tensor, generator: torch.Generator | None, cells: int) -
 
 
 def _cover(probs: torch.Tensor, token: torch.Tensor, cell: torch.Tensor, cells: int) -> torch.Tensor:
-    """Share of a cell of ``token`` that lies below its probability."""
+    """Share of ``cell`` that lies below the probability of ``token``."""
     return (probs.gather(1, token[:, None])[:, 0] * cells - cell).clamp(0.0, 1.0)
 
 
 def exchange(
     target_probs: torch.Tensor, draft_probs: torch.Tensor, epsilon: float, generator: torch.Generator | None = None
 ) -> Exchange:
-    """One draft token a row, and what the verifier makes of it.
+    """Draw one draft token per row, and the verifier's token from it.
 
     Args:
         target_probs: ``[num_rows, vocab]``, each row summing to 1.
-        draft_probs: ``[num_rows, vocab]``.
-        epsilon: most that the chance of a match may fall short of 1 - TV.
+        draft_probs: ``[num_rows, vocab]``, each row summing to 1.
+        epsilon: largest loss: the chance of a match is at least 1 - TV - epsilon.
         generator: source of all draws.
 
     Raises:
-        ValueError: ``epsilon`` is out of range, or the two are not distributions of one shape.
+        ValueError: ``epsilon`` is out of range, or the probabilities are not distributions of one shape.
     """
     target, draft = (_normalised(each) for each in (target_probs, draft_probs))
     if target.shape != draft.shape:
@@ -118,7 +118,7 @@ def exchange(
     def happens(chance: torch.Tensor) -> torch.Tensor:
         return torch.rand(len(chance), dtype=torch.float64, device=chance.device, generator=generator) < chance
 
-    # Within a cell the receiver knows nothing: it keeps the point with the share of the cell that is covered.
+    # The receiver does not know the point within its cell: it keeps the point by the share of the cell that is covered.
     is_kept = happens(_cover(target, draft_token, cell, cells))
     target_token = draft_token.clone()
     num_points = torch.ones(num_rows, dtype=torch.int64, device=target.device)

@@ -1,14 +1,15 @@
-"""The classic rule: keep a draft token with chance min(1, target / draft), else draw from what the draft lacks.
+"""Rejection sampling: accept a draft token with chance min(1, target / draft), else draw from the residual.
 
-An optimal coupling of each draft token with the target (Leviathan, Kalman, Matias, "Fast Inference from Transformers
-via Speculative Decoding", 2023; Chen et al., 2023): no rule that looks at one token at a time accepts more. What is
-emitted has the target's distribution, but depends on the drafter: another drafter, another text.
+The residual is max(0, target - draft), normalised. This is an optimal coupling of each draft token with the target
+(Leviathan, Kalman, Matias, "Fast Inference from Transformers via Speculative Decoding", 2023; Chen et al., 2023): no
+rule that looks at one token at a time accepts more. Emitted tokens have the target's distribution, but the text of a
+seed depends on the drafter.
 
 *Block verification* (Sun et al., "Block Verification Accelerates Speculative Decoding", 2024) decides about the draft
-as a whole: a token that alone would be rejected may be kept for the sake of likely ones behind it. Never fewer accepted
-tokens on average, same distribution, same cost.
+as a whole: a token that would be rejected alone may be accepted because of likely tokens behind it. On average it never
+accepts fewer tokens, with the same distribution and cost.
 
-Here everything is drawn from uniforms that are handed in: one for each draft token and one for the last token.
+All draws come from uniforms that the caller passes: one for each draft token and one for the last token.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from vllm_specplug.samplers.base import REJECTED, Verification
 
 
 def _drawn(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """``[num_rows]`` tokens by inversion: weights ``[num_rows, vocab]`` need not sum to 1."""
+    """Draw tokens ``[num_rows]`` by inversion from weights ``[num_rows, vocab]``, which need not sum to 1."""
     cumulative = weights.double().cumsum(dim=-1)
     at = uniform.double()[:, None] * cumulative[:, -1:]
-    # The last token of positive weight, where rounding would lead behind it.
+    # Rounding must not lead behind the last token of positive weight.
     last = weights.shape[-1] - 1 - (weights > 0).flip(-1).to(torch.int8).argmax(dim=-1)
     return torch.minimum((cumulative <= at).sum(dim=-1), last)
 
@@ -42,14 +43,14 @@ def _emitted(
 def _at_drafts(
     target_probs: torch.Tensor, draft_probs: torch.Tensor, draft_token_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Target's and draft's probability of every draft token, ``[num_requests, k]`` float64; any value without one."""
+    """Target's and draft's probability of every draft token, ``[num_requests, k]`` float64; any value for padding."""
     index = draft_token_ids[..., None].long().clamp(min=0)
     target = target_probs[:, :-1].double().gather(2, index)[..., 0]
     return target, draft_probs.double().gather(2, index)[..., 0]
 
 
 def _draft_lengths(draft_token_ids: torch.Tensor, num_draft_tokens: torch.Tensor) -> torch.Tensor:
-    """``[num_requests]`` tokens before the first padding, at most ``num_draft_tokens``."""
+    """``[num_requests]`` draft tokens before the first negative id, at most ``num_draft_tokens``."""
     return torch.minimum(num_draft_tokens, (draft_token_ids >= 0).long().cumprod(dim=1).sum(dim=1))
 
 
@@ -64,14 +65,14 @@ def verify(
     num_draft_tokens: torch.Tensor,
     uniforms: torch.Tensor,
 ) -> Verification:
-    """Token by token.
+    """Verify drafts token by token.
 
     Args:
-        target_probs: ``[num_requests, k + 1, vocab]``.
-        draft_probs: ``[num_requests, k, vocab]`` that each draft token was drawn from; one-hot for a draft that was
-            not drawn at all.
+        target_probs: ``[num_requests, k + 1, vocab]`` probabilities of the target.
+        draft_probs: ``[num_requests, k, vocab]`` probabilities that draft tokens were drawn from; one-hot for drafts
+            that were not drawn.
         draft_token_ids: ``[num_requests, k]``; a draft ends before a negative id, such as padding by -1.
-        num_draft_tokens: ``[num_requests]``, at most ``k``; what is behind does not count.
+        num_draft_tokens: ``[num_requests]``, at most ``k``; tokens behind are ignored.
         uniforms: ``[num_requests, k + 1]`` in [0, 1), independent of the drafts; the last is for the last token.
     """
     k = draft_token_ids.shape[1]
@@ -84,7 +85,7 @@ def verify(
     padded = torch.cat([draft_probs, torch.zeros_like(target_probs[:, :1])], dim=1)
     lacking = (last_target - _row(padded, num_accepted)).clamp(min=0.0)
     is_rejected = num_accepted < num_draft_tokens
-    # If nothing is lacking a rejection had no chance: only rounding leads there.
+    # Without a residual a rejection has chance 0, and only rounding can cause one.
     is_residual = is_rejected & (lacking.sum(dim=-1) > 0)
     return _emitted(
         draft_token_ids, num_accepted, torch.where(is_residual[:, None], lacking, last_target), uniforms[:, k]
@@ -98,7 +99,7 @@ def verify_block(
     num_draft_tokens: torch.Tensor,
     uniforms: torch.Tensor,
 ) -> Verification:
-    """The whole draft at once; arguments as in :func:`verify`.
+    """Verify drafts as a whole; arguments as in :func:`verify`.
 
     With ``m_i = min(1, m_(i-1) * target_i / draft_i)`` along the draft, its first ``i`` tokens are acceptable with
     chance ``r / (r + 1 - m_i)``, ``r`` being the sum of max(0, m_i * target - draft) over the next token, or ``m_i``

@@ -1,4 +1,4 @@
-"""The child process behind ``harness.Engine``: one in-process vLLM engine, driven by pickled commands."""
+"""The child process of ``harness.Engine``: one in-process vLLM engine that runs pickled commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def build_params(request: dict[str, Any]) -> Any:
     if "json_schema" in keywords:
         keywords["structured_outputs"] = StructuredOutputsParams(json=keywords.pop("json_schema"))
     if keywords.pop("hot", False):
-        # Refused from users, and as good as any to the samplers. Parameters are checked again whenever they are copied.
+        # vLLM refuses this temperature, but samplers can work with it. Each copy of the parameters is checked again.
         keywords["temperature"] = 1e6
         SamplingParams._verify_args = lambda self: None
     return SamplingParams(**keywords)
@@ -76,7 +76,7 @@ class Child:
         ]
 
     def set_drafting(self, settings: dict[str, Any]) -> None:
-        """Swap the proposers of the running engine: one start-up serves many configurations."""
+        """Replace the proposers of the running engine, so that one start-up serves many configurations."""
         from vllm_specplug.drafting.drafting import Drafting
         from vllm_specplug.settings.model import parse_settings
 
@@ -87,7 +87,7 @@ class Child:
 
     @property
     def drafter(self) -> Any:
-        """What our plugin attached to the runner, V1 or V2."""
+        """The plugin's drafter on the model runner, V1 or V2."""
         from vllm_specplug.hooks.attached import drafter_of
 
         return drafter_of(self.runner)
@@ -99,14 +99,14 @@ class Child:
         return {metric.name: getattr(metric, "value", None) for metric in self.llm.get_metrics()}
 
     def call(self, function: str, *args: Any) -> Any:
-        """Run ``function`` of the module ``in_child`` here, with this child as first argument."""
+        """Run ``function`` of the module ``in_child`` in this process, with this child as first argument."""
         import in_child
 
         return getattr(in_child, function)(self, *args)
 
 
 def serve(channel: socket.socket) -> None:
-    """Do what comes through ``channel`` until its other end is closed."""
+    """Run the commands that arrive through ``channel`` until its other end is closed."""
     child = Child()
     with channel.makefile("rb") as commands, channel.makefile("wb") as answers:
         while True:

@@ -1,4 +1,4 @@
-"""Comparison of two engines' outputs."""
+"""Compares the outputs of two engines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def assert_same(ours: list[dict[str, Any]], stock: list[dict[str, Any]], what: s
 
 
 def assert_close_logprobs(ours: Any, stock: Any) -> int:
-    """Same candidates at every position up to float32 rounding of another batch shape; returns positions compared."""
+    """Assert equal candidates, with logprobs equal up to float32 rounding; returns the number of compared positions."""
     if stock is None:
         assert ours is None
         return 0

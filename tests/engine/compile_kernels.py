@@ -1,4 +1,4 @@
-"""Compiles what proposers compile, once and in two processes, before test workers would all do it at the same time."""
+"""Compiles the proposers' kernels once, in two processes, so that not every test worker compiles them."""
 
 from concurrent.futures import ProcessPoolExecutor
 
@@ -12,6 +12,6 @@ def compile_all(proposers: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # The automaton behind "suffix" takes as long as all the others, the ensemble among them.
+    # The automaton of "suffix" takes as long to compile as all other kernels, including the ensemble's.
     with ProcessPoolExecutor(2) as processes:
         list(processes.map(compile_all, [["suffix"], ["ngram", "jacobi", "lookahead", "recycling"]]))

@@ -1,4 +1,4 @@
-"""Real vLLM engines for tests, each in a child process of its own (see ``child.py``)."""
+"""Real vLLM engines for tests, each in its own child process (see ``child.py``)."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ HERE = Path(__file__).parent
 END_TIMEOUT_S = 20
 
 num_started = 0
-"""Engines that this process has asked for, those that refused to start included."""
+"""Number of engines that this process has started, including those that failed to start."""
 
 
 class EngineError(Exception):
-    """The child answered with an exception, or died; the message carries its text or the end of its log."""
+    """The child raised an exception or died; the message has its text and the end of the log."""
 
 
 class Nursery:
-    """The process that this one's engines are forked from; see ``nursery.py``.
+    """The process from which the engines of this process are forked; see ``nursery.py``.
 
     Args:
-        v2: for engines on the V2 model runner, whose kernels run under Triton's interpreter.
+        v2: fork engines on the V2 model runner, whose kernels run under Triton's interpreter.
     """
 
     def __init__(self, v2: bool) -> None:
@@ -72,7 +72,7 @@ class Nursery:
         return environment
 
     def fork(self, channel: socket.socket, log: int, plugin: bool) -> int:
-        """Start a child that serves ``channel`` and prints to ``log``; returns its process id."""
+        """Start a child that serves ``channel`` and prints to the descriptor ``log``; returns its process id."""
         environment = self._environment()
         if not plugin:
             environment["VLLM_PLUGINS"] = "none-of-them"
@@ -96,11 +96,11 @@ class Engine:
     """One vLLM engine, or a process in which vLLM can be imported.
 
     Args:
-        engine_args: for ``vllm.LLM``; None starts no engine yet.
+        engine_args: arguments of ``vllm.LLM``; None starts no engine yet.
         plugin: False keeps this project's plugin from loading: stock vLLM.
-        v2: run the V2 model runner, its kernels under Triton's interpreter: some tens of tokens a second, of a model
-            with a small vocabulary unless ``engine_args`` name another.
-        asynchronous: schedule a step while the one before it runs, as on a GPU.
+        v2: run the V2 model runner, with kernels under Triton's interpreter: some tens of tokens per second. The model
+            has a small vocabulary unless ``engine_args`` name another one.
+        asynchronous: use async scheduling, as on a GPU.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Engine:
         self._process = os.pidfd_open(nursery(v2).fork(theirs, self.log.fileno(), plugin))
         theirs.close()
         self._commands, self._answers = channel.makefile("wb"), channel.makefile("rb")
-        channel.close()  # with the last of the two
+        channel.close()  # really closed with the last of the two files
         if engine_args is not None:
             global num_started
             num_started += 1
@@ -129,7 +129,7 @@ class Engine:
                 raise
 
     def send(self, command: str, *args: Any) -> Any:
-        """Run a method of ``child.Child`` there and return what it returned."""
+        """Run a method of ``child.Child`` in the child process and return its result."""
         try:
             pickle.dump((command, args), self._commands)
             self._commands.flush()
@@ -141,11 +141,11 @@ class Engine:
         return value
 
     def generate(self, requests: list[dict[str, Any]], **options: Any) -> list[dict[str, Any]]:
-        """Outputs of ``requests``, each a dict with ``prompt`` (text or ids), ``params`` and maybe ``lora``."""
+        """Outputs of ``requests``: dictionaries with ``prompt`` (text or ids), ``params`` and optionally ``lora``."""
         return self.send("generate", requests, options)  # type: ignore[no-any-return]
 
     def tail(self, num_bytes: int = 4000) -> str:
-        """The end of what the engine printed."""
+        """The end of the engine's log."""
         self.log.seek(0, os.SEEK_END)
         self.log.seek(max(0, self.log.tell() - num_bytes))
         return self.log.read().decode(errors="replace")
@@ -172,10 +172,10 @@ class Engine:
 
 
 class Engines:
-    """Engines that stay for the next test with the same arguments.
+    """Keeps engines running for the next test with the same arguments.
 
     Args:
-        room: how many stay while nobody uses them; of more, those that were used longest ago are stopped.
+        room: most idle engines; beyond that, the least recently used one is stopped.
     """
 
     def __init__(self, room: int = 2) -> None:
@@ -184,7 +184,7 @@ class Engines:
 
     @contextlib.contextmanager
     def borrowed(self, engine_args: dict[str, Any], **more: bool) -> Iterator[Engine]:
-        """An engine for one user at a time, with nothing in its prefix cache; arguments as of :class:`Engine`."""
+        """An engine with an empty prefix cache, for one user at a time; arguments are those of :class:`Engine`."""
         key = json.dumps([engine_args, more], sort_keys=True)
         engine = self._idle.pop(key, None) or Engine(engine_args, **more)
         try:

@@ -20,7 +20,7 @@ from vllm_specplug.samplers.noise import noise_of
 
 
 class RandomTokens(Proposer):
-    """Wrong nearly always: uniformly random drafts of random length."""
+    """Drafts uniformly random tokens of random length, which are nearly always wrong."""
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
@@ -34,7 +34,7 @@ class RandomTokens(Proposer):
 
 
 class Oracle(Proposer):
-    """Proposes the true continuation: option ``sequences`` names a JSON list of prompt-and-output token ids."""
+    """Proposes the true continuation. Option ``sequences``: JSON file with lists of prompt and output token ids."""
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
@@ -55,13 +55,14 @@ class Oracle(Proposer):
 
 
 class SeveralChains(Oracle):
-    """Answers several continuations; option ``kinds`` says how each is made.
+    """Proposes several chains, of the kinds in option ``kinds``.
 
-    ``oracle``: the true one. ``wrong``: one token again and again. ``corrupted``: the true one with a token changed
-    somewhere. ``late``: the true one with the last but one changed. ``short``: half of the true one.
+    ``oracle``: the true continuation. ``wrong``: one token repeated. ``corrupted``: the true continuation with one
+    random token changed. ``late``: the true continuation with its last token but one changed. ``short``: its first
+    half.
 
-    Option ``leave_out``: sequences (by their place) that it drafts nothing for. Counts in ``counted`` what the verifier
-    made of it: true tokens of each step's best chain, accepted tokens, and steps in which fewer were accepted.
+    Option ``leave_out``: indices of sequences without drafts. ``counted`` sums over steps: true tokens of the best
+    chain, accepted tokens of these, steps that accepted fewer than the best chain has, and verified side chains.
     """
 
     def __init__(self, context: ProposerContext) -> None:
@@ -114,7 +115,7 @@ class SeveralChains(Oracle):
 
 
 class RandomChains(RandomTokens):
-    """Several of them."""
+    """Drafts several chains of uniformly random tokens."""
 
     def propose(self, batch: DraftBatch) -> Drafts:  # type: ignore[override]
         answers = [Drafts.from_lists(super(RandomChains, self).propose(batch)) for _ in range(batch.num_chains)]
@@ -123,7 +124,7 @@ class RandomChains(RandomTokens):
 
 
 class NoiseAlone(Proposer):
-    """Drafts what the target's noise alone would choose of the tokens that the request allows (option ``allowed``)."""
+    """Drafts the token of largest noise among those that the request allows (its option ``allowed``)."""
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         noise = batch.noise
@@ -138,7 +139,7 @@ class NoiseAlone(Proposer):
 
 
 class Raises(RandomTokens):
-    """Works twice, then breaks."""
+    """Drafts twice, then raises."""
 
     calls = 0
 
@@ -172,7 +173,7 @@ class Floats(Proposer):
 
 
 class WritesTable(Proposer):
-    """Tries to change the engine's own tokens."""
+    """Tries to write to the engine's table of token ids."""
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         batch.context(0)[:] = 7
@@ -186,7 +187,7 @@ class Sleeps(RandomTokens):
 
 
 def save_tiny_window_model(child: Any, folder: str, tokenizer: str) -> None:
-    """A model with layers of a sliding window and layers without, of random weights that make it heed its context."""
+    """Save a model with and without sliding windows, with random weights large enough that it heeds its context."""
     import shutil
 
     from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -209,7 +210,7 @@ def save_tiny_window_model(child: Any, folder: str, tokenizer: str) -> None:
 
 
 def make_no_repeat_processor() -> Any:
-    """A custom logits processor in vLLM's own style: forbids the last output token, by each request's live output."""
+    """A custom logits processor of vLLM's kind, which forbids a request's last output token from its live output."""
     from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
     class NoRepeat(AdapterLogitsProcessor):  # type: ignore[misc]
@@ -242,7 +243,7 @@ def __getattr__(name: str) -> Any:
 
 
 def command(child: Any, arguments: list[str]) -> tuple[int, str]:
-    """Exit status of a ``specplug`` command run in this process, and what it wrote to stderr; once in a process."""
+    """Run a ``specplug`` command, at most once per process; returns its exit status and its output to stderr."""
     from vllm_specplug.cli import main
 
     sys.argv = ["specplug", *arguments]
@@ -256,10 +257,12 @@ def command(child: Any, arguments: list[str]) -> tuple[int, str]:
 
 
 def config_error(child: Any, speculative_config: dict[str, Any], engine_args: dict[str, Any]) -> str:
-    """Type and message of what building the engine's configuration raises ("" when nothing).
+    """Type and message of the error when the engine's configuration is built; "" if there is none.
 
     Args:
+        child: the child.
         speculative_config: empty for none.
+        engine_args: all other arguments of the engine.
     """
     from vllm.engine.arg_utils import EngineArgs
 
@@ -271,7 +274,7 @@ def config_error(child: Any, speculative_config: dict[str, Any], engine_args: di
 
 
 def error_with_hashable_config(child: Any, speculative_config: dict[str, Any], engine_args: dict[str, Any]) -> str:
-    """The same with an ``additional_config`` that is no dictionary."""
+    """:func:`config_error` with an ``additional_config`` that is not a dictionary."""
 
     class Hashable:
         def compute_hash(self) -> str:
@@ -281,7 +284,7 @@ def error_with_hashable_config(child: Any, speculative_config: dict[str, Any], e
 
 
 def accepted_config(child: Any, engine_args: dict[str, Any]) -> tuple[dict[str, Any], str, int]:
-    """Our settings, the drafter and the draft length in a configuration that vLLM accepted."""
+    """The plugin's settings, the drafter and the draft length in the configuration that vLLM builds."""
     from vllm.engine.arg_utils import EngineArgs
 
     config = EngineArgs(**engine_args).create_engine_config()
@@ -290,7 +293,7 @@ def accepted_config(child: Any, engine_args: dict[str, Any]) -> tuple[dict[str, 
 
 
 def request_error(child: Any, engine_args: dict[str, Any], extra_args: dict[str, Any]) -> str:
-    """Type and message of what an engine of this configuration says to a request ("" when nothing)."""
+    """Type and message of the error for a request to an engine of this configuration; "" if there is none."""
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
 
@@ -303,7 +306,7 @@ def request_error(child: Any, engine_args: dict[str, Any], extra_args: dict[str,
 
 
 def chosen_runner(child: Any, engine_args: dict[str, Any]) -> tuple[list[str], bool, bool]:
-    """What V2 lacks for a configuration, whether V2 is chosen when nothing forces it, and async scheduling there."""
+    """Features that V2 lacks for a configuration, whether vLLM chooses V2 by itself, and its async scheduling."""
     from vllm.engine.arg_utils import EngineArgs
 
     keep_async_scheduling(child)
@@ -317,7 +320,7 @@ def chosen_runner(child: Any, engine_args: dict[str, Any]) -> tuple[list[str], b
 
 
 def _seam_targets() -> dict[str, Any]:
-    """What every seam's name stands for now, by module and name."""
+    """The current object of every seam, by module and name."""
     import importlib
     import inspect
 
@@ -334,7 +337,7 @@ def _seam_targets() -> dict[str, Any]:
 
 
 def undone_seams(child: Any) -> tuple[int, int, int]:
-    """Seams altogether, those wrapped after registration with both runners' hooks, those not restored after undoing."""
+    """Number of seams, of those wrapped after registration with both runners' hooks, and of those not restored."""
     from vllm_specplug import plugin
     from vllm_specplug.hooks.v1 import wrappers
     from vllm_specplug.hooks.v2 import wrappers as v2
@@ -357,10 +360,12 @@ def undone_seams(child: Any) -> tuple[int, int, int]:
 
 
 def unsupported(child: Any, kind: str, requests: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Register with a vLLM that is not supported, then build each (speculative_config, engine arguments).
+    """Register with an unsupported vLLM, then build the configuration of each request.
 
     Args:
-        kind: ``version`` (an unknown version number) or ``signature`` (a function that we wrap has changed).
+        child: the child.
+        kind: ``version`` (an unknown version number) or ``signature`` (a wrapped function has other parameters).
+        requests: pairs of speculative_config and engine arguments.
     """
     import vllm
     from vllm.sampling_params import SamplingParams
@@ -386,7 +391,7 @@ def unsupported(child: Any, kind: str, requests: list[tuple[dict[str, Any], dict
 
 
 def target_logits(child: Any, prompt: str) -> np.ndarray[Any, Any]:
-    """Target logits ``[vocab]`` after ``prompt``, as the engine computes them."""
+    """The engine's target logits ``[vocab]`` after ``prompt``."""
     from vllm import SamplingParams
 
     output = child.llm.generate([prompt], SamplingParams(max_tokens=1, temperature=0.0, logprobs=4096), use_tqdm=False)
@@ -400,12 +405,16 @@ def target_logits(child: Any, prompt: str) -> np.ndarray[Any, Any]:
 def first_tokens(
     child: Any, verifier: str, logits: np.ndarray[Any, Any], draft: int, draws: int, temperature: float
 ) -> np.ndarray[Any, Any]:
-    """How often each token was emitted first, over ``draws`` unseeded requests that were all drafted ``[draft]``.
+    """``[vocab]`` counts of first emitted tokens over ``draws`` unseeded requests, all with the draft ``[draft]``.
 
     Args:
-        verifier: ``gumbel``, ``minhash`` or ``list`` (ours, of three chains), ``rejection`` (vLLM's, with our repair)
-            or ``stock`` (vLLM's as it ships).
-        logits: ``[vocab]`` target logits of every row.
+        child: the child.
+        verifier: ``gumbel``, ``minhash``, ``list`` (ours; ``list`` with three chains), ``rejection`` (vLLM's, with our
+            repair) or ``stock`` (vLLM's without the plugin).
+        logits: ``[vocab]`` target logits of every logits row.
+        draft: the draft token.
+        draws: number of requests.
+        temperature: temperature of every request.
     """
     from types import SimpleNamespace
 
@@ -423,7 +432,7 @@ def first_tokens(
     batch = 500
     counts = np.zeros(len(logits), dtype=np.int64)
     request_ids = [f"virtual-{i}" for i in range(batch)]
-    # The real verifier, sampler and kernels; only the bookkeeping of 500 requests is stood in for.
+    # Verifier, sampler and kernels are real; only the runner's bookkeeping of 500 requests is replaced.
     stand_in = SimpleNamespace(
         device=runner.device,
         sampler=runner.sampler,
@@ -467,7 +476,7 @@ def first_tokens(
 
 
 def keep_async_scheduling(child: Any) -> None:
-    """Before an engine starts here: leave vLLM's default of a GPU in place, which its CPU platform switches off."""
+    """Keep async scheduling, which vLLM's CPU platform switches off, for engines that start in this process."""
     from vllm.platforms.cpu import CpuPlatform
 
     original = CpuPlatform.check_and_update_config.__func__
@@ -481,7 +490,7 @@ def keep_async_scheduling(child: Any) -> None:
 
 
 class Recorder(RandomTokens):
-    """Drafts at random and writes down what it was told was verified."""
+    """Drafts at random and records all reported verifications."""
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
@@ -501,7 +510,7 @@ class Recorder(RandomTokens):
 
 
 def record_verified(child: Any) -> None:
-    """Write down what is verified from now on, without drafting anything: for vLLM's own drafters."""
+    """Record all verifications from now on, without drafting: for vLLM's own drafters."""
     drafting = child.drafter.drafting
     observe = drafting.observe
     child.recorder = Recorder(drafting.context)
@@ -514,7 +523,7 @@ def record_verified(child: Any) -> None:
 
 
 def recorded(child: Any) -> dict[str, Any]:
-    """What the running engine's :class:`Recorder` wrote down."""
+    """The records of the running engine's :class:`Recorder`."""
     recorder = getattr(child, "recorder", None) or child.drafter.drafting._proposers["in_child.Recorder"]
     return {
         "emitted": recorder.emitted,
@@ -524,7 +533,7 @@ def recorded(child: Any) -> dict[str, Any]:
 
 
 def verify_in_chunks_of(child: Any, num_rows: int) -> None:
-    """As with a vocabulary so large that vLLM verifies only ``num_rows`` rows at a time; counts how often it did."""
+    """Let vLLM verify only ``num_rows`` logits rows at a time, as with a very large vocabulary; count the calls."""
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
     original = rejection_sampler._iter_request_chunks
@@ -543,7 +552,7 @@ def num_chunked_verifications(child: Any) -> int:
 
 
 def draft_on_device(child: Any, store: str | None) -> None:
-    """Let ``rest`` draft on the device of the running V2 engine from now on; None: on the host again."""
+    """Let ``rest`` draft on the device of the running V2 engine from now on; with None, draft on the host again."""
     from vllm_specplug.hooks.v2.on_device import DeviceDrafting
 
     speculator = child.drafter
@@ -555,9 +564,9 @@ def draft_on_device(child: Any, store: str | None) -> None:
 
 
 def held_bytes(child: Any) -> int:
-    """Bytes of everything that can be reached from what our plugin attached to the runner, without leaving our code.
+    """Bytes of all objects of this project that can be reached from the plugin's drafter on the runner.
 
-    The process's own size says little: vLLM's and the allocator's wander by tens of megabytes.
+    The size of the process would not do: that of vLLM and of the allocator varies by tens of megabytes.
     """
     from collections import deque
     from collections.abc import Mapping
@@ -568,7 +577,7 @@ def held_bytes(child: Any) -> int:
     total = 0
     while waiting:
         item = waiting.pop()
-        if id(item) in seen or type(item).__name__ == "Automaton":  # the history, whose bound is checked by itself
+        if id(item) in seen or type(item).__name__ == "Automaton":  # the history, whose bound another test checks
             continue
         seen.add(id(item))
         total += item.nbytes if isinstance(item, np.ndarray) else sys.getsizeof(item)
@@ -583,7 +592,7 @@ def held_bytes(child: Any) -> int:
 
 
 def abort_half_way(child: Any, prompts: list[str], max_tokens: int, steps: int) -> int:
-    """Start requests, let the engine take ``steps`` steps, abort them all; returns how many were still running."""
+    """Start requests, run ``steps`` steps, abort all requests; returns how many were still running."""
     from vllm import SamplingParams
 
     engine = child.llm.llm_engine
@@ -601,12 +610,12 @@ def abort_half_way(child: Any, prompts: list[str], max_tokens: int, steps: int) 
 
 
 def counted_chains(child: Any) -> dict[str, int]:
-    """What the proposer ``SeveralChains`` counted."""
+    """The counts of the proposer ``SeveralChains``."""
     return dict(child.drafter.drafting._proposers["in_child.SeveralChains"].counted)
 
 
 def keep_logits(child: Any) -> None:
-    """From now on, keep the target logits behind every emitted token that the V1 verifier draws at once."""
+    """From now on, keep the target logits of every emitted token that the V1 verifier draws at once."""
     verifier = child.runner.rejection_sampler
     child.kept_logits = kept = {}
     original = getattr(verifier, "_original_at_once", verifier._at_once)
@@ -631,12 +640,12 @@ def keep_logits(child: Any) -> None:
 
 
 def take_logits(child: Any) -> dict[Any, np.ndarray[Any, Any]]:
-    """What :func:`keep_logits` kept: by prompt, seed and output position ``[vocab]`` float32."""
+    """The logits of :func:`keep_logits`: ``[vocab]`` float32 by prompt, seed and output position."""
     return child.kept_logits  # type: ignore[no-any-return]
 
 
 def keep_logits_v2(child: Any) -> None:
-    """:func:`keep_logits` on the V2 runner, whatever drew the tokens."""
+    """:func:`keep_logits` for the V2 runner and any sampler."""
     runner = child.runner
     child.kept_logits = kept = {}
     if "sample" in runner.__dict__:
@@ -669,7 +678,7 @@ def keep_logits_v2(child: Any) -> None:
 
 
 def break_forks(child: Any, how: str) -> None:
-    """Controls that must not pass: forks whose winner is not copied home, or whose shared head is missing; or mend."""
+    """Break forks, for tests that must then fail: skip copying winners home, or skip shared heads; else mend them."""
     forks = child.drafter.forks
     for name in ("copy_home", "_copy_home", "_lay_out"):
         forks.__dict__.pop(name, None)
@@ -687,13 +696,13 @@ def break_forks(child: Any, how: str) -> None:
 
 
 def free_blocks(child: Any) -> int:
-    """Blocks of the KV cache that no request holds."""
+    """Number of KV-cache blocks that no request holds."""
     child.llm.reset_prefix_cache()
     return int(_block_pool(child).get_num_free_blocks())
 
 
 def scheduler_blocks(child: Any) -> int:
-    """Blocks of the KV cache that the scheduler knows of, but for the one that is nobody's."""
+    """Number of KV-cache blocks of the scheduler, without block 0, which holds no request."""
     return int(_block_pool(child).num_gpu_blocks) - 1
 
 

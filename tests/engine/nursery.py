@@ -1,8 +1,8 @@
-"""A process in which vLLM is imported already; it forks a child for every engine that a test asks for.
+"""A process that has imported vLLM and forks a child for every engine that a test starts.
 
-Importing vLLM takes far longer than starting an engine of a tiny model. Argument: the number of a socket's descriptor.
-A message there has a pickled environment and two descriptors, of the child's channel and its log; the answer is its
-process id. The nursery and its children end when the sockets' other ends do.
+Importing vLLM takes far longer than starting an engine of a tiny model. The argument is a socket's descriptor. Each
+message through the socket has a pickled environment and two descriptors, of the child's channel and its log; the answer
+is the child's process id. The nursery and its children end when the other ends of their sockets are closed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 
 import child
 
-# What every engine imports, stock ones too: nothing of this project, whose plugin loads in the child or not at all.
+# Modules that every engine imports, stock ones too. None is of this project: the plugin loads in the child, if at all.
 MODULES = (
     "vllm.entrypoints.llm",
     "vllm.engine.arg_utils",
@@ -36,8 +36,8 @@ def main() -> None:
     requests = socket.socket(fileno=int(sys.argv[1]))
     for name in MODULES:
         importlib.import_module(name)
-    gc.freeze()  # a child that collects garbage leaves what it shares with this process alone
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for children here
+    gc.freeze()  # garbage collection in a child must not touch shared pages
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # this process never waits for children
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, MAX_MESSAGE_BYTES, 2)
         if not message:
@@ -58,7 +58,7 @@ def main() -> None:
     os.close(log)
     child.serve(socket.socket(fileno=channel))
     atexit._run_exitfuncs()
-    os._exit(0)  # without taking vLLM's modules apart one by one, which takes seconds
+    os._exit(0)  # skips the teardown of vLLM's modules, which takes seconds
 
 
 if __name__ == "__main__":

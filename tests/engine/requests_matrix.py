@@ -1,4 +1,4 @@
-"""Seeded requests that together use every sampling parameter the verifier must serve."""
+"""Seeded requests that together use every sampling parameter that the verifier must support."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ JSON_SCHEMA = {
     "additionalProperties": False,
 }
 
-# Features that repeat row by row inside one sampling call, and those that need vLLM's stateful logits processors.
+# PLAIN_FEATURES can be repeated for each logits row of one sampling call.
+# PROCESSOR_FEATURES need vLLM's stateful logits processors.
 PLAIN_FEATURES: list[dict[str, Any]] = [
     {},
     {"top_k": 20},
@@ -40,7 +41,7 @@ PROCESSOR_FEATURES: list[dict[str, Any]] = [
     {"min_p": 0.05, "logprobs": 2, "frequency_penalty": 0.3},
     {"logit_bias": {10: 4.0}, "top_p": 0.9, "bad_words": ["self"]},
 ]
-# The same for the V2 runner, whose kernels run slowly on a CPU: several features a request, few requests, 512 tokens.
+# Features for the V2 runner, whose kernels are slow on a CPU: several per request, for few requests and 512 token ids.
 V2_FEATURES: list[dict[str, Any]] = [
     {},
     {"top_k": 20, "top_p": 0.9},
@@ -60,9 +61,9 @@ TEMPERATURES = [0.0, 0.6, 0.8, 1.0, 1.4]
 def requests(
     count: int, features: list[dict[str, Any]], first_seed: int = 0, longest: int = 44, longest_prompt: int = 900
 ) -> list[dict[str, Any]]:
-    """``count`` requests: every feature at every temperature in turn, prompts of 120 to ``longest_prompt`` characters.
+    """``count`` requests with all features at all temperatures in turn.
 
-    The longest output has ``longest`` tokens, the shortest 28 fewer but at least 6.
+    Prompts have 120 to ``longest_prompt`` characters, outputs ``max(6, longest - 28)`` to ``longest`` tokens.
     """
     chooser = random.Random(first_seed)
     prompts = corpus.held_out_prompts(48, longest_prompt)
@@ -84,7 +85,7 @@ def requests_v2(count: int, first_seed: int, longest: int = 10) -> list[dict[str
     """Requests for the V2 runner, with prompts of 50 to 200 tokens of the small vocabulary."""
     made = requests(count, V2_FEATURES, first_seed, longest, longest_prompt=450)
     for request in made:
-        if "prompt_logprobs" in request["params"]:  # a row of work for every token of the prompt
+        if "prompt_logprobs" in request["params"]:  # costs a logits row per prompt token
             request["prompt"] = request["prompt"][:20]
         if 0.0 < request["params"]["temperature"] != 0.9:  # 0.9: greedy requests that ask for two outputs
             request["params"]["temperature"] = 1.0
@@ -92,7 +93,7 @@ def requests_v2(count: int, first_seed: int, longest: int = 10) -> list[dict[str
 
 
 def noise_alone(num_requests: int, max_tokens: int, vocab_size: int = 4096) -> list[dict[str, Any]]:
-    """Requests so hot that the target's noise alone chooses among the tokens that they allow."""
+    """Requests of such a high temperature that noise alone chooses among the tokens that they allow."""
     allowed = [50, 51, 77, 300, 301, vocab_size // 4, vocab_size - 96]
     return [
         {

@@ -1,7 +1,7 @@
 """The tiny models cut to 512 tokens and two layers: under Triton's interpreter, time grows with the vocabulary.
 
-Byte-pair tokens are numbered in the order in which they are merged, so the first 512 are a tokenizer of their own, and
-rows of the embedding that go with them. What the cut models write is worse text than before, of the same alphabet.
+Byte-pair tokens are numbered in the order of their merges, so that the first 512 form a tokenizer, which goes with the
+first 512 rows of the embedding. The cut models write worse text than the tiny models.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _folder = tempfile.TemporaryDirectory(prefix="specplug-small-models-")
 
 @functools.cache
 def target_path() -> Path:
-    """The tiny target, cut."""
+    """Folder of the cut tiny target model."""
     return cut(tiny_models.target_path(), Path(_folder.name) / "target")
 
 
 @functools.cache
 def draft_path() -> Path:
-    """The tiny draft, cut."""
+    """Folder of the cut tiny draft model."""
     return cut(tiny_models.draft_path(), Path(_folder.name) / "draft")
 
 
 def cut(model: Path, out: Path) -> Path:
-    """Write the model folder ``model``, cut, to the folder ``out``; returns ``out``."""
+    """Cut the model in folder ``model`` and write it to the folder ``out``; returns ``out``."""
     from safetensors.torch import load_file, save_file
 
     out.mkdir(parents=True)

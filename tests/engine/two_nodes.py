@@ -1,6 +1,6 @@
-"""Two nodes of a Ray cluster on this machine, each with a cache of its own, fetch one store; prints what they got.
+"""Lets two nodes of a Ray cluster on this machine, each with its own cache, fetch one store; prints their results.
 
-Arguments: the store, a folder for the caches.
+Arguments: path of the store, and a folder for the caches.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NUM_ACTORS = 2
 
 
 class CountingSource(stores.StoreSource):
-    """Counts the chunks that were asked for."""
+    """Counts the chunks that nodes read."""
 
     def __init__(self, paths: list[str]) -> None:
         super().__init__(paths)
@@ -35,7 +35,7 @@ class CountingSource(stores.StoreSource):
 
 
 class Replica:
-    """Does with a store what a replica does before its engine starts."""
+    """Fetches a store as a replica does before its engine starts."""
 
     def place(self, config: dict[str, Any], source: Any) -> dict[str, Any]:
         from vllm_specplug.stores.datastore import Datastore
@@ -81,10 +81,10 @@ def main(store: Path, caches: Path) -> dict[str, Any]:
             return found
 
         where_it_is = place_all()
-        # No node has it at its path any more; the source still has it open.
+        # Now no node finds the store at its path; the source still has it open.
         store.unlink()
         found = {"where it is": where_it_is, "fetched": place_all(), "reads": ray.get(source.count.remote())}
-        # A copy that was cut off is fetched again.
+        # A truncated copy must be fetched again.
         cut = Path(found["fetched"][0]["path"])
         os.truncate(cut, 100)
         found["again"] = place_all()

@@ -1,1 +1,1 @@
-"""One step on the host: ask the proposers, choose among their drafts, learn from what was verified. Knows no vLLM."""
+"""Drafting on the host: ask proposers, choose among their drafts, learn from verified drafts. Knows no vLLM."""

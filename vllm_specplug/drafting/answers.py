@@ -1,4 +1,4 @@
-"""Makes a proposer's answer well-formed: whatever it holds, the engine gets valid token ids within their limits."""
+"""Makes any answer of a proposer well-formed: the engine gets valid token ids, in drafts within their limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_specplug.proposers.base import DraftBatch, Drafts, kernel_input
 
 
 def is_well_formed(drafts: Drafts, batch: DraftBatch, vocab_size: int) -> bool:
-    """Whether :func:`checked` would change nothing; fast, and True for our own proposers in every step."""
+    """Whether :func:`checked` would change nothing. Fast; always True for the proposers of this package."""
     num_requests = len(batch)
     shape = tuple(getattr(drafts.token_ids, "shape", ()))
     if len(shape) != 2:
@@ -61,13 +61,13 @@ def checked(
     """A proposer's answer with shapes checked, drafts cut to their limits and before ids outside the vocabulary.
 
     Args:
-        answer: ``[num_requests]`` drafts.
-        batch: what was asked.
+        answer: the proposer's drafts for the requests of ``batch``.
+        batch: the batch that the proposer was asked about.
         vocab_size: number of token ids.
-        on_invalid: called with such an id and with the number of tokens that are cut because of them.
+        on_invalid: called with an id outside the vocabulary and the number of tokens that are cut for such ids.
 
     Raises:
-        ValueError, TypeError: it is not one draft for each request.
+        ValueError, TypeError: the answer does not hold one draft for each request.
     """
     drafts = answer if isinstance(answer, Drafts) else from_lists(answer)
     if isinstance(drafts.others, tuple) and not drafts.others:
@@ -84,12 +84,12 @@ def checked(
 def _checked_chain(
     drafts: Drafts, batch: DraftBatch, vocab_size: int, on_invalid: Callable[[int, int], None] | None
 ) -> Drafts:
-    """:func:`checked` for one chain a request."""
+    """:func:`checked` for one chain per request."""
     num_requests = len(batch)
     if not isinstance(drafts, Drafts) or not (drafts.others is None or len(drafts.others) == 0):
         raise ValueError(f"answered {type(drafts).__name__} among others; Drafts without others are expected there")
     if is_well_formed(drafts, batch, vocab_size):
-        return drafts  # ours always are, and this is asked for every proposer in every step
+        return drafts  # always so for proposers of this package: quick in every step
     token_ids = np.asarray(drafts.token_ids)
     if token_ids.ndim != 2 or len(token_ids) != num_requests or len(drafts.num_tokens) != num_requests:
         raise ValueError(
@@ -123,7 +123,7 @@ def _checked_chain(
 
 
 def spread(drafts: Drafts, indices: Sequence[int], num_requests: int) -> Drafts:
-    """Drafts for some requests as drafts for all, empty for the others."""
+    """Extend drafts for the requests at ``indices`` to all requests, with empty drafts for the others."""
     out = Drafts.empty(num_requests, drafts.token_ids.shape[1])
     out.token_ids[indices] = drafts.token_ids
     out.num_tokens[indices] = drafts.num_tokens
@@ -139,10 +139,15 @@ def spread(drafts: Drafts, indices: Sequence[int], num_requests: int) -> Drafts:
 
 
 def evidence(name: str, values: Any, shape: tuple[int, ...]) -> NDArray[np.int32] | None:
-    """Counts that came with a draft as int32 of ``shape``, at least 0: the ensemble takes logarithms of them.
+    """Counts of an answer as int32 of ``shape``, at least 0, since the ensemble takes their logarithms.
+
+    Args:
+        name: name of the counts, for errors: ``match_length`` or ``votes``.
+        values: the counts, None if the answer has none.
+        shape: shape that they must have.
 
     Raises:
-        ValueError: they are no integers, or of another shape.
+        ValueError: the counts are not integers, or have another shape.
     """
     if values is None:
         return None
@@ -155,7 +160,7 @@ def evidence(name: str, values: Any, shape: tuple[int, ...]) -> NDArray[np.int32
 
 
 def from_lists(answer: Sequence[Sequence[int]]) -> Drafts:
-    """:meth:`Drafts.from_lists` for unchecked answers: wide enough for any id.
+    """:meth:`Drafts.from_lists` for unchecked answers, with int64 ids, which hold any integer.
 
     Raises:
         ValueError: a row is not a list of integers.

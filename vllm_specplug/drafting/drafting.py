@@ -1,7 +1,7 @@
 """Runs the configured proposers for a batch and keeps their failures away from the engine. Knows no vLLM.
 
-A proposer can make a request slower, never different and never fail: whatever it raises or returns, the engine gets
-well-formed drafts.
+A proposer can slow a request down, but can neither change its text nor make it fail: whatever the proposer raises or
+returns, the engine gets well-formed drafts.
 """
 
 from __future__ import annotations
@@ -37,12 +37,11 @@ from vllm_specplug.settings.model import Settings
 
 @dataclass
 class Proposal:
-    """What the next step shall verify.
+    """The drafts that the next step verifies.
 
     Attributes:
-        drafts: the main chain of each request, empty for those without one.
-        side_chains: by request id, further chains of a request that has some, the most promising first; none is longer
-            than its main chain.
+        drafts: main chain of each request; empty if it has none.
+        side_chains: side chains by request id, the most promising first; none is longer than its main chain.
     """
 
     drafts: list[list[int]]
@@ -50,22 +49,22 @@ class Proposal:
 
 
 class Drafting:
-    """The configured proposers of one worker, called once a step.
+    """The configured proposers of one worker, called once per step.
 
     Args:
-        settings: what the user wrote.
+        settings: the plugin's settings.
         context: sizes that the engine guarantees; ``datastores`` and ``options`` are filled in.
-        native: name of a drafter of the engine's own that takes part, where there is one.
-        can_shorten: False where the engine verifies as many rows whatever a draft's length.
+        native: name of the engine's own drafter, if one takes part.
+        can_shorten: False if shorter drafts do not save the engine any work.
 
     Raises:
         ConfigurationError: a proposer refuses its options, or the datastore cannot be used.
     """
 
     FOLLOW_INTERVAL = 8
-    """While proposers rest, they see the tokens every so many steps."""
+    """Steps from one call of ``Proposer.follow`` to the next while proposers rest."""
     COUNT_INTERVAL_S = 1.0
-    """Proposers are asked for their memory at most this often, between steps."""
+    """Least seconds between two counts of the proposers' memory."""
 
     def __init__(
         self, settings: Settings, context: ProposerContext, native: str | None = None, can_shorten: bool = True
@@ -92,9 +91,9 @@ class Drafting:
             can_shorten=can_shorten,
             num_chains=settings.num_chains,
         )
-        self._counted = 0.0  # when proposers were last asked for their memory
-        self._step_began = 0.0  # when the drafts of the step under way were handed over
-        self._verified_rows = -1  # draft rows of the step under way; -1 when its time says nothing
+        self._counted = 0.0  # time of the last count of memory
+        self._step_began = 0.0  # time at which the drafts of the step under way were proposed
+        self._verified_rows = -1  # draft tokens verified in this step; -1: do not use its time
         self._verified_forks = 0
         self._num_steps = 0
         self._has_drafted = False
@@ -111,7 +110,7 @@ class Drafting:
                 self._leave_out(name, "raised while warming up")
 
     def describe(self) -> str:
-        """The proposers with their own words, for the start-up line."""
+        """Names of the proposers with their descriptions of themselves, for the start-up line."""
         told = []
         for name, proposer in list(self._proposers.items()):
             try:
@@ -123,7 +122,7 @@ class Drafting:
 
     @property
     def has_proposers(self) -> bool:
-        """False when nobody drafts (any more)."""
+        """Whether any proposer drafts, the engine's own drafter included."""
         return bool(self._proposers) or self.native is not None
 
     def propose(  # noqa: PLR0913 - the inputs of one step
@@ -138,18 +137,18 @@ class Drafting:
         max_forks: int = 0,
         places: Places | None = None,
     ) -> Proposal:
-        """One draft for each request that emitted tokens in this step, empty for those that want or need none.
+        """Draft for the requests that emitted tokens in this step; a draft is empty if its request needs none.
 
         Args:
-            requests: ``[num_running]``.
-            token_ids: ``[num_rows, max_tokens]`` the engine's table; it is not written to.
-            rows: ``[num_running]`` row of each request in it.
+            requests: ``[num_running]`` requests that emitted tokens.
+            token_ids: ``[num_rows, max_tokens]`` the engine's table of token ids; it is not written to.
+            rows: ``[num_running]`` table row of each request.
             num_tokens: ``[num_running]`` tokens so far, the new ones included.
             limit: longest draft of the next step.
-            noise: gives the target's noise for some of the requests (by index) and a number of coming tokens; None if
-                it is not known.
-            native: ``[num_running, k]`` drafts of the engine's own drafter.
-            max_forks: most side chains, over all requests, that the next step has room for.
+            noise: from indices of requests and a number of coming tokens to the target's noise for these; None if the
+                noise is not known.
+            native: ``[num_running, k]`` drafts of the engine's own drafter; None if it does not take part.
+            max_forks: most side chains of the next step, over all requests.
             places: runners-up of ``native`` at each depth.
         """
         proposal = Proposal([[] for _ in requests])
@@ -199,9 +198,9 @@ class Drafting:
                 self.ensemble.gate.drafting_took(self._step_began - start)
 
     def _measure_step(self, num_running: int, now: float) -> None:
-        """Report to the ensemble how long the step took that is over now; count memory if that is due."""
+        """Report the time of the step that has just ended to the ensemble; count memory if that is due."""
         if self._is_resting and self._num_steps % self.FOLLOW_INTERVAL:
-            pass  # steps like this one are known well enough
+            pass  # enough steps like this one are measured
         elif self._verified_rows >= 0 and self._step_began and num_running:
             self.ensemble.gate.took(num_running, self._verified_rows, now - self._step_began, self._verified_forks)
             if self._verified_rows:
@@ -215,7 +214,7 @@ class Drafting:
             self._count_memory()
 
     def _rest(self, requests: Sequence[TrackedRequest]) -> bool:
-        """Whether the proposers rest in this step; requests are remembered as seen."""
+        """Decide whether the proposers rest in this step, and record the requests as seen."""
         self._has_drafted = False
         num_seen = len(self._seen)
         self._seen.update([request.request_id for request in requests])
@@ -225,12 +224,14 @@ class Drafting:
     def _hand_over(
         self, proposal: Proposal, batch: DraftBatch, indices: list[int], best: Drafts, source: NDArray[np.integer]
     ) -> None:
-        """Fill in what the ensemble chose.
+        """Fill a proposal with the drafts that the ensemble chose.
 
         Args:
-            proposal: to be filled, empty so far.
-            batch: the requests that were drafted for; ``indices`` their places in ``proposal.drafts``.
-            best: what was chosen; ``source``, ``[num_requests, width]``, the proposer of each token.
+            proposal: the proposal, empty so far.
+            batch: the batch that was drafted for.
+            indices: for each request of ``batch``, its index in ``proposal.drafts``.
+            best: the chosen drafts for ``batch``.
+            source: ``[num_requests, width]`` index of the proposer of each token.
         """
         lengths = best.num_tokens.tolist()
         for index, row, length in zip(indices, best.token_ids.tolist(), lengths, strict=True):
@@ -243,7 +244,7 @@ class Drafting:
             self.stats.proposers[self._names[proposer]].chosen += 1
 
     def _ask(self, name: str, batch: DraftBatch, allowed: Sequence[frozenset[str] | None]) -> Drafts | None:
-        """One proposer's drafts for those requests that it may draft for; None where it answers nothing."""
+        """One proposer's drafts for the requests that allow it; None if there are none or the proposer fails."""
         proposer = self._proposers.get(name)
         if proposer is None:
             return None
@@ -270,7 +271,7 @@ class Drafting:
         allowed: Sequence[frozenset[str] | None],
         places: Places | None,
     ) -> Drafts:
-        """The engine's own drafter's drafts; a place of -1 ends one."""
+        """The drafts of the engine's own drafter as :class:`Drafts`; a draft ends before its first -1."""
         assert self.native is not None
         is_token = np.cumprod(token_ids >= 0, axis=1).astype(np.int64)
         num_tokens = np.minimum(is_token.sum(axis=1), batch.max_draft_tokens)
@@ -295,9 +296,9 @@ class Drafting:
                 self._leave_out(name, "raised while following")
 
     def observe(self, verified: Verified) -> None:
-        """Count what was accepted, and hand it to the proposers and the ensemble that learn.
+        """Count accepted tokens, and report the verification to the ensemble and to proposers that learn.
 
-        To be called in every step, before :meth:`propose`, also where nothing was drafted.
+        Call it in every step, before :meth:`propose`, also if nothing was drafted.
         """
         stats = self.stats
         stats.steps += 1
@@ -305,7 +306,7 @@ class Drafting:
         stats.emitted += sum(verified.num_emitted)
         if not self.has_proposers:
             return
-        # A step that took in a prompt takes longer than its rows say.
+        # A step with prompt tokens takes longer than its number of draft tokens explains.
         is_decode = not verified.num_unsettled and all(request_id in self._seen for request_id in verified.request_ids)
         several = {
             index: [draft, *further]
@@ -316,9 +317,9 @@ class Drafting:
         self._verified_rows = -1
         if is_decode:
             self._verified_rows = sum(map(len, verified.draft_token_ids))
-            # Rows of a tree: what chains share is verified once.
+            # Chains of a request form a tree: tokens that they share are verified once.
             self._verified_rows += sum(_num_nodes(chains) - len(chains[0]) for chains in several.values())
-        # At rest nobody learns from single tokens: that would take as long as drafting.
+        # At rest proposers do not learn from each step: that would take as long as drafting.
         is_learning = self.ensemble.is_waiting or (bool(self._observers) and not self._is_resting)
         if not verified.request_ids or not is_learning:
             return
@@ -342,7 +343,7 @@ class Drafting:
                 self._leave_out(name, "raised while observing")
 
     def finish(self, request_ids: Sequence[str]) -> None:
-        """Free everything kept for these requests."""
+        """Drop all state of these requests."""
         self._seen.difference_update(request_ids)
         self.ensemble.finish(request_ids)
         for name, proposer in list(self._proposers.items()):
@@ -352,7 +353,7 @@ class Drafting:
                 self._leave_out(name, "raised while finishing a request")
 
     def close(self) -> None:
-        """The engine is going down in an orderly way: proposers save what shall outlive it."""
+        """Let proposers save what must outlive the engine. Called when the engine shuts down in an orderly way."""
         for name, proposer in list(self._proposers.items()):
             try:
                 proposer.close()
@@ -363,8 +364,8 @@ class Drafting:
         """The counters now, as plain types.
 
         Args:
-            is_fresh: False takes memory and stores as they last were, at most a second of steps ago, and asks no
-                proposer: for threads other than the one that drafts.
+            is_fresh: False returns memory and stores as they were last counted, without asking proposers; required in
+                threads other than the one that drafts.
         """
         if is_fresh:
             self._count_memory()
@@ -382,7 +383,7 @@ class Drafting:
         self._counted = time.perf_counter()
 
     def _leave_out(self, name: str, what: str) -> None:
-        # Called from an except block: the traceback goes to the log once, since a proposer is left out only once.
+        # Called in an except block: logger.exception logs the traceback, once per proposer.
         stats = self.stats.proposers[name]
         stats.errors += 1
         stats.active = False
@@ -403,7 +404,7 @@ class Drafting:
 def _longest_drafts(
     requests: Sequence[TrackedRequest], num_tokens: NDArray[np.int64], limit: int
 ) -> tuple[list[int], list[int]]:
-    """Indices of the requests that have room for a draft, and the longest draft of each."""
+    """Indices of the requests that can use a draft, and the longest draft of each of them."""
     wanting: list[int] = []
     limits: list[int] = []
     for index, (request, total) in enumerate(zip(requests, num_tokens.tolist(), strict=True)):
@@ -415,5 +416,5 @@ def _longest_drafts(
 
 
 def _num_nodes(chains: Sequence[Sequence[int]]) -> int:
-    """Tokens of a tree, given by its paths."""
+    """Number of tokens in the tree whose paths are ``chains``."""
     return len({tuple(chain[: depth + 1]) for chain in chains for depth in range(len(chain))})

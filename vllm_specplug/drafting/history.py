@@ -1,8 +1,8 @@
-"""The tokens of live requests on the host, for runners that keep them on the device. Knows no vLLM.
+"""A host copy of the tokens of live requests, for runners that keep them on the device. Knows no vLLM.
 
-A row belongs to one request at a time and is filled in two ways: the whole prompt when the request is added, then the
-tokens of each step as they arrive. A row may be given to another request before the tokens of its last step arrived:
-every occupation of a row has a number of its own, so that such latecomers are known and dropped.
+A table row belongs to one request at a time. It is filled with the prompt when the request is added, then with the
+tokens of each step when they arrive. A table row may pass to another request before the tokens of the last step arrive:
+every occupation of a row has its own number, so that callers can drop such late tokens.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from vllm_specplug.drafting.requests import TrackedRequest
 
 
 class TokenHistory:
-    """Rows of token ids, one a live request.
+    """A table of token ids with one row per live request.
 
     Args:
         num_rows: most requests at a time.
-        max_tokens: most tokens a request can have; memory is touched only as far as tokens are written.
+        max_tokens: most tokens of a request; unwritten columns take no memory.
     """
 
     def __init__(self, num_rows: int, max_tokens: int) -> None:
@@ -34,7 +34,7 @@ class TokenHistory:
         return len(self._row_of)
 
     def add(self, row: int, request: TrackedRequest, token_ids: Sequence[int]) -> None:
-        """``request`` occupies ``row`` from now on, with these tokens so far."""
+        """Let ``request`` occupy ``row`` from now on; ``token_ids`` are its tokens so far."""
         before = self.requests[row]
         if before is not None:
             self.remove(before.request_id)
@@ -46,7 +46,7 @@ class TokenHistory:
         self.token_ids[row, : len(token_ids)] = token_ids
 
     def remove(self, request_id: str) -> None:
-        """The request is gone (for now); does nothing when it has no row."""
+        """Free the row of a finished or preempted request; does nothing if it has no row."""
         row = self._row_of.pop(request_id, None)
         if row is not None:
             self.requests[row] = None
@@ -55,13 +55,13 @@ class TokenHistory:
     def append(
         self, rows: NDArray[np.int64], totals: NDArray[np.int64], counts: NDArray[np.int64], tokens: NDArray[np.int32]
     ) -> None:
-        """The tokens of one step.
+        """Append the tokens of one step.
 
         Args:
-            rows: ``[n]`` rows, each at most once.
-            totals: ``[n]`` tokens of each request now, the new ones included.
-            counts: ``[n]`` how many are new.
-            tokens: ``[n, width]``, the new ones first.
+            rows: ``[n]`` distinct table rows.
+            totals: ``[n]`` number of tokens in each row now, the new ones included.
+            counts: ``[n]`` number of new tokens.
+            tokens: ``[n, width]`` new tokens, in the first ``counts[i]`` columns.
         """
         columns = np.arange(tokens.shape[1])[None, :]
         places = (totals - counts)[:, None] + columns

@@ -1,4 +1,4 @@
-"""What drafting remembers of a request's parameters."""
+"""The parameters of a request that drafting needs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from vllm_specplug.settings.requests import MAX_DRAFT_OPTION, PROPOSERS_OPTION, 
 
 @dataclass(frozen=True, slots=True)
 class TrackedRequest:
-    """What the drafter remembers of a request's parameters: they never change.
+    """The parameters of a request that drafting needs; they never change.
 
     Attributes:
-        request_id: the engine's.
-        num_prompt_tokens: length of its prompt.
-        max_total_tokens: most tokens (prompt + output) it can ever have.
-        temperature: 0 when it is greedy.
-        speculate: False when the request wants no drafts.
-        max_draft_tokens: longest draft that it wants; None: as long as the engine allows.
-        proposers: who may draft for it; None: all.
-        options: its ``extra_args``, ours in the form that proposers read.
+        request_id: the engine's id of the request.
+        num_prompt_tokens: length of the prompt.
+        max_total_tokens: most tokens (prompt + output) that the request can have.
+        temperature: 0 for a greedy request.
+        speculate: False if the request wants no drafts.
+        max_draft_tokens: longest draft that the request wants; None: as long as the engine allows.
+        proposers: names of proposers that may draft for the request; None: all.
+        options: the request's ``extra_args``, with this plugin's options parsed.
     """
 
     request_id: str
@@ -35,10 +35,10 @@ class TrackedRequest:
 
     @classmethod
     def of(cls, request_id: str, params: Any, num_prompt_tokens: int, max_model_len: int) -> TrackedRequest:
-        """From the engine's sampling parameters (``max_tokens`` or None, ``extra_args`` or None).
+        """Take the parameters from the engine's sampling parameters (``max_tokens`` and ``extra_args`` may be None).
 
         Raises:
-            ConfigurationError: an option of ours is not what it should be; the engine has refused such requests.
+            ConfigurationError: an option of this plugin is invalid; normally the engine refuses such requests before.
         """
         options = parse_request_options(params.extra_args)
         longest = max_model_len
@@ -57,9 +57,9 @@ class TrackedRequest:
         )
 
     def longest_draft(self, num_tokens: int, limit: int) -> int:
-        """Longest draft of use when the request has ``num_tokens`` and the engine allows ``limit``; 0 for none.
+        """Longest draft that can help if the request has ``num_tokens`` and the engine allows ``limit``; 0 for none.
 
-        A step emits one token more than it accepts, and none may pass ``max_tokens`` or ``max_model_len``.
+        A step emits one token more than it accepts, and no token may pass ``max_tokens`` or ``max_model_len``.
         """
         if not self.speculate:
             return 0

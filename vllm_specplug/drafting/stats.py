@@ -15,13 +15,13 @@ class ProposerStats:
 
     Attributes:
         drafted: draft tokens that were verified.
-        accepted: those of them that were kept.
-        chosen: drafts that begin with a token of this proposer's.
-        errors: calls that raised or answered nonsense.
+        accepted: draft tokens that were accepted.
+        chosen: drafts whose first token comes from this proposer.
+        errors: calls that raised or returned an invalid answer.
         invalid_tokens: draft tokens cut off because they are outside the vocabulary.
         propose_s: seconds spent in the proposer.
-        memory_bytes: state it keeps about requests.
-        active: False once it was left out.
+        memory_bytes: bytes of its state about requests.
+        active: False once it is left out after an error.
         stores: counters of its token stores, by name.
     """
 
@@ -40,18 +40,18 @@ class ProposerStats:
 class DraftingStats:
     """Counters of the whole plugin in one worker.
 
-    Under async scheduling (V2) a request is gone before its last step is counted; ratios are not touched by that.
+    Under async scheduling (V2) the last step of a request is not counted; ratios do not change by that.
 
     Attributes:
         steps: steps in which some request emitted tokens.
-        emitted: tokens of all requests.
+        emitted: emitted tokens of all requests.
         request_steps: request and step pairs that emitted tokens.
         live_requests: requests that hold state here.
         wait_s: seconds spent waiting for emitted tokens to arrive from the device (V2).
-        verify_s: seconds of steps that verified drafts and took in no prompt, drafting left out.
-        verify_steps: those steps.
-        proposers: counters of each.
-        ensemble: what was decided between them, and what steps cost.
+        verify_s: seconds of steps that verified drafts and had no prompt tokens, without the time of drafting.
+        verify_steps: number of steps in ``verify_s``.
+        proposers: counters of each proposer, by name.
+        ensemble: counters of the choice between proposers, and costs of steps.
     """
 
     steps: int = 0
@@ -65,5 +65,5 @@ class DraftingStats:
     ensemble: EnsembleStats = field(default_factory=EnsembleStats)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for RPC, JSON and logs."""
+        """The counters as plain types, for RPC, JSON and logs."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Takes a new version of a token store into use between two steps."""
+"""Switches to new versions of token stores between two steps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from vllm_specplug.proposers.base import Proposer
 
 
 class StoreSwitch:
-    """One worker's part.
+    """Opens new versions of one worker's token stores in a thread, and switches its proposers to them.
 
     Args:
-        proposers: by name, those that draft now.
+        proposers: the worker's active proposers, by name.
     """
 
     def __init__(self, proposers: Mapping[str, Proposer]) -> None:
@@ -24,7 +24,7 @@ class StoreSwitch:
         self._error = ""
 
     def open(self, name: str) -> None:
-        """Begin to open what was replaced, for the reload of this name; an earlier one that is not taken yet is off."""
+        """Begin to open the stores that were replaced on disk. ``name`` is the reload's; it cancels earlier reloads."""
         before, self._name = self._thread, name
         self._opened, self._error = {}, ""
         self._thread = threading.Thread(target=self._open, args=(name, before), name="specplug stores", daemon=True)
@@ -32,7 +32,7 @@ class StoreSwitch:
 
     def _open(self, name: str, before: threading.Thread | None) -> None:
         if before is not None:
-            before.join()  # one store is read at a time, and what is on disk now is looked at last
+            before.join()  # one reload reads at a time, and the latest reads last
         opened: dict[str, Mapping[str, Any]] = {}
         error = ""
         try:
@@ -43,9 +43,9 @@ class StoreSwitch:
             self._opened, self._error = opened, error
 
     def look(self, name: str) -> dict[str, Any]:
-        """How far it is: ``is_ready``, ``error`` (empty without one), and the ``versions`` that would be in use then.
+        """State of a reload: ``is_ready``, ``error`` ("" if there is none), and ``versions`` after the switch.
 
-        Versions are those of all stores, replaced or not: workers that agree in them will draft the same.
+        ``versions`` covers all stores, replaced or not: workers with equal versions draft the same.
         """
         if name != self._name:
             return {"is_ready": True, "error": "another reload has begun meanwhile", "versions": {}}
@@ -59,7 +59,7 @@ class StoreSwitch:
         return {"is_ready": True, "error": self._error, "versions": versions}
 
     def take(self, name: str, versions: Mapping[str, str]) -> list[str] | None:
-        """Switch, and name the stores that are new; None, and nothing is done, where ``versions`` would not result."""
+        """Switch to ``versions`` and return the names of new stores; None, without a switch, if that is impossible."""
         state = self.look(name)
         if not state["is_ready"] or state["error"] or state["versions"] != dict(versions):
             return None

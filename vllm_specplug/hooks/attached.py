@@ -1,4 +1,4 @@
-"""What this plugin attaches to a model runner: one drafter, found again by one look-up. What both runners share."""
+"""Attaches our drafter to a model runner and looks it up; small functions that the hooks of both runners share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from vllm_specplug.settings.model import Settings
 
 
 def attach(owner: Any, drafter: Any) -> None:
-    """Let ``drafter`` be found on an object of vLLM's: a model runner, or a part of one whose methods are wrapped."""
+    """Attach ``drafter`` to an object of vLLM's: a model runner, or a part of one whose methods are wrapped."""
     owner._specplug = drafter
 
 
 def drafter_of(owner: Any) -> Any:
-    """Our drafter on an object of vLLM's; None if none is attached to it."""
+    """Our drafter that is attached to an object of vLLM's; None if there is none."""
     return getattr(owner, "_specplug", None)
 
 
@@ -31,18 +31,18 @@ def proposer_context(vllm_config: Any, settings: Settings) -> ProposerContext:
 
 
 def log_start(runner: str, settings: Settings, role: str) -> None:
-    """The start-up line: that the plugin is active, on which runner, with which sampler.
+    """Log that the plugin is active, on which runner and with which sampler.
 
     Args:
         runner: ``V1`` or ``V2``.
-        settings: ours.
-        role: who drafts, as the end of the line.
+        settings: the plugin's settings.
+        role: end of the line: which drafter is at work.
     """
     kind = "drafter-invariant" if settings.is_coupled else "vLLM's own verifier"
     logger.info("specplug is active: runner %s, sampler %s (%s)%s", runner, settings.sampler, kind, role)
 
 
 def beside_native(speculative_config: Any) -> str:
-    """The end of the start-up line if vLLM's own drafter is at work."""
+    """The ``role`` of ``log_start`` if vLLM's own drafter is at work."""
     method, how = speculative_config.method, speculative_config.draft_sample_method
     return f" verifies the drafts of vLLM's {method} ({how})"

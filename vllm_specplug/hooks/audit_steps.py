@@ -1,7 +1,7 @@
-"""How the audit gets between a runner's logits and its tokens, on V1 and on V2.
+"""Lets the audit act between a runner's logits and its tokens, on V1 and on V2.
 
-A step is shown as :class:`Step`: its tokens can be drawn any number of times, by the runner's own sampler and verifier.
-What it then emits, and which drafts the next step verifies, is for the audit to say.
+The audit sees each step as a :class:`Step`, whose tokens it can draw any number of times with the runner's own sampler
+and verifier. The audit then decides what the step emits and which drafts the next step verifies.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Emit = Callable[[torch.Tensor, "Sequence[Sequence[int]] | None"], TokenIds]
 
 @dataclass(frozen=True)
 class Step:
-    """A step between its logits and its tokens.
+    """A step whose logits are computed and whose tokens are not drawn yet.
 
     Attributes:
         request_ids: ``[num_requests]``.
-        num_drafts: ``[num_requests]`` drafts that are verified.
-        is_partial: ``[num_requests]`` whether the prompt is not read to its end: nothing is emitted.
-        logits: ``[sum(num_drafts + 1), vocab]`` of the target, as the model gave them.
-        draft_probs: ``[sum(num_drafts), vocab]`` that drafts were drawn from; None where they were not drawn, or the
-            verifier does not know.
-        emit: draws once more: from (logits, drafts of each request, or None for those at hand) to emitted tokens
-            ``[num_requests, width]``, -1 behind the last.
+        num_drafts: ``[num_requests]`` number of draft tokens that are verified.
+        is_partial: ``[num_requests]`` True if the prompt is not read to its end, so that nothing is emitted.
+        logits: ``[sum(num_drafts + 1), vocab]`` of the target model, not processed yet.
+        draft_probs: ``[sum(num_drafts), vocab]`` probabilities that draft tokens were drawn from; None if they were not
+            drawn, or the verifier does not know the probabilities.
+        emit: draws the step's tokens once more. Takes logits and the drafts of every request (None: the step's own
+            drafts); returns the emitted tokens ``[num_requests, width]``, padded with -1.
     """
 
     request_ids: list[str]
@@ -47,18 +47,18 @@ class Step:
 
 
 OnStep = Callable[[Step], "Sequence[Sequence[int]] | None"]
-"""Sees a step; says what each request emits, or None for what the runner draws."""
+"""Takes a step; returns the tokens that each request emits, or None to emit what the runner draws."""
 DraftsOf = Callable[[str], Sequence[int]]
-"""The drafts of a request for the next step."""
+"""Takes a request id; returns that request's draft for the next step."""
 
 
 class V1:
-    """Between logits and tokens of vLLM's V1 model runner.
+    """Replaces the sampling of vLLM's V1 model runner.
 
     Args:
         runner: the model runner.
         on_step: called with every step.
-        drafts_of: says what is verified next; None leaves the drafter's own.
+        drafts_of: the drafts that the next step verifies; None keeps the drafter's own.
     """
 
     def __init__(self, runner: Any, on_step: OnStep, drafts_of: DraftsOf | None = None) -> None:
@@ -72,12 +72,12 @@ class V1:
             runner.take_draft_token_ids = self.take_draft_token_ids
 
     def detach(self) -> None:
-        """Leave the runner as it was."""
+        """Put the runner's own methods back."""
         self._runner._sample = self._sample
         self._runner.take_draft_token_ids = self._take
 
     def take_draft_token_ids(self) -> Any:
-        """The drafts of the next step, whatever the drafter proposed."""
+        """Replaces the runner's method: the audit's drafts for the next step, whatever the drafter proposed."""
         from vllm.v1.outputs import DraftTokenIds
 
         assert self._drafts_of is not None
@@ -86,7 +86,7 @@ class V1:
         return DraftTokenIds(ids, [list(self._drafts_of(each)) for each in ids])
 
     def sample(self, logits: torch.Tensor, metadata: Any) -> Any:
-        """Stands for the runner's own method."""
+        """Replaces the runner's method: show the step to the audit, then emit what the audit wants."""
         runner = self._runner
         ids = list(runner.input_batch.req_ids)
         counts = [0] * len(ids) if metadata is None else list(metadata.num_draft_tokens)
@@ -115,7 +115,7 @@ class V1:
 
     @contextlib.contextmanager
     def _unobserved(self) -> Iterator[None]:
-        """Draws of an audit are not what our proposers should learn from."""
+        """Keep our proposers from learning from the audit's draws."""
         attached = drafter_of(self._runner)
         if attached is None:
             yield
@@ -129,13 +129,13 @@ class V1:
 
 
 class V2:
-    """The same for Model Runner V2; its draws are keyed by request seed and position, so each gets seeds of its own.
+    """Replaces the sampling of Model Runner V2. Its noise follows from seed and position: every draw gets fresh seeds.
 
     Args:
         runner: the model runner.
         on_step: called with every step.
-        drafts_of: says what is verified next; None leaves the drafter's own.
-        seed: of the seeds of draws.
+        drafts_of: the drafts that the next step verifies; None keeps the drafter's own.
+        seed: seed of the generator that makes the fresh seeds.
     """
 
     def __init__(self, runner: Any, on_step: OnStep, drafts_of: DraftsOf | None = None, seed: int = 0) -> None:
@@ -152,13 +152,13 @@ class V2:
             runner.take_draft_token_ids = self.take_draft_token_ids
 
     def detach(self) -> None:
-        """Leave the runner as it was."""
+        """Put the runner's own methods back."""
         self._runner.sample = self._sample
         self._runner.take_draft_token_ids = self._take
         self._runner.draft_tokens_handler.set_draft_tokens = self._set
 
     def take_draft_token_ids(self) -> Any:
-        """The drafts of the next step, for a scheduler that waits for them."""
+        """Replaces the runner's method: the audit's drafts, for a scheduler that waits for them."""
         from vllm.v1.outputs import DraftTokenIds
 
         assert self._drafts_of is not None
@@ -168,7 +168,7 @@ class V2:
         return DraftTokenIds(taken.req_ids, [list(self._drafts_of(each)) for each in taken.req_ids])
 
     def set_draft_tokens(self, input_batch: Any, draft_tokens: torch.Tensor) -> None:
-        """The drafts of the next step, where this runner reads them from."""
+        """Put the audit's drafts into the table from which the runner reads those of the next step."""
         assert self._drafts_of is not None
         drafts = [list(self._drafts_of(each)) for each in input_batch.req_ids]
         planted = torch.full(draft_tokens.shape, -1, dtype=draft_tokens.dtype)
@@ -179,7 +179,7 @@ class V2:
         self._set(input_batch, planted)
 
     def sample(self, hidden_states: torch.Tensor, input_batch: Any, grammar_output: Any) -> Any:
-        """Stands for the runner's own method."""
+        """Replaces the runner's method: show the step to the audit, then emit what the audit wants."""
         runner = self._runner
         logits = runner.model.compute_logits(hidden_states[input_batch.logits_indices])
         bounds = input_batch.cu_num_logits.tolist()
@@ -218,7 +218,7 @@ class V2:
         draft_logits = getattr(runner.speculator, "draft_logits", None)
         if draft_logits is None or not any(counts):
             return None
-        # vLLM keeps them as the drafter's model gave them: temperature comes on top.
+        # vLLM keeps the draft model's logits before temperature.
         temperature = runner.sampler.sampling_states.temperature.gpu
         rows = []
         for index, count in zip(input_batch.idx_mapping.tolist(), counts, strict=True):
@@ -233,7 +233,7 @@ class V2:
         counts: Sequence[int],
         drafts: Sequence[Sequence[int]] | None,
     ) -> Iterator[None]:
-        """Let the runner's method find these logits, these drafts and fresh seeds."""
+        """Let the runner's sampling use these logits, these drafts and fresh seeds for one draw."""
         model, input_ids = self._runner.model, input_batch.input_ids
         seeds = self._runner.sampler.sampling_states.seeds.gpu
         kept_ids, kept_seeds = input_ids.clone(), seeds.clone()
@@ -254,11 +254,11 @@ class V2:
 
 
 def is_v2(runner: Any) -> bool:
-    """Whether this is Model Runner V2."""
+    """Whether ``runner`` is Model Runner V2."""
     return any("worker.gpu." in each.__module__ for each in type(runner).__mro__)  # also of its subclass for CPUs
 
 
 def between(runner: Any, on_step: OnStep, drafts_of: DraftsOf | None = None, seed: int = 0) -> V1 | V2:
-    """Whatever fits this runner; draws of V1 come from random generators of its own, and ``seed`` is for V2 alone."""
+    """Attach the audit to ``runner``, V1 or V2. Only V2 uses ``seed``: V1 draws from its own random generators."""
     seams.check(seam_list.AUDIT_V2_USED if is_v2(runner) else seam_list.AUDIT_V1_USED)
     return V2(runner, on_step, drafts_of, seed) if is_v2(runner) else V1(runner, on_step, drafts_of)

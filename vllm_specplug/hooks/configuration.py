@@ -1,4 +1,4 @@
-"""Turns the keys of ``speculative_config`` that are ours into vLLM's and back."""
+"""Translates this plugin's keys of ``speculative_config`` into vLLM's own configuration."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def create_speculative_config(
     _send_along(self, settings_beside)
     self.speculative_config = {key: value for key, value in given.items() if key.replace("-", "_") not in OWN_KEYS}
     config = original(self, target_model_config, target_parallel_config)
-    _check_native(config.method, settings_beside)  # vLLM may have found the method by the model
+    _check_native(config.method, settings_beside)  # vLLM may have derived the method from the model
     if config.method in [entry.name for entry in settings_beside.proposers]:
         raise ConfigurationError(
             f"speculative_config: method {config.method!r} is vLLM's own drafter, and proposers has one of ours "
@@ -79,7 +79,7 @@ def create_speculative_config(
 
 
 def _choices(settings: Settings, native: str | None = None) -> RequestChoices:
-    """What requests can choose from, for their validation before they reach a worker."""
+    """The options that requests can choose from: requests are validated before they reach a worker."""
     names = [entry.name for entry in settings.drafting_proposers]
     return RequestChoices(
         proposers=tuple(names if native is None else [*names, native]),
@@ -90,9 +90,9 @@ def _choices(settings: Settings, native: str | None = None) -> RequestChoices:
 
 
 def _in_additional_config(engine_args: Any) -> dict[str, Any]:
-    """Our part of vLLM's additional_config, {} where there is none."""
+    """Our part of vLLM's additional_config; {} if there is none."""
     additional = engine_args.additional_config
-    if not isinstance(additional, Mapping):  # vLLM takes any object with a hash there: somebody else's
+    if not isinstance(additional, Mapping):  # vLLM takes any hashable object: not ours
         return {}
     ours = additional.get(SETTINGS_KEY, {})
     if not isinstance(ours, dict):
@@ -104,7 +104,7 @@ def _in_additional_config(engine_args: Any) -> dict[str, Any]:
 
 
 def _send_along(engine_args: Any, settings: Settings) -> None:
-    """Put the settings where every process finds them."""
+    """Put the settings into additional_config, which travels to every process."""
     additional = engine_args.additional_config or {}
     if not isinstance(additional, Mapping):
         raise ConfigurationError(
@@ -114,7 +114,7 @@ def _send_along(engine_args: Any, settings: Settings) -> None:
 
 
 def _check_spelling(given: Mapping[str, Any], method: Any) -> None:
-    """vLLM would call these unknown too, without knowing what was meant."""
+    """Refuse misspelt names of ours with a suggestion; vLLM would only call them unknown."""
     if isinstance(method, str) and (near := nearest(method, [METHOD])):
         raise ConfigurationError(f"speculative_config: there is no method {method!r}.{near}")
     for key in given:
@@ -132,12 +132,12 @@ def _check_native(method: Any, settings: Settings) -> None:
 
 
 def _read_beside_native(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> Settings | None:
-    """The sampler that shall verify one of vLLM's own drafters; None where nothing of ours was asked for."""
+    """Our settings beside one of vLLM's own drafters; None if the configuration has none of our keys."""
     elsewhere = _in_additional_config(engine_args)
     if not elsewhere and not any(key.replace("-", "_") in OWN_KEYS for key in given):
         return None
     ours = {key: value for key, value in _with_underscores(given).items() if key in OWN_KEYS}
-    # The draft length is what an earlier call on the same object left there.
+    # An earlier call on the same object may have left the draft length in additional_config.
     _check_same(ours, elsewhere)
     settings = parse_settings({"proposers": [], **elsewhere, **ours})
     sampler = settings.sampler
@@ -167,7 +167,7 @@ def _read_beside_native(given: dict[str, Any], engine_args: Any, method: Any, mo
 
 
 def _with_underscores(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys in one spelling; both of them for the same key are an error."""
+    """Spell every key with underscores; a key that is given in both spellings is an error."""
     spelt: dict[str, str] = {}
     for key in given:
         if (other := spelt.setdefault(key.replace("-", "_"), key)) != key:
@@ -179,7 +179,7 @@ def _with_underscores(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_same(given: Mapping[str, Any], elsewhere: Mapping[str, Any]) -> None:
-    """The two places for our settings must not say different things."""
+    """Refuse a key that has different values in speculative_config and in additional_config."""
     for key in sorted(set(given) & set(elsewhere)):
         if given[key] != elsewhere[key]:
             raise ConfigurationError(
@@ -189,7 +189,7 @@ def _check_same(given: Mapping[str, Any], elsewhere: Mapping[str, Any]) -> None:
 
 
 def _read(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> Settings:
-    """Settings from either spelling; the native one keeps them in additional_config."""
+    """Settings under our method name or under vLLM's ``custom_class``, which may have them in additional_config."""
     if method not in (METHOD, "custom_class", None):
         raise ConfigurationError(
             f"speculative_config: model {model!r} needs method {METHOD!r} or 'custom_class', was given {method!r}."
@@ -233,14 +233,14 @@ def _read(given: dict[str, Any], engine_args: Any, method: Any, model: Any) -> S
 
 
 def check_proposers(settings: Settings, model_config: Any) -> None:
-    """Build the proposers that come with this package once, so that a wrong option is found before a model loads.
+    """Build the proposers that come with this package once, so that a wrong option fails before a model loads.
 
     Raises:
         ConfigurationError: an option is unknown or out of its range.
     """
     from vllm_specplug.drafting.drafting import Drafting
 
-    # Where an option is right on the host, it is on the device; what else the device asks for, it says itself.
+    # Options valid on the host are valid on the device; a device proposer checks its own further conditions.
     own = tuple(
         type(entry)(name=entry.name, **entry.options)
         for entry in settings.proposers
@@ -252,20 +252,21 @@ def check_proposers(settings: Settings, model_config: Any) -> None:
         max_model_len=int(model_config.max_model_len),
     )
     try:
-        # Closed again: what they opened here (a history's file and thread) is the workers' to use.
+        # Close at once: the file and thread of a history are for the workers.
         Drafting(settings.model_copy(update={"proposers": own}), context).close()
     except ConfigurationError as error:
         raise ConfigurationError(f"speculative_config: {error}") from error
 
 
 def check_datastore(settings: Settings, model_config: Any) -> Settings:
-    """Open each configured store once, before any model loads, and hold it against the model's tokenizer.
+    """Open each configured store once, before any model loads, and check it against the model's tokenizer.
 
     Returns:
         The settings with the stores' paths made absolute: workers may run in another folder.
 
     Raises:
-        ConfigurationError: a proposer needs a store and none is given, or one cannot be opened or does not fit.
+        ConfigurationError: a proposer needs a store and none is configured, or a store cannot be opened or does not
+            fit the tokenizer.
     """
     wanting = [entry.name for entry in settings.proposers if entry.name in NEEDS_DATASTORE]
     if settings.datastore is None:

@@ -1,8 +1,8 @@
-"""An endpoint of vLLM's server, off unless asked for: look again at the token stores, without a restart.
+"""An optional endpoint of vLLM's server that reloads the token stores without a restart.
 
-vLLM loads it where ``VLLM_PLUGINS`` names it: ``VLLM_PLUGINS=specplug,specplug_stores``. Then ``POST
-/specplug/reload_stores`` does it, and so does the signal SIGHUP to the server (with one API server process: with
-several, vLLM's parent process takes the signal, and ends).
+vLLM loads this endpoint if ``VLLM_PLUGINS`` names it: ``VLLM_PLUGINS=specplug,specplug_stores``. Then ``POST
+/specplug/reload_stores`` reloads, and so does the signal SIGHUP to the server (with one API server process only: with
+several, vLLM's parent process receives the signal and ends).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PATH = "/specplug/reload_stores"
 
 
 class StoresEndpoint:
-    """vLLM's ``EndpointPlugin``."""
+    """An ``EndpointPlugin`` of vLLM that reloads token stores."""
 
     name = "specplug_stores"
     required_tasks = ("generate",)
@@ -43,7 +43,7 @@ class StoresEndpoint:
                 return JSONResponse({"error": str(error)}, status_code=409)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Take the engine, and the signal."""
+        """Keep the engine client, and reload on SIGHUP from now on."""
         self._engine = engine_client
         if engine_client is not None:
             try:

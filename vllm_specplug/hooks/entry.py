@@ -1,6 +1,6 @@
-"""Configuration: our keys become vLLM's before vLLM builds its SpeculativeConfig. Active in every process.
+"""The hooks of every process: they translate our configuration and validate requests.
 
-Also here: which model runner a worker is about to build, and so whose hooks it needs.
+They also wrap the model runner that a worker is about to build.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _watch_scheduler() -> None:
 
 
 def uninstall() -> None:
-    """Put vLLM's own functions back, the model runner's too where they were wrapped in this process."""
+    """Put vLLM's own functions back, also those of the model runner if they are wrapped in this process."""
     for module in (
         "vllm_specplug.hooks.v1.wrappers",
         "vllm_specplug.hooks.v2.wrappers",
@@ -77,7 +77,7 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
 
 
 def _post_init(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """vLLM 0.32 keeps async scheduling to a list of its own methods; on V2 our drafter is none the worse for it."""
+    """Allow async scheduling on V2, which vLLM 0.32 limits to a fixed list of methods; our drafter supports it."""
     if not (is_ours(self.speculative_config) and self.use_v2_model_runner):
         settings = settings_of(self.additional_config)
         if settings is not None and not is_ours(self.speculative_config):
@@ -103,7 +103,7 @@ def _unsupported_features(original: Callable[..., Any], self: Any) -> Any:
 
 
 def _init_device(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A worker is about to build its model runner: the last moment to wrap it, and only where it is ours to wrap."""
+    """Wrap the model runner that the worker is about to build, if the engine has our settings."""
     config = self.vllm_config
     if config is not None and config.speculative_config is not None and settings_of(config.additional_config):
         if config.use_v2_model_runner:
@@ -113,7 +113,7 @@ def _init_device(original: Callable[..., Any], self: Any, *args: Any, **kwargs: 
         hooks.install()
         extend(self.worker)
         settings = settings_of(config.additional_config)
-        # Both say the same unless something between the processes rebuilt vLLM's configuration without our mark.
+        # The two differ only if something between the processes rebuilt vLLM's configuration without our mark.
         if settings is not None and settings.is_coupled != is_coupled(config.speculative_config):
             raise ConfigurationError(
                 f"speculative_config: this worker was told sampler {settings.sampler!r} in one place and another in "
@@ -142,7 +142,7 @@ def _validate_spec_decode(original: Callable[..., Any], self: Any, speculative_c
 
 
 def _rebind_kernels(original: Callable[..., Any], overrides: Any) -> Any:
-    # One of llvmlite's objects answers every attribute, "__dict__" too, with a function; the scan trips over it.
+    # An object of llvmlite returns a function for every attribute, even "__dict__", which crashes vLLM's scan.
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "llvmlite"}
     try:
         return original(overrides)

@@ -1,4 +1,4 @@
-"""What a model runner cannot do, refused by name at start-up."""
+"""Refuses at start-up what a model runner cannot do, and names it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Refusal(NamedTuple):
     """Something that a runner under a coupled sampler cannot do.
 
     Attributes:
-        applies: whether vLLM's complete VllmConfig, with our settings, asks for it.
-        text: why not; ``{}`` stands for what the configuration says.
-        value: what it says there.
+        applies: whether the configuration asks for it, from vLLM's complete VllmConfig and our settings.
+        text: the reason; ``{}`` stands for ``value``.
+        value: the configured value that the text quotes, from vLLM's complete VllmConfig.
     """
 
     applies: Callable[[Any, Settings], bool]
@@ -24,7 +24,7 @@ class Refusal(NamedTuple):
 
 
 def _lacks_stock_noise(config: Any, settings: Settings) -> bool:
-    """V1's noise is only reproduced on CPUs, and there for vLLM's kernels of two architectures."""
+    """Whether V1's noise cannot be reproduced: only that of vLLM's CPU kernels on x86 and ARM can."""
     from vllm.platforms import CpuArchEnum, current_platform
 
     known = (CpuArchEnum.X86, CpuArchEnum.ARM)
@@ -51,7 +51,7 @@ UNFIT_V1 = (
     ),
     _OTHER_VERIFIER,
 )
-"""Why the V1 runner cannot be coupled; the first that applies is reported. The documentation lists them."""
+"""What a coupled V1 runner cannot do; the first refusal that applies is reported. The documentation lists all."""
 
 UNFIT_V2 = (
     Refusal(
@@ -82,16 +82,16 @@ UNFIT_V2 = (
         "with pipeline parallelism vLLM's V2 runner speculates under async scheduling only, which is off",
     ),
 )
-"""The same of the V2 runner."""
+"""What a coupled V2 runner cannot do; used like ``UNFIT_V1``."""
 
 
 def check_engine(config: Any) -> None:
-    """Raise ConfigurationError if the chosen model runner cannot do what was asked.
+    """Raise ConfigurationError if the chosen model runner cannot do what the configuration asks for.
 
-    Above all: if the coupled verifier would not draw what vLLM's sampler draws.
+    In particular, refuse what would make a coupled verifier draw other tokens than vLLM's sampler.
 
     Args:
-        config: vLLM's complete VllmConfig; only now the model runner is known.
+        config: vLLM's complete VllmConfig, which knows the model runner.
     """
     settings = settings_of(config.additional_config)
     if settings is None or config.speculative_config is None:
@@ -112,7 +112,7 @@ def check_engine(config: Any) -> None:
 
 
 def _why_unfit(config: Any, settings: Settings) -> str:
-    """Why the chosen runner cannot be coupled; "" when it can."""
+    """Why the chosen runner cannot be coupled; "" if it can."""
     for refusal in UNFIT_V2 if config.use_v2_model_runner else UNFIT_V1:
         if refusal.applies(config, settings):
             return refusal.text.format(refusal.value(config))
@@ -120,7 +120,7 @@ def _why_unfit(config: Any, settings: Settings) -> str:
 
 
 def keep_v1_synchronous(config: Any) -> None:
-    """V1 under async scheduling takes its own drafter's drafts on the device; ours could not join them there."""
+    """Turn async scheduling off on V1: it keeps the drafts of vLLM's drafter on the device, where ours cannot join."""
     scheduler_config = config.scheduler_config
     if config.speculative_config is None or config.use_v2_model_runner or scheduler_config.async_scheduling is False:
         return

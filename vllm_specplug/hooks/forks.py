@@ -1,13 +1,13 @@
-"""Several chains of one request in one forward pass: what both model runners share.
+"""Forks: side chains of a request in the same forward pass as its main chain. The part that both runners share.
 
-Every chain beyond a request's first is one more row of the batch, a *fork*. Its block table begins with the request's
-own blocks; the last, partly filled one and those of its drafts are *scratch*: blocks at the end of the KV cache that
-the scheduler is never told of, so that prefix caching and preemption know nothing of them either. What the cache holds
-of the partly filled block is copied in before the forward pass; where a fork wins, its blocks are copied over the
-request's own afterwards. Attention backends see rows only, and a token's slot still follows from its position, so that
-positional encodings and windows stay right.
+A *fork* is a side chain as one more batch row. Its block table begins with the request's own full blocks. Its last
+blocks, from the request's partly filled one on, are *scratch*: blocks at the end of the KV cache that the scheduler
+does not know, so that prefix caching and preemption do not know them either. The partly filled block is copied into
+scratch before the forward pass. If a fork wins, its blocks are copied over the request's own after the pass. Attention
+backends see batch rows only, and a token's KV-cache slot still follows from its position, so that positional encodings
+and windows stay right.
 
-The scheduler knows one draft a request, the longest chain; the others stay in the worker.
+The scheduler knows one draft per request, the main chain, which is the longest; side chains stay in the worker.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from dataclasses import dataclass
 from vllm_specplug.log import logger
 
 SideChains = dict[str, list[list[int]]]
-"""Side chains of the drafts that the scheduler knows, by request id."""
+"""Side chains by request id, beside the drafts that the scheduler knows."""
 
 
 @dataclass
 class Fork:
-    """A chain beyond a request's first, in the batch of one step.
+    """A side chain in the batch of one step.
 
     Attributes:
-        request_id: whose it is.
-        tokens: the whole chain.
-        parent: the chain that it begins like: 0 the request's first, ``n`` the ``n``-th fork of this request.
-        head: tokens that it has in common with that chain, and with the first one at least as many as ``main_head``.
-        main_head: tokens that it has in common with the request's first chain.
+        request_id: the request that the chain drafts for.
+        tokens: the whole chain, from its first token.
+        parent: the chain that this one shares the most first tokens with: 0 the main chain, ``n`` the request's
+            ``n``-th fork.
+        head: number of first tokens that it shares with its parent; at least ``main_head``.
+        main_head: number of first tokens that it shares with the main chain.
     """
 
     request_id: str
@@ -42,7 +43,7 @@ class Fork:
 
 
 def shared_head(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two chains begin with in common."""
+    """The number of first tokens that two chains have in common."""
     length = 0
     for a, b in zip(one, other, strict=False):
         if a != b:
@@ -54,13 +55,13 @@ def shared_head(one: Sequence[int], other: Sequence[int]) -> int:
 def plan_forks(
     drafts: Mapping[str, Sequence[int]], further: Mapping[str, Sequence[Sequence[int]]], max_rows: int, max_tokens: int
 ) -> list[Fork]:
-    """The forks of a step: those that have room and say something that no chain before them says.
+    """The forks of a step: side chains that fit in and that are not the beginning of a chain before them.
 
     Args:
-        drafts: the first chain of each request, as the scheduler has it.
-        further: more of them, none longer: what is longer is cut.
-        max_rows: rows of the batch, and sets of scratch blocks, that are idle.
-        max_tokens: tokens that the batch still has room for; a fork takes one for each token behind its head.
+        drafts: main chain of each request, by request id, as the scheduler knows it.
+        further: side chains of each request; each is cut to the length of the main chain.
+        max_rows: free batch rows, each with its set of scratch blocks.
+        max_tokens: tokens that still fit into the batch; a fork takes one for each token behind its head.
     """
     forks: list[Fork] = []
     for request_id, main in drafts.items():
@@ -83,11 +84,12 @@ def walk(chains: Sequence[Sequence[int]], choose: Callable[[int, int], int]) -> 
     """Walk the tree of a request's chains along the target's tokens.
 
     Args:
-        chains: draft tokens of each.
-        choose: the target's token behind so many tokens of one of the chains (chain, depth).
+        chains: draft tokens of each chain.
+        choose: from (chain, depth), the target's token behind the first ``depth`` tokens of that chain.
 
     Returns:
-        The chain that got furthest, of equals the earliest, and the emitted tokens: its accepted ones and one more.
+        The chain with the most accepted tokens, the first of equals, and the emitted tokens: the accepted ones and one
+        more.
     """
     alive = list(range(len(chains)))
     emitted: list[int] = []
@@ -103,5 +105,5 @@ def walk(chains: Sequence[Sequence[int]], choose: Callable[[int, int], int]) -> 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Say in the log, once a process, what keeps some request to one chain."""
+    """Log once per process why some request has no side chains."""
     logger.info("specplug: %s", message)

@@ -1,4 +1,4 @@
-"""What is left of the plugin beside a vLLM that it does not support: one clear error for those who ask for it."""
+"""The plugin under a vLLM that it does not support: it only raises a clear error if its settings are used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GUARD_SEAMS = (
 
 
 def install(error: UnsupportedVersionError) -> bool:
-    """From now on, raise ``error`` where our settings are used; False when that was so already."""
+    """From now on, raise ``error`` if our settings are used. Returns False if the guard is already installed."""
     if _patches.installed:
         return False
 

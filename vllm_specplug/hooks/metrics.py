@@ -1,4 +1,4 @@
-"""Where metrics meet vLLM: who publishes, under which labels, and which registry answers ``/metrics``."""
+"""Publishes the metrics of workers and shows them on vLLM's ``/metrics``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _bridge: bridge.RayBridge | None = None
 
 
 def show_metrics() -> None:
-    """This process reads the configuration: it, or one that it starts, answers ``/metrics``. Trouble is only logged."""
+    """Show our series on ``/metrics`` of this process and of the processes that it starts. Errors are only logged."""
     global _bridge, _collector
     try:
         from prometheus_client import REGISTRY
@@ -42,7 +42,7 @@ def show_metrics() -> None:
 
 
 def hide_metrics() -> None:
-    """Take them away again."""
+    """Remove our series from ``/metrics`` again."""
     global _bridge, _collector
     if _bridge is not None:
         _bridge.close()
@@ -56,12 +56,12 @@ def hide_metrics() -> None:
 
 
 def _collect(original: Callable[[Any], Any], collector: Any) -> list[Any]:
-    """With several API servers the files of ``prometheus_client`` are all that is shown: ours join them."""
+    """Add our series, since several API servers show nothing but the files of ``prometheus_client``."""
     return [*original(collector), *files.Collector(files.open_folder()).collect()]
 
 
 def publish_metrics(snapshot: Callable[[], series.Snapshot], vllm_config: Any) -> None:
-    """This worker's counters go where they are looked for, from now until it ends."""
+    """Publish this worker's counters from now until the process ends."""
     folder = os.environ.get(files.FOLDER_VARIABLE)
     name = vllm_config.model_config.served_model_name
     labels = {
@@ -78,7 +78,7 @@ def publish_metrics(snapshot: Callable[[], series.Snapshot], vllm_config: Any) -
 
 
 def _tells_ray() -> bool:
-    """Whether this worker is an actor of Ray itself, which the starting process does not speak for."""
+    """Whether this worker publishes to Ray itself: it is an actor, and no bridge of this process does it."""
     return _bridge is None and _is_under_ray()
 
 

@@ -25,15 +25,15 @@ patches = seams.Patches()
 
 
 DEFAULT_SHARE = 20
-"""One in so many blocks of the KV cache is set aside where the settings do not say how many."""
+"""Without ``scratch_blocks`` in the settings, one in 20 blocks of the KV cache is set aside."""
 
 
 _KNOWN_SPECS = (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec, SlidingWindowMLASpec)
-"""Kinds of layers whose cache is nothing but blocks of tokens; compared exactly, since subclasses may hold more."""
+"""Layer types whose cache consists of token blocks only. Subclasses do not count: they may hold more."""
 
 
 _FROM_HIDDEN_STATES = ("eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "dflash", "dspark")
-"""Drafters of vLLM's that read the hidden states of the rows of the scheduled draft, which are not the winner's."""
+"""vLLM's drafters that read hidden states of the main chain's tokens, which are wrong if a side chain wins."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Scratch:
     """The blocks that are set aside for forks; the same in the scheduler's process and in every worker.
 
     Attributes:
-        num_rows: forks of a step, at most.
-        blocks_per_row: blocks of a fork, by KV-cache group.
-        first_block: id of the first one, and so the number of blocks that are left to the scheduler.
+        num_rows: most forks of one step.
+        blocks_per_row: number of blocks of a fork, by KV-cache group.
+        first_block: id of the first scratch block, which is also the number of blocks of the scheduler.
     """
 
     num_rows: int
@@ -52,11 +52,11 @@ class Scratch:
 
     @property
     def num_blocks(self) -> int:
-        """All blocks set aside."""
+        """Number of blocks that are set aside for all forks."""
         return self.num_rows * sum(self.blocks_per_row)
 
     def blocks_of(self, fork: int) -> list[range]:
-        """Ids of a fork's blocks, by KV-cache group; blocks of two groups share memory, so that no id is in both."""
+        """Block ids of a fork, by KV-cache group. Groups share memory, so that no two of them share an id."""
         start = self.first_block + fork * sum(self.blocks_per_row)
         blocks = []
         for count in self.blocks_per_row:
@@ -66,7 +66,7 @@ class Scratch:
 
 
 def why_single(vllm_config: Any, kv_cache_config: KVCacheConfig) -> str:
-    """What keeps every request of this engine to one chain, "" where nothing does."""
+    """Why the requests of this engine cannot have side chains; "" if they can."""
     config, parallel = vllm_config.model_config, vllm_config.parallel_config
     speculative, is_v2 = vllm_config.speculative_config, bool(vllm_config.use_v2_model_runner)
     odd = {type(spec) for group in kv_cache_config.kv_cache_groups for spec in _layer_specs(group)} - {*_KNOWN_SPECS}
@@ -87,7 +87,7 @@ def why_single(vllm_config: Any, kv_cache_config: KVCacheConfig) -> str:
         ("pipeline parallelism is on", parallel.pipeline_parallel_size > 1),
         ("data parallelism is on", parallel.data_parallel_size > 1),
         ("kv_sharing_fast_prefill is on", vllm_config.cache_config.kv_sharing_fast_prefill),
-        # vLLM reads them off the rows of the scheduled draft.
+        # vLLM reads the experts of the main chain's tokens only.
         ("routed experts are returned", getattr(getattr(vllm_config, "aux_output_config", None), "enabled", False)),
     ):
         if applies:
@@ -96,7 +96,7 @@ def why_single(vllm_config: Any, kv_cache_config: KVCacheConfig) -> str:
 
 
 def _layer_specs(group: Any) -> list[Any]:
-    """Of the layers of a group; of different ones where they only take the same blocks."""
+    """Specs of the layers of a KV-cache group, which differ if the layers share only their block size."""
     spec = group.kv_cache_spec
     return list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
 
@@ -109,11 +109,11 @@ def _context_parallel(parallel_config: Any) -> bool:
 
 
 def plan_scratch(vllm_config: Any, kv_cache_config: KVCacheConfig) -> Scratch | None:
-    """How many blocks to set aside; None where every request keeps one chain.
+    """The blocks to set aside for forks; None if requests have no side chains.
 
     Args:
         vllm_config: vLLM's configuration, with our settings in it.
-        kv_cache_config: of a worker: with all blocks there are.
+        kv_cache_config: that of a worker, which has all blocks.
 
     Raises:
         ConfigurationError: ``scratch_blocks`` is less than one fork takes.
@@ -126,11 +126,11 @@ def plan_scratch(vllm_config: Any, kv_cache_config: KVCacheConfig) -> Scratch | 
     num_draft = int(vllm_config.speculative_config.num_speculative_tokens)
     sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
     per_row = tuple(1 + cdiv(num_draft, size) for size in sizes)
-    # The scheduler must still be able to run one request of full length; block 0 is nobody's.
+    # The scheduler must still be able to run one request of full length; block 0 holds no request.
     longest = sum(cdiv(int(vllm_config.model_config.max_model_len), size) for size in sizes)
     free = max(kv_cache_config.num_blocks - 1 - longest, 0)
     max_num_seqs = int(vllm_config.scheduler_config.max_num_seqs)
-    wanted = min((settings.num_chains - 1) * max_num_seqs, max_num_seqs - 1)  # a row for the request, at least
+    wanted = min((settings.num_chains - 1) * max_num_seqs, max_num_seqs - 1)  # one row is left to the request itself
     given = settings.scratch_blocks
     if given is not None and given < sum(per_row):
         raise ConfigurationError(
@@ -147,7 +147,7 @@ def plan_scratch(vllm_config: Any, kv_cache_config: KVCacheConfig) -> Scratch | 
 
 
 def describe_scratch(vllm_config: Any, kv_cache_config: KVCacheConfig, scratch: Scratch | None) -> str:
-    """What was set aside, or why nothing was, for the log; "" where nobody asked for several chains."""
+    """Line for the log: the blocks set aside, or why there are none; "" if ``num_chains`` is 1."""
     settings = settings_of(vllm_config.additional_config)
     if settings is None or settings.num_chains == 1:
         return ""
@@ -163,11 +163,11 @@ def describe_scratch(vllm_config: Any, kv_cache_config: KVCacheConfig, scratch: 
 
 
 _initializing: list[Any] = []
-"""The configuration of the engine that sizes its KV cache just now."""
+"""Configuration of the engine that is sizing its KV cache; empty otherwise."""
 
 
 def watch_scheduler() -> None:
-    """Wrap where the scheduler learns how many blocks there are. Idempotent."""
+    """Wrap the functions that give the scheduler its number of blocks. Idempotent."""
     patches.install(
         seam_list.SCHEDULER_SEAMS,
         {

@@ -1,4 +1,4 @@
-"""Every name of vLLM that this plugin wraps or relies on, with its signature and the reason."""
+"""Every name of vLLM that this plugin wraps or relies on, with its signature and the reason for it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ PROCESS_SEAMS = (
         "vllm.engine.arg_utils",
         "EngineArgs.create_engine_config",
         ("self",),
-        "afterwards the model runner is known: refuses by name what our verifier cannot serve, before a model loads",
+        "knows the model runner: afterwards we refuse what our verifier cannot serve on it, before a model loads",
     ),
     Seam(
         "vllm.config.vllm",
         "VllmConfig.__post_init__",
         ("self",),
-        "on V2 our drafter keeps async scheduling: the list NgramGPUTypes of vLLM 0.32 holds our method meanwhile",
+        "allows async scheduling for a list of methods, NgramGPUTypes: on V2 our method is in the list during the call",
     ),
     Seam(
         "vllm.config.vllm",
         "VllmConfig._get_v2_model_runner_unsupported_features",
         ("self",),
-        "custom_class is taken off V2's list of unsupported methods where the class is ours",
+        "lists custom_class as unsupported on V2: it is removed from the list if the class is ours",
     ),
     Seam(
         "vllm.v1.worker.worker_base",
         "WorkerWrapperBase.init_device",
         ("self",),
-        "a worker is about to build its model runner: wraps that runner's seams where our settings travel with it",
+        "builds the worker's model runner: before that, wraps the runner's seams if the engine has our settings",
     ),
     Seam(
         "vllm.sampling_params",
@@ -60,7 +60,7 @@ METRICS_SEAMS = (
         "with several API servers every answer of /metrics has a registry of its own with this collector in it",
     ),
 )
-"""Wrapped in a process that reads our configuration; without it everything works, and /metrics lacks our series."""
+"""Wrapped in a process that reads our configuration; if it fails, only our series are missing from /metrics."""
 
 
 SCHEDULER_SEAMS = (
@@ -68,13 +68,13 @@ SCHEDULER_SEAMS = (
         "vllm.v1.engine.core",
         "EngineCore._initialize_kv_caches",
         ("self", "vllm_config"),
-        "says whose KV cache is being sized while the next one is called",
+        "sizes an engine's KV cache: tells the next seam which engine that is",
     ),
     Seam(
         "vllm.v1.engine.core",
         "generate_scheduler_kv_cache_config",
         ("kv_cache_configs",),
-        "the scheduler hears of fewer blocks than the workers have: the others are scratch for further chains",
+        "gives the scheduler fewer blocks than the workers have: the others are scratch for forks",
     ),
 )
 """Wrapped in the process that schedules, before it sizes its KV cache; idle unless ``num_chains`` is above 1."""
@@ -97,55 +97,55 @@ V1_SEAMS = (
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._on_request_state_removed",
         ("self", "req_id", "req_state"),
-        "a request finished or was aborted: frees what the drafter and verifier keep for it",
+        "a request has finished or is aborted: frees the state of drafter and verifier for it",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner.take_draft_token_ids",
         ("self",),
-        "where the drafts of vLLM's own drafter leave the worker: ours join them",
+        "returns the drafts of vLLM's own drafter: ours join them",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._calc_spec_decode_metadata",
         ("self", "num_draft_tokens", "cu_num_scheduled_tokens"),
-        "on the CPU, a step without drafts gets its layout without the arithmetic: 0.1 ms less of a 3 ms step",
+        "on the CPU, a step without drafts reuses a layout, which saves 0.1 ms of a 3 ms step",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._prepare_inputs",
         ("self", "scheduler_output", "num_scheduled_tokens"),
-        "rows of further chains are put behind those of the requests",
+        "puts the forks' batch rows behind those of the requests",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._determine_batch_execution_and_padding",
         ("self", "num_tokens", "num_reqs", "num_scheduled_tokens_np", "max_num_scheduled_tokens"),
-        "rows and tokens of further chains count",
+        "counts rows and tokens of forks too",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._get_slot_mappings",
         ("self", "num_tokens_padded", "num_reqs_padded", "num_tokens_unpadded"),
-        "slots of further chains are not taken for padding",
+        "keeps the KV-cache slots of forks, which vLLM would take for padding",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._build_attention_metadata",
         ("self", "num_tokens", "num_reqs", "max_query_len"),
-        "attention sees the rows of further chains, vLLM's own drafter does not",
+        "shows the forks to attention, but not to vLLM's own drafter",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._preprocess",
         ("self", "scheduler_output", "num_input_tokens"),
-        "zeroes positions behind the scheduled tokens: those of further chains are kept",
+        "zeroes positions behind the scheduled tokens: those of forks are kept",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._prepare_padding_mask",
         ("self", "num_tokens_unpadded", "num_tokens_padded"),
-        "tokens of further chains are no padding",
+        "tokens of forks are not padding",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",
@@ -174,13 +174,13 @@ V2_SEAMS = (
         "vllm.v1.worker.gpu.model_runner",
         "RejectionSampler",
         ("sampler", "spec_config", "device", "watermark_key"),
-        "builds our verifier, a subclass, where the sampler is a coupling",
+        "builds our verifier, a subclass, if the sampler is a coupling",
     ),
     Seam(
         "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner.load_model",
         ("self", "load_dummy_weights"),
-        "afterwards the runner has its verifier: connects it with the drafter and says what is active",
+        "afterwards the runner has its verifier: connects it with the drafter and logs what is active",
     ),
     Seam(
         "vllm.v1.worker.gpu.model_runner",
@@ -192,55 +192,55 @@ V2_SEAMS = (
         "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner.finish_requests",
         ("self", "scheduler_output"),
-        "requests that finished, were aborted or preempted: frees what the drafter keeps for them",
+        "requests that finished, were aborted or preempted: frees the drafter's state for them",
     ),
     Seam(
         "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner.prepare_inputs",
         ("self", "scheduler_output"),
-        "drafts must be in place now: until here the device worked while the host was free",
+        "reads the drafts: puts them in place before that, as late as possible, since the device works meanwhile",
     ),
     Seam(
         "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner.initialize_kv_cache",
         ("self", "kv_cache_config", "is_profiling"),
-        "further chains need blocks of the KV cache",
+        "makes the KV cache: afterwards prepares for forks, which need blocks of it",
     ),
     Seam(
         "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner.execute_model",
         ("self", "scheduler_output"),
-        "further chains are rows under made-up request ids, in a copy of the scheduler's output",
+        "copies the scheduler's output, to which forks are added under made-up request ids",
     ),
     Seam(
         "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner.update_requests",
         ("self", "scheduler_output"),
-        "afterwards every request of the step is in place: further chains are planned",
+        "afterwards every request of the step has its blocks: plans the forks",
     ),
     Seam(
         "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner.gather_batch_req_state",
         ("self", "scheduler_output", "dummy_run"),
-        "made-up request ids stand for their requests' state, and their rows come last",
+        "gives the forks' made-up request ids the state of their requests, and puts their rows last",
     ),
     Seam(
         "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner.prepare_attn",
         ("self", "input_batch"),
-        "block tables and slots of further chains",
+        "gives forks their block tables and KV-cache slots",
     ),
     Seam(
         "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner.sample",
         ("self", "hidden_states", "input_batch", "grammar_output"),
-        "the chain that got furthest is copied home; what goes on is a batch without further chains",
+        "copies the winning chains home, and removes the forks from batch and output",
     ),
     Seam(
         "vllm.v1.worker.gpu.spec_decode.utils",
         "DraftTokensHandler.get_draft_tokens",
         ("self",),
-        "without async scheduling the scheduler learns how long each draft really is",
+        "reports drafts to the scheduler: without async scheduling they are cut to their real lengths",
     ),
 )
 """Wrapped in a worker that is about to build a V2 model runner with our settings."""
@@ -251,13 +251,13 @@ V1_USED = (
         "vllm.v1.attention.backends.cpu_attn",
         "CPUAttentionBackendImpl.do_kv_cache_update",
         ("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
-        "replaced on the layers of a runner with further chains: what chains share is written for each of them",
+        "replaced on the layers of a runner with forks: keys and values of shared heads are written for each fork",
     ),
     Seam(
         "vllm.v1.worker.utils",
         "copy_kv_cache_blocks_inplace",
         ("kv_caches", "num_blocks", "kv_cache_block_copies"),
-        "copies what further chains begin with, and the winner's keys and values home",
+        "copies first blocks for forks, and the winning chains' keys and values home",
     ),
     Seam(
         "vllm.v1.spec_decode.llm_base_proposer",
@@ -266,7 +266,7 @@ V1_USED = (
         "replaced on a sampling drafter, so that it draws with the target's noise",
     ),
 )
-"""Not wrapped, but replaced on single objects: their signatures are counted on all the same."""
+"""Not wrapped, but replaced on single objects or called; we rely on their signatures."""
 
 
 V2_USED = (
@@ -288,7 +288,7 @@ V2_USED = (
             "dp_sync_state", "dummy_run", "skip_attn_for_dummy_run", "mm_inputs", "is_profile",
             "num_speculative_tokens",
         ),
-        "how the runner asks our drafter",
+        "our drafter implements it, and the runner calls it",
     ),
     Seam(
         "vllm.v1.worker.gpu.spec_decode.speculator",
@@ -321,16 +321,16 @@ V2_USED = (
             "self", "logits", "expanded_idx_mapping", "idx_mapping", "idx_mapping_np", "pos", "input_ids",
             "expanded_local_pos", "seq_lens_upper_bound_np", "return_logprobs",
         ),
-        "replaced on the runner's sampler where tokens are drawn by MinHash",
+        "replaced on the runner's sampler if tokens are drawn by MinHash",
     ),
     Seam(
         "vllm.v1.worker.gpu.cudagraph_utils",
         "CudaGraphManager.dispatch",
         ("self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras", "max_query_len"),
-        "further chains must not cost a batch its CUDA graph",
+        "called to limit forks to what keeps the batch's CUDA graph",
     ),
 )  # fmt: skip
-"""Not wrapped, but overridden, replaced on single objects or called: their signatures are counted on all the same."""
+"""Not wrapped, but overridden, replaced on single objects or called; we rely on their signatures."""
 
 
 AUDIT_V1_USED = (
@@ -338,19 +338,19 @@ AUDIT_V1_USED = (
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._sample",
         ("self", "logits", "spec_decode_metadata"),
-        "called again and again on the runner being audited, and made to emit what the audit wants",
+        "called many times per step on the runner being audited, and replaced to emit what the audit wants",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner.take_draft_token_ids",
         ("self",),
-        "replaced on the runner being audited: drafts of the audit's choice",
+        "replaced on the runner being audited: returns the audit's drafts",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._get_spec_decode_draft_probs",
         ("self", "spec_decode_metadata"),
-        "what a drafter that samples drew from",
+        "called: the probabilities that drafts were drawn from",
     ),
 )
 
@@ -360,19 +360,19 @@ AUDIT_V2_USED = (
         "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner.sample",
         ("self", "hidden_states", "input_batch", "grammar_output"),
-        "called again and again on the runner being audited, and made to emit what the audit wants",
+        "called many times per step on the runner being audited, and replaced to emit what the audit wants",
     ),
     Seam(
         "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner.take_draft_token_ids",
         ("self",),
-        "replaced on the runner being audited: drafts of the audit's choice",
+        "replaced on the runner being audited: returns the audit's drafts",
     ),
     Seam(
         "vllm.v1.worker.gpu.spec_decode.utils",
         "DraftTokensHandler.set_draft_tokens",
         ("self", "input_batch", "draft_tokens"),
-        "replaced on the runner being audited: where drafts of the next step are kept",
+        "replaced on the runner being audited: it stores the drafts of the next step",
     ),
 )
-"""Replaced on single objects by ``specplug audit``, by nothing else."""
+"""Replaced or called on single objects by ``specplug audit`` only, like those of ``AUDIT_V1_USED``."""

@@ -1,4 +1,4 @@
-"""What a seam is: how its signature is checked, how it is wrapped and undone. ``seam_list.py`` lists them all."""
+"""Seams: checks and wraps functions of vLLM and libraries under it, and undoes that. ``seam_list.py`` lists all."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _FIRST, _BEYOND = (0, 32), (0, 34)
 
 @dataclass(frozen=True)
 class Seam:
-    """One function of vLLM that is wrapped.
+    """One function that is wrapped, replaced or called.
 
     Attributes:
-        module: where it is looked up.
+        module: module in which the name is looked up.
         name: attribute path inside the module.
-        parameters: parameter names the wrapper counts on, in order, as a prefix of the real signature.
-        why: what the wrapper adds.
-        optional: True where a supported vLLM may lack it, and then nothing needs to be wrapped.
+        parameters: parameter names that the plugin relies on, in order: the first ones of the real signature.
+        why: what the wrapper does, or what the plugin uses the function for.
+        optional: True if a supported vLLM may lack the function; then nothing is wrapped.
     """
 
     module: str
@@ -35,14 +35,14 @@ class Seam:
 
 
 def check(seams: Iterable[Seam]) -> None:
-    """Raise UnsupportedVersionError unless every one of these has the signature that we count on."""
+    """Raise UnsupportedVersionError unless every seam exists with the expected signature."""
     for seam in seams:
         if (found := _resolve(seam)) is not None:
             _check_signature(seam, found[2])
 
 
 def installed_version() -> str:
-    """Of the vLLM in this process."""
+    """Version of the vLLM in this process."""
     import vllm
 
     return str(vllm.__version__)
@@ -102,11 +102,11 @@ class Patches:
         return bool(self._undo)
 
     def install(self, seams: Iterable[Seam], wrappers: dict[str, Callable[..., Any]]) -> None:
-        """Check every seam first, then wrap them; does nothing when installed already.
+        """Check every seam, then wrap them all; does nothing if they are wrapped already.
 
         Args:
-            seams: what to wrap.
-            wrappers: one for each seam, by the seam's name.
+            seams: functions to wrap.
+            wrappers: wrapper of each seam, by the seam's name.
         """
         if self.installed:
             return

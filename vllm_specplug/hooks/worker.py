@@ -1,4 +1,4 @@
-"""What can be asked of a worker of a running engine by ``collective_rpc``."""
+"""Methods that a running engine's ``collective_rpc`` can call on its workers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class WorkerExtension:
         return None if drafter is None else drafter.snapshot()
 
     def specplug_open_stores(self, name: str) -> bool:
-        """Begin to open new versions of token stores; False if this worker has none that it could replace."""
+        """Begin to open new versions of token stores; False if this worker has no stores to replace."""
         switch = _store_switch(self)
         if switch is not None:
             switch.open(name)
         return switch is not None
 
     def specplug_opened_stores(self, name: str) -> dict[str, Any] | None:
-        """How far that is; see ``vllm_specplug.drafting.store_switch.StoreSwitch.look``."""
+        """How far the opening is; see ``vllm_specplug.drafting.store_switch.StoreSwitch.look``."""
         switch = _store_switch(self)
         return None if switch is None else switch.look(name)
 
@@ -44,7 +44,7 @@ METHODS = ("specplug_stats", "specplug_open_stores", "specplug_opened_stores", "
 
 
 def extend(worker: Any) -> None:
-    """Give a worker these methods, where it does not have them by ``worker_extension_cls``."""
+    """Give ``worker`` the methods above, unless it has them from ``worker_extension_cls``."""
     for name in METHODS:
         if not hasattr(worker, name):
             setattr(worker, name, types.MethodType(getattr(WorkerExtension, name), worker))
@@ -54,5 +54,5 @@ def _store_switch(worker: Any) -> Any:
     drafter = drafter_of(worker.model_runner)
     if drafter is None or not drafter.settings.datastore:
         return None
-    # With data parallelism a call reaches all ranks, and only one of them answers: they could not be kept together.
+    # With data parallelism a call reaches all ranks and only one answers: ranks could get different versions.
     return None if worker.vllm_config.parallel_config.data_parallel_size > 1 else drafter.drafting.stores

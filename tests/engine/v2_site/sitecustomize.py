@@ -1,7 +1,7 @@
-"""Runs at the start of every process that has this folder on its PYTHONPATH: lets vLLM's V2 runner start on a CPU.
+"""Lets vLLM's V2 runner start on a CPU. Runs at the start of every process that has this folder on its PYTHONPATH.
 
-vLLM takes Triton as usable when one of its backends is active. Kernels then run under Triton's interpreter
-(TRITON_INTERPRET=1), which needs no backend at all: a stand-in that says "active" is enough.
+vLLM uses Triton only if one of its backends is active. Kernels run under Triton's interpreter (TRITON_INTERPRET=1),
+which needs no backend: a stand-in that reports itself as active is enough.
 """
 
 import inspect
@@ -17,7 +17,7 @@ backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True)
 
 
 def _with_boolean_mask(name: str, position: int) -> None:
-    """Let a compiled Triton's freedom hold for the interpreter too: a mask may be any integer, such as ``a & b``."""
+    """Let the interpreter take any integer as a mask, such as ``a & b``, as compiled Triton does."""
     original = getattr(InterpreterBuilder, name)
 
     def patched(self: Any, *args: Any) -> Any:
@@ -37,7 +37,7 @@ _np_dtypes: dict[str, Any] = {}
 
 
 def _patch_lang_once(function: Any) -> Any:
-    """Triton's patches of its own language, made once and for good: it makes and undoes them at every call."""
+    """Apply Triton's patches of its own language once, which the interpreter applies and undoes at every call."""
     modules = [value for value in function.__globals__.values() if inspect.ismodule(value)]
     kind = (tl in modules, tl.core in modules)
     if kind not in _patched:
@@ -47,12 +47,12 @@ def _patch_lang_once(function: Any) -> Any:
 
 
 def _get_np_dtype_once(dtype: Any) -> Any:
-    """NumPy's type for one of Triton's, looked up once: the interpreter builds its table at every call."""
+    """NumPy's type for a type of Triton's, with a cache: the interpreter builds its table at every call."""
     element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
     if element.name not in _np_dtypes:
         _np_dtypes[element.name] = _get_np_dtype(dtype)
     return _np_dtypes[element.name]
 
 
-# A third of the interpreter's time.
+# Saves a third of the interpreter's time.
 interpreter._patch_lang, interpreter._get_np_dtype = _patch_lang_once, _get_np_dtype_once

@@ -27,18 +27,18 @@ from vllm_specplug.settings.model import Settings, settings_of
 
 
 class Drafter:
-    """What this plugin keeps in a runner: its proposers, its verifier, and the step under way.
+    """Holds the plugin's state in a runner: the proposers, the verifier, and the step under way.
 
-    vLLM's runner builds it as the drafter of ``"method": "custom_class"``. Beside one of vLLM's own drafters we build
-    it: it verifies, and its proposers join if there are any.
+    vLLM's runner builds a ``Drafter`` for ``"method": "custom_class"``. Beside one of vLLM's own drafters the plugin
+    builds it itself; then it verifies that drafter's drafts, and its proposers, if there are any, add their own.
 
     Args:
-        vllm_config: vLLM's configuration; ours is in its ``additional_config``.
+        vllm_config: vLLM's configuration; the plugin's settings are in its ``additional_config``.
     """
 
     def __init__(self, vllm_config: Any) -> None:
         settings = settings_of(vllm_config.additional_config)
-        assert settings is not None  # taken in when the configuration was made, in either spelling
+        assert settings is not None  # put there when the configuration was built
         config = vllm_config.speculative_config
         takes_part = not is_ours(config) and (settings.host_proposers or settings.forks_native(config))
         self.settings: Settings = settings
@@ -59,13 +59,13 @@ class Drafter:
         self._requests: dict[str, TrackedRequest] = {}
 
     def load_model(self, *_: Any, **__: Any) -> None:
-        """vLLM's CPU runner asks every drafter to load its model; there is none."""
+        """Does nothing: vLLM's CPU runner asks every drafter to load its model, and this one has none."""
 
     def attach(self, runner: Any) -> None:
-        """Put the verifier in place, warm up, and say what is active. Called once the runner can serve."""
+        """Give the runner its verifier, warm up, and log what is active. Called once the runner can serve."""
         if runner.drafter is self:
-            # vLLM drops everyone's drafts once one request is within k tokens of max_model_len; propose() limits each
-            # request by itself, so that rule has nothing left to protect.
+            # vLLM drops the drafts of all requests once one is within k tokens of max_model_len. propose() limits the
+            # draft of each request, so that this rule is not needed.
             runner.effective_drafter_max_model_len = self.max_model_len + self.num_speculative_tokens + 1
         start = time.perf_counter()
         if self.settings.is_coupled:
@@ -85,7 +85,7 @@ class Drafter:
         log_start("V1", self.settings, self._role(runner, time.perf_counter() - start))
 
     def _role(self, runner: Any, warm_up_s: float) -> str:
-        """Who drafts, for the start-up line."""
+        """The end of the start-up line: which drafter is at work."""
         if runner.drafter is self:
             return (
                 f", proposers: {self.drafting.describe()}; up to {self.num_speculative_tokens} draft tokens "
@@ -105,12 +105,12 @@ class Drafter:
         token_ids_cpu: np.ndarray[Any, Any],
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """Called by vLLM after each step; arrays are its own, one row a request of the batch.
+        """Drafts of all requests of the batch. vLLM calls it after each step with its own tables.
 
         Args:
-            sampled_token_ids: tokens just emitted, empty for a request still in prefill.
+            sampled_token_ids: tokens that each request emitted in this step, empty during prefill.
             num_tokens_no_spec: ``[max_num_reqs]`` tokens so far, the new ones included.
-            token_ids_cpu: ``[max_num_reqs, max_model_len]``.
+            token_ids_cpu: ``[max_num_reqs, max_model_len]`` token ids so far.
             slot_mappings: not used.
         """
         rows = [row for row, emitted in enumerate(sampled_token_ids) if emitted]
@@ -130,10 +130,10 @@ class Drafter:
         """Drafts for the requests of the batch that have just emitted tokens; ``[len(rows)]``.
 
         Args:
-            rows: their rows in vLLM's tables.
+            rows: table rows of these requests.
             num_tokens: ``[max_num_reqs]`` tokens so far, the new ones included.
-            token_ids: ``[max_num_reqs, max_model_len]``.
-            native: ``[len(rows), num_speculative_tokens]`` drafts of vLLM's own drafter, -1 behind their ends.
+            token_ids: ``[max_num_reqs, max_model_len]`` token ids so far.
+            native: ``[len(rows), num_speculative_tokens]`` drafts of vLLM's own drafter, padded with -1.
             places: runners-up of those drafts.
         """
         req_ids = self._runner.input_batch.req_ids
@@ -160,7 +160,7 @@ class Drafter:
         return proposal.drafts
 
     def join(self, proposed: Any) -> Any:
-        """The drafts of vLLM's own drafter (its DraftTokenIds, or None), joined by ours if ours promise more."""
+        """Replace each draft of vLLM's drafter (its DraftTokenIds, or None) by ours if ours promises more."""
         if not self.drafting.has_proposers:
             return proposed
         input_batch = self._runner.input_batch
@@ -180,14 +180,14 @@ class Drafter:
         return DraftTokenIds(list(theirs), list(theirs.values()))
 
     def finish(self, request_id: str) -> None:
-        """The engine forgot this request: so do we."""
+        """Drop all state of a request that the engine has dropped."""
         self._requests.pop(request_id, None)
         if isinstance(self.verifier, CoupledVerifier):
             self.verifier.finish(request_id)
         self.drafting.finish([request_id])
 
     def snapshot(self, is_fresh: bool = True) -> dict[str, Any]:
-        """Counters of this worker, and how many requests hold state in it; ``is_fresh`` as in ``Drafting.snapshot``."""
+        """Counters of this worker and its number of live requests; ``is_fresh`` is that of ``Drafting.snapshot``."""
         counters = self.drafting.snapshot(is_fresh)
         counters["live_requests"] = max(counters["live_requests"], len(self._requests))
         if isinstance(self.verifier, CoupledVerifier):
@@ -204,9 +204,10 @@ class Drafter:
 
 
 def can_shorten(vllm_config: Any) -> bool:
-    """False under torchrun with several ranks a model: each schedules its own drafts, and all must be equally long.
+    """Whether drafts may be shortened to what pays: not under torchrun with several ranks per model.
 
-    What pays is decided by measured times, which differ from rank to rank.
+    There each rank schedules by itself and drafts must be equally long, but the decision rests on measured times, which
+    differ from rank to rank.
     """
     parallel_config = vllm_config.parallel_config
     ranks = int(parallel_config.tensor_parallel_size) * int(parallel_config.pipeline_parallel_size)

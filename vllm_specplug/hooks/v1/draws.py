@@ -1,4 +1,4 @@
-"""How a token is drawn from target logits and seeds on V1."""
+"""Draws tokens from logits and seeds on V1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_specplug.samplers.keys import SeedKeys
 
 
 class KeyedSampler(TopKTopPSampler):  # type: ignore[misc]
-    """vLLM's top-k/top-p sampler, with the noise of each row handed in instead of drawn from per-request generators."""
+    """vLLM's top-k/top-p sampler with a draw that callers choose, in place of its per-request generators."""
 
     def __init__(self, logprobs_mode: str, use_fp64_gumbel: bool) -> None:
         super().__init__(logprobs_mode, use_fp64_gumbel)
@@ -24,8 +24,8 @@ class KeyedSampler(TopKTopPSampler):  # type: ignore[misc]
         self.forward = self._forward_keyed
 
     def draw_with(self, noise: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Make the next call draw ``[num_rows]`` tokens from ``[num_rows, vocab]`` logits in this way."""
-        self._noise[:] = [noise]  # to set an attribute of a torch module takes ten times as long
+        """Let ``noise`` draw the tokens ``[num_rows]`` of the next call from its logits ``[num_rows, vocab]``."""
+        self._noise[:] = [noise]  # ten times faster than setting an attribute of a torch module
 
     def _forward_keyed(
         self,
@@ -44,12 +44,12 @@ class KeyedSampler(TopKTopPSampler):  # type: ignore[misc]
 
 
 def _race(logits: torch.Tensor, keys: SeedKeys) -> torch.Tensor:
-    """vLLM's own draw on CPUs: argmax of ``[num_rows, vocab]`` logits + noise of ``[num_rows]`` seeds."""
+    """vLLM's own draw on CPUs: argmax of logits ``[num_rows, vocab]`` plus the noise of seeds ``[num_rows]``."""
     return torch.ops._C.fused_gumbel_argmax(logits.to(torch.float32), keys.seeds)  # type: ignore[no-any-return]
 
 
 class SeededNoise:
-    """Draws rows by the coupling: one seed a row, each request's seeds drawn ahead from its generator."""
+    """Draws by the coupling, with one seed per logits row. A request's generator makes its seeds ahead of time."""
 
     def __init__(self, coupling: Coupling) -> None:
         self._coupling = coupling
@@ -63,11 +63,12 @@ class SeededNoise:
         return stream
 
     def _keys(self, draws: Sequence[tuple[str, Any, int, int]]) -> SeedKeys:
-        """Keys of rows laid out one run of consecutive tokens after the other.
+        """Keys of logits rows that are laid out as runs: a run is the rows of consecutive tokens of one request.
 
         Args:
-            draws: for each run the request's id, its state (None: no draw, any seed will do), the output token, counted
-                from the request's next one, that the first row is for, and the number of rows.
+            draws: per run (request id, state, first, count). ``state`` is vLLM's state of the request, None if it draws
+                nothing (any seed will do); ``first`` is the output token of the run's first row, counted from the
+                request's next one; ``count`` is the number of rows.
         """
         seeds: list[int] = []
         for request_id, state, first, count in draws:
@@ -75,7 +76,7 @@ class SeededNoise:
         return SeedKeys(torch.tensor(seeds, dtype=torch.int64))
 
     def rows(self, draws: Sequence[tuple[str, Any, int, int]]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function that draws tokens from the ``[num_rows, vocab]`` logits of these runs of rows.
+        """A function that draws tokens from the logits ``[num_rows, vocab]`` of these runs.
 
         Args:
             draws: see :meth:`_keys`.
@@ -86,15 +87,15 @@ class SeededNoise:
     def ranked(
         self, logits: torch.Tensor, draws: Sequence[tuple[str, Any, int, int]], num_places: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a drafter drafts first, second and so on in these runs of rows, and scores: see ``Coupling.ranked``."""
+        """A drafter's best ``num_places`` tokens in each row of these runs, and scores: see ``Coupling.ranked``."""
         return self._coupling.ranked(logits, self._keys(draws), _race, num_places)
 
     def coming(self, seeds: NDArray[np.int64]) -> tuple[int, NDArray[np.uint64]]:
-        """The noise of draws by these seeds (any shape), as proposers take it: see ``Sampler.noise``."""
+        """The noise that proposers get for draws with these seeds (any shape): see ``Sampler.noise``."""
         return self._coupling.noise(SeedKeys(torch.from_numpy(seeds)))
 
     def next_row(self, request_ids: Sequence[str], states: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """:meth:`rows` for one row of each request, its next output token."""
+        """Like :meth:`rows`, for one row of each request: that of its next output token."""
         seeds = [
             0 if state is None else self.stream(request_id, state).peek(1)[0]
             for request_id, state in zip(request_ids, states, strict=True)

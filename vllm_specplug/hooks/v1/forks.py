@@ -1,7 +1,7 @@
-"""Forked rows on vLLM's V1 model runner; see :mod:`~vllm_specplug.hooks.forks` for what they are.
+"""Forks on vLLM's V1 model runner; :mod:`vllm_specplug.hooks.forks` says what forks are.
 
-A fork holds only the tokens behind the place where it leaves the chain that it begins like. The keys and values of what
-they share are computed once, in that chain's row, and written a second time into the fork's own blocks.
+The batch row of a fork holds only the tokens behind the head that it shares with its parent. Keys and values of that
+head are computed once, in the parent's row, and written a second time into the fork's own blocks.
 
 Order of a step: :meth:`ForkedRows.append` (after vLLM prepared its inputs), the forward pass, and in the verifier
 :meth:`ForkedRows.copy_home`.
@@ -25,12 +25,12 @@ from vllm_specplug.hooks.v1.step import ForkedBatch, RequestChains, Step, Steps
 
 
 class ForkedRows:
-    """Adds forks to the batches of one runner.
+    """Adds forks to the batches of a model runner.
 
     Args:
-        runner: vLLM's, with its KV cache in place.
-        scratch: the blocks that are set aside.
-        steps: the step under way, whose forks' tokens are written twice.
+        runner: vLLM's model runner, with its KV cache.
+        scratch: the blocks that are set aside for forks.
+        steps: holds the step under way and its forks.
     """
 
     def __init__(self, runner: Any, scratch: Scratch, steps: Steps) -> None:
@@ -41,12 +41,12 @@ class ForkedRows:
 
     @property
     def max_forks(self) -> int:
-        """Forks that the next step has rows for, as far as can be said now."""
+        """Most forks of the next step, from the rows that are free now."""
         runner = self._runner
         return min(int(runner.max_num_reqs) - int(runner.input_batch.num_reqs), self._scratch.num_rows)
 
     def _write_twice(self) -> None:
-        """What the cache holds of a shared head is written where each fork looks for it."""
+        """Let every layer write keys and values of shared heads into the forks' blocks too."""
         runner = self._runner
         layers = runner.compilation_config.static_forward_context
         for group, each in enumerate(runner.kv_cache_config.kv_cache_groups):
@@ -66,16 +66,16 @@ class ForkedRows:
     def append(
         self, step: Step, scheduler_output: Any, num_scheduled: np.ndarray[Any, Any], num_drafts: list[int]
     ) -> torch.Tensor | None:
-        """Put the side chains of this step behind the rows that vLLM prepared, as far as there is room.
+        """Put the side chains of this step behind the batch rows that vLLM prepared, as many as fit.
 
         Args:
-            step: its ``forks`` are filled in.
-            scheduler_output: vLLM's.
-            num_scheduled: ``[num_requests]`` tokens of each.
-            num_drafts: ``[num_requests]`` draft tokens among them.
+            step: the step; its ``forks`` are filled in.
+            scheduler_output: vLLM's ``SchedulerOutput``.
+            num_scheduled: ``[num_requests]`` scheduled tokens.
+            num_drafts: ``[num_requests]`` draft tokens among the scheduled tokens.
 
         Returns:
-            Indices of their tokens in the batch, whose logits are wanted; None if there are no forks.
+            Batch indices of the forks' tokens, all of which need logits; None if there are no forks.
         """
         side_chains = step.side_chains
         if not side_chains:
@@ -110,9 +110,9 @@ class ForkedRows:
         num_drafts: list[int],
         num_tokens: int,
     ) -> ForkedBatch:
-        """Fill rows, tokens, slots and lengths of the forks; copy in what their blocks begin with.
+        """Fill batch rows, tokens, KV-cache slots and lengths of the forks; fill the beginning of their scratch blocks.
 
-        Their rows are idle: a request that gets one of them later fills in everything anew.
+        The batch rows are free, and a request that gets such a row later overwrites everything in it.
         """
         runner = self._runner
         num_requests = len(num_drafts)
@@ -120,7 +120,7 @@ class ForkedRows:
         tables = input_batch.block_table.block_tables
         first_logits = np.concatenate([[0], np.cumsum(np.array(num_drafts, dtype=np.int64) + 1)])
         chains: dict[int, RequestChains] = {}
-        batch_rows: dict[int, list[list[int]]] = {}  # by request: of each chain, places of its tokens in the batch
+        batch_rows: dict[int, list[list[int]]] = {}  # by request: per chain, batch indices of its tokens
         copies: list[tuple[int, int]] = []
         repeated: list[tuple[list[int], list[int]]] = [([], []) for _ in tables]
         requests, lengths = [], []
@@ -165,7 +165,7 @@ class ForkedRows:
             runner.seq_lens[row] = end + 1
             runner.optimistic_seq_lens_cpu[row] = end + 1
             input_batch.num_computed_tokens_cpu[row] = first
-            input_batch.num_prompt_tokens[row] = 0  # no row in its prompt
+            input_batch.num_prompt_tokens[row] = 0  # so that no token counts as prompt
             mine.tokens.append(fork.tokens)
             mine.logits_rows.append(
                 mine.logits_rows[fork.parent][: fork.head + 1] + list(range(next_logits, next_logits + len(new)))
@@ -181,11 +181,11 @@ class ForkedRows:
         return ForkedBatch(forks, requests, num_requests, num_tokens, lengths, chains, twice)
 
     def copy_home(self, forks: ForkedBatch, winners: dict[int, tuple[int, int]]) -> None:
-        """The winner's keys and values become the request's own.
+        """Copy the winning chains' keys and values into the blocks of their requests.
 
         Args:
-            forks: of the step.
-            winners: by row of the request, which of its chains won, and how many of its tokens were accepted.
+            forks: forks of the step.
+            winners: by batch row of the request: index of the winning chain, and number of its accepted tokens.
         """
         runner = self._runner
         input_batch = runner.input_batch
@@ -201,7 +201,7 @@ class ForkedRows:
                 end = (last + num_accepted) // size + 1
                 copied, own = blocks[forks.num_requests + number, begin:end], blocks[request, begin:end]
                 copies += zip(copied.tolist(), own.tolist(), strict=True)
-            # vLLM's own drafter goes on from the tokens of the request's row.
+            # vLLM's own drafter continues from the tokens in the request's batch row.
             start = int(runner.query_start_loc.np[request]) + 1
             won = forks.chains[request].tokens[chain]
             runner.input_ids.gpu[start : start + len(won)] = torch.tensor(won, dtype=runner.input_ids.gpu.dtype)
@@ -209,10 +209,10 @@ class ForkedRows:
 
 
 def attach(runner: Any, steps: Steps) -> ForkedRows | None:
-    """Forks for this runner; None where every request keeps one chain, which the log says.
+    """Prepare ``runner`` for forks; None if its requests cannot have side chains, for a reason that is logged.
 
     Args:
-        runner: vLLM's, with its KV cache in place.
+        runner: vLLM's model runner, with its KV cache.
         steps: see :class:`ForkedRows`.
     """
     config = runner.kv_cache_config
@@ -238,7 +238,7 @@ def _forks_in_batch(runner: Any) -> ForkedBatch | None:
 
 
 def prepare_inputs(original: Callable[..., Any], self: Any, scheduler_output: Any, num_scheduled: Any) -> Any:
-    """Wraps ``GPUModelRunner._prepare_inputs``: a step begins, forks behind the requests."""
+    """Wraps ``GPUModelRunner._prepare_inputs``: begins a step and puts forks behind the requests' batch rows."""
     logits_indices, metadata, max_num_sampled = original(self, scheduler_output, num_scheduled)
     drafter = drafter_of(self)
     if drafter is None:
@@ -252,7 +252,7 @@ def prepare_inputs(original: Callable[..., Any], self: Any, scheduler_output: An
 
 
 def determine_batch(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wraps ``_determine_batch_execution_and_padding``: forks count."""
+    """Wraps ``_determine_batch_execution_and_padding``: counts rows and tokens of forks too."""
     forks = _forks_in_batch(self)
     if forks is not None:
         kwargs["num_tokens"] += forks.num_more_tokens
@@ -263,7 +263,7 @@ def determine_batch(original: Callable[..., Any], self: Any, *args: Any, **kwarg
 
 
 def slot_mappings(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wraps ``_get_slot_mappings``: forks' slots are real ones, not padding."""
+    """Wraps ``_get_slot_mappings``: keeps the KV-cache slots of forks, which vLLM would take for padding."""
     forks = _forks_in_batch(self)
     if forks is not None:
         kwargs["num_tokens_unpadded"] += forks.num_more_tokens
@@ -273,7 +273,7 @@ def slot_mappings(original: Callable[..., Any], self: Any, *args: Any, **kwargs:
 
 
 def build_attention_metadata(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wraps ``_build_attention_metadata``: attention sees the forks, vLLM's own drafter does not."""
+    """Wraps ``_build_attention_metadata``: shows the forks to attention, but not to vLLM's own drafter."""
     forks = _forks_in_batch(self)
     if forks is None:
         return original(self, *args, **kwargs)
@@ -284,7 +284,7 @@ def build_attention_metadata(original: Callable[..., Any], self: Any, *args: Any
 
 
 def preprocess(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wraps ``_preprocess``, which zeroes the positions of what vLLM takes for padding."""
+    """Wraps ``_preprocess``: keeps the positions of forks, which vLLM would zero as padding."""
     forks = _forks_in_batch(self)
     if forks is None:
         return original(self, *args, **kwargs)
@@ -296,6 +296,6 @@ def preprocess(original: Callable[..., Any], self: Any, *args: Any, **kwargs: An
 
 
 def padding_mask(original: Callable[..., Any], self: Any, num_tokens: int, num_tokens_padded: int) -> Any:
-    """Wraps ``_prepare_padding_mask``: forks' tokens are none."""
+    """Wraps ``_prepare_padding_mask``: tokens of forks are not padding."""
     forks = _forks_in_batch(self)
     return original(self, num_tokens + (0 if forks is None else forks.num_more_tokens), num_tokens_padded)

@@ -15,16 +15,16 @@ from vllm_specplug.proposers.comb import Places
 
 
 class SharedNoise:
-    """Makes a sampling drafter of vLLM's choose each token with the noise that the verifier will use there.
+    """Makes a sampling drafter of vLLM's draw each token with the noise that the verifier uses for the same token.
 
-    vLLM draws the draft's noise afresh, which the classic rule needs; under accept-if-equal the same noise is what
-    makes draft and target agree, and the tokens that come out are the target's alone either way.
+    vLLM draws drafts with independent noise, as rejection sampling requires. When drafts are accepted if they equal the
+    target's token, shared noise makes draft and target agree more often. The emitted tokens do not depend on it.
 
     Args:
         drafter: one of vLLM's model drafters with ``draft_sample_method: probabilistic``.
         verifier: knows the seeds of the coming tokens.
-        steps: the step under way; its ``runners_up`` are filled in.
-        num_places: tokens that are of use at each depth: what several chains can be made of.
+        steps: holds the step under way, whose ``runners_up`` are filled in.
+        num_places: number of candidates to keep at each depth: the drafted token and its runners-up.
     """
 
     def __init__(self, drafter: Any, verifier: CoupledVerifier, steps: Steps, num_places: int) -> None:
@@ -37,15 +37,16 @@ class SharedNoise:
         drafter._sample_from_logits = self.sample
 
     def propose(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's own; a new draft begins with the next output token."""
+        """Replaces the drafter's method: begin a new draft at the request's next output token."""
         self._depth = 0
         self._steps.now.runners_up = []
         return self._propose(*args, **kwargs)
 
     def sample(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> tuple[torch.Tensor, None]:
-        """Draft tokens ``[num_rows]`` for draft logits ``[num_rows, vocab]``; no probabilities are kept.
+        """Draft tokens ``[num_rows]`` from the drafter's logits ``[num_rows, vocab]``, and None for probabilities.
 
-        One row a request for each depth in turn, or, with parallel drafting, all depths of a request in a row.
+        A call has one row per request, for one depth. With parallel drafting it has the rows of all depths of a request
+        one after the other.
         """
         greedy = logits.argmax(dim=-1)
         temperature = sampling_metadata.temperature
@@ -71,7 +72,7 @@ class SharedNoise:
         return torch.where(is_greedy, greedy, sampled), None
 
     def _favourites(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What greedy requests have in place of a race's places."""
+        """Tokens of the highest logits, and these logits: the candidates of greedy requests."""
         scores, tokens = logits.topk(self._num_places, dim=-1)
         return tokens, scores.double()
 
@@ -82,12 +83,12 @@ class SharedNoise:
 
 
 def places_of(step: Step, rows: Sequence[int], num_draft: int) -> Places | None:
-    """Runners-up of vLLM's draft, of the requests in these batch rows; None if they are not known.
+    """Runners-up of vLLM's drafts for the requests in these batch rows; None if vLLM's drafter left none.
 
     Args:
-        step: in which vLLM's drafter drafted.
-        rows: of its batch.
-        num_draft: longest draft; depths that were not drafted hold -1.
+        step: the step in which vLLM's drafter drafted.
+        rows: batch rows of that step.
+        num_draft: depths of the result; depths that were not drafted hold -1.
     """
     if not step.runners_up:
         return None
@@ -99,6 +100,6 @@ def places_of(step: Step, rows: Sequence[int], num_draft: int) -> Places | None:
 
 
 def share_noise(drafter: Any, verifier: CoupledVerifier, steps: Steps, num_places: int) -> None:
-    """Let vLLM's drafter draw with the target's noise, if it is one that samples."""
+    """Let vLLM's drafter draw with the target's noise, if that drafter samples."""
     if getattr(drafter, "_enable_probabilistic_draft_probs", False):
         SharedNoise(drafter, verifier, steps, num_places)

@@ -1,9 +1,9 @@
-"""One step of vLLM's V1 runner: whatever one part of it leaves to a later one.
+"""One step of vLLM's V1 runner: the results that one phase of the step leaves to later phases.
 
-A step begins when vLLM has prepared its inputs, and lasts until the next one begins:
+A step begins when vLLM has prepared its inputs, and ends when the next step begins:
 
-1. ``side_chains`` of the latest proposal become ``forks``, further rows of the batch (``forks.py``);
-2. behind the forward pass the verifier fills in ``verified`` (``verifier.py``);
+1. ``side_chains`` of the latest proposal become ``forks``, additional batch rows (``forks.py``);
+2. after the forward pass the verifier fills in ``verified`` (``verifier.py``);
 3. a drafter of vLLM's own that samples fills in its ``runners_up`` (``native.py``);
 4. the drafter fills in ``proposal``, with which the next step begins (``drafter.py``).
 """
@@ -25,8 +25,8 @@ class RequestChains:
 
     Attributes:
         tokens: draft tokens of each chain.
-        logits_rows: of each chain, the logits row behind its first 0, 1, 2 ... tokens.
-        forks: of each side chain, its index among the forks of the step.
+        logits_rows: per chain, the logits rows behind its first 0, 1, 2 ... tokens.
+        forks: per side chain, its index among the forks of the step.
     """
 
     tokens: list[list[int]]
@@ -40,13 +40,13 @@ class ForkedBatch:
 
     Attributes:
         forks: in the order of their batch rows, which follow those of the requests.
-        requests: of each fork, the batch row of its request.
-        num_requests: batch rows of vLLM's own.
-        num_tokens: tokens of vLLM's own.
-        lengths: tokens of each fork's batch row.
-        chains: by batch row of the request, for requests that have several.
-        repeated: of each KV-cache group, tokens (indices into the batch) whose keys and values are written once more,
-            and the slots where.
+        requests: batch row of each fork's request.
+        num_requests: number of batch rows without forks.
+        num_tokens: number of tokens in those rows.
+        lengths: number of tokens in each fork's batch row.
+        chains: chains of the requests that have side chains, by batch row of the request.
+        repeated: per KV-cache group, batch indices of tokens whose keys and values are written a second time, and the
+            KV-cache slots for them.
     """
 
     forks: list[Fork]
@@ -59,7 +59,7 @@ class ForkedBatch:
 
     @property
     def num_more_tokens(self) -> int:
-        """Tokens of all forks' batch rows."""
+        """Number of tokens in all forks' batch rows."""
         return sum(self.lengths)
 
 
@@ -68,12 +68,12 @@ class Step:
     """One step, from its inputs to the drafts of the next.
 
     Attributes:
-        side_chains: by request id, side chains of the drafts that the scheduler knows.
-        forks: those of them that have a row in the batch; None if none has.
-        verified: what the verifier saw; None until then.
-        runners_up: of vLLM's own drafter, in the order in which it drafted depths: tokens and scores,
-            ``[num_requests, depths, num_places]`` each.
-        proposal: the drafts of the next step; None until they are asked for.
+        side_chains: side chains beside the drafts that the scheduler knows, by request id.
+        forks: the side chains that have a batch row; None if none has.
+        verified: the result of verification; None before it.
+        runners_up: candidates of vLLM's own drafter, in the order in which it drafted depths: pairs of tokens and
+            scores, both ``[num_requests, depths, num_places]``.
+        proposal: the drafts of the next step; None before they are proposed.
     """
 
     side_chains: SideChains = field(default_factory=dict)
@@ -84,18 +84,18 @@ class Step:
 
     @property
     def forks_in_batch(self) -> ForkedBatch | None:
-        """The forks while the batch holds them: behind verification, vLLM's own drafter runs without."""
+        """The forks while the batch holds them; None after verification, since vLLM's own drafter runs without."""
         return self.forks if self.verified is None else None
 
 
 class Steps:
-    """The step under way of one runner."""
+    """Holds the step under way of a model runner."""
 
     def __init__(self) -> None:
         self.now = Step()
 
     def begin(self) -> Step:
-        """A new step, which begins with what the last one proposed."""
+        """Begin a new step with the side chains that the last one proposed."""
         proposal = self.now.proposal
         self.now = Step() if proposal is None else Step(proposal.side_chains)
         return self.now

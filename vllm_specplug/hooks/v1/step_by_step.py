@@ -12,15 +12,15 @@ from vllm_specplug.samplers.base import REJECTED
 
 
 class Walk:
-    """The requests of a step on their way along the target's tokens, all of them one depth at a time.
+    """Follows the target's tokens through the chains of all requests of a step, one depth at a time.
 
-    Several chains are walked like one: at each depth only the target's own path has a logits row to look at.
+    At each depth a request needs one logits row only, also with side chains: the row behind the target's tokens so far.
 
     Args:
-        chains: of each request.
-        outputs: of each request, the very list of output tokens that vLLM's processors and penalties refer to. What is
-            accepted is appended for the depths behind it, as an ordinary step would have, and taken off by
-            :meth:`restore`: bookkeeping appends it for good.
+        chains: chains of each request.
+        outputs: per request, the same list of output tokens that vLLM's processors and penalties refer to. Accepted
+            tokens are appended, so that deeper depths see them as in ordinary steps. :meth:`restore` takes them off
+            again, since vLLM's bookkeeping appends them itself.
     """
 
     def __init__(self, chains: Sequence[RequestChains], outputs: Sequence[list[int]]) -> None:
@@ -34,7 +34,7 @@ class Walk:
         """Requests that have met no rejected draft yet."""
 
     def logits_rows(self, depth: int) -> list[int]:
-        """The logits row of each request at this depth; of one that is done, any."""
+        """The logits row of each request at this depth; any row for a request that is done."""
         rows = []
         for request, leaders in zip(self._chains, self._leading, strict=True):
             own = request.logits_rows[leaders[0]]
@@ -42,7 +42,7 @@ class Walk:
         return rows
 
     def advance(self, depth: int, tokens: Sequence[int]) -> None:
-        """Take in the target's token of each request at this depth."""
+        """Add the target's token of each request at this depth, and compare it with the chains."""
         for index in sorted(self.alive):
             token, chains = tokens[index], self._chains[index].tokens
             self.targets[index].append(token)
@@ -56,21 +56,21 @@ class Walk:
                 self.alive.discard(index)
 
     def winner(self, index: int) -> int:
-        """Which chain of a request got furthest, of equals the earliest."""
+        """Index of the request's chain with the most accepted tokens, the first of equals."""
         return self._leading[index][0]
 
     def padded(self, width: int, device: torch.device) -> torch.Tensor:
-        """:attr:`targets` as ``[num_requests, width]``, :data:`REJECTED` behind the last."""
+        """:attr:`targets` as ``[num_requests, width]``, padded with :data:`REJECTED`."""
         return torch.tensor([row + [REJECTED] * (width - len(row)) for row in self.targets], device=device)
 
     def restore(self) -> None:
-        """Leave vLLM's lists of output tokens as they were."""
+        """Restore vLLM's lists of output tokens."""
         for output_ids, length in zip(self._outputs, self._lengths, strict=True):
             del output_ids[length:]
 
 
 def stacked(logprobs: list[LogprobsTensors], width: int) -> LogprobsTensors | None:
-    """Logprobs of one depth after the other, ``[num_requests, ...]`` each, as ``[num_requests * width, ...]``."""
+    """Logprobs of successive depths, ``[num_requests, ...]`` each, as one ``[num_requests * width, ...]``."""
     if not logprobs:
         return None
     logprobs += [logprobs[-1]] * (width - len(logprobs))  # rows behind the last emitted token are filtered out

@@ -1,4 +1,4 @@
-"""Verification on V1: the target's own token of every row, drafts accepted while equal to it."""
+"""Verification on V1: draws the target's token of every logits row and accepts drafts while they equal it."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Drawn(NamedTuple):
     """The target's own tokens of one step.
 
     Attributes:
-        token_ids: ``[num_requests, max_draft_tokens + 1]`` emitted tokens, :data:`REJECTED` behind the last.
-        targets: of each request, the target's token at each logits row of the chain that got furthest.
-        num_emitted: ``[num_requests]`` how many of them are emitted.
-        logprobs: vLLM's of all emitted tokens; None if nobody asks for them.
-        winners: by batch row, which chain of a request with several got furthest.
+        token_ids: ``[num_requests, max_draft_tokens + 1]`` emitted tokens, padded with :data:`REJECTED`.
+        targets: per request, the target's tokens at the logits rows of the winning chain.
+        num_emitted: ``[num_requests]`` number of emitted tokens.
+        logprobs: vLLM's logprobs of all emitted tokens; None if no request asks for them.
+        winners: index of the winning chain by batch row, for requests with side chains.
     """
 
     token_ids: torch.Tensor
@@ -50,12 +50,12 @@ class Drawn(NamedTuple):
 
 
 class CoupledVerifier:
-    """Draws the target's token of every row as vLLM would in an ordinary step, and keeps drafts while they are equal.
+    """Draws the target's token of every logits row as an ordinary step of vLLM would, and accepts drafts that equal it.
 
-    Two ways give the same tokens. *At once*: every row is one row of a single sampling step, its parameters repeated
-    from its request. *Step by step*, when logits processors are active (min_p, logit_bias, min_tokens and custom ones
-    keep state by batch index): depth after depth, the whole batch goes through vLLM's sampler as it would have without
-    speculation, until every request has met its first rejected draft.
+    Two ways give the same tokens. *At once*: all logits rows are rows of a single sampling step, with the parameters of
+    their requests. *Step by step*, if logits processors are active (min_p, logit_bias, min_tokens and custom ones keep
+    state by batch index): the whole batch goes through vLLM's sampler once per depth, as it would without speculation,
+    until every request has met its first rejected draft.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class CoupledVerifier:
 
     @property
     def num_streams(self) -> int:
-        """Requests that hold a stream of seeds."""
+        """Number of requests that have a stream of seeds."""
         return len(self._noise)
 
     @property
     def num_running(self) -> int:
-        """Requests of the batch."""
+        """Number of requests of the batch."""
         return int(self._runner.input_batch.num_reqs)
 
     def finish(self, request_id: str) -> None:
@@ -95,7 +95,7 @@ class CoupledVerifier:
         self._noise.finish(request_id)
 
     def target_noise(self, requests: Sequence[TrackedRequest], width: int) -> TargetNoise:
-        """The Gumbel noise of the next ``width`` tokens of each request, without consuming any."""
+        """The noise of the next ``width`` tokens of each request; no seed is consumed."""
         runner = self._runner
         temperature = np.array([request.temperature for request in requests], dtype=np.float32)
         temperature[temperature < _SAMPLING_EPS] = 0.0  # vLLM calls these greedy
@@ -106,23 +106,23 @@ class CoupledVerifier:
         return TargetNoise(*self._noise.coming(seeds), temperature)
 
     def draw_ahead(self, logits: torch.Tensor, num_rows: int, depth: int) -> torch.Tensor:
-        """What the noise of coming tokens makes of other logits: a drafter's.
+        """Draw from a drafter's logits with the noise of the coming tokens.
 
         Args:
-            logits: ``[num_requests * num_rows, vocab]`` of all requests of the batch, temperature applied.
-            num_rows: consecutive tokens of each request.
-            depth: the first of them, counted from the request's next output token.
+            logits: ``[num_requests * num_rows, vocab]`` of all requests of the batch, divided by temperature.
+            num_rows: number of consecutive tokens of each request.
+            depth: depth of the first of these tokens; 0 is the request's next output token.
         """
         return self._noise.rows(self._coming(len(logits) // num_rows, num_rows, depth))(logits)
 
     def rank_ahead(
         self, logits: torch.Tensor, num_rows: int, depth: int, num_places: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """:meth:`draw_ahead`, with the tokens that came close: see ``Coupling.ranked``."""
+        """Like :meth:`draw_ahead`, with the runners-up and scores: see ``Coupling.ranked``."""
         return self._noise.ranked(logits, self._coming(len(logits) // num_rows, num_rows, depth), num_places)
 
     def _coming(self, num_requests: int, num_rows: int, depth: int) -> list[tuple[str, Any, int, int]]:
-        """Runs of rows for :class:`SeededNoise`. An incomplete prompt reads its first seeds ahead, and keeps them."""
+        """Runs of rows for :class:`SeededNoise`. A request in prefill reads its first seeds without consuming them."""
         runner = self._runner
         greedy, requests = runner.input_batch.greedy_reqs, runner.requests
         return [
@@ -137,7 +137,7 @@ class CoupledVerifier:
         logits: torch.Tensor,  # [num_rows, vocab]
         sampling_metadata: SamplingMetadata,
     ) -> SamplerOutput:
-        """vLLM's call of its rejection sampler; returns ``[num_requests, max_draft_tokens + 1]`` token ids."""
+        """Verify a step, in place of vLLM's rejection sampler: token ids ``[num_requests, max_draft_tokens + 1]``."""
         runner = self._runner
         counts: list[int] = metadata.num_draft_tokens
         if len(counts) > len(runner.input_batch.req_ids):  # vLLM's warm-up with made-up rows
@@ -165,7 +165,7 @@ class CoupledVerifier:
         return SamplerOutput(sampled_token_ids=drawn.token_ids.to(torch.int32), logprobs_tensors=drawn.logprobs)
 
     def _states(self, request_ids: list[str], prefilling: list[bool], all_greedy: bool) -> list[Any]:
-        """vLLM's state of each request that draws; None for greedy ones and while the prompt is not complete."""
+        """vLLM's state of each request; None if it draws nothing: it is greedy, or its prompt is not complete."""
         if all_greedy:
             return [None] * len(request_ids)
         greedy, requests = self._runner.input_batch.greedy_reqs, self._runner.requests
@@ -175,10 +175,10 @@ class CoupledVerifier:
         ]
 
     def _take_winners(self, forks: ForkedBatch | None, drawn: Drawn, drafts: list[list[int]]) -> list[list[list[int]]]:
-        """The chain that got furthest becomes a request's draft, its keys and values the request's own.
+        """Make each winning chain its request's draft (changed in ``drafts``), and copy its keys and values home.
 
         Returns:
-            All other chains of each request; empty if the step has no forks.
+            The other chains of each request; empty if the step has no forks.
         """
         if forks is None or self._forks is None:
             return []
@@ -192,7 +192,7 @@ class CoupledVerifier:
         return side_chains
 
     def _draw(self, runs: Sequence[tuple[int, Any, int, int]]) -> None:
-        """Key the sampler's next call by runs of rows: request's row, state, first output token, number of rows."""
+        """Set keys of the sampler's next call, as runs of (batch row, state, first output token, number of rows)."""
         request_ids = self._runner.input_batch.req_ids
         self._keyed.draw_with(
             self._noise.rows([(request_ids[index], state, first, count) for index, state, first, count in runs])
@@ -201,7 +201,7 @@ class CoupledVerifier:
     def _no_drafts(
         self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, request_ids: list[str], states: list[Any]
     ) -> Drawn:
-        """An ordinary sampling step; quick, since a step without drafts must cost no more than it does elsewhere."""
+        """An ordinary sampling step, on a short path: without drafts a step must cost no more than in plain vLLM."""
         if not sampling_metadata.all_greedy:
             self._keyed.draw_with(self._noise.next_row(request_ids, states))
         output = self._sampler(logits=logits, sampling_metadata=sampling_metadata)
@@ -216,7 +216,7 @@ class CoupledVerifier:
         states: list[Any],
         forks: ForkedBatch | None,
     ) -> Drawn:
-        """Every logits row of every request, forks' rows behind, in one call of the sampler."""
+        """Draw all logits rows in one call of the sampler; the forks' rows come last."""
         layout = RowLayout.of(metadata.num_draft_tokens, logits.device)
         runs = [
             (index, state, 0, count + 1)
@@ -252,7 +252,7 @@ class CoupledVerifier:
         states: list[Any],
         forks: ForkedBatch | None,
     ) -> Drawn:
-        """One call of the sampler a depth, whole batch in each, until every request met its first rejected draft."""
+        """Call the sampler once per depth for the whole batch, until every request has met its first rejected draft."""
         runner = self._runner
         layout = RowLayout.of(metadata.num_draft_tokens, logits.device)
         drafts = _by_request(metadata.draft_token_ids, layout.num_draft_tokens)
@@ -289,7 +289,7 @@ class CoupledVerifier:
 
 
 class ObservedRejection:
-    """vLLM's own rejection sampler, with what it accepted reported to the proposers."""
+    """vLLM's own rejection sampler; also reports to the proposers which drafts it accepted."""
 
     def __init__(self, runner: Any, stock: Any, steps: Steps, observe: Callable[[Verified], None]) -> None:
         self._runner = runner
@@ -298,7 +298,7 @@ class ObservedRejection:
         self._observe = observe
 
     def __call__(self, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> SamplerOutput:
-        """Same arguments and result as the stock sampler."""
+        """Verify a step; arguments and result are those of vLLM's rejection sampler."""
         runner = self._runner
         if len(metadata.num_draft_tokens) > len(runner.input_batch.req_ids):  # vLLM's warm-up with made-up rows
             return self._stock(metadata, draft_probs, logits, sampling_metadata)
@@ -309,7 +309,7 @@ class ObservedRejection:
         if metadata.max_spec_len:
             output = self._stock(metadata, draft_probs, logits, sampling_metadata)
         else:
-            # An ordinary step. vLLM's verifier fails without any draft where some request has a top_k.
+            # An ordinary step. vLLM's verifier fails if there is no draft and some request has a top_k.
             output = runner.sampler(logits=logits, sampling_metadata=sampling_metadata)
         kept = [[token for token in row if token != REJECTED] for row in output.sampled_token_ids.tolist()]
         emitted = [len(tokens) for tokens in kept]
@@ -320,12 +320,12 @@ class ObservedRejection:
 
 
 def _walk_chains(forks: ForkedBatch, targets: list[int], drawn: Drawn, rows: torch.Tensor) -> None:
-    """Put the best chain of each request that has several in place of its main chain.
+    """Replace the main chain's tokens by the winning chain's, for each request with side chains.
 
     Args:
-        forks: of the step.
+        forks: forks of the step.
         targets: the target's token of every logits row.
-        drawn: by main chains alone; changed in place.
+        drawn: the tokens of main chains; changed in place.
         rows: ``[num_requests, max_draft_tokens + 1]`` logits row of each emitted token; changed in place.
     """
     for index, chains in forks.chains.items():
@@ -341,7 +341,7 @@ def _walk_chains(forks: ForkedBatch, targets: list[int], drawn: Drawn, rows: tor
 
 
 def _settled(verified: Verified, prefilling: Sequence[bool]) -> Verified:
-    """Without the requests whose prompts are not complete: they emit nothing."""
+    """``verified`` without the requests whose prompts are not complete, which emit nothing."""
     settled = [index for index, skip in enumerate(prefilling) if not skip]
     return Verified(
         [verified.request_ids[index] for index in settled],
@@ -354,7 +354,7 @@ def _settled(verified: Verified, prefilling: Sequence[bool]) -> Verified:
 
 
 def _is_active(processor: Any) -> bool:
-    """True when a logits processor would change some row now; one that we do not know always may."""
+    """Whether a logits processor may change some logits row now; a custom one always may."""
     if type(processor) is MinPLogitsProcessor:
         return bool(processor.min_p_count)
     if type(processor) is LogitBiasLogitsProcessor:
@@ -370,13 +370,13 @@ def _budgets(sampling_metadata: SamplingMetadata) -> bool:
 
 
 def _real_drafts(metadata: Any) -> list[list[int]]:
-    """Each request's verified draft; the placeholders (-1) that vLLM's scheduler pads with count as none."""
+    """Each request's verified draft; placeholders (-1) of vLLM's scheduler are no draft."""
     drafts = _by_request(metadata.draft_token_ids, metadata.num_draft_tokens)
     return [draft if draft and draft[0] >= 0 else [] for draft in drafts]
 
 
 def _by_request(flat: torch.Tensor, counts: Sequence[int]) -> list[list[int]]:
-    """``[sum(counts)]`` values as one list a request."""
+    """Split values ``[sum(counts)]`` into one list per request."""
     values, split, first = flat.tolist(), [], 0
     for count in counts:
         split.append(values[first : first + count])
@@ -387,13 +387,13 @@ def _by_request(flat: torch.Tensor, counts: Sequence[int]) -> list[list[int]]:
 def _repeat_by_row(
     metadata: SamplingMetadata, of_row: torch.Tensor, prefixes: Sequence[tuple[int, list[int], int]]
 ) -> SamplingMetadata:
-    """The sampling parameters of each request repeated for each of its rows, drafts counted as output before them.
+    """Repeat the sampling parameters of requests for their logits rows; draft tokens before a row count as output.
 
     Args:
-        metadata: vLLM's, one entry a request.
-        of_row: ``[num_rows]`` request of each row.
-        prefixes: the same rows, run by run: request, draft, and how many tokens of it precede the run's first row; the
-            run ends with the row behind the whole draft.
+        metadata: vLLM's sampling metadata, with one entry per request.
+        of_row: ``[num_rows]`` batch row of each logits row's request.
+        prefixes: the same rows as runs of (request, draft, first): ``first`` draft tokens precede the run's first row,
+            and all of the draft precedes its last.
     """
     take = functools.partial(_optional_rows, rows=of_row)
     requests = of_row.tolist()

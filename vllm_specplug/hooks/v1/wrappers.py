@@ -1,7 +1,7 @@
-"""vLLM's V1 model runner: our drafter in place of its own, our verifier in place of its rejection sampler.
+"""Wrappers of vLLM's V1 model runner: they put our drafter and our verifier in the place of vLLM's.
 
-Tokens flow: target logits of every verified row -> :class:`CoupledVerifier` (the target's own token of every row,
-accepted while equal) -> vLLM's bookkeeping -> :class:`Drafter` or one of vLLM's own drafters (the next drafts).
+Tokens flow: target logits -> ``CoupledVerifier`` (draws the target's token of every logits row, accepts drafts while
+they equal it) -> vLLM's bookkeeping -> :class:`Drafter` or one of vLLM's own drafters (drafts of the next step).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **
     if isinstance(drafter, Drafter):
         drafter.attach(self)
     elif (settings := settings_of(self.vllm_config.additional_config)) and (
-        settings.is_coupled or self.device.type == "cpu"  # elsewhere vLLM's own verifier needs no repair of ours
+        settings.is_coupled or self.device.type == "cpu"  # on other devices vLLM's own verifier needs no repair
     ):
         Drafter(self.vllm_config).attach(self)
     return result
@@ -65,7 +65,7 @@ def _initialize_kv_cache(original: Callable[..., Any], self: Any, *args: Any, **
 def _bookkeeping_sync(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     if drafter_of(self) is None:
         return original(self, *args, **kwargs)
-    # Bookkeeping would take back the draw of half-prefilled requests. Our verifiers never draw for them.
+    # Bookkeeping would rewind the generators of half-prefilled requests. Our verifiers never draw for them.
     generators = self.input_batch.generators
     self.input_batch.generators = {}
     try:
@@ -84,7 +84,7 @@ def _on_request_state_removed(original: Callable[..., Any], self: Any, req_id: s
 def _take_draft_token_ids(original: Callable[..., Any], self: Any) -> Any:
     proposed = original(self)
     drafter = drafter_of(self)
-    # Our own drafter's drafts are what it gave; only beside one of vLLM's there is something to join.
+    # Our own drafter has proposed already; only beside a drafter of vLLM's do our drafts join.
     if drafter is None or self.drafter is drafter:
         return proposed
     return drafter.join(proposed)
@@ -113,13 +113,13 @@ def _calc_spec_decode_metadata(
             logits_indices=request,
         )
     if cu_num_scheduled_tokens[-1] == num_requests:
-        return plain  # a token each
+        return plain  # one token per request
     return replace(plain, logits_indices=torch.from_numpy(cu_num_scheduled_tokens - 1))
 
 
 def _build_logitsprocs(original: Callable[..., Any], vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
     if is_coupled(vllm_config.speculative_config):
-        # A shallow copy that looks like an engine without speculation: to a coupled verifier every row is such a step.
+        # A shallow copy without speculation: a coupled verifier draws every logits row as an ordinary step does.
         vllm_config = copy.copy(vllm_config)
         vllm_config.speculative_config = None
     return original(vllm_config, *args, **kwargs)

@@ -1,7 +1,7 @@
-"""Copies of whole KV-cache blocks whose ids are known on the device alone.
+"""Copies whole KV-cache blocks whose ids are known on the device only.
 
-vLLM's own ``copy_kv_cache_blocks_inplace`` takes ids on the host. Here one kernel copies the blocks of all layers, and
-a block that is its own target costs next to nothing: lists have a fixed length, whatever of them is needed.
+vLLM's own ``copy_kv_cache_blocks_inplace`` takes ids on the host. Here one kernel copies the blocks of all layers. A
+block that is its own target costs next to nothing, so that lists of ids can have a fixed length.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 _PIECE = 2**16
-"""Bytes that one program copies, at most: a page of one layer is a few of them."""
+"""Most bytes that one program copies; a block's part in one layer is a few such pieces."""
 _BLOCK_SIZE = 1024
 _WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 Run = tuple[int, int, int]
-"""Address in block 0, length, and distance from each block to the next, in bytes."""
+"""A run of bytes that every block has: address in block 0, length, and distance from block to block, in bytes."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -45,16 +45,16 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
 
 
 class BlockCopies:
-    """Copies blocks of one runner's KV cache.
+    """Copies blocks of a runner's KV cache.
 
     Args:
-        caches: ``[num_blocks * kernel blocks of a block, ...]``, one a layer, in whatever layout; layers may share
-            memory, and their pages may overlap.
-        num_blocks: blocks that the block ids count.
+        caches: per layer ``[num_blocks * kernel blocks per block, ...]``, in any memory layout; layers may share memory
+            and overlap.
+        num_blocks: number of block ids.
     """
 
     def __init__(self, caches: Iterable[torch.Tensor], num_blocks: int) -> None:
-        self._caches = list(caches)  # the addresses below are valid as long as these live
+        self._caches = list(caches)  # keeps the memory behind the addresses below alive
         runs = list(_pieces(_joined({run for cache in self._caches for run in _runs_of(cache, num_blocks)})))
         size = math.gcd(8, *(number for run in runs for number in run))
         self._word = _WORDS[size]
@@ -72,13 +72,13 @@ class BlockCopies:
 
         Args:
             sources, targets: ``[num_copies]`` int64 block ids. No block may be the target of one copy and the source of
-                another, but for blocks that are copied to themselves, which stay as they are.
+                another, except that a block may be copied to itself.
 
         Raises:
-            ValueError: they differ in shape, or are not contiguous or of another type.
+            ValueError: the tensors differ in shape, are not contiguous, or are not int64.
         """
         for ids in (sources, targets):
-            # The kernel would read the wrong memory without a word.
+            # The kernel would silently read the wrong memory.
             if ids.dtype != torch.int64 or ids.dim() != 1 or not ids.is_contiguous() or ids.shape != sources.shape:
                 raise ValueError(
                     "block ids must be two contiguous torch.int64 tensors of one length; given: "
@@ -91,7 +91,7 @@ class BlockCopies:
 
 
 def _runs_of(cache: torch.Tensor, num_blocks: int) -> Iterator[Run]:
-    """Runs of bytes that lie side by side in one layer's part of a block."""
+    """The runs of contiguous bytes in one layer's part of a block."""
     blocks = cache.view(num_blocks, -1, *cache.shape[1:])
     size = cache.element_size()
     length = size
@@ -106,13 +106,13 @@ def _runs_of(cache: torch.Tensor, num_blocks: int) -> Iterator[Run]:
 
 
 def _joined(runs: Iterable[Run]) -> Iterator[Run]:
-    """The same bytes in fewer runs, none of them twice: layers of one block lie side by side, groups share memory."""
+    """The same bytes in fewer runs without overlap: layers of a block are adjacent, and groups share memory."""
     joined: list[Run] = []
     for address, length, distance in sorted(runs, key=lambda run: (run[2], run[0])):
         if joined and joined[-1][2] == distance:
             begin, before, _ = joined[-1]
             end = max(begin + before, address + length)
-            # Not into the next block, where that is what comes next.
+            # A joined run must not reach into the next block.
             if address <= begin + before and end - begin <= distance:
                 joined[-1] = (begin, end - begin, distance)
                 continue
@@ -121,7 +121,7 @@ def _joined(runs: Iterable[Run]) -> Iterator[Run]:
 
 
 def _pieces(runs: Iterable[Run]) -> Iterator[Run]:
-    """Runs of a size that one program copies."""
+    """Cut runs into pieces of at most ``_PIECE`` bytes."""
     for address, length, distance in runs:
         for start in range(0, length, _PIECE):
             yield address + start, min(_PIECE, length - start), distance

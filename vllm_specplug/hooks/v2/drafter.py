@@ -33,17 +33,17 @@ from vllm_specplug.samplers.keys import PositionKeys
 from vllm_specplug.settings.model import Settings, settings_of
 
 _WARM_UP_REQUESTS = ("_warmup_", "_v2_mixed_warmup")
-"""vLLM warms kernels up with made-up requests of these names: nothing to learn from, nothing to count."""
+"""vLLM warms kernels up with made-up requests whose ids begin like this; they are not tracked."""
 
 
 class Drafter(BaseSpeculator):  # type: ignore[misc]
-    """The drafter that vLLM's V2 runner builds for our configuration, or that joins one of vLLM's own.
+    """Holds the plugin's state in a V2 runner: as the runner's drafter, or joined to one of vLLM's own drafters.
 
     Args:
-        vllm_config: vLLM's configuration; ours is in its ``additional_config``.
-        device: of the runner.
+        vllm_config: vLLM's configuration; the plugin's settings are in its ``additional_config``.
+        device: device of the runner.
         req_states: the runner's per-request tensors.
-        native: vLLM's own drafter that ours join; None where ours draft alone.
+        native: vLLM's own drafter, which our proposers join; None if they draft alone.
     """
 
     supports_mm_inputs = False
@@ -62,7 +62,7 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
         self._req_states = req_states
         self._width = self.num_speculative_tokens + 1
         context = proposer_context(vllm_config, settings)
-        # Under async scheduling the scheduler reserves k rows a request before any draft is known: none can be saved.
+        # Under async scheduling the scheduler reserves k draft tokens per request anyway: short drafts save nothing.
         self.drafting = Drafting(
             settings,
             context,
@@ -73,7 +73,7 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
         if settings.device_proposer is not None:
             options = settings.device_proposer.options
             self._on_device = DeviceDrafting(replace(context, options=options), device, req_states)
-        # A last step can emit a few tokens more than fit; there is room for them, so that nothing is written outside.
+        # The last step of a request can emit a few tokens beyond max_model_len: the history has room for them.
         self.history = TokenHistory(max_num_requests, self.max_model_len + self._width)
         self._drafts = torch.zeros((max_num_requests, self.num_speculative_tokens), dtype=torch.int64, device=device)
         self._packed = torch.empty((max_num_requests, 2 + self._width), dtype=torch.int32, device=device)
@@ -86,7 +86,7 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
         )
         self._sampling_states: Any = None
         self.steps = Steps()
-        self.in_place: dict[str, list[int]] = {}  # request id -> its draft that the next step verifies
+        self.in_place: dict[str, list[int]] = {}  # request id -> the draft that the next step verifies
         self.forks: v2_forks.ForkedRows | None = None
         self._on_host_winners = torch.empty(max_num_requests, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._is_sharded = False
@@ -94,21 +94,21 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
         self._tp_group: Any = None
         self.is_first_rank = True
         parallel_config = getattr(vllm_config, "parallel_config", None)
-        # Under torchrun every rank schedules for itself, and only the first knows how long its drafts are.
+        # Under torchrun every rank schedules by itself, and only the first rank knows the lengths of drafts.
         self._every_rank_schedules = getattr(parallel_config, "distributed_executor_backend", "") == "external_launcher"
 
     def attach(self, runner: Any) -> None:
-        """The runner is complete: find the verifier, compile and map what must be quick later, say what is active.
+        """Connect with the runner's verifier, warm up, and log what is active. Called once the model is loaded.
 
         Raises:
-            ConfigurationError: the model brings a sampler of its own, so that our verifier is not in place.
+            ConfigurationError: the model brings its own sampler in place of our verifier.
         """
         if self.settings.is_coupled:
             check_verifier(runner)
             runner.rejection_sampler.steps = self.steps
         self._is_sharded = runner.batch_sharder is not None
         self._has_pipeline = runner.use_pp
-        if self.settings.num_noises and not runner.sampler.use_fp64_gumbel:  # which hashes in another way
+        if self.settings.num_noises and not runner.sampler.use_fp64_gumbel:  # float64 hashes its noise in another way
             self._sampling_states = runner.sampler.sampling_states
         attach(runner, self)
         attach(runner.draft_tokens_handler, self)
@@ -125,21 +125,21 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
             log_start("V2", self.settings, self._role(time.perf_counter() - start))
 
     def attach_forks(self, runner: Any) -> None:
-        """The runner has its KV cache: several chains of a request need blocks of it."""
+        """Prepare for forks, which need KV-cache blocks. Called once the runner has its KV cache."""
         self.forks = v2_forks.attach(runner)
 
     def begin_step(self) -> Step:
-        """A step's inputs are about to be made: the drafts of the last one are put in place."""
+        """Put the drafts of the last step in place and begin a new one. Called before the step's inputs are made."""
         self.put_in_place()
         return self.steps.begin()
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of a request; vLLM 0.33 may lower it after this drafter is built, to what fits the cache."""
+        """Most tokens of a request; vLLM 0.33 may lower it to what fits the KV cache after this drafter is built."""
         return int(self._model_config.max_model_len)
 
     def _role(self, warm_up_s: float) -> str:
-        """Who drafts, for the start-up line."""
+        """The end of the start-up line: which drafter is at work."""
         proposers = self.drafting.describe()
         if self._on_device is not None:
             proposers = f"rest ({self._on_device.proposer.describe()})"
@@ -157,7 +157,7 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
         """Nothing of ours runs in a CUDA graph."""
 
     def add_requests(self, scheduler_output: Any) -> None:
-        """New requests, and preempted ones that come back, have their rows."""
+        """Track new and resumed requests. Called once they have their table rows."""
         rows: list[int] = []
         lengths: list[int] = []
         for new in scheduler_output.scheduled_new_reqs:
@@ -179,7 +179,7 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
             self._on_device.add(rows, lengths)
 
     def finish_requests(self, scheduler_output: Any) -> None:
-        """These requests left their rows: for good, or preempted."""
+        """Drop the state of finished and preempted requests, which leave their table rows."""
         for request_id in (*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())):
             self.history.remove(request_id)
             self.in_place.pop(request_id, None)
@@ -208,10 +208,9 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
         is_profile: bool = False,
         num_speculative_tokens: int | None = None,
     ) -> torch.Tensor:
-        """Called by vLLM after each step; ``[num_requests, num_speculative_tokens]`` draft tokens on the device.
+        """Draft tokens ``[num_requests, num_speculative_tokens]`` on the device. vLLM calls it after each step.
 
-        Places behind a draft, and all places of a request without one, hold its last token: any token is as good, since
-        the verifier does not trust it.
+        Columns behind the end of a draft are filled with some token: the verifier checks them like any other.
         """
         drafts = self._drafts[: input_batch.num_reqs]
         if dummy_run:
@@ -221,11 +220,11 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
 
     @torch.inference_mode()
     def join(self, propose: Callable[..., torch.Tensor], input_batch: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """vLLM's own drafter's ``propose``, its drafts joined by ours where ours promise more.
+        """Let vLLM's own drafter propose, then replace each draft by ours if ours promises more.
 
         Args:
-            propose: that method.
-            input_batch: like the rest, what vLLM calls it with.
+            propose: the ``propose`` method of vLLM's drafter.
+            input_batch: first of the arguments with which vLLM calls ``propose``.
         """
         theirs = propose(input_batch, *args, **kwargs)
         if kwargs.get("dummy_run"):
@@ -237,8 +236,8 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
     def _propose(
         self, input_batch: Any, num_sampled: torch.Tensor, drafts: torch.Tensor, num_speculative_tokens: int | None
     ) -> torch.Tensor:
-        """Drafts over those that stand in ``drafts``: placeholders, or vLLM's own."""
-        if self.steps.now.transfer is not None:  # an earlier step's, when the one in between ran no model
+        """Draft for a step; ``drafts`` holds placeholders or vLLM's own drafts, and ours are written over them."""
+        if self.steps.now.transfer is not None:  # of an earlier step, if the last one ran no model
             self.begin_step()
         limit = self.num_speculative_tokens
         if num_speculative_tokens is not None:
@@ -250,17 +249,17 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
             self.in_place.clear()
             return drafts
         self._send_to_host(input_batch, num_sampled, limit, drafts)
-        # Whoever reads the drafts before the next step's inputs are made must not see placeholders.
+        # In these cases vLLM reads the drafts before the next step begins: it must not see placeholders.
         if not self.is_async or self._has_pipeline or input_batch.has_structured_output_reqs:
             self.put_in_place(drafts)
         return drafts
 
     def put_in_place(self, out: torch.Tensor | None = None) -> None:
-        """Draft for the step whose tokens are on their way, if there is one, and hand the drafts to the device.
+        """Draft from the tokens of the step under way, if they are on their way, and write the drafts to the device.
 
         Args:
-            out: ``[num_requests, num_speculative_tokens]`` of that step, to be filled; None writes to the runner's
-                table, where the placeholders are by now.
+            out: ``[num_requests, num_speculative_tokens]`` to fill, by batch row; None writes to the runner's table,
+                into which vLLM has copied the placeholders.
         """
         step = self.steps.now
         transfer = step.transfer
@@ -291,10 +290,10 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
         self._write(self._req_states.draft_tokens if out is None else out, rows, [drafts[index] for index in chosen])
 
     def cut(self, proposed: DraftTokenIds | None) -> DraftTokenIds | None:
-        """vLLM's answer to the scheduler (k tokens a request), with each draft as long as it really is.
+        """Cut the drafts that vLLM reports to the scheduler, k tokens per request, to their real lengths.
 
-        Under async scheduling the scheduler has reserved k already, and validates against a grammar what stands in all
-        k places: nothing is cut. How long drafts made on the device are, only the device knows.
+        Nothing is cut under async scheduling: the scheduler has reserved k tokens already, and validates all k against
+        a grammar. Nothing is cut if proposers draft on the device either: the host does not know the lengths.
         """
         if proposed is None or self.is_async or self._on_device is not None:
             return proposed
@@ -305,7 +304,7 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
         return DraftTokenIds(proposed.req_ids, cut)
 
     def snapshot(self, is_fresh: bool = True) -> dict[str, Any]:
-        """Counters of this worker, and how many requests hold state in it; ``is_fresh`` as in ``Drafting.snapshot``."""
+        """Counters of this worker and its number of live requests; ``is_fresh`` is that of ``Drafting.snapshot``."""
         counters = self.drafting.snapshot(is_fresh)
         counters["live_requests"] = max(counters["live_requests"], len(self.history), len(self.in_place))
         return counters
@@ -360,14 +359,14 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
         alive: NDArray[np.bool_],
         out: Proposal,
     ) -> None:
-        """Take in what a step emitted and ask the proposers.
+        """Add a step's emitted tokens to the history, report them to the proposers, and draft for the next step.
 
         Args:
-            step: whose chains were verified.
-            transfer: of that step, arrived.
-            packed: its emitted tokens.
-            alive: ``[num_requests]`` False for requests that have left their rows since.
-            out: one empty draft a request of the step; filled in.
+            step: the step that was verified.
+            transfer: the step's transfer, which has arrived.
+            packed: the step's emitted tokens, as in ``transfer``.
+            alive: ``[num_requests]`` False for requests that have left their table rows since.
+            out: holds one empty draft per request of the step; filled in.
         """
         totals, counts = packed[:, 0].astype(np.int64), packed[:, 1].astype(np.int64)
         emitting = np.flatnonzero(alive & (counts > 0))
@@ -381,7 +380,7 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
 
         def noise(chosen: Sequence[int], width: int) -> TargetNoise:
             temperature = np.array([requests[index].temperature for index in chosen], dtype=np.float32)
-            # The token after position p is drawn with the noise of p: the next one's is the last token's.
+            # The token after position p is drawn with the noise of p: the next token takes that of the last position.
             positions = (totals[emitting[chosen]] - 1)[:, None] + np.arange(width)
             seeds = torch.from_numpy(states.seeds.np[rows[chosen]][:, None])
             return TargetNoise(*coupling.noise(PositionKeys(seeds, torch.from_numpy(positions))), temperature)
@@ -401,7 +400,7 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
             out.drafts[index] = draft
 
     def _observe(self, step: Step, transfer: Transfer, packed: NDArray[np.int32], emitting: NDArray[np.intp]) -> None:
-        """Report to counters and proposers what was verified."""
+        """Report the step's verification to counters and proposers."""
         several = None if step.forks is None else step.forks.chains
         verified = Verified([], [], [], packed[emitting, 1].tolist(), len(transfer.request_ids) - len(emitting))
         for index in emitting.tolist():
@@ -415,7 +414,7 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
             verified.draft_token_ids.append(draft)
             if several is not None:
                 verified.further.append(others)
-        if self.drafting.has_proposers:  # counters do without the tokens
+        if self.drafting.has_proposers:  # counters do not need the tokens
             verified.target_token_ids += (
                 # -1: the verifier reported emitted tokens only
                 [token for token in line[: max(num_emitted, len(draft) + 1)] if token != -1]
@@ -428,12 +427,12 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
     def _share(
         self, transfer: Transfer, drafts: list[list[int]], alive: NDArray[np.bool_], out: torch.Tensor | None
     ) -> None:
-        """Every rank of a tensor-parallel group must run the model on the same drafts: those of the first."""
+        """Send the first rank's drafts to all ranks of the tensor-parallel group, which must run on the same drafts."""
         shared = self._drafts[: len(transfer.request_ids)]  # the placeholders, which are the same on all ranks
         chosen = [index for index, draft in enumerate(drafts) if draft]
         if chosen:
             self._write(shared, chosen, [drafts[index] for index in chosen])
-        # vLLM's own NCCL communicator where there is one: torch's would be a second, made after memory was shared out.
+        # Prefer vLLM's NCCL communicator: torch would make a second one, after GPU memory has been divided up.
         communicator = getattr(self._tp_group, "device_communicator", None)
         nccl = getattr(communicator, "pynccl_comm", None)
         if nccl is not None and not nccl.disabled:
@@ -446,11 +445,11 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
             self._req_states.draft_tokens[rows] = shared[async_tensor_h2d(living, device=self.device)]
 
     def _write(self, target: torch.Tensor, rows: list[int], drafts: list[list[int]]) -> None:
-        """One copy to the device; each row is its draft, its last token repeated to the end."""
+        """Write drafts to rows of ``target`` with one copy to the device; the last token of a draft fills its row."""
         k = self.num_speculative_tokens
-        # Reused each step: by now the device is past the copy of the step before, whose tokens have arrived since.
+        # Safe to reuse: the tokens of the last step have arrived, so that the copy before them is done.
         table = self._on_host_drafts[: len(rows)]
-        # Padded as lists and written at once: a fraction of the time of one numpy assignment a row.
+        # Padding lists and writing them at once takes a fraction of the time of one numpy assignment per row.
         table.numpy()[:] = [
             [row, *draft, *draft[-1:] * (k - len(draft))] for row, draft in zip(rows, drafts, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""How a token is drawn from target logits and keys on V2."""
+"""Draws tokens from logits and keys on V2."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def _draw(
     apply_temperature: bool,
     **options: Any,
 ) -> torch.Tensor:
-    """A coupling's draw with the arguments of vLLM's ``gumbel_sample``, which is its race."""
+    """Draw tokens ``[num_rows]`` by ``coupling``; the other arguments are those of vLLM's ``gumbel_sample``."""
     processed = logits
     if apply_temperature:
         of_rows = temperature[expanded_idx_mapping]
-        exact = logits.float() if coupling.num_noises else logits.double()  # races score in float32, as the kernel does
+        exact = logits.float() if coupling.num_noises else logits.double()  # races use float32, as vLLM's kernel does
         processed = exact / torch.where(of_rows == 0.0, 1.0, of_rows)[:, None]
 
     def race(rows: torch.Tensor, keys: PositionKeys) -> torch.Tensor:
-        # The kernel applies temperatures itself, and of a greedy request draws the argmax.
+        # vLLM's kernel applies temperatures itself, and draws the argmax for greedy requests.
         source, is_raw = (logits, apply_temperature) if rows is processed else (rows, False)
         return gumbel_sample(source, expanded_idx_mapping, temperature, seeds, keys.positions, is_raw, **options)  # type: ignore[no-any-return]
 
@@ -45,7 +45,7 @@ def _draw(
 
 
 def draw_of(settings: Settings | None) -> Callable[..., torch.Tensor]:
-    """How the sampler draws, with the arguments of vLLM's ``gumbel_sample``; that function itself if it is its race."""
+    """The sampler's draw, with the arguments of vLLM's ``gumbel_sample``: that function itself if it draws the same."""
     coupling = None if settings is None else settings.coupling
     if not isinstance(coupling, Coupling) or type(coupling).draw is Gumbel.draw:
         return gumbel_sample  # type: ignore[no-any-return]
@@ -53,7 +53,7 @@ def draw_of(settings: Settings | None) -> Callable[..., torch.Tensor]:
 
 
 def draw_by(runner: Any, draw: Callable[..., torch.Tensor]) -> None:
-    """Draw in this way wherever this runner draws a token: while verifying, and in steps without drafts."""
+    """Let the runner draw all tokens by ``draw``: in verification, and in steps without drafts."""
     sampler = runner.sampler
     runner.rejection_sampler.draw = draw
 

@@ -1,11 +1,11 @@
-"""Forked rows on vLLM's V2 model runner; see :mod:`~vllm_specplug.hooks.forks` for what they are.
+"""Forks on vLLM's V2 model runner; :mod:`vllm_specplug.hooks.forks` says what forks are.
 
-A fork is a row under a made-up request id that stands for the state of its request; it repeats the request's last
-token and has as many tokens as the request's own row, so that a batch whose rows are all alike stays so and full CUDA
-graphs replay. Where a request stands is known on the device alone under async scheduling: block ids, slots and what is
-copied are computed there, and nothing waits for it.
+A fork is a batch row under a made-up request id, which stands for the state of its request. The row repeats the
+request's last token and is as long as the request's own row, so that a uniform batch stays uniform and full CUDA graphs
+replay. Under async scheduling only the device knows the length of a request: block ids, KV-cache slots and copies are
+computed on the device, and the host never waits for them.
 
-Order of a step: :meth:`ForkedRows.plan` (its requests are in place), :meth:`ForkedRows.gather`,
+Order of a step: :meth:`ForkedRows.plan` (once the step's requests are in place), :meth:`ForkedRows.gather`,
 :meth:`ForkedRows.fill`, :meth:`ForkedRows.attend`, the forward pass, :meth:`ForkedRows.choose`, which leaves a batch as
 it would have been without forks.
 """
@@ -33,11 +33,11 @@ _FORK_ID = "specplug fork {} of {}"
 
 
 class ForkedRows:
-    """Adds forks to the batches of one runner.
+    """Adds forks to the batches of a model runner.
 
     Args:
-        runner: vLLM's, with its KV cache in place.
-        scratch: the blocks that are set aside.
+        runner: vLLM's model runner, with its KV cache.
+        scratch: the blocks that are set aside for forks.
     """
 
     def __init__(self, runner: Any, scratch: Scratch) -> None:
@@ -53,7 +53,7 @@ class ForkedRows:
         self._copies = BlockCopies(runner.kv_caches, int(runner.kv_cache_config.num_blocks))
 
     def max_forks(self, num_running: int) -> int:
-        """Forks that a step of so many requests has rows for, as far as can be said before it is scheduled."""
+        """Most forks of the next step if it has ``num_running`` requests; an estimate before it is scheduled."""
         idle = max(min(int(self._runner.max_num_reqs) - num_running, self._scratch.num_rows), 0)
         if not num_running or not self._runner.vllm_config.scheduler_config.async_scheduling:
             return idle  # drafts keep their own length
@@ -61,15 +61,15 @@ class ForkedRows:
         return self._within_graph([length] * num_running, length, idle)
 
     def _within_graph(self, lengths: Sequence[int], fork_length: int, num_forks: int) -> int:
-        """So many forks, or as many as leave the batch the kind of CUDA graph that it would replay without them.
+        """The largest number of forks with which the batch replays the same kind of CUDA graph as without forks.
 
         The largest captured batch is often smaller than the largest that can run, and without its graph a step takes
         several times as long.
 
         Args:
-            lengths: tokens of each request's row.
-            fork_length: tokens of a fork's, at most.
-            num_forks: that there is room for.
+            lengths: number of tokens of each request's batch row.
+            fork_length: most tokens of a fork's batch row.
+            num_forks: upper bound of the result.
         """
         num_tokens, longest = sum(lengths), max(lengths)
 
@@ -90,12 +90,12 @@ class ForkedRows:
     # -- Before the forward pass -------------------------------------------------------------------------------------
 
     def plan(self, step: Step, scheduler_output: Any, in_place: Mapping[str, list[int]]) -> None:
-        """Choose the forks of this step, and let the scheduler's output name them.
+        """Choose the forks of this step, and add them to the scheduler's output under made-up request ids.
 
         Args:
-            step: its ``forks`` are filled in.
-            scheduler_output: a copy of vLLM's whose dictionaries of scheduled tokens are its own.
-            in_place: the drafts in place, by request id.
+            step: the step; its ``forks`` are filled in.
+            scheduler_output: a copy of vLLM's ``SchedulerOutput`` with copied dictionaries of scheduled tokens.
+            in_place: the drafts that this step verifies, by request id.
         """
         side_chains = step.side_chains
         runner = self._runner
@@ -145,7 +145,7 @@ class ForkedRows:
 
     @contextlib.contextmanager
     def aliases(self, forks: ForkedBatch) -> Iterator[None]:
-        """While this lasts, the forks' made-up ids stand for their requests' state."""
+        """Within this context, the forks' made-up ids refer to the state of their requests."""
         index = self._runner.req_states.req_id_to_index
         for fork, name in zip(forks.forks, forks.request_ids, strict=True):
             index[name] = index[fork.request_id]
@@ -156,7 +156,7 @@ class ForkedRows:
                 del index[name]
 
     def gather(self, batch: ForkedBatch, batch_state: Any) -> Any:
-        """vLLM's state of the batch with the forks behind the requests, whatever their lengths."""
+        """Reorder vLLM's state of the batch, so that the forks' rows follow those of all requests."""
         place = {name: row for row, name in enumerate(batch_state.req_ids)}
         forks = [place[name] for name in batch.request_ids]
         are_forks = set(forks)
@@ -179,7 +179,7 @@ class ForkedRows:
         return batch_state._replace(**changes)
 
     def fill(self, forks: ForkedBatch, input_batch: Any) -> None:
-        """Write each fork's draft into its row, into which vLLM put the request's own."""
+        """Write each fork's tokens into its batch row, which vLLM filled with the request's main chain."""
         starts = input_batch.query_start_loc_np[forks.num_requests :]
         places = [
             int(starts[number]) + 1 + at for number, fork in enumerate(forks.forks) for at in range(len(fork.tokens))
@@ -197,7 +197,10 @@ class ForkedRows:
         block_tables: tuple[torch.Tensor, ...],
         slot_mappings: torch.Tensor,
     ) -> None:
-        """Let the forks' rows use scratch blocks, which begin like the request's own; in place, for graphs' sake."""
+        """Give the forks' batch rows scratch blocks, and copy the requests' partly filled blocks into these.
+
+        Tables are changed in place, since CUDA graphs read them.
+        """
         num_forks, first_row = len(forks.forks), forks.num_requests
         # Position of the last token before the drafts.
         last = self._runner.req_states.num_computed_tokens.gpu[input_batch.idx_mapping[first_row:]].to(torch.int64)
@@ -219,7 +222,7 @@ class ForkedRows:
             targets.append(scratch[:, 0])
             columns = begin[:, None] + torch.arange(scratch.shape[1], device=last.device)
             fits = columns < table.shape[1]
-            # What lies behind the table's end is behind the longest request, too: the last column is written twice.
+            # Blocks behind the table's end are never used: the last column is just written twice.
             columns = columns.clamp(max=table.shape[1] - 1)
             at_end = (table.shape[1] - 1 - begin).clamp(max=scratch.shape[1] - 1)[:, None].expand_as(scratch)
             table[rows[:, None], columns] = torch.where(fits, scratch, scratch.gather(1, at_end)).to(table.dtype)
@@ -227,29 +230,29 @@ class ForkedRows:
             slot_mappings[group, first_token:stop] = scratch[fork_of_token, offset] * size + positions % size
         self._copies.copy(torch.cat(sources), torch.cat(targets))
 
-    # -- After it ----------------------------------------------------------------------------------------------------
+    # -- After the forward pass ----------------------------------------------------------------------------------------
 
     def choose(self, forks: ForkedBatch, input_batch: Any, output: Any) -> tuple[Any, torch.Tensor]:
-        """Keep each request's best row, copy its keys and values home, and take the forks out of the batch.
+        """Keep the winning row of each request, copy its keys and values home, and remove the forks from the batch.
 
         Args:
-            forks: of the forks.
-            input_batch: of the step; changed in place into what it would have been without forks.
-            output: vLLM's of the sampler, for all rows.
+            forks: forks of the step.
+            input_batch: batch of the step; changed in place to the batch without forks.
+            output: vLLM's sampler output for all batch rows.
 
         Returns:
-            The output for the requests' rows, and ``[num_requests]`` which of its chains each one's is.
+            The output for the requests only, and ``[num_requests]`` the index of each request's winning chain.
         """
         assert forks.parents is not None
         assert forks.ranks is not None
         num_rows, num_requests = forks.num_requests + len(forks.forks), forks.num_requests
         device = output.num_sampled.device
         rows = torch.arange(num_rows, device=device)
-        # Most emitted tokens first, of equals the request's own row, then the earlier fork.
+        # The row with the most emitted tokens wins; of equals the request's own row, then the earlier fork.
         score = output.num_sampled.to(torch.int64) * num_rows + (num_rows - 1 - rows)
         best = score[:num_requests].clone()
         best.scatter_reduce_(0, forks.parents, score[num_requests:], "amax")
-        winner = num_rows - 1 - best % num_rows  # [num_requests] row
+        winner = num_rows - 1 - best % num_rows  # [num_requests] batch row
         num_sampled = output.num_sampled[winner]
         self._copy_home(forks, input_batch, winner, num_sampled)
         cu_rows = input_batch.cu_num_logits_np
@@ -294,12 +297,12 @@ class ForkedRows:
 
 
 def _padded(tokens: list[int], length: int) -> list[int]:
-    """So many tokens: the last one repeated, or cut."""
+    """``tokens`` cut to ``length``, or padded with the last token."""
     return (tokens + tokens[-1:] * (length - len(tokens)))[:length]
 
 
 def _take_forks_out(input_batch: Any, num_requests: int) -> None:
-    """Leave the first ``num_requests`` rows of a batch."""
+    """Cut a batch down to its first ``num_requests`` rows, in place."""
     num_rows = int(input_batch.cu_num_logits_np[num_requests])
     num_tokens = int(input_batch.query_start_loc_np[num_requests])
     for name in (
@@ -321,17 +324,17 @@ def _take_forks_out(input_batch: Any, num_requests: int) -> None:
 
 
 def attach(runner: Any) -> ForkedRows | None:
-    """Forks for this runner; None where every request keeps one chain, which the log says.
+    """Prepare ``runner`` for forks; None if its requests cannot have side chains.
 
     Args:
-        runner: vLLM's, with its KV cache in place.
+        runner: vLLM's model runner, with its KV cache.
     """
     scratch = plan_scratch(runner.vllm_config, runner.kv_cache_config)
     return None if scratch is None else ForkedRows(runner, scratch)
 
 
 def execute_model(original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wraps ``GPUModelRunner.execute_model``: the scheduler keeps its own output, the forks go into a copy."""
+    """Wraps ``GPUModelRunner.execute_model``: copies the scheduler's output, so that forks can be added to it."""
     drafter = drafter_of(self)
     if drafter is not None and drafter.forks is not None:
         scheduler_output = copy.copy(scheduler_output)
@@ -341,7 +344,7 @@ def execute_model(original: Callable[..., Any], self: Any, scheduler_output: Any
 
 
 def update_requests(original: Callable[..., Any], self: Any, scheduler_output: Any) -> Any:
-    """Wraps ``GPUModelRunner.update_requests``, after which every request of the step has its blocks."""
+    """Wraps ``GPUModelRunner.update_requests``: plans forks once all requests of the step have their blocks."""
     result = original(self, scheduler_output)
     drafter = drafter_of(self)
     if drafter is not None and drafter.forks is not None:
@@ -350,7 +353,7 @@ def update_requests(original: Callable[..., Any], self: Any, scheduler_output: A
 
 
 def gather_batch_req_state(original: Callable[..., Any], self: Any, scheduler_output: Any, dummy_run: bool) -> Any:
-    """Wraps ``GPUModelRunner.gather_batch_req_state``: forks stand for their requests' state, behind them."""
+    """Wraps ``GPUModelRunner.gather_batch_req_state``: puts forks behind the requests, with their requests' state."""
     drafter = drafter_of(self)
     forks = None if drafter is None or dummy_run else drafter.steps.now.forks_in_batch
     if forks is None:
@@ -361,7 +364,7 @@ def gather_batch_req_state(original: Callable[..., Any], self: Any, scheduler_ou
 
 
 def prepare_attn(original: Callable[..., Any], self: Any, input_batch: Any) -> Any:
-    """Wraps ``GPUModelRunner.prepare_attn``: forks have blocks of their own."""
+    """Wraps ``GPUModelRunner.prepare_attn``: gives forks their own blocks."""
     block_tables, slot_mappings = original(self, input_batch)
     drafter = drafter_of(self)
     forks = None if drafter is None else drafter.steps.now.forks_in_batch
@@ -373,7 +376,7 @@ def prepare_attn(original: Callable[..., Any], self: Any, input_batch: Any) -> A
 def sample(
     original: Callable[..., Any], self: Any, hidden_states: torch.Tensor, input_batch: Any, grammar_output: Any
 ) -> Any:
-    """Wraps ``GPUModelRunner.sample``: what goes on is what the batch would be without forks."""
+    """Wraps ``GPUModelRunner.sample``: chooses the winning chains and removes the forks from batch and output."""
     result = original(self, hidden_states, input_batch, grammar_output)
     drafter = drafter_of(self)
     step = None if drafter is None else drafter.steps.now

@@ -27,7 +27,7 @@ def _sample_with_the_targets_noise(  # noqa: PLR0913 - vLLM's signature
     spec_step_idx: int = 0,
     **_: Any,
 ) -> torch.Tensor:
-    """vLLM's ``sample_draft`` with the noise that the verifier will use, and without keeping the draft's logits."""
+    """Replaces vLLM's ``sample_draft``: draws with the verifier's noise and does not keep the drafter's logits."""
     logits = speculator.compute_draft_logits(hidden_states, spec_step_idx)
     sampled = draw(
         logits,
@@ -36,7 +36,7 @@ def _sample_with_the_targets_noise(  # noqa: PLR0913 - vLLM's signature
         seeds,
         sample_src_positions,
         apply_temperature=True,
-        is_drafting=False,  # vLLM salts a draft's noise; with accept-if-equal the same noise is what makes tokens agree
+        is_drafting=False,  # no salt for the drafter: the same noise makes draft and target agree
         use_fp64=speculator.use_fp64_gumbel,
     )
     speculator._maybe_predict_acceptance(logits, idx_mapping, draft_step)
@@ -44,11 +44,11 @@ def _sample_with_the_targets_noise(  # noqa: PLR0913 - vLLM's signature
 
 
 def native_speculator(original: Callable[..., Any], vllm_config: Any, device: torch.device, req_states: Any) -> Any:
-    """vLLM's own drafter; one that samples draws with the target's noise under a coupled verifier."""
+    """Build vLLM's own drafter. Under a coupled verifier, a drafter that samples draws with the target's noise."""
     config = vllm_config.speculative_config
     if not is_coupled(config) or config.draft_sample_method != "probabilistic":
         return original(vllm_config, device, req_states)
-    # Built as a greedy drafter, it allocates no cache of draft logits (requests x k x vocabulary): none is read.
+    # Built as a greedy drafter, it does not allocate a table of draft logits (requests x k x vocabulary).
     config.draft_sample_method = "greedy"
     try:
         speculator = original(vllm_config, device, req_states)

@@ -1,13 +1,13 @@
-"""One step of vLLM's V2 runner: whatever one part of it leaves to a later one.
+"""One step of vLLM's V2 runner: the results that one phase of the step leaves to later phases.
 
-A step begins when its inputs are about to be made, after the drafts of the last one are in place, and lasts until the
-next one begins:
+A step begins before its inputs are made, once the drafts of the last step are in place, and ends when the next step
+begins:
 
-1. ``side_chains`` of the latest proposal become ``forks``, further rows of the batch (``forks.py``);
-2. behind the forward pass the verifier fills in ``targets`` (``verifier.py``), and of requests with several chains
-   ``winners`` says whose are kept (``forks.py``);
-3. what was emitted is on its way to the host: ``transfer`` (``drafter.py``);
-4. the drafter waits for it and fills in ``proposal``, with which the next step begins.
+1. ``side_chains`` of the latest proposal become ``forks``, additional batch rows (``forks.py``);
+2. after the forward pass the verifier fills in ``targets`` (``verifier.py``), and if there are forks, ``winners`` are
+   the chains that requests keep (``forks.py``);
+3. ``transfer`` copies the emitted tokens to the host (``drafter.py``);
+4. the drafter waits for that copy and fills in ``proposal``, with which the next step begins.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class ForkedBatch:
 
     Attributes:
         forks: in the order of their batch rows, which follow those of the requests.
-        request_ids: made-up ones, ``[num_forks]``.
-        chains: all chains of each request that has several, the main chain first.
-        num_requests: batch rows of vLLM's own.
+        request_ids: ``[num_forks]`` made-up request ids.
+        chains: all chains of the requests that have side chains, by request id, the main chain first.
+        num_requests: number of batch rows without forks.
         parents_np: ``[num_forks]`` batch row of each fork's request.
-        parents: the same on the device.
-        ranks: ``[num_requests + num_forks]`` on the device: which of its request's chains each batch row is.
-        first_blocks: by KV-cache group, ``[num_forks]`` on the device: column of the block table at which a fork's own
-            blocks begin.
+        parents: ``parents_np`` on the device.
+        ranks: ``[num_requests + num_forks]`` on the device: for each batch row, the index of its chain in its request.
+        first_blocks: by KV-cache group, ``[num_forks]`` on the device: first column of a fork's own blocks in the block
+            table.
     """
 
     forks: list[Fork]
@@ -54,13 +54,13 @@ class Step:
     """One step, from its inputs to the drafts of the next.
 
     Attributes:
-        side_chains: by request id, side chains of the drafts that the scheduler knows.
-        forks: those of them that have a row in the batch; None if none has.
-        targets: ``[num_requests, num_speculative_tokens + 1]`` the target's tokens at all rows of each request, on the
-            device; None unless our verifier drew them.
-        winners: ``[num_requests]`` which of its chains each request keeps, on the device; None without forks.
-        transfer: what was emitted, on its way to the host; None until drafts are asked for.
-        proposal: the drafts of the next step; None until they are made.
+        side_chains: side chains beside the drafts that the scheduler knows, by request id.
+        forks: the side chains that have a batch row; None if none has.
+        targets: ``[num_requests, num_speculative_tokens + 1]`` the target's tokens at all logits rows of each request,
+            on the device; None unless our verifier drew them.
+        winners: ``[num_requests]`` index of each request's winning chain, on the device; None without forks.
+        transfer: the copy of the emitted tokens to the host; None before vLLM asks for drafts.
+        proposal: the drafts of the next step; None before they are proposed.
     """
 
     side_chains: SideChains = field(default_factory=dict)
@@ -72,18 +72,18 @@ class Step:
 
     @property
     def forks_in_batch(self) -> ForkedBatch | None:
-        """The forks while the batch holds them, which is until a winner is chosen."""
+        """The forks while the batch holds them; None once the winning chains are chosen."""
         return self.forks if self.winners is None else None
 
 
 class Steps:
-    """The step under way of one runner."""
+    """Holds the step under way of a model runner."""
 
     def __init__(self) -> None:
         self.now = Step()
 
     def begin(self) -> Step:
-        """A new step, which begins with what the last one proposed."""
+        """Begin a new step with the side chains that the last one proposed."""
         proposal = self.now.proposal
         self.now = Step() if proposal is None else Step(proposal.side_chains)
         return self.now

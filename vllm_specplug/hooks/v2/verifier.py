@@ -1,4 +1,4 @@
-"""Verification on V2: the target's own token of every row, drafts accepted while equal to it."""
+"""Verification on V2: draws the target's token of every logits row and accepts drafts while they equal it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from vllm_specplug.samplers.kernels import verify_drafts
 
 
 class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
-    """Draws the target's token of every row exactly as vLLM would in an ordinary step, and keeps drafts while equal.
+    """Draws the target's token of every logits row as an ordinary step of vLLM would, and accepts drafts that equal it.
 
     vLLM's noise is keyed by (request seed, position, token id), so that neither the draft nor its length can change a
     token. Draft logits are neither read nor kept.
     """
 
     draw = staticmethod(gumbel_sample)
-    """Draws one token a row from (logits, row's request, temperature, seed, position)."""
+    """Draws one token per logits row, with the arguments of vLLM's ``gumbel_sample``."""
     steps: Steps | None = None
-    """The step under way, whose ``targets`` are filled in; None if no proposer of ours is there to learn from them."""
+    """Holds the step under way, whose ``targets`` are filled in; None if none of our proposers is active."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's own call; what was drawn behind a rejected draft is kept for proposers that learn from it."""
+        """Verify a step as vLLM does; keep all drawn tokens, also those behind a rejected draft, for proposers."""
         output = super().__call__(*args, **kwargs)
         if self.steps is not None:
             self.steps.now.targets = output.sampled_token_ids
@@ -38,7 +38,7 @@ class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
         self,
         logits: torch.Tensor,  # [num_rows, vocab]
         draft_logits: torch.Tensor | None,
-        draft_sampled: torch.Tensor,  # [num_rows] input token of each row
+        draft_sampled: torch.Tensor,  # [num_rows] input tokens
         pos: torch.Tensor,  # [num_rows]
         cu_num_logits: torch.Tensor,  # [num_requests + 1]
         idx_mapping: torch.Tensor,
@@ -46,9 +46,9 @@ class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
         expanded_idx_mapping: torch.Tensor,  # [num_rows]
         expanded_local_pos: torch.Tensor,
         seq_lens_upper_bound_np: NDArray[np.int32],
-        verify_draft_sampled: torch.Tensor,  # [num_rows] the same, -1 where a draft must not be accepted
+        verify_draft_sampled: torch.Tensor,  # [num_rows] draft_sampled, -1 for drafts that must be rejected
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """vLLM's one method for a chunk of rows; returns processed logits, tokens and how many of them are emitted."""
+        """Verify a chunk of requests: processed logits, token ids, and number of emitted tokens per request."""
         sampler = self.sampler
         processed = sampler.apply_sampling_params(
             logits,
@@ -77,7 +77,7 @@ class CoupledVerifier(RejectionSampler):  # type: ignore[misc]
 
 
 def check_verifier(runner: Any) -> None:
-    """Raise ConfigurationError when the model brings a sampler of its own, so that our verifier is not in place."""
+    """Raise ConfigurationError if the model brings its own sampler in place of our verifier."""
     if not isinstance(runner.rejection_sampler, CoupledVerifier):
         raise ConfigurationError(
             f"speculative_config: {type(runner.model).__name__} brings a sampler of its own "

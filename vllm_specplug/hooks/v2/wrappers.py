@@ -1,11 +1,11 @@
-"""vLLM's V2 model runner: our drafter in place of its own, our verifier in place of its rejection sampler.
+"""Wrappers of vLLM's V2 model runner: they put our drafter and our verifier in the place of vLLM's.
 
-Tokens flow: target logits of every verified row -> :class:`CoupledVerifier` (the target's own token of every row,
-accepted while equal) -> vLLM's bookkeeping on the device -> one copy of what was emitted to the host ->
+Tokens flow: target logits -> :class:`CoupledVerifier` (draws the target's token of every logits row, accepts drafts
+while they equal it) -> vLLM's bookkeeping on the device -> one copy of the emitted tokens to the host ->
 :class:`Drafter` (drafts of the next step) -> one copy back.
 
-Under async scheduling the copy to the host starts when vLLM asks for drafts and is waited for only when the next step's
-inputs are made: in between, the device verifies while scheduler and worker do their host work.
+Under async scheduling the copy to the host starts when vLLM asks for drafts, and the host waits for it only before the
+next step's inputs are made. Meanwhile the device verifies, and scheduler and worker do their host work.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _finish_requests(original: Callable[..., Any], self: Any, scheduler_output: 
 
 def _prepare_inputs(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     drafter = drafter_of(self)
-    if drafter is not None and drafter.forks is None:  # with forks it has begun, when they were planned
+    if drafter is not None and drafter.forks is None:  # with forks, planning them has begun the step
         drafter.begin_step()
     input_batch = original(self, *args, **kwargs)
     forks = None if drafter is None else drafter.steps.now.forks_in_batch
