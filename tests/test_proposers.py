@@ -142,6 +142,8 @@ def test_whatever_has_no_annotations_is_a_compiled_kernel():
                 if isinstance(node, ast.FunctionDef) and node.args.args and node.returns is None:
                     decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
                     is_typed = any(argument.annotation for argument in node.args.args)
-                    assert is_typed or any("kernel" in name or "jit" in name for name in decorators), (file, node.name)
+                    assert is_typed or any(
+                        mark in name for name in decorators for mark in ("kernel", "inlined", "jit")
+                    ), (file, node.name)
                     num_kernels += not is_typed
     assert num_kernels > 50

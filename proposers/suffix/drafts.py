@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from vllm_specplug.compiled import kernel
+from vllm_specplug.compiled import inlined, kernel
 from vllm_specplug.proposers.kernels import mix64, sigmoid
 from vllm_specplug.proposers.suffix.automaton import COUNT, LENGTH, LINK, MORE, OWNER, ROOT, TARGET, TOKEN, extend, step
 from vllm_specplug.proposers.suffix.confidence import continuation_score, draft_confidence, noisy_confidence
@@ -229,7 +229,7 @@ def race(states, edges, state, owner, kind, key, scale):
     return best_token, max(np.int64(states[best_target, COUNT]), 1), best_target
 
 
-@kernel
+@inlined
 def all_candidates(
     states, edges, old_states, old_edges, state, length, old_state, old_length, min_match, owner, num_ends, has_old,
     found, scores,
@@ -243,7 +243,7 @@ def all_candidates(
     return num_found
 
 
-@kernel
+@inlined
 def elect(states, edges, old_states, old_edges, owner, kind, key, scale, found, scores, chances, num_found):
     """The next draft token out of the candidates.
 
