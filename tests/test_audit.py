@@ -225,6 +225,7 @@ def test_our_verifier_passes(tmp_path: Path):
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_list_of_chains_passes(tmp_path: Path):
     """Against the same sampler and number of chains without proposers, and against the target's distribution."""
     config = {"method": "specplug", "sampler": "list", "num-chains": 3, "num_speculative_tokens": 3}

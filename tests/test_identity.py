@@ -132,9 +132,11 @@ def test_same_tokens_as_stock(
     engine: Engine = request.getfixturevalue(cache)
     engine.send("set_drafting", drafting(proposer, store, oracle_file))
     before = engine.send("metrics")
+    # One drafter by itself takes every feature in the smaller selection.
+    chosen = SENT[cache if proposer in ("none", "ensemble", "random", "oracle") else "tight"]
     for kind, requests_of_kind in (("plain", PLAIN), ("mixed", MIXED)):
-        sent = [requests_of_kind[index] for index in SENT[cache][kind]]
-        expected = [stock[kind][index] for index in SENT[cache][kind]]
+        sent = [requests_of_kind[index] for index in chosen[kind]]
+        expected = [stock[kind][index] for index in chosen[kind]]
         ours = engine.generate(sent, reset_prefix_cache=cache == "roomy")
         assert_same(ours, expected, f"{proposer}, {cache}, {kind}", sent)
         compared = 0
@@ -142,7 +144,7 @@ def test_same_tokens_as_stock(
             assert_close_logprobs(mine["prompt_logprobs"], theirs["prompt_logprobs"])
             for a, b in zip(mine["outputs"], theirs["outputs"], strict=True):
                 compared += assert_close_logprobs(a["logprobs"], b["logprobs"])
-        assert compared > (200 if cache == "roomy" else 60)
+        assert compared > (200 if chosen is SENT["roomy"] else 60)
     after, stats = engine.send("metrics"), engine.send("stats")
     delta = {name: after[name] - before[name] for name in after if isinstance(after[name], int | float)}
     if cache == "tight":
