@@ -10,5 +10,5 @@ from numba import njit
 kernel = njit(cache=True, nogil=True)
 """Decorator: compile a function at its first call, keep the machine code on disk, and run it without Python's lock."""
 
-inlined = njit(cache=True, nogil=True, inline="always")
-"""The same for a part of a hot loop that several kernels share: its code is put in the place of every call."""
+inlined = njit(nogil=True, inline="always")
+"""A part of a hot loop that several kernels share: its code is put in the place of every call."""

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from vllm_specplug.compiled import inlined, kernel
+from vllm_specplug.compiled import kernel
 from vllm_specplug.proposers.base import Drafts
 from vllm_specplug.proposers.rest.confidence import (
     branch_confidence,
@@ -78,7 +78,7 @@ def _race(choices, counts, num_choices, separator, kind, key, scale):
     return best, best_score - second_score if best_score > -math.inf else 0.0
 
 
-@inlined
+@kernel
 def _elect(tokens, vocab_size, length, candidates, num_candidates, depth, kind, keys, scale, choices, counts):
     """The next draft token: what most candidates have at ``depth``, or what wins the race with the target's noise.
 

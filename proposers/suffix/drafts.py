@@ -229,7 +229,7 @@ def race(states, edges, state, owner, kind, key, scale):
     return best_token, max(np.int64(states[best_target, COUNT]), 1), best_target
 
 
-@inlined
+@kernel
 def all_candidates(
     states, edges, old_states, old_edges, state, length, old_state, old_length, min_match, owner, num_ends, has_old,
     found, scores,
@@ -243,7 +243,7 @@ def all_candidates(
     return num_found
 
 
-@inlined
+@kernel
 def elect(states, edges, old_states, old_edges, owner, kind, key, scale, found, scores, chances, num_found):
     """The next draft token out of the candidates.
 
@@ -276,6 +276,10 @@ def elect(states, edges, old_states, old_edges, owner, kind, key, scale, found, 
     return best, token, num_agreeing, confidence, quiet_confidence
 
 
+_all_candidates_here, _elect_here = inlined(all_candidates.py_func), inlined(elect.py_func)
+"""The same without a call, for the short loop of a chain. In the loop of a tree calls are faster."""
+
+
 @kernel
 def _draft_one(
     states, edges, table, old_states, old_edges, old_table, request, max_draft, min_match, min_confidence,
@@ -292,13 +296,13 @@ def _draft_one(
     chance = 1.0
     depth = 0
     while depth < max_draft:
-        num_found = all_candidates(
+        num_found = _all_candidates_here(
             states, edges, old_states, old_edges, state, length, old_state, old_length, min_match, owner,
             1 if depth == 0 else 0, has_old, found, scores,
         )  # fmt: skip
         if num_found == 0:
             break
-        best, token, num_agreeing, confidence, _ = elect(
+        best, token, num_agreeing, confidence, _ = _elect_here(
             states, edges, old_states, old_edges, owner, kind, keys[depth], scale, found, scores, chances, num_found
         )
         chance *= confidence
