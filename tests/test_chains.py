@@ -235,7 +235,7 @@ def test_nothing_leaks_over_thousands_of_requests_with_preemption(
     grown = serve(first, more) - held
     after = tight.send("metrics")
     assert after["vllm:num_preemptions"] > before["vllm:num_preemptions"]
-    assert tight.send("stats")["ensemble"]["forks"] > 100
+    assert tight.send("stats")["ensemble"]["forks"] > more // 20
     assert grown < min(16_000, 6 * more), f"{grown / more:.1f} bytes a request"
 
 
