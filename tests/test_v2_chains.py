@@ -28,7 +28,7 @@ ROOMY = {**SIZES, "reasoning_config": {"reasoning_start_str": "def", "reasoning_
 # Small enough for preemption, prompts prefilled in pieces, cached prefixes of earlier requests in the way.
 TIGHT = {**ROOMY, "num_gpu_blocks_override": 64, "max_num_batched_tokens": 192, "enable_chunked_prefill": True}
 
-SENT = requests_v2(22, first_seed=500)
+SENT = requests_v2(22, first_seed=500, longest=16)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_same_tokens_as_stock_v2(
     assert compared > 15
     stats = engine.send("stats")["ensemble"]
     assert stats["forks"] == engine.send("call", "counted_chains")["forks"] > 10
-    assert stats["fork_wins"] > 2
+    assert stats["fork_wins"] > 5
 
 
 @pytest.mark.parametrize("kinds", [["wrong", "oracle"], ["oracle", "wrong"]])
