@@ -10,7 +10,7 @@ import importlib.util
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,12 +111,9 @@ def couple(
     if contexts:
         _check_folders(names)
     texts = corpus.held_out_prompts(max(8, contexts // 20), 1200) if prompts is None else read_prompts(prompts)
-    sources: list[Iterator[tuple[str, float | None, Probs, Probs]]] = []
-    if contexts:
-        sources.append(model_pairs(*names, texts, temperatures, contexts, seed))
-    if synthetic:
-        sources.append(synthetic_pairs(synthetic, seed))
-    pairs = _measured(chain.from_iterable(sources), contexts * len(temperatures) + 4 * synthetic, draws, seed)
+    of_models = model_pairs(*names, texts, temperatures, contexts, seed) if contexts else ()
+    made_up = synthetic_pairs(synthetic, seed) if synthetic else ()
+    pairs = _measured(chain(of_models, made_up), contexts * len(temperatures) + 4 * synthetic, draws, seed)
     rows = summary(pairs)
     _print_table(rows)
     num_kept = sum(row["gumbel_at_least_minhash"] for row in rows)

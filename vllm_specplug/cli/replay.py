@@ -39,6 +39,7 @@ from vllm_specplug.settings.model import (
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.format import tokenizer_fingerprint
 from vllm_specplug.stores.texts import (
+    Sources,
     load_tokenizer,
     vocab_size_of,
 )
@@ -195,10 +196,7 @@ def replay(
             f"--max-tokens {max_tokens} counts the prompt, and must be above --prompt-tokens {prompt_tokens}"
         )
     try:
-        sources = sources_of(inputs, pattern, field)
-        warm_sources = sources_of(warm or (), pattern, field)
-        if None in sources.slices and None in warm_sources.slices:
-            raise ConfigurationError("standard input can be read once: - stands for FILES and for --warm")
+        sources, warm_sources = _sources(inputs, warm or (), pattern, field)
         stores = {name: Datastore.open(path) for name, path in (settings.datastore or {}).items()}
         loaded = load_tokenizer(tokenizer)
         for store in stores.values():
@@ -218,12 +216,7 @@ def replay(
             f"nothing to decode: none of {len(documents)} documents has more than {prompt_tokens} tokens "
             "(--prompt-tokens)"
         )
-    if both := set(sources.slices) & set(warm_sources.slices):
-        console.print(
-            f"[yellow]note:[/yellow] {len(both)} files are decoded and, with --warm, known before", highlight=False
-        )
-    if skipped := sources.num_skipped + warm_sources.num_skipped:
-        console.print(f"left out {skipped:,} files that are not UTF-8 text", highlight=False)
+    _print_notes(console, sources, warm_sources)
     # Requests that do not overlap, so that no token is in the history twice.
     history = [each for ids in warm_documents for each in requests_of(ids, 0, max_tokens)]
     counts = _replayed(console, partial(run_all, makers, stores, requests, history, prompt_tokens))
@@ -265,6 +258,23 @@ def replay(
             **{name: round(value, 5) for name, value in ratios_of(counts).items()},
         }
         json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _sources(inputs: Sequence[str], warm: Sequence[str], pattern: str, field: str) -> tuple[Sources, Sources]:
+    """Texts to decode, and texts of requests that are over before."""
+    sources, warm_sources = sources_of(inputs, pattern, field), sources_of(warm, pattern, field)
+    if None in sources.slices and None in warm_sources.slices:
+        raise ConfigurationError("standard input can be read once: - stands for FILES and for --warm")
+    return sources, warm_sources
+
+
+def _print_notes(console: Console, sources: Sources, warm_sources: Sources) -> None:
+    if both := set(sources.slices) & set(warm_sources.slices):
+        console.print(
+            f"[yellow]note:[/yellow] {len(both)} files are decoded and, with --warm, known before", highlight=False
+        )
+    if skipped := sources.num_skipped + warm_sources.num_skipped:
+        console.print(f"left out {skipped:,} files that are not UTF-8 text", highlight=False)
 
 
 def _replayed(console: Console, run: Callable[..., dict[str, Counts]]) -> dict[str, Counts]:

@@ -165,20 +165,9 @@ class Drafting:
                 return proposal
             if max_forks > 0 and not is_resting and not self.ensemble.gate.wants_forks():
                 max_forks = 0
-            everyone = len(wanting) == len(requests)
-            batch = DraftBatch(
-                request_ids=tuple(requests[index].request_id for index in wanting),
-                token_ids=read_only(token_ids),
-                rows=read_only(rows if everyone else rows[wanting]),
-                num_tokens=read_only(num_tokens if everyone else num_tokens[wanting]),
-                num_prompt_tokens=read_only(
-                    np.array([requests[index].num_prompt_tokens for index in wanting], dtype=np.int64)
-                ),
-                max_draft_tokens=read_only(np.array(limits, dtype=np.int64)),
-                options=tuple(requests[index].options for index in wanting),
-                noise=None if is_resting or noise is None else noise(wanting, max(limits)),
-                num_chains=self.settings.num_chains if max_forks > 0 else 1,
-            )
+            coming = None if is_resting or noise is None else noise(wanting, max(limits))
+            num_chains = self.settings.num_chains if max_forks > 0 else 1
+            batch = _batch_of(requests, wanting, token_ids, rows, num_tokens, limits, coming, num_chains)
             if is_resting:
                 self._follow(batch)
                 return proposal
@@ -399,6 +388,39 @@ class Drafting:
                 self.context.vocab_size - 1,
             )
         stats.invalid_tokens += num_tokens
+
+
+def _batch_of(
+    requests: Sequence[TrackedRequest],
+    wanting: list[int],
+    token_ids: NDArray[np.int32],
+    rows: NDArray[np.int64],
+    num_tokens: NDArray[np.int64],
+    limits: list[int],
+    noise: TargetNoise | None,
+    num_chains: int,
+) -> DraftBatch:
+    """The batch that proposers draft for: requests ``wanting`` of ``requests``; arrays as in :meth:`Drafting.propose`.
+
+    Args:
+        wanting: indices of the requests that want a draft.
+        limits: ``[len(wanting)]`` longest draft of each.
+        noise: of ``wanting``.
+        num_chains: most chains of a request.
+    """
+    everyone = len(wanting) == len(requests)
+    num_prompt_tokens = np.array([requests[index].num_prompt_tokens for index in wanting], dtype=np.int64)
+    return DraftBatch(
+        request_ids=tuple(requests[index].request_id for index in wanting),
+        token_ids=read_only(token_ids),
+        rows=read_only(rows if everyone else rows[wanting]),
+        num_tokens=read_only(num_tokens if everyone else num_tokens[wanting]),
+        num_prompt_tokens=read_only(num_prompt_tokens),
+        max_draft_tokens=read_only(np.array(limits, dtype=np.int64)),
+        options=tuple(requests[index].options for index in wanting),
+        noise=noise,
+        num_chains=num_chains,
+    )
 
 
 def _longest_drafts(

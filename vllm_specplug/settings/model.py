@@ -61,6 +61,20 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def _named_by_file(paths: list[Any]) -> dict[str, str]:
+    """Stores under the names of their files, without suffix."""
+    paths = [str(path) if isinstance(path, Path) else path for path in paths]
+    if wrong := [path for path in paths if not isinstance(path, str)]:
+        raise ValueError(f"a path must be a valid string, not {wrong[0]!r}")
+    names = [Path(path).stem for path in paths]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(
+            f"two stores would be named {min(repeated)!r}; name them yourself: "
+            '{"NAME": "PATH", "OTHER NAME": "OTHER PATH"}'
+        )
+    return dict(zip(names, paths, strict=True))
+
+
 class Settings(BaseModel):
     """Everything that can stand in ``speculative_config`` beside ``"method": "specplug"``.
 
@@ -121,21 +135,12 @@ class Settings(BaseModel):
     @field_validator("datastore", mode="before")
     @classmethod
     def _paths_get_names(cls, value: Any) -> Any:
+        if value is None:
+            return None
         if isinstance(value, Mapping):
             named = {name: str(path) if isinstance(path, Path) else path for name, path in value.items()}
-        elif value is None:
-            return None
         else:
-            paths = [str(path) if isinstance(path, Path) else path for path in _as_list(value)]
-            if wrong := [path for path in paths if not isinstance(path, str)]:
-                raise ValueError(f"a path must be a valid string, not {wrong[0]!r}")
-            names = [Path(path).stem for path in paths]
-            if repeated := {name for name in names if names.count(name) > 1}:
-                raise ValueError(
-                    f"two stores would be named {min(repeated)!r}; name them yourself: "
-                    '{"NAME": "PATH", "OTHER NAME": "OTHER PATH"}'
-                )
-            named = dict(zip(names, paths, strict=True))
+            named = _named_by_file(_as_list(value))
         if not named:
             raise ValueError("names no store; leave it out, or give a path, a list of paths, or names with paths")
         if "" in named or "" in named.values():
@@ -167,28 +172,33 @@ class Settings(BaseModel):
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"proposers: named twice: {', '.join(sorted(repeated))}")
         for entry in self.proposers:
-            if not isinstance((entry.model_extra or {}).get(ON_DEVICE, False), bool):
-                given = (entry.model_extra or {})[ON_DEVICE]
+            given = (entry.model_extra or {}).get(ON_DEVICE, False)
+            if not isinstance(given, bool):
                 raise ValueError(f"proposers: {ON_DEVICE} of {entry.name!r} must be true or false, not {given!r}")
-            if entry.on_device and entry.name not in DEVICE_PROPOSERS:
-                raise ValueError(
-                    f"proposers: {entry.name!r} cannot draft on the device; {', '.join(DEVICE_PROPOSERS)} can"
-                )
-            if entry.on_device and len(names) > 1:
-                raise ValueError(
-                    f"proposers: {entry.name!r} with {ON_DEVICE} drafts without the host, where the others of "
-                    f"{names} draft; name it alone, or leave {ON_DEVICE} out"
-                )
-            if entry.on_device and len(self.datastore or ()) > 1:
-                raise ValueError(
-                    f"proposers: {entry.name!r} with {ON_DEVICE} drafts from one store, and datastore names "
-                    f"{', '.join(self.datastore or ())}; give one, or leave {ON_DEVICE} out"
-                )
-            if entry.on_device and self.num_chains > 1:
-                raise ValueError(
-                    f"proposers: {entry.name!r} with {ON_DEVICE} drafts one chain, and num_chains is "
-                    f"{self.num_chains}; leave one of the two out"
-                )
+            if entry.on_device and (reason := self._unfit_for_device(entry.name)):
+                raise ValueError(f"proposers: {entry.name!r} {reason}")
+        return self
+
+    def _unfit_for_device(self, name: str) -> str | None:
+        """Why proposer ``name`` cannot draft on the device with these settings; None if it can."""
+        if name not in DEVICE_PROPOSERS:
+            return f"cannot draft on the device; {', '.join(DEVICE_PROPOSERS)} can"
+        if len(self.proposers) > 1:
+            return (
+                f"with {ON_DEVICE} drafts without the host, where the others of "
+                f"{[entry.name for entry in self.proposers]} draft; name it alone, or leave {ON_DEVICE} out"
+            )
+        if len(self.datastore or ()) > 1:
+            return (
+                f"with {ON_DEVICE} drafts from one store, and datastore names {', '.join(self.datastore or ())}; "
+                f"give one, or leave {ON_DEVICE} out"
+            )
+        if self.num_chains > 1:
+            return f"with {ON_DEVICE} drafts one chain, and num_chains is {self.num_chains}; leave one of the two out"
+        return None
+
+    @model_validator(mode="after")
+    def _sampler_takes_chains(self) -> Settings:
         if self.num_chains > 1 and not self.is_coupled:
             raise ValueError(
                 f"num_chains {self.num_chains} needs a coupled sampler, whose tokens do not depend on who drafted; "

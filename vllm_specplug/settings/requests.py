@@ -86,38 +86,58 @@ def parse_request_options(
 
 
 def _request_option(name: str, value: Any, choices: RequestChoices | None) -> Any:
-    wrong = ConfigurationError(f"request option {name!r} must be {REQUEST_OPTIONS[name]}; was given {value!r}.")
     if name == SPECULATE_OPTION:
-        # vLLM's HTTP types know no booleans: a JSON false arrives as 0.
-        if not (isinstance(value, int) and value in (0, 1)):
-            raise wrong
-        return bool(value)
+        return _speculate(value)
     if name == MAX_DRAFT_OPTION:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise wrong
-        if choices is not None and value > choices.max_draft_tokens:
-            raise ConfigurationError(
-                f"request option {name!r} can be at most {choices.max_draft_tokens}, the engine's "
-                f"num_speculative_tokens; was given {value}."
-            )
-        return value
+        return _max_draft(value, choices)
     if name == TENANT_OPTION:
-        if not isinstance(value, str) or not 0 < len(value) <= MAX_TENANT_CHARS:
-            raise ConfigurationError(
-                f"request option {name!r} must be a name of 1 to {MAX_TENANT_CHARS} characters; was given "
-                f"{value!r:.80}."
-            )
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ConfigurationError(
-                f"request option {name!r} must be text that UTF-8 can hold; {value!r:.80} has half of a surrogate "
-                "pair. Give a name of whole characters."
-            ) from None
-        return value
+        return _tenant(value)
+    return _names(name, value, choices)
+
+
+def _wrong(name: str, value: Any) -> ConfigurationError:
+    return ConfigurationError(f"request option {name!r} must be {REQUEST_OPTIONS[name]}; was given {value!r}.")
+
+
+def _speculate(value: Any) -> bool:
+    # vLLM's HTTP types know no booleans: a JSON false arrives as 0.
+    if not (isinstance(value, int) and value in (0, 1)):
+        raise _wrong(SPECULATE_OPTION, value)
+    return bool(value)
+
+
+def _max_draft(value: Any, choices: RequestChoices | None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise _wrong(MAX_DRAFT_OPTION, value)
+    if choices is not None and value > choices.max_draft_tokens:
+        raise ConfigurationError(
+            f"request option {MAX_DRAFT_OPTION!r} can be at most {choices.max_draft_tokens}, the engine's "
+            f"num_speculative_tokens; was given {value}."
+        )
+    return value
+
+
+def _tenant(value: Any) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_TENANT_CHARS:
+        raise ConfigurationError(
+            f"request option {TENANT_OPTION!r} must be a name of 1 to {MAX_TENANT_CHARS} characters; was given "
+            f"{value!r:.80}."
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ConfigurationError(
+            f"request option {TENANT_OPTION!r} must be text that UTF-8 can hold; {value!r:.80} has half of a "
+            "surrogate pair. Give a name of whole characters."
+        ) from None
+    return value
+
+
+def _names(name: str, value: Any, choices: RequestChoices | None) -> tuple[str, ...]:
+    """The proposers or stores that a request names: a list, or one text with commas."""
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(each, str) for each in names):
-        raise wrong
+        raise _wrong(name, value)
     names = tuple(each.strip() for each in names)
     if choices is not None:
         known = choices.proposers if name == PROPOSERS_OPTION else choices.stores
