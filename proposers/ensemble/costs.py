@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 
-@njit(cache=True, nogil=True)
-def cut_to_what_pays(chances, lengths, rate, first_s, row_s):  # type: ignore[no-untyped-def]
+
+@kernel
+def cut_to_what_pays(chances, lengths, rate, first_s, row_s):
     """Shorten drafts to the lengths that are worth their time.
 
     ``n`` draft rows make a step ``first_s + n * row_s`` longer, time in which the engine would emit ``rate`` tokens a

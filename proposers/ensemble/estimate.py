@@ -6,8 +6,9 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from vllm_specplug.compiled import kernel
 
 NUM_FEATURES = 11
 
@@ -144,19 +145,19 @@ class Path(NamedTuple):
     source: NDArray[Any]
 
 
-@njit(cache=True, nogil=True)
-def _logit(chance):  # type: ignore[no-untyped-def]
+@kernel
+def _logit(chance):
     bounded = min(max(chance, 0.01), 0.99)
     return math.log(bounded / (1.0 - bounded))
 
 
-@njit(cache=True, nogil=True)
-def _sigmoid(score):  # type: ignore[no-untyped-def]
+@kernel
+def _sigmoid(score):
     return 1.0 / (1.0 + math.exp(-min(max(score, -30.0), 30.0)))
 
 
-@njit(cache=True, nogil=True)
-def _estimate(answers, sampled, num_proposers, recent, weights, features, chances):  # type: ignore[no-untyped-def]
+@kernel
+def _estimate(answers, sampled, num_proposers, recent, weights, features, chances):
     """Features and chances of every draft token of one request; agreement is with other proposers' first answers.
 
     Args:
@@ -198,8 +199,8 @@ def _estimate(answers, sampled, num_proposers, recent, weights, features, chance
             chances[member, depth] = _sigmoid(score)
 
 
-@njit(cache=True, nogil=True)
-def expect(candidates, limit):  # type: ignore[no-untyped-def]
+@kernel
+def expect(candidates, limit):
     """Fill in ``candidates.remaining`` for drafts of at most ``limit`` tokens."""
     for member in range(len(candidates.lengths)):
         expected = 0.0
@@ -208,8 +209,8 @@ def expect(candidates, limit):  # type: ignore[no-untyped-def]
             candidates.remaining[member, depth] = expected
 
 
-@njit(cache=True, nogil=True)
-def _compose(candidates, limit, num_proposers, path):  # type: ignore[no-untyped-def]
+@kernel
+def _compose(candidates, limit, num_proposers, path):
     """Compose the main chain of one request from the first answers of all proposers; returns its length.
 
     At each depth the members whose drafts begin like the chain are asked; the one whose remaining draft promises most
@@ -221,8 +222,8 @@ def _compose(candidates, limit, num_proposers, path):  # type: ignore[no-untyped
     return go_on(candidates, 0, limit, path)
 
 
-@njit(cache=True, nogil=True)
-def go_on(candidates, first, limit, path):  # type: ignore[no-untyped-def]
+@kernel
+def go_on(candidates, first, limit, path):
     """Continue a path from depth ``first`` on with the drafts that are alive; returns its length."""
     tokens, lengths, chances = candidates.tokens, candidates.lengths, candidates.chances
     remaining, alive = candidates.remaining, candidates.alive
@@ -251,8 +252,8 @@ def go_on(candidates, first, limit, path):  # type: ignore[no-untyped-def]
     return limit
 
 
-@njit(cache=True, nogil=True)
-def take_in(  # type: ignore[no-untyped-def]
+@kernel
+def take_in(
     member, answer_tokens, answer_lengths, answer_confidence, answer_match, answer_votes,
     tokens, lengths, confidence, match_length, votes,
 ):  # fmt: skip
@@ -274,8 +275,8 @@ def take_in(  # type: ignore[no-untyped-def]
                 votes[member, i, depth] = answer_votes[i, depth]
 
 
-@njit(cache=True, nogil=True)
-def combine_drafts(  # type: ignore[no-untyped-def]
+@kernel
+def combine_drafts(
     tokens, lengths, confidence, match_length, votes, sampled, limits, slots, num_proposers, weights,
     kept_tokens, kept_lengths, kept_features, kept_recent, kept_source, chances,
     best_tokens, best_lengths, best_chances, best_source,
@@ -308,8 +309,8 @@ def combine_drafts(  # type: ignore[no-untyped-def]
         best_lengths[i] = _compose(candidates, min(limits[i], width), num_proposers, path)
 
 
-@njit(cache=True, nogil=True)
-def learn(  # type: ignore[no-untyped-def]
+@kernel
+def learn(
     slots, emitted, num_emitted, num_verified, kept_tokens, kept_lengths, kept_features, kept_recent, kept_source,
     weights, squares, rate, drafted, accepted,
 ):  # fmt: skip

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.proposers.base import Drafts
 from vllm_specplug.proposers.ensemble.estimate import Candidates, MainChains, Path, expect, go_on
 from vllm_specplug.proposers.ensemble.gate import Budget, Forked, ForkMode
@@ -91,8 +91,8 @@ class _Prices(NamedTuple):
     takes_all: bool
 
 
-@njit(cache=True, nogil=True)
-def shared_head(tokens, length, other_tokens, other_length):  # type: ignore[no-untyped-def]
+@kernel
+def shared_head(tokens, length, other_tokens, other_length):
     """How many first tokens two paths share."""
     shared = 0
     while shared < min(length, other_length) and tokens[shared] == other_tokens[shared]:
@@ -100,8 +100,8 @@ def shared_head(tokens, length, other_tokens, other_length):  # type: ignore[no-
     return shared
 
 
-@njit(cache=True, nogil=True)
-def _where_it_leaves(tokens, length, chains, num_chains):  # type: ignore[no-untyped-def]
+@kernel
+def _where_it_leaves(tokens, length, chains, num_chains):
     """How many tokens a path shares with the chain that it shares most with, and which chain that is."""
     head, parent = -1, 0
     for chain in range(num_chains):
@@ -111,8 +111,8 @@ def _where_it_leaves(tokens, length, chains, num_chains):  # type: ignore[no-unt
     return head, parent
 
 
-@njit(cache=True, nogil=True)
-def _mark_alike(candidates, member, head):  # type: ignore[no-untyped-def]
+@kernel
+def _mark_alike(candidates, member, head):
     """Mark as alive the drafts that begin like ``member``'s up to depth ``head``; True if it is the first of them."""
     tokens = candidates.tokens
     is_first = True
@@ -125,8 +125,8 @@ def _mark_alike(candidates, member, head):  # type: ignore[no-untyped-def]
     return is_first
 
 
-@njit(cache=True, nogil=True)
-def _unclaimed(tokens, head, chains, num_chains):  # type: ignore[no-untyped-def]
+@kernel
+def _unclaimed(tokens, head, chains, num_chains):
     """Probability that is left for another token at depth ``head`` of a path.
 
     The target emits one token at a depth, so that the chances of tokens that follow the same ones never sum to more
@@ -147,8 +147,8 @@ def _unclaimed(tokens, head, chains, num_chains):  # type: ignore[no-untyped-def
     return left
 
 
-@njit(cache=True, nogil=True)
-def _leave(candidates, member, head, parent, limit, chains, num_chains, path):  # type: ignore[no-untyped-def]
+@kernel
+def _leave(candidates, member, head, parent, limit, chains, num_chains, path):
     """Compose the path that leaves the chain ``parent`` at depth ``head`` with ``member``'s token; returns its length.
 
     It goes on with the drafts that are alive, all of which have that token there.
@@ -167,8 +167,8 @@ def _leave(candidates, member, head, parent, limit, chains, num_chains, path):  
     return go_on(candidates, head + 1, limit, path)
 
 
-@njit(cache=True, nogil=True)
-def _worth(path, head, stop, prices):  # type: ignore[no-untyped-def]
+@kernel
+def _worth(path, head, stop, prices):
     """Gain, length and expected accepted tokens of a path's beginning that gains most; its nodes from ``head`` on."""
     reach = prices.scale
     for depth in range(head):
@@ -184,8 +184,8 @@ def _worth(path, head, stop, prices):  # type: ignore[no-untyped-def]
     return best_gain - prices.fork, best_stop, best_expected
 
 
-@njit(cache=True, nogil=True)
-def _best_path(candidates, limit, chains, num_chains, prices, work, best):  # type: ignore[no-untyped-def]
+@kernel
+def _best_path(candidates, limit, chains, num_chains, prices, work, best):
     """The path that adds most to a request's chains.
 
     A path is worth the chance to get to each of its nodes behind the one where it leaves the chains, less what the
@@ -222,34 +222,34 @@ def _best_path(candidates, limit, chains, num_chains, prices, work, best):  # ty
     return most, most_length, most_expected, most_rows, has_choice
 
 
-@njit(cache=True, nogil=True)
-def _copy(path, to, length):  # type: ignore[no-untyped-def]
+@kernel
+def _copy(path, to, length):
     for depth in range(length):
         to.tokens[depth] = path.tokens[depth]
         to.chances[depth] = path.chances[depth]
         to.source[depth] = path.source[depth]
 
 
-@njit(cache=True, nogil=True)
-def _chains_of(chains, i):  # type: ignore[no-untyped-def]
+@kernel
+def _chains_of(chains, i):
     """One request's chains of a batch's."""
     return _Chains(chains.tokens[i], chains.chances[i], chains.source[i], chains.lengths[i])
 
 
-@njit(cache=True, nogil=True)
-def _path_of(paths, i):  # type: ignore[no-untyped-def]
+@kernel
+def _path_of(paths, i):
     """One path of several."""
     return Path(paths.tokens[i], paths.chances[i], paths.source[i])
 
 
-@njit(cache=True, nogil=True)
-def _paths(shape):  # type: ignore[no-untyped-def]
+@kernel
+def _paths(shape):
     """Arrays for paths, no token filled in."""
     return Path(np.zeros(shape, dtype=np.int32), np.zeros(shape), np.full(shape, -1, dtype=np.int64))
 
 
-@njit(cache=True, nogil=True)
-def _longest_first(chains, num_chains):  # type: ignore[no-untyped-def]
+@kernel
+def _longest_first(chains, num_chains):
     """Put the longest chain of a request before all others, which keep their order."""
     longest = 0
     for chain in range(num_chains):
@@ -270,8 +270,8 @@ def _longest_first(chains, num_chains):  # type: ignore[no-untyped-def]
         chains.lengths[chain - 1] = length
 
 
-@njit(cache=True, nogil=True)
-def _promise(chains, num_chains, promises):  # type: ignore[no-untyped-def]
+@kernel
+def _promise(chains, num_chains, promises):
     """Fill in the expected accepted tokens of each chain's nodes that no chain before it has; none for the first."""
     for chain in range(1, num_chains):
         head, _ = _where_it_leaves(chains.tokens[chain], chains.lengths[chain], chains, chain)
@@ -282,8 +282,8 @@ def _promise(chains, num_chains, promises):  # type: ignore[no-untyped-def]
                 promises[chain] += reach
 
 
-@njit(cache=True, nogil=True)
-def _add_forks(tokens, lengths, chances, limits, max_forks, prices, chains, promises):  # type: ignore[no-untyped-def]
+@kernel
+def _add_forks(tokens, lengths, chances, limits, max_forks, prices, chains, promises):
     """Add paths to the chains of a batch, the one that gains most first.
 
     Args:
@@ -344,8 +344,8 @@ def _add_forks(tokens, lengths, chances, limits, max_forks, prices, chains, prom
     return forks, rows, accepted, has_choice
 
 
-@njit(cache=True, nogil=True)
-def _fork(  # type: ignore[no-untyped-def]
+@kernel
+def _fork(
     tokens, lengths, chances, limits, best_tokens, best_lengths, best_chances, best_source, slots,
     kept_tokens, kept_lengths, kept_source, kept_promises, out_tokens, out_lengths, out_chances,
     max_forks, scale, row_cost, fork_cost, takes_all,

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.proposers.base import DraftBatch, Drafts, kernel_input
 
 
@@ -32,10 +32,8 @@ def is_well_formed(drafts: Drafts, batch: DraftBatch, vocab_size: int) -> bool:
     return bool(_is_in_bounds(*drafts.kernel_inputs(), limits, vocab_size))
 
 
-@njit(cache=True, nogil=True)
-def _is_in_bounds(  # type: ignore[no-untyped-def]
-    token_ids, num_tokens, confidence, match_length, votes, limits, vocab_size
-):
+@kernel
+def _is_in_bounds(token_ids, num_tokens, confidence, match_length, votes, limits, vocab_size):
     for i in range(len(num_tokens)):
         length = num_tokens[i]
         if length < 0 or length > limits[i] or length > token_ids.shape[1]:
