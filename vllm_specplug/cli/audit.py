@@ -78,7 +78,7 @@ def audit(
     minutes, with --draws 1000000 --contexts 1 about ten.
 
     Exit status: 0 passed, 1 failed, 2 could not run. What a configuration does not promise is answered too, but does
-    not count: only the samplers gumbel, minhash and list promise to be drafter-invariant.
+    not count: only coupled samplers (gumbel, minhash, list and those of your own) promise to be drafter-invariant.
 
     Example: specplug audit MODEL --speculative-config '{"method": "specplug"}' --report audit.html
     """

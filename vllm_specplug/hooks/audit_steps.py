@@ -1,6 +1,6 @@
 """Lets the audit act between a runner's logits and its tokens, on V1 and on V2.
 
-The audit sees each step as a :class:`Step`, whose tokens it can draw any number of times with the runner's own sampler
+The audit sees each step as a :class:`AuditedStep`, whose tokens it can draw any number of times with the runner's own sampler
 and verifier. The audit then decides what the step emits and which drafts the next step verifies.
 """
 
@@ -24,7 +24,7 @@ Emit = Callable[[torch.Tensor, "Sequence[Sequence[int]] | None"], TokenIds]
 
 
 @dataclass(frozen=True)
-class Step:
+class AuditedStep:
     """A step whose logits are computed and whose tokens are not drawn yet.
 
     Attributes:
@@ -46,7 +46,7 @@ class Step:
     emit: Emit
 
 
-OnStep = Callable[[Step], "Sequence[Sequence[int]] | None"]
+OnStep = Callable[[AuditedStep], "Sequence[Sequence[int]] | None"]
 """Takes a step; returns the tokens that each request emits, or None to emit what the runner draws."""
 DraftsOf = Callable[[str], Sequence[int]]
 """Takes a request id; returns that request's draft for the next step."""
@@ -104,7 +104,7 @@ class V1:
 
         partial = runner.discard_request_mask.np[: len(ids)].tolist()
         with self._unobserved():
-            wanted = self._on_step(Step(ids, counts, partial, logits, probs, emit))
+            wanted = self._on_step(AuditedStep(ids, counts, partial, logits, probs, emit))
         output = self._sample(logits, metadata)
         if wanted is None:
             return output
@@ -195,7 +195,7 @@ class V2:
             return tokens  # type: ignore[no-any-return]
 
         partial = (num_sampled == 0).tolist()
-        wanted = self._on_step(Step(ids, counts, partial, logits, self._draft_probs(input_batch, counts), emit))
+        wanted = self._on_step(AuditedStep(ids, counts, partial, logits, self._draft_probs(input_batch, counts), emit))
         output, num_sampled, num_rejected = self._sample(hidden_states, input_batch, grammar_output)
         if wanted is None:
             return output, num_sampled, num_rejected

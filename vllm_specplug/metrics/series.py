@@ -49,16 +49,26 @@ ENSEMBLE_SERIES = (
         "Tokens of late in steps with drafts, over what the same time would have brought without.",
         "gain",
     ),
-    Series("specplug_forks", "counter", "Chains beyond the first of a request that were verified.", "forks"),
     Series(
-        "specplug_fork_tokens", "counter", "Draft tokens of them, behind where they leave other chains.", "fork_tokens"
+        "specplug_forks", "counter", "Side chains (chains beyond the first of a request) that were verified.", "forks"
     ),
-    Series("specplug_fork_wins", "counter", "Requests and steps in which one got further than the first.", "fork_wins"),
-    Series("specplug_fork_gain", "counter", "Draft tokens that were accepted because of them.", "fork_gain"),
+    Series(
+        "specplug_fork_tokens",
+        "counter",
+        "Draft tokens of side chains, behind where they leave other chains.",
+        "fork_tokens",
+    ),
+    Series(
+        "specplug_fork_wins",
+        "counter",
+        "Requests and steps in which a side chain got further than the main chain.",
+        "fork_wins",
+    ),
+    Series("specplug_fork_gain", "counter", "Draft tokens that were accepted because of side chains.", "fork_gain"),
     Series(
         "specplug_withheld_forks",
         "counter",
-        "Steps in which there were some to choose from and none was worth verifying.",
+        "Steps in which there were side chains to choose from and none was worth verifying.",
         "withheld_forks",
     ),
 )

@@ -28,7 +28,7 @@ REQUEST_OPTIONS: dict[str, str] = {
     PROPOSERS_OPTION: "names of configured proposers that may draft for it, as a list or separated by commas",
     MAX_DRAFT_OPTION: "whole number: its longest draft, 0 for none",
     STORES_OPTION: "names of configured stores that rest consults, as a list or separated by commas",
-    TENANT_OPTION: "name: suffix keeps the history of each tenant apart",
+    TENANT_OPTION: "name: suffix and lookahead keep the histories of different tenants apart",
 }
 """Known per-request options (``SamplingParams.extra_args``, ``vllm_xargs`` over HTTP) and what they must be."""
 

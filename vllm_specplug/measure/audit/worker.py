@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_specplug.hooks.audit_steps import Step, between, is_v2
+from vllm_specplug.hooks.audit_steps import AuditedStep, between, is_v2
 from vllm_specplug.measure.audit.places import AFTER, NO_DRAFT, VERIFY, name_of
 
 STEP_SECONDS = 10.0
@@ -133,7 +133,7 @@ class Auditor:
         """The drafts of the next step: the plan's, whatever the drafter proposed."""
         return self._plan.drafts if self._stage(request_id) == VERIFY else self._plan.drafts[:1]
 
-    def on_step(self, step: Step) -> list[list[int]]:
+    def on_step(self, step: AuditedStep) -> list[list[int]]:
         """Many draws of a step, then the tokens that the plan wants."""
         plan = self._plan
         rows, wanted, start = [], [], 0
@@ -163,7 +163,7 @@ class Auditor:
         stages = {0: NO_DRAFT, 1: VERIFY, 1 + self._plan.num_accepted + 1: AFTER}
         return stages.get(self._num_emitted.get(request_id, 0), "")
 
-    def _draw(self, step: Step, rows: Sequence[_Rows]) -> None:
+    def _draw(self, step: AuditedStep, rows: Sequence[_Rows]) -> None:
         plan, deadline = self._plan, time.monotonic() + STEP_SECONDS
         logits = step.logits.clone()
         for row in rows:
@@ -311,7 +311,7 @@ class AuditExtension:
         captured: dict[int, NDArray[np.float32]] = {}
         self._captured = captured
 
-        def on_step(step: Step) -> None:
+        def on_step(step: AuditedStep) -> None:
             end = 0
             for request_id, count, is_partial in zip(step.request_ids, step.num_drafts, step.is_partial, strict=True):
                 end += count + 1
