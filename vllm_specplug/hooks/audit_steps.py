@@ -1,7 +1,7 @@
 """Lets the audit act between a runner's logits and its tokens, on V1 and on V2.
 
-The audit sees each step as a :class:`AuditedStep`, whose tokens it can draw any number of times with the runner's own sampler
-and verifier. The audit then decides what the step emits and which drafts the next step verifies.
+The audit sees each step as an :class:`AuditedStep`, whose tokens it can draw any number of times with the runner's own
+sampler and verifier. The audit then decides what the step emits and which drafts the next step verifies.
 """
 
 from __future__ import annotations
