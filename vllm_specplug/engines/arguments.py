@@ -22,8 +22,8 @@ def with_cli_arguments(engine_args: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(message)
 
     parser = EngineArgs.add_cli_args(Parser())
-    given = parser.parse_args(options)
+    parsed = parser.parse_args(options)
     for name in engine_args:
-        if getattr(given, name) != parser.get_default(name):
+        if getattr(parsed, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} must be left out: this command decides it")
-    return {**vars(EngineArgs.from_cli_args(given)), **engine_args}
+    return {**vars(EngineArgs.from_cli_args(parsed)), **engine_args}

@@ -46,10 +46,10 @@ def answer_for_cpu_wheel() -> None:
     except importlib.metadata.PackageNotFoundError:
         pass
     try:
-        found = original(CPU_DISTRIBUTION)
+        installed = original(CPU_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return  # some other build of vLLM: its own error says what is wrong
-    answer = found if "cpu" in found else f"{found}+cpu"
+    answer = installed if "cpu" in installed else f"{installed}+cpu"
 
     def version(distribution_name: str) -> str:
         return answer if distribution_name == "vllm" else original(distribution_name)

@@ -96,13 +96,13 @@ def measure(target: Probs, draft: Probs, draws: int, seed: int) -> tuple[dict[st
     done = num_bits = 0
     while done < draws:
         count = min(rows, draws - done)
-        wanted, drafted = (torch.from_numpy(each)[None].expand(count, -1) for each in (target, draft))
+        wanted, drafted = (torch.from_numpy(probs)[None].expand(count, -1) for probs in (target, draft))
         pair = wanted, drafted
         seeds = torch.randint(0, 2**31, (count,), generator=generator)
-        winners = [coupled_argmax(each.log(), seeds) for each in pair]
+        winners = [coupled_argmax(probs.log(), seeds) for probs in pair]
         hits["gumbel"] += int((winners[0] == winners[1]).sum())
         keys = minhash.keys_of(seeds.numpy())
-        darts = [minhash.sample(each.numpy(), keys) for each in pair]
+        darts = [minhash.sample(probs.numpy(), keys) for probs in pair]
         hits["minhash"] += int((darts[0] == darts[1]).sum())
         drawn = torch.multinomial(drafted, 1, generator=generator)
         verified = rejection.verify(
@@ -250,6 +250,6 @@ def summary(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
             ),
         }
         if measured := [pair.measured for pair in group if pair.measured is not None]:
-            row |= {f"{name}_measured": float(np.mean([each[name] for each in measured])) for name in COUPLINGS}
+            row |= {f"{name}_measured": float(np.mean([shares[name] for shares in measured])) for name in COUPLINGS}
         rows.append(row)
     return rows

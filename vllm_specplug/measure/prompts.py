@@ -47,15 +47,15 @@ def read_tasks(path: Path) -> list[Task]:
     tasks: list[Task] = []
     for place, record in _records(path, text):
         try:
-            found = Task(name, record, False) if isinstance(record, str) else _task(record, name)
+            task = Task(name, record, False) if isinstance(record, str) else _task(record, name)
         except (KeyError, IndexError, AttributeError, TypeError, StopIteration):
             raise ConfigurationError(
                 f"--prompts {path}, {place}: must be JSON with 'prompt', 'text', 'turns', 'conversations' or "
                 "'messages', "
                 'as in {"prompt": "def main():"}'
             ) from None
-        if found.text.strip():
-            tasks.append(found)
+        if task.text.strip():
+            tasks.append(task)
     if not tasks:
         raise ConfigurationError(f"--prompts {path} holds no prompt")
     return tasks
@@ -113,10 +113,10 @@ def chosen(tasks: Sequence[Task], num_prompts: int) -> list[Task]:
     groups: dict[str, list[Task]] = {}
     for task in tasks:
         groups.setdefault(task.category, []).append(task)
-    found: list[Task] = []
+    picked: list[Task] = []
     for nth in range(max(map(len, groups.values()))):
-        found += [group[nth] for group in groups.values() if nth < len(group)]
-    return found[:num_prompts]
+        picked += [group[nth] for group in groups.values() if nth < len(group)]
+    return picked[:num_prompts]
 
 
 def load_tasks(paths: Sequence[Path], num_prompts: int) -> tuple[list[Task], str]:
@@ -156,11 +156,11 @@ def encode(model: str, tasks: Sequence[Task], chat: bool | None) -> list[list[in
     tokenizer = tokenizer_of(model)
     if chat and not tokenizer.chat_template:
         raise ConfigurationError(f"--chat: {model} has no chat template; leave it out")
-    found = []
+    token_ids = []
     for task in tasks:
         text = task.text
         if tokenizer.chat_template and (task.is_chat if chat is None else chat):
             messages = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        found.append(tokenizer.encode(text)[:MAX_PROMPT_TOKENS])
-    return found
+        token_ids.append(tokenizer.encode(text)[:MAX_PROMPT_TOKENS])
+    return token_ids

@@ -33,9 +33,9 @@ class RayBridge:
 
     def tell(self) -> None:
         """Publish the counters to Ray once."""
-        for worker, found in read_files(self._folder):
-            if found.get("owner") == self._owner:
-                self._series.set(worker, found["labels"], found["snapshot"])
+        for worker, contents in read_files(self._folder):
+            if contents.get("owner") == self._owner:
+                self._series.set(worker, contents["labels"], contents["snapshot"])
 
     def close(self) -> None:
         """Stop publishing."""

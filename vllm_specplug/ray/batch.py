@@ -92,13 +92,13 @@ def generate(  # noqa: PLR0913 - public, and all but three are keywords
     speculative_config = stores.located(speculative_config)
     _check_sampling(sampling or {})
     with owned(out) as folder, scratch_folder(folder) as scratch:
-        found = inputs.scan(inputs.find([str(each) for each in inputs_]), prompt_field, scratch)
+        all_rows = inputs.scan(inputs.find([str(source) for source in inputs_]), prompt_field, scratch)
         job = Job(
             stores.absolute(model), speculative_config, dict(engine_args or {}), tuple(options), dict(sampling or {}),
-            seed, found.field,
+            seed, all_rows.field,
         )  # fmt: skip
-        rows_per_part = begin(folder, manifest(job, found), rows_per_part, replicas)
-        parts = {part.number: part for part in found.parts(rows_per_part)}
+        rows_per_part = begin(folder, manifest(job, all_rows), rows_per_part, replicas)
+        parts = {part.number: part for part in all_rows.parts(rows_per_part)}
         output = Output(folder, parts, rows_per_part, on_progress)
         missing = output.missing()
         if missing:
@@ -107,7 +107,7 @@ def generate(  # noqa: PLR0913 - public, and all but three are keywords
             if not ray.is_initialized():
                 (connect or ray.init)()
             environment.check_fits(replicas, share, ray.nodes(), may_grow)
-            _run(job, share, min(replicas, len(missing)), missing, found.schema, dict(env or {}), output)
+            _run(job, share, min(replicas, len(missing)), missing, all_rows.schema, dict(env or {}), output)
         return output.result(time.monotonic() - started)
 
 
@@ -188,9 +188,9 @@ def reason(error: BaseException) -> str:
     chain = [error]
     while (inner := getattr(chain[-1], "cause", None) or chain[-1].__cause__) is not None and inner not in chain:
         chain.append(inner)
-    for each in reversed(chain):
-        found = [match for match in _RAISED.finditer(str(each)) if match["name"].rpartition(".")[2] not in _WRAPPERS]
-        if found:
-            return found[0][0].strip()
+    for cause in reversed(chain):
+        matches = [match for match in _RAISED.finditer(str(cause)) if match["name"].rpartition(".")[2] not in _WRAPPERS]
+        if matches:
+            return matches[0][0].strip()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

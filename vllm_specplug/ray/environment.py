@@ -77,10 +77,10 @@ def share(cpus: float | None, gpus: float | None, engine_args: Mapping[str, Any]
 
 def num_devices(engine_args: Mapping[str, Any], options: Sequence[str] = ()) -> int:
     """GPUs that an engine of these arguments takes: tensor times pipeline parallel."""
-    found = 1
+    devices = 1
     for key, short in (("tensor_parallel_size", "-tp"), ("pipeline_parallel_size", "-pp")):
-        found *= int(engine_args.get(key) or option(options, f"--{key.replace('_', '-')}", short) or 1)
-    return found
+        devices *= int(engine_args.get(key) or option(options, f"--{key.replace('_', '-')}", short) or 1)
+    return devices
 
 
 def option(options: Sequence[str], *names: str) -> str | None:
@@ -131,14 +131,14 @@ def wanted(
         machine_cpus: CPUs of its node.
         engine_args, options: the engine's arguments, as a dictionary and as ``vllm serve`` takes them.
     """
-    found = {lifeline.VARIABLE: "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+    variables = {lifeline.VARIABLE: "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
     if of.gpus:
-        return found
+        return variables
     # Ray itself sets OMP_NUM_THREADS to the CPUs of the share, in actors that it starts.
-    found |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, int(of.cpus)))}
+    variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, int(of.cpus)))}
     if not any(key in engine_args or option(options, f"--{key.replace('_', '-')}") for key in _KV_CACHE_KEYS):
-        found["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib(of, machine_cpus))
-    return found
+        variables["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib(of, machine_cpus))
+    return variables
 
 
 def prepare(of: Share, machine_cpus: float, engine_args: Mapping[str, Any], options: Sequence[str] = ()) -> None:

@@ -106,7 +106,7 @@ class Inputs:
 
     def parts(self, rows_per_part: int) -> list[Part]:
         """Cut all rows into parts of ``rows_per_part`` rows; the last part may be smaller."""
-        found: list[Part] = []
+        parts: list[Part] = []
         slices: list[Slice] = []
         room = rows_per_part
         done = 0
@@ -117,10 +117,10 @@ class Inputs:
                 slices.append(Slice(path, kind, starts[at], count))
                 at, room = at + count, room - count
                 if not room:
-                    found.append(Part(len(found), done, tuple(slices)))
+                    parts.append(Part(len(parts), done, tuple(slices)))
                     done += rows_per_part
                     slices, room = [], rows_per_part
-        return [*found, Part(len(found), done, tuple(slices))] if slices else found
+        return [*parts, Part(len(parts), done, tuple(slices))] if slices else parts
 
 
 def find(inputs: Sequence[str]) -> list[Path]:
@@ -129,25 +129,25 @@ def find(inputs: Sequence[str]) -> list[Path]:
     Raises:
         ConfigurationError: an input stands for no file, or for a file of an unknown kind.
     """
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            files = [each for each in sorted(path.rglob("*")) if _is_visible(each, path) and kind_of(each)]
+            files = [file for file in sorted(path.rglob("*")) if _is_visible(file, path) and kind_of(file)]
             if not files:
                 raise ConfigurationError(f"the folder {name} has no file of a kind that is read: {_known()}")
         else:
-            files = [path] if path.is_file() else [Path(each) for each in sorted(glob(name, recursive=True))]
-            files = [each for each in files if each.is_file()]
+            files = [path] if path.is_file() else [Path(file) for file in sorted(glob(name, recursive=True))]
+            files = [file for file in files if file.is_file()]
             if not files:
                 raise ConfigurationError(f"there is no file {name}: nothing to read")
-        for each in files:
-            if kind_of(each) is None:
-                raise ConfigurationError(f"{each} is of an unknown kind; known are {_known()}")
-            found[each.resolve()] = None
-    if not found:
+        for file in files:
+            if kind_of(file) is None:
+                raise ConfigurationError(f"{file} is of an unknown kind; known are {_known()}")
+            paths[file.resolve()] = None
+    if not paths:
         raise ConfigurationError("no inputs were given")
-    return list(found)
+    return list(paths)
 
 
 def _is_visible(path: Path, folder: Path) -> bool:
@@ -189,13 +189,13 @@ def scan(paths: Sequence[Path], field: str | None, unpacked: Path) -> Inputs:
                 readable = path
             else:
                 readable = _readable(path, unpacked / str(number))
-                starts, found = _scan_lines(path, readable, kind)
-                schemas += found
+                starts, of_rows = _scan_lines(path, readable, kind)
+                schemas += of_rows
         except _READ_ERRORS as error:
             raise ConfigurationError(f"{path} cannot be read: {error}") from error
         sources.append(Source(str(path), len(starts), digest))
         places.append((str(readable), kind, starts))
-    if not any(each.num_rows for each in sources):
+    if not any(source.num_rows for source in sources):
         raise ConfigurationError(f"there is no row in {', '.join(map(str, paths))}")
     schema = _unified(schemas)
     return Inputs(tuple(sources), schema, _field(schema, field), tuple(places))

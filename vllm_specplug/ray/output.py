@@ -90,14 +90,14 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-    made = Path(tempfile.mkdtemp(prefix="_tmp-", dir=folder))
+    scratch = Path(tempfile.mkdtemp(prefix="_tmp-", dir=folder))
     try:
-        yield made
+        yield scratch
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def manifest(job: Job, found: inputs.Inputs) -> dict[str, Any]:
+def manifest(job: Job, all_rows: inputs.Inputs) -> dict[str, Any]:
     """Everything that the output depends on, as plain types.
 
     The drafter is left out if it cannot change the tokens: a run may go on with other drafters, or none.
@@ -110,7 +110,7 @@ def manifest(job: Job, found: inputs.Inputs) -> dict[str, Any]:
         "sampling": _plain(job.sampling),
         "seed": job.seed,
         "prompt_field": job.field,
-        "inputs": [asdict(source) for source in found.sources],
+        "inputs": [asdict(source) for source in all_rows.sources],
     }
 
 

@@ -82,11 +82,11 @@ class Replica:
     async def __call__(self, table: pa.Table) -> AsyncIterator[pa.Table]:
         """Complete the rows of a part; yields them with their outputs."""
         ids = table[inputs.ROW_ID].to_pylist()
-        given = table[inputs.SEED].to_pylist() if inputs.SEED in table.column_names else [None] * len(ids)
+        wanted = table[inputs.SEED].to_pylist() if inputs.SEED in table.column_names else [None] * len(ids)
         seeds = [
             # -1 means no seed in vLLM; the tokens of such a row can be reproduced too.
             row_seed(self._job.seed, row_id) if seed is None or seed < 0 else seed
-            for row_id, seed in zip(ids, given, strict=True)
+            for row_id, seed in zip(ids, wanted, strict=True)
         ]
         prompts = table[self._job.field].to_pylist()
         outputs = await asyncio.gather(*map(self._complete, prompts, seeds))
@@ -94,10 +94,10 @@ class Replica:
             table = table.drop_columns([inputs.SEED])
         columns = {
             inputs.SEED: pa.array(seeds, pa.int64()),
-            "output_text": pa.array([each.text for each in outputs], pa.string()),
-            "output_token_ids": pa.array([each.token_ids for each in outputs], pa.list_(pa.int32())),
-            "finish_reason": pa.array([each.finish_reason for each in outputs], pa.string()),
-            "error": pa.array([each.error for each in outputs], pa.string()),
+            "output_text": pa.array([outcome.text for outcome in outputs], pa.string()),
+            "output_token_ids": pa.array([outcome.token_ids for outcome in outputs], pa.list_(pa.int32())),
+            "finish_reason": pa.array([outcome.finish_reason for outcome in outputs], pa.string()),
+            "error": pa.array([outcome.error for outcome in outputs], pa.string()),
         }
         for name, values in columns.items():
             table = table.append_column(name, values)
@@ -105,8 +105,8 @@ class Replica:
 
     async def _complete(self, prompt: Any, seed: int) -> _Outcome:
         try:
-            given = await self._prompt(prompt)
-            async for output in self._engine.generate(given, self._sampling(seed), uuid.uuid4().hex):
+            encoded = await self._prompt(prompt)
+            async for output in self._engine.generate(encoded, self._sampling(seed), uuid.uuid4().hex):
                 done = output.outputs[0]
         except Exception as error:
             if self._engine.errored:

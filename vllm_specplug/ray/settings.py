@@ -43,18 +43,18 @@ def data_llm(
         settings: further arguments of that class, which take precedence.
     """
     share = environment.share(cpus_per_replica, gpus_per_replica, engine_args or {})
-    made: dict[str, Any] = {
+    config: dict[str, Any] = {
         "model_source": stores.absolute(model),
         "engine_kwargs": _engine_args(speculative_config, engine_args),
         "concurrency": replicas,
         "runtime_env": {"env_vars": _variables(share, engine_args or {}, env)},
     }
     if not share.gpus:
-        made["accelerator_type"] = None
-        made |= {f"{stage}_stage": {"num_cpus": STAGE_CPUS} for stage in ("chat_template", "tokenize", "detokenize")}
-        made["placement_group_config"] = {"bundles": [{"CPU": share.cpus}]}
-        made["engine_kwargs"].setdefault("distributed_executor_backend", "mp")
-    return {**made, **settings}
+        config["accelerator_type"] = None
+        config |= {f"{stage}_stage": {"num_cpus": STAGE_CPUS} for stage in ("chat_template", "tokenize", "detokenize")}
+        config["placement_group_config"] = {"bundles": [{"CPU": share.cpus}]}
+        config["engine_kwargs"].setdefault("distributed_executor_backend", "mp")
+    return {**config, **settings}
 
 
 def serve_llm(
@@ -78,25 +78,25 @@ def serve_llm(
         model_id: name that clients ask for; by default the last part of ``model``.
     """
     share = environment.share(cpus_per_replica, gpus_per_replica, engine_args or {})
-    made: dict[str, Any] = {
+    config: dict[str, Any] = {
         "model_loading_config": {"model_id": model_id or Path(model).name, "model_source": stores.absolute(model)},
         "engine_kwargs": _engine_args(speculative_config, engine_args),
         "deployment_config": {"num_replicas": replicas},
         "runtime_env": {"env_vars": _variables(share, engine_args or {}, env)},
     }
     if not share.gpus:
-        made["accelerator_config"] = {"kind": "cpu"}
-        made["deployment_config"]["ray_actor_options"] = {"num_cpus": 0}  # the CPUs of the bundle are added
-        made["placement_group_config"] = {"bundles": [{"CPU": share.cpus}]}
-        made["engine_kwargs"].setdefault("distributed_executor_backend", "mp")
-    return {**made, **settings}
+        config["accelerator_config"] = {"kind": "cpu"}
+        config["deployment_config"]["ray_actor_options"] = {"num_cpus": 0}  # the CPUs of the bundle are added
+        config["placement_group_config"] = {"bundles": [{"CPU": share.cpus}]}
+        config["engine_kwargs"].setdefault("distributed_executor_backend", "mp")
+    return {**config, **settings}
 
 
 def _engine_args(speculative_config: Mapping[str, Any] | None, engine_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    made = dict(engine_args or {})
+    arguments = dict(engine_args or {})
     if config := stores.located(speculative_config):
-        made["speculative_config"] = config
-    return made
+        arguments["speculative_config"] = config
+    return arguments
 
 
 def _variables(
@@ -104,5 +104,5 @@ def _variables(
 ) -> dict[str, str]:
     """Environment variables of an engine: ``env``, then those of this process, then defaults for its share."""
     wanted = environment.wanted(share, float(os.cpu_count() or 1), engine_args)
-    made = {name: os.environ.get(name, value) for name, value in wanted.items()}
-    return {**made, **({} if share.gpus else intel_openmp()), **(env or {})}
+    variables = {name: os.environ.get(name, value) for name, value in wanted.items()}
+    return {**variables, **({} if share.gpus else intel_openmp()), **(env or {})}

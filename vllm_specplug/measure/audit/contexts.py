@@ -40,14 +40,14 @@ class Context:
     def prefixes(self) -> dict[str, list[int]]:
         """What the target has read at each place."""
         k = len(self.drafts)
-        made = {"no draft": self.prompt}
+        prefixes = {"no draft": self.prompt}
         if not k:
-            return made
+            return prefixes
         start = [*self.prompt, self.first]
         for depth in range(k + 1):
-            made["bonus" if depth == k else f"draft {depth + 1}"] = [*start, *self.drafts[:depth]]
-        made["after a rejection"] = [*start, *self.drafts[: self.num_accepted], self.replacement]
-        return made
+            prefixes["bonus" if depth == k else f"draft {depth + 1}"] = [*start, *self.drafts[:depth]]
+        prefixes["after a rejection"] = [*start, *self.drafts[: self.num_accepted], self.replacement]
+        return prefixes
 
     def to_dict(self, tokenizer: Any) -> dict[str, Any]:
         """For the report: the end of the prompt as text, and every chosen token."""
@@ -55,7 +55,7 @@ class Context:
             "num_tokens": len(self.prompt),
             "ends_with": tokenizer.decode(self.prompt[-16:]),
             "first": tokenizer.decode([self.first]),
-            "drafts": [tokenizer.decode([each]) for each in self.drafts],
+            "drafts": [tokenizer.decode([token]) for token in self.drafts],
             "unlikely": tokenizer.decode([self.unlikely]) if self.drafts else None,
             "num_accepted": self.num_accepted,
             "replacement": tokenizer.decode([self.replacement]) if self.drafts else None,

@@ -146,12 +146,22 @@ def _place_rows(places: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _example_rows(answer: Mapping[str, Any], is_promised: bool) -> list[list[str]]:
     rows = [["request", "position", "reference", "audited", "margin in reference", "margin in audited", "what"]]
-    for each in answer["examples"]:
+    for example in answer["examples"]:
         margins = [
-            "unknown" if each[key] is None else f"{each[key]:.3g}" for key in ("margin_reference", "margin_audited")
+            "unknown" if example[key] is None else f"{example[key]:.3g}"
+            for key in ("margin_reference", "margin_audited")
         ]
-        what = "near-tie" if each["near_tie"] else "bug" if is_promised else "differs (not promised)"
-        rows.append([str(each["request"]), str(each["position"]), each["reference"], each["audited"], *margins, what])
+        what = "near-tie" if example["near_tie"] else "bug" if is_promised else "differs (not promised)"
+        rows.append(
+            [
+                str(example["request"]),
+                str(example["position"]),
+                example["reference"],
+                example["audited"],
+                *margins,
+                what,
+            ]
+        )
     return rows
 
 
@@ -192,21 +202,21 @@ def _facts(result: Mapping[str, Any]) -> list[list[str]]:
 
 def _context_rows(result: Mapping[str, Any]) -> list[list[str]]:
     rows = [["context", "the prompt ends with", "then", "draft tokens", "let through", "replaced by", "unlikely token"]]
-    for nth, each in enumerate(result["contexts"], 1):
-        length = f"{nth} ({counted(each['num_tokens'], 'token')})"
-        drafts = " ".join(map(repr, each["drafts"])) or "-"
+    for nth, context in enumerate(result["contexts"], 1):
+        length = f"{nth} ({counted(context['num_tokens'], 'token')})"
+        drafts = " ".join(map(repr, context["drafts"])) or "-"
         replaced = [
-            "-" if each[key] is None else repr(each[key]) if key != "num_accepted" else str(each[key])
+            "-" if context[key] is None else repr(context[key]) if key != "num_accepted" else str(context[key])
             for key in ("num_accepted", "replacement", "unlikely")
         ]
-        rows.append([length, repr(each["ends_with"]), repr(each["first"]), drafts, *replaced])
+        rows.append([length, repr(context["ends_with"]), repr(context["first"]), drafts, *replaced])
     return rows
 
 
 def _lossless_notes(answer: Mapping[str, Any]) -> list[str]:
     notes = [
-        f"Failed: {each['place']}, {each['test']}: p = {each['p_value']:.2g}; {each['says']}"
-        for each in answer["rejected"]
+        f"Failed: {hypothesis['place']}, {hypothesis['test']}: p = {hypothesis['p_value']:.2g}; {hypothesis['says']}"
+        for hypothesis in answer["rejected"]
     ]
     notes += answer["wrong_rows"]
     if answer["unreached"]:

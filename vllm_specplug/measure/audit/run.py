@@ -66,13 +66,13 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
             "greedy_identical": first_differences(seen.plain.greedy, mine.greedy),
             "drafter_invariant": first_differences(seen.reference.sampled, mine.sampled),
         }
-        margins = {key: context_rows(engine, prefixes(found, seen.prompts)) for key, found in pairs.items()}
+        margins = {key: context_rows(engine, prefixes(differences, seen.prompts)) for key, differences in pairs.items()}
     others = _margins_without_speculation(options, seen.prompts, pairs, progress)
     sampler = _sampler(about)
     answers: dict[str, Any] = {"lossless": lossless}
-    for key, found in pairs.items():
+    for key, differences in pairs.items():
         answers[key] = ask_identity(
-            key, found, seen.prompts, margins[key], others[key], options, about, sampler, tokenizer
+            key, differences, seen.prompts, margins[key], others[key], options, about, sampler, tokenizer
         ) | {"reference": _reference_of(key, seen)}
     is_promised = {
         "lossless": True,
@@ -144,7 +144,7 @@ def _margins_without_speculation(
         return {key: [] for key in pairs}
     title = "margins without speculation"
     with _started(options, None, "off-again", title, 0, progress) as engine:
-        rows = {key: context_rows(engine, prefixes(found, prompts)) for key, found in pairs.items()}
+        rows = {key: context_rows(engine, prefixes(differences, prompts)) for key, differences in pairs.items()}
         progress(title, 1.0, "done")
     return rows
 
@@ -168,10 +168,10 @@ def _started(
     with Engine(options.engine_args(speculative_config), options.log / f"{log}.log") as engine:
         progress(title, 0.0, "starting")
         engine.wait_until_ready()
-        found = _about(engine)["num_speculative_tokens"]
-        if found != k:
+        longest = _about(engine)["num_speculative_tokens"]
+        if longest != k:
             raise SpecplugError(
-                f"the {title} verifies up to {found} draft tokens a step where {k} were expected: "
+                f"the {title} verifies up to {longest} draft tokens a step where {k} were expected: "
                 "what it does cannot be told from this speculative_config"
             )
         yield engine
@@ -180,9 +180,9 @@ def _started(
 def verdict(answers: Mapping[str, Mapping[str, Any]], is_promised: Mapping[str, bool]) -> str:
     """``passed``, ``failed``, or ``could not run`` where something promised could not be looked at."""
     asked = [answers[key]["passed"] for key in QUESTIONS if is_promised[key]]
-    if any(each is False for each in asked):
+    if any(passed is False for passed in asked):
         return "failed"
-    return "could not run" if any(each is None for each in asked) else "passed"
+    return "could not run" if any(passed is None for passed in asked) else "passed"
 
 
 def _about(engine: Engine) -> dict[str, Any]:

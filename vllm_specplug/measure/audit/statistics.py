@@ -87,8 +87,8 @@ def rarest(counts: Counts, probs: Vector) -> tuple[int, float]:
     expected = probs * draws
     surprise = np.abs(counts - expected) / np.sqrt(np.maximum(expected * (1.0 - probs), 1e-12))
     candidates = np.argsort(-surprise)[:16].tolist()
-    each = [(two_sided(int(counts[token]), draws, float(probs[token])), token) for token in candidates]
-    p_value, token = min(each)
+    tested = [(two_sided(int(counts[token]), draws, float(probs[token])), token) for token in candidates]
+    p_value, token = min(tested)
     return int(token), min(1.0, p_value * len(probs))
 
 
@@ -114,13 +114,13 @@ def hypotheses_of(
         return []
     token, p_token = rarest(counts, probs)
     seen = f"{spell(token)}: {counts[token] / draws:.6f} of {draws:,} draws, expected {probs[token]:.6f}"
-    made = [
+    hypotheses = [
         Hypothesis(place, "token", p_token, seen),
         Hypothesis(place, "all tokens", chi_square(counts, probs), f"chi-square, {draws:,} draws"),
     ]
     if accepted is not None:
         count, chance = accepted
-        made.append(
+        hypotheses.append(
             Hypothesis(
                 place,
                 "accepted",
@@ -128,12 +128,12 @@ def hypotheses_of(
                 f"draft token accepted {count / draws:.6f} of {draws:,} times, expected {chance:.6f}",
             )
         )
-    return made
+    return hypotheses
 
 
 def rejected(hypotheses: Sequence[Hypothesis], alpha: float = ALPHA) -> list[Hypothesis]:
     """Those that a correct verifier would not show, with at most ``alpha`` chance of any false one (Holm)."""
-    ordered = sorted(hypotheses, key=lambda each: each.p_value)
+    ordered = sorted(hypotheses, key=lambda one: one.p_value)
     wrong = []
     for nth, hypothesis in enumerate(ordered):
         if hypothesis.p_value * (len(ordered) - nth) > alpha:

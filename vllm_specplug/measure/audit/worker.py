@@ -190,11 +190,11 @@ class Auditor:
             drawn = torch.multinomial(probs.cpu(), 1, generator=self._generator)[:, 0].tolist()
             # Rows before a request hold as many drafts fewer as there are requests before it.
             return [drawn[row.start - row.index : row.start - row.index + row.num_drafts] for row in rows]
-        plan, made = self._plan, []
+        plan, of_requests = self._plan, []
         for row in rows:
             drafts = plan.drafts[: row.num_drafts] + plan.drafts[-1:] * (row.num_drafts - len(plan.drafts))
-            made.append([plan.unlikely, *drafts[1:]] if row.is_unlikely else drafts)
-        return made
+            of_requests.append([plan.unlikely, *drafts[1:]] if row.is_unlikely else drafts)
+        return of_requests
 
     def _count(
         self,

@@ -31,29 +31,29 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _ms(found: Mapping[str, float], key: str) -> str:
-    return f"{1e3 * found[key]:.2f}" if key in found else "-"
+def _ms(percentiles: Mapping[str, float], key: str) -> str:
+    return f"{1e3 * percentiles[key]:.2f}" if key in percentiles else "-"
 
 
 def rows(result: Mapping[str, Any]) -> list[list[str]]:
     """The main table, its heading first."""
     table = [list(HEADINGS)]
-    for name, each in result["configs"].items():
-        low, high = min(each["speed_up_rounds"]), max(each["speed_up_rounds"])
+    for name, numbers in result["configs"].items():
+        low, high = min(numbers["speed_up_rounds"]), max(numbers["speed_up_rounds"])
         table.append(
             [
                 name,
-                f"{each['tokens_per_s']:,.1f}",
-                f"{each['speed_up']:.2f}x",
+                f"{numbers['tokens_per_s']:,.1f}",
+                f"{numbers['speed_up']:.2f}x",
                 f"{low:.2f}-{high:.2f}",
-                f"{each['emitted_per_step']:.2f}",
-                "-" if each["draft_length"] is None else f"{each['draft_length']:.1f}",
-                _percent(each["acceptance"]),
-                _ms(each["ttft_s"], "p50"),
-                _ms(each["ttft_s"], "p95"),
-                _ms(each["tpot_s"], "p50"),
-                _ms(each["tpot_s"], "p95"),
-                _percent(each["identical"]),
+                f"{numbers['emitted_per_step']:.2f}",
+                "-" if numbers["draft_length"] is None else f"{numbers['draft_length']:.1f}",
+                _percent(numbers["acceptance"]),
+                _ms(numbers["ttft_s"], "p50"),
+                _ms(numbers["ttft_s"], "p95"),
+                _ms(numbers["tpot_s"], "p50"),
+                _ms(numbers["tpot_s"], "p95"),
+                _percent(numbers["identical"]),
             ]
         )
     return table
@@ -77,19 +77,19 @@ def category_rows(result: Mapping[str, Any]) -> list[list[str]]:
     for category, about in first.items():
         cells = [category, f"{about['num_prompts']}"]
         for name in names[1:]:
-            each = result["configs"][name]["categories"][category]
-            cells += [f"{each['speed_up']:.2f}x", f"{each['emitted_per_step']:.2f}"]
+            numbers = result["configs"][name]["categories"][category]
+            cells += [f"{numbers['speed_up']:.2f}x", f"{numbers['emitted_per_step']:.2f}"]
         table.append(cells)
     return table
 
 
 def depth_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """Share of drafts of which a token was accepted at each position."""
-    drafting = {name: each for name, each in result["configs"].items() if each["acceptance_by_depth"]}
-    longest = max((len(each["acceptance_by_depth"]) for each in drafting.values()), default=0)
+    drafting = {name: numbers for name, numbers in result["configs"].items() if numbers["acceptance_by_depth"]}
+    longest = max((len(numbers["acceptance_by_depth"]) for numbers in drafting.values()), default=0)
     table = [["configuration", *(str(depth + 1) for depth in range(longest))]]
-    for name, each in drafting.items():
-        cells = [_percent(share) for share in each["acceptance_by_depth"]]
+    for name, numbers in drafting.items():
+        cells = [_percent(share) for share in numbers["acceptance_by_depth"]]
         table.append([name, *cells, *[""] * (longest - len(cells))])
     return table
 

@@ -215,15 +215,15 @@ def _categories(options: Options, runs: Sequence[Completed], base: Sequence[Comp
         seconds = sum(run.last_s[index] for index in chosen)
         return sum(len(run.token_ids[index]) for index in chosen) / seconds if seconds else 0.0
 
-    found = {}
+    numbers = {}
     for category, chosen in members.items():
         mine = [speed(run, chosen) for run in runs]
         theirs = [speed(run, chosen) for run in base]
         tokens = sum(len(run.token_ids[index]) for run in runs for index in chosen)
         steps = sum(len(run.step_sizes[index]) for run in runs for index in chosen)
-        found[category] = {
+        numbers[category] = {
             "num_prompts": len(chosen),
             "speed_up": statistics.median(a / b if b else 0.0 for a, b in zip(mine, theirs, strict=True)),
             "emitted_per_step": tokens / steps if steps else 0.0,
         }
-    return found
+    return numbers

@@ -36,15 +36,15 @@ def config_of(k: int, stores: Sequence[str], proposers: Sequence[str] | None = N
     return config
 
 
-def lengths(stores: Sequence[str], given: Sequence[int]) -> dict[str, Config]:
+def lengths(stores: Sequence[str], draft_lengths: Sequence[int]) -> dict[str, Config]:
     """The default proposers with drafts of different lengths."""
-    return {f"k={k}": config_of(k, stores) for k in given}
+    return {f"k={k}": config_of(k, stores) for k in draft_lengths}
 
 
 def store_choices(k: int, stores: Sequence[str]) -> dict[str, Config]:
     """Each store alone, and none; all of them together is what was measured before."""
-    found = {f"store {path}": config_of(k, [path]) for path in stores} if len(stores) > 1 else {}
-    return {**found, "no store": config_of(k, [])} if stores else {}
+    alone = {f"store {path}": config_of(k, [path]) for path in stores} if len(stores) > 1 else {}
+    return {**alone, "no store": config_of(k, [])} if stores else {}
 
 
 def proposer_choices(k: int, stores: Sequence[str]) -> dict[str, Config]:
@@ -58,8 +58,8 @@ def proposer_choices(k: int, stores: Sequence[str]) -> dict[str, Config]:
 
 def stores_of(config: Config | None) -> list[str]:
     """Paths of the token stores in a configuration."""
-    found = (config or {}).get("datastore")
-    return [found] if isinstance(found, str) else list(found or ())
+    stores = (config or {}).get("datastore")
+    return [stores] if isinstance(stores, str) else list(stores or ())
 
 
 def best(speed_ups: Mapping[str, float], configs: Mapping[str, Config | None]) -> str:
@@ -91,10 +91,10 @@ def tune(
     def stage(name: str, choices: Mapping[str, Config]) -> dict[str, float]:
         configs.update(choices)
         result = trial(name, {OFF: None, **choices}, STAGE_ROUNDS)
-        found = {each: result["configs"][each]["speed_up"] for each in choices if each in result["configs"]}
-        seen.update(found)
+        speed_ups = {choice: result["configs"][choice]["speed_up"] for choice in choices if choice in result["configs"]}
+        seen.update(speed_ups)
         stages.append({"stage": name, **result})
-        return found
+        return speed_ups
 
     ups = stage("draft length", lengths(stores, draft_lengths))
     if not ups:
@@ -140,13 +140,13 @@ def rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
     """Everything that was tried, its heading first."""
     yield ["stage", "configuration", "speed-up", "tokens/s", "emitted/step", "acceptance"]
     for stage in [*result["stages"], {"stage": "final", **result["final"]}]:
-        for name, each in stage["configs"].items():
-            acceptance = each["acceptance"]
+        for name, numbers in stage["configs"].items():
+            acceptance = numbers["acceptance"]
             yield [
                 stage["stage"],
                 name,
-                f"{each['speed_up']:.2f}x",
-                f"{each['tokens_per_s']:,.1f}",
-                f"{each['emitted_per_step']:.2f}",
+                f"{numbers['speed_up']:.2f}x",
+                f"{numbers['tokens_per_s']:,.1f}",
+                f"{numbers['emitted_per_step']:.2f}",
                 "-" if acceptance is None else f"{acceptance:.1%}",
             ]

@@ -45,7 +45,8 @@ class LongestMatch(Chooser):
 
     def choose(self, batch: DraftBatch, answers: Sequence[Drafts], truth: Ids) -> tuple[Ids, Lengths]:
         matches = [
-            np.where(each.num_tokens > 0, 0 if each.match_length is None else each.match_length, -1) for each in answers
+            np.where(answer.num_tokens > 0, 0 if answer.match_length is None else answer.match_length, -1)
+            for answer in answers
         ]
         return _picked(answers, np.argmax(np.stack(matches), axis=0))
 
@@ -54,7 +55,7 @@ class Furthest(Chooser):
     """Hindsight: the draft of which most tokens are accepted, of equals the first proposer's."""
 
     def choose(self, batch: DraftBatch, answers: Sequence[Drafts], truth: Ids) -> tuple[Ids, Lengths]:
-        accepted = [num_accepted(each.token_ids, each.num_tokens, truth) for each in answers]
+        accepted = [num_accepted(answer.token_ids, answer.num_tokens, truth) for answer in answers]
         return _picked(answers, np.argmax(np.stack(accepted), axis=0))
 
 
@@ -82,13 +83,13 @@ class Learned(Chooser):
 
 def _picked(answers: Sequence[Drafts], places: NDArray[np.intp]) -> tuple[Ids, Lengths]:
     """The drafts of the proposers that ``places`` names, one a request."""
-    width = max(each.token_ids.shape[1] for each in answers)
+    width = max(answer.token_ids.shape[1] for answer in answers)
     tokens: Ids = np.zeros((len(places), width), dtype=np.int32)
     lengths: Lengths = np.zeros(len(places), dtype=np.int64)
-    for place, each in enumerate(answers):
+    for place, answer in enumerate(answers):
         mine = places == place
-        tokens[mine, : each.token_ids.shape[1]] = each.token_ids[mine]
-        lengths[mine] = each.num_tokens[mine]
+        tokens[mine, : answer.token_ids.shape[1]] = answer.token_ids[mine]
+        lengths[mine] = answer.num_tokens[mine]
     return tokens, lengths
 
 

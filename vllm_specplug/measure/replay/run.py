@@ -146,10 +146,10 @@ class Replay:
         self.batch = batch
         self.vocab_size = vocab_size
         self.counts = Counts()
-        self._has_learners = any(type(each).observe is not Proposer.observe for each in proposers.values())
+        self._has_learners = any(type(proposer).observe is not Proposer.observe for proposer in proposers.values())
         self.chooser.warm_up()
-        for each in proposers.values():
-            each.warm_up()
+        for proposer in proposers.values():
+            proposer.warm_up()
 
     def remember(self, texts: Sequence[Ids], on_progress: Callable[[int], None]) -> None:
         """Show the proposers requests that are over before the first one starts; nothing is counted but tokens."""
@@ -158,9 +158,9 @@ class Replay:
             names = [f"warm-{first + index}" for index in range(len(part))]
             batch = DraftBatch.from_contexts(part, max_draft_tokens=1, request_ids=names)
             self.counts.fed += sum(map(len, part))
-            for each in self.proposers.values():
-                each.propose(batch)
-                each.finish(names)
+            for proposer in self.proposers.values():
+                proposer.propose(batch)
+                proposer.finish(names)
             self.counts.keep(self._kept_bytes())
             on_progress(sum(map(len, part)))
 
@@ -242,8 +242,8 @@ class Replay:
             if over:
                 finished = [names[row] for row in over]
                 self.chooser.finish(finished)
-                for each in self.proposers.values():
-                    each.finish(finished)
+                for proposer in self.proposers.values():
+                    proposer.finish(finished)
                 ends[over] = 0
                 fill(over)
             on_progress(int(emitted.sum()))
@@ -251,9 +251,9 @@ class Replay:
 
     def _propose(self, batch: DraftBatch, truth: Ids) -> tuple[Ids, Lengths]:
         answers = []
-        for name, each in self.proposers.items():
+        for name, proposer in self.proposers.items():
             start = time.perf_counter()
-            answer = each.propose(batch)
+            answer = proposer.propose(batch)
             self.counts.seconds += time.perf_counter() - start
             answers.append(well_formed(name, answer, batch, self.vocab_size))
         start = time.perf_counter()
@@ -272,12 +272,12 @@ class Replay:
         start = time.perf_counter()
         self.chooser.learn(verified, coming)
         if self._has_learners:
-            for each in self.proposers.values():
-                each.observe(verified)
+            for proposer in self.proposers.values():
+                proposer.observe(verified)
         self.counts.seconds += time.perf_counter() - start
 
     def _kept_bytes(self) -> int:
-        return sum(each.memory_bytes() for each in self.proposers.values())
+        return sum(proposer.memory_bytes() for proposer in self.proposers.values())
 
 
 def well_formed(name: str, answer: Drafts | Sequence[Sequence[int]], batch: DraftBatch, vocab_size: int) -> Drafts:
