@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 
 
 def with_cli_arguments(engine_args: dict[str, Any]) -> dict[str, Any]:
-    """Engine arguments in which vLLM's own parser has read the options of ``vllm serve`` under the key ``cli``.
+    """Replace the key ``cli``, a list of options of ``vllm serve``, by the arguments that vLLM's parser reads there.
 
     Raises:
-        ValueError: vLLM refuses an option, or an option sets one of the other arguments.
+        ValueError: vLLM refuses an option, or ``engine_args`` has that argument itself.
     """
     options = engine_args.pop("cli", None)
     if options is None:

@@ -16,7 +16,7 @@ class RayBridge:
     Workers are ordinary processes that know no Ray; the actor that starts them does.
 
     Args:
-        folder: of the workers' files.
+        folder: folder of the workers' files.
         owner: value of :data:`OWNER_VARIABLE` in the workers whose counters are published.
     """
 

@@ -109,7 +109,7 @@ class Publisher:
             try:
                 self.publish()
             except RuntimeError:
-                continue  # a dictionary changed while it was read; the next time will do
+                continue  # a dictionary changed while it was read; the next second will do
             except Exception:
                 logger.exception("specplug's metrics are no longer published")
                 return

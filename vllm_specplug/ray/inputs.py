@@ -23,7 +23,7 @@ from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.stores.texts import COMPRESSION_SUFFIXES, READ_ERRORS, unpacked
 
 PROMPT_FIELDS = ("prompt", "messages", "text", "prompt_token_ids")
-"""Columns that may hold a row's prompt, tried in this order unless the user names one."""
+"""Columns that may hold a row's prompt, tried in this order if the user names none."""
 ROW_ID = "row_id"
 SEED = "seed"
 OUTPUT_FIELDS = (ROW_ID, "output_text", "output_token_ids", "finish_reason", "error")
@@ -40,7 +40,7 @@ class Source:
 
     Attributes:
         path: absolute path.
-        num_rows: rows in it.
+        num_rows: number of its rows.
         digest: BLAKE2b (hex) of its contents.
     """
 
@@ -56,8 +56,8 @@ class Slice:
     Attributes:
         path: file to read; an unpacked copy if the input is compressed.
         kind: "parquet", "lines" (JSON) or "text" (one prompt a line).
-        start: first row: its number in a Parquet file, its first byte in other files.
-        num_rows: rows from ``start`` on; empty lines do not count.
+        start: the first row: its number in a Parquet file, its first byte in other files.
+        num_rows: number of rows from ``start`` on, without empty lines.
     """
 
     path: str
@@ -73,7 +73,7 @@ class Part:
     Attributes:
         number: index among all parts.
         first_row: ``row_id`` of the first row.
-        slices: the rows in their files.
+        slices: where the rows are, in their order.
     """
 
     number: int
@@ -90,9 +90,9 @@ class Inputs:
     """All rows of a run.
 
     Attributes:
-        sources: the files in order.
+        sources: the files, in the order of their rows.
         schema: columns of the rows.
-        field: name of the prompt's column.
+        field: name of the column of prompts.
     """
 
     sources: tuple[Source, ...]
@@ -124,7 +124,7 @@ class Inputs:
 
 
 def find(inputs: Sequence[str]) -> list[Path]:
-    """Files that ``inputs`` (files, folders, globs) stand for, without repetition, those of one input sorted by name.
+    """Files that ``inputs`` (files, folders, globs) stand for, no file twice, those of one input sorted by name.
 
     Raises:
         ConfigurationError: an input stands for no file, or for a file of an unknown kind.
@@ -170,11 +170,12 @@ def scan(paths: Sequence[Path], field: str | None, unpacked: Path) -> Inputs:
     """Read all inputs once: the number of rows, where each row begins, their columns and a checksum.
 
     Args:
+        paths: the files.
         field: column of the prompt; None takes the first of :data:`PROMPT_FIELDS` that the inputs have.
-        unpacked: folder for copies of compressed files and of JSON lists, which can be read from any row on.
+        unpacked: folder for copies of compressed files and JSON lists that can be read from any row on.
 
     Raises:
-        ConfigurationError: a file cannot be read, rows do not fit each other, or they have no prompt.
+        ConfigurationError: a file cannot be read, rows have columns of different types, or they have no prompt.
     """
     sources, places = [], []
     schemas: list[pa.Schema] = []
@@ -210,7 +211,7 @@ def _digest(path: Path) -> str:
 
 
 def _readable(path: Path, to: Path) -> Path:
-    """The file itself, or its copy ``to`` in lines if it is compressed or one JSON list."""
+    """The file itself, or if it is compressed or a JSON list, its copy in lines at ``to``."""
     readable = path
     if path.suffix.lower() in COMPRESSION_SUFFIXES:
         readable = to

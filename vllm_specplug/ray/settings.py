@@ -15,7 +15,7 @@ from vllm_specplug.engines.environment import intel_openmp
 from vllm_specplug.ray import environment, stores
 
 STAGE_CPUS = 0.01
-"""CPUs of a stage around the engine: by default a stage takes a whole CPU, and waits for ever if engines have all."""
+"""CPUs of a stage around the engine. By default a stage takes a whole CPU, and waits for ever if engines hold all."""
 
 
 def data_llm(
@@ -37,10 +37,10 @@ def data_llm(
     Args:
         model, speculative_config: as vLLM takes them; every node needs folders and stores at the same paths.
         engine_args: further arguments of vLLM's engine.
-        replicas: engines.
+        replicas: number of engines.
         cpus_per_replica, gpus_per_replica: see :func:`vllm_specplug.ray.batch.generate`.
         env: environment variables of the engines.
-        settings: further arguments of that class, which take precedence.
+        settings: further arguments of that class; they take precedence.
     """
     share = environment.share(cpus_per_replica, gpus_per_replica, engine_args or {})
     config: dict[str, Any] = {
@@ -72,7 +72,7 @@ def serve_llm(
     """Keyword arguments of ``ray.serve.llm.LLMConfig``; for all arguments but ``model_id`` see :func:`data_llm`.
 
     On CPUs give ``build_openai_app`` ``{"ingress_deployment_config": {"ray_actor_options": {"num_cpus": STAGE_CPUS}}}``
-    beside the configurations: the ingress takes a whole CPU by default, and waits for one if engines have all.
+    beside the configurations: the ingress takes a whole CPU by default, and waits for ever if engines hold all.
 
     Args:
         model_id: name that clients ask for; by default the last part of ``model``.
@@ -86,7 +86,7 @@ def serve_llm(
     }
     if not share.gpus:
         config["accelerator_config"] = {"kind": "cpu"}
-        config["deployment_config"]["ray_actor_options"] = {"num_cpus": 0}  # the CPUs of the bundle are added
+        config["deployment_config"]["ray_actor_options"] = {"num_cpus": 0}  # Ray adds the CPUs of the bundle
         config["placement_group_config"] = {"bundles": [{"CPU": share.cpus}]}
         config["engine_kwargs"].setdefault("distributed_executor_backend", "mp")
     return {**config, **settings}

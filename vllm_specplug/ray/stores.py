@@ -1,4 +1,4 @@
-"""Token stores on the nodes of replicas: one copy on each node, which all replicas of the node map.
+"""Token stores on the nodes of replicas: one copy on every node, which all replicas of the node map.
 
 A node that has the store at the configured path uses it as it is. On other nodes the first replica fetches the store
 from the driver's node, in chunks through one small actor; the other replicas of the node wait and use its copy.
@@ -70,7 +70,7 @@ def absolute(path: str) -> str:
 
 
 def located(speculative_config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A configuration with absolute paths, for processes with other working directories, and with its stores by name.
+    """A configuration with its stores by name and with absolute paths, for processes with other working directories.
 
     Raises:
         ConfigurationError: the value for stores, or for this plugin, is wrong.
@@ -94,7 +94,7 @@ def cache_folder() -> Path:
 class StoreSource:
     """Reads stores for other nodes; runs as an actor on the driver's node.
 
-    The files stay open, so that other nodes get the version of the start even after a store was replaced.
+    The files stay open, so that other nodes get the same version even after a store was replaced.
 
     Args:
         paths: paths of stores, with or without shards.
@@ -216,8 +216,11 @@ def place(path: str, source: Any, cache: Path | None = None) -> Path:
 
     Args:
         path: path of the store on the driver's node.
-        source: see :func:`placed`.
+        source: actor that :func:`start_source` returned; None fetches nothing.
         cache: folder of fetched stores; by default :func:`cache_folder`.
+
+    Raises:
+        StoreError: the store is neither here nor could be fetched.
     """
     whole = Path(path).resolve()
     if whole.exists():
@@ -234,7 +237,7 @@ def place(path: str, source: Any, cache: Path | None = None) -> Path:
     with _only_one(cache / f"{digest}.lock"):
         if not _has_sizes(final, files):
             temporary = cache / f"{digest}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)  # the rest of a fetch that was killed
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a fetch that was killed
             _check_space(cache, files, path)
             temporary.mkdir()
             logger.info("fetching token store %s (%d bytes)", path, sum(each.num_bytes for each in files))

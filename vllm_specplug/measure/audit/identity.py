@@ -1,4 +1,4 @@
-"""The audit's second and third question: are tokens the same as without speculation?"""
+"""The audit's second and third question: are greedy and seeded tokens the same as those of the reference?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_EXAMPLES = 20
 
 @dataclass(frozen=True)
 class Runs:
-    """All prompts completed: greedily, and sampled with a seed each."""
+    """All prompts completed twice: greedily, and sampled with a seed for every request."""
 
     greedy: Completed
     sampled: Completed
@@ -31,7 +31,7 @@ class Runs:
         name: str,
         progress: Progress,
     ) -> Runs:
-        """Complete them."""
+        """Complete all prompts with ``engine``, ``batch`` at a time; ``name`` is what ``progress`` calls this work."""
         runs = []
         for nth, temperature in enumerate((0.0, options.temperature)):
             work = Work(prompts, options.max_tokens, temperature, seed=options.seed, concurrency=batch)
@@ -46,7 +46,14 @@ class Runs:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first place where two outputs of a request differ."""
+    """The first position at which the reference's and the audited engine's output of a request differ.
+
+    Attributes:
+        request: index of the request.
+        position: index of the output token.
+        common: the output tokens before it, which are equal.
+        theirs, mine: the reference's and the audited engine's token there; None if that output has ended.
+    """
 
     request: int
     position: int
@@ -56,6 +63,7 @@ class Difference:
 
 
 def first_differences(theirs: Completed, mine: Completed) -> list[Difference]:
+    """The first difference of every request whose outputs differ: ``theirs`` is the reference."""
     differences = []
     for request, (a, b) in enumerate(zip(theirs.token_ids, mine.token_ids, strict=True)):
         if a == b:
@@ -68,6 +76,7 @@ def first_differences(theirs: Completed, mine: Completed) -> list[Difference]:
 
 
 def prefixes(differences: Sequence[Difference], prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompt and common output of the first :data:`MAX_EXAMPLES` differences, as token ids."""
     return [[*prompts[difference.request], *difference.common] for difference in differences[:MAX_EXAMPLES]]
 
 
@@ -82,6 +91,22 @@ def ask_identity(  # noqa: PLR0913 - all that an answer depends on
     sampler: Sampler | None,
     tokenizer: Any,
 ) -> dict[str, Any]:
+    """Answer one of the two questions.
+
+    Args:
+        key: the question, ``greedy_identical`` or ``drafter_invariant``.
+        differences: first differences of all requests.
+        prompts: token ids of all prompts.
+        mine, theirs: ``[vocab]`` target logits at the first :data:`MAX_EXAMPLES` differences, computed by the audited
+            engine and by one without speculation.
+        options: options of the audit.
+        about: the answer of ``AuditExtension.audit_about`` of the audited engine.
+        sampler: sampler of the audited engine; None without this plugin.
+        tokenizer: tokenizer of the model.
+
+    Returns:
+        Plain types: the verdict, counts and examples.
+    """
     bound = NEAR_TIE.get(about["dtype"], NEAR_TIE_ELSEWHERE)
     examples = []
     num_bugs = 0
@@ -128,7 +153,7 @@ def _margins(
     about: Mapping[str, Any],
     sampler: Sampler | None,
 ) -> list[float | None]:
-    """How far the reference's token is ahead of the other one in each row, noise included; None if that is unknown."""
+    """How far the reference's token is ahead of the audited one in every row, noise included; None if it is unknown."""
     if difference.theirs is None or difference.mine is None:
         return [None for _ in rows]
     if key == "greedy_identical":

@@ -29,6 +29,22 @@ def ask_lossless(
     tokenizer: Any,
     progress: Progress,
 ) -> dict[str, Any]:
+    """Draw tokens at all contexts and test them.
+
+    Args:
+        engine: the audited engine.
+        options: options of the audit.
+        contexts: contexts to draw at.
+        about: the answer of ``AuditExtension.audit_about``.
+        tokenizer: tokenizer of the model.
+        progress: called as the draws go on.
+
+    Returns:
+        Plain types: the verdict (None: the question cannot be asked, and why), tests and numbers of every place.
+
+    Raises:
+        SpecplugError: the engine does not verify the drafts that it gets.
+    """
     if about["async_scheduling"] and about["runner"] == "V1":
         return {
             "passed": None,
@@ -92,7 +108,7 @@ def ask_lossless(
 
 
 def _gap(row: Row, plain: Row) -> float:
-    """Largest difference of log-probabilities, over tokens that matter (a ten-thousandth or more)."""
+    """Largest difference of log-probabilities, over tokens of a probability of at least 1e-4."""
     mine, theirs = (logits - logits.max() - np.log(np.exp(logits - logits.max()).sum()) for logits in (row, plain))
     matters = theirs > math.log(1e-4)
     return float(np.abs(mine - theirs)[matters].max())
@@ -101,7 +117,11 @@ def _gap(row: Row, plain: Row) -> float:
 def _drawn(
     engine: Engine, options: Options, context: Context, k: int, at_once: int, nth: int, total: int, progress: Progress
 ) -> tuple[dict[str, dict[str, Any]], bool]:
-    """Draws at one context, wave after wave of requests until there are enough at every stage."""
+    """Draw at one context, wave after wave of requests, until there are enough draws at every stage.
+
+    Returns:
+        The sums over all waves, by the name of the place, and whether drafts were drawn from a drafter's distribution.
+    """
     stages = ["no draft", "verify", "after a rejection"] if k else ["no draft"]
     missing = dict.fromkeys(stages, options.draws)
     places: dict[str, dict[str, Any]] = {}
@@ -171,7 +191,7 @@ def _shown(
     expected: float,
     gap: float,
 ) -> dict[str, Any]:
-    """A place for tables and plots."""
+    """The numbers of one place for the report's tables and plots."""
     counts = record["counts"]
     draws = int(counts.sum())
     top = np.argsort(-np.maximum(probs, counts / draws))[:200]

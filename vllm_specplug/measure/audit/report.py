@@ -1,4 +1,4 @@
-"""What an audit found, as a page to look at (HTML, self-contained) or as Markdown."""
+"""The report of an audit, as a self-contained HTML page or as Markdown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_specplug.measure.audit.statistics import two_sided
 from vllm_specplug.measure.reports import counted, html_table, markdown_table, page
 
 SURPRISING = 1e-6
-"""Binomial p-value below which a token's dot is red, about that of five standard deviations."""
+"""Binomial p-value below which a token's dot in a plot is red, about that of five standard deviations."""
 
 TITLES = {
     "lossless": "Lossless: emitted tokens have the target's distribution",
@@ -32,7 +32,7 @@ COLUMNS = (
 
 
 def word(answer: Mapping[str, Any]) -> str:
-    """``passed``, ``failed`` or ``could not run``."""
+    """The answer to one question in a word: ``passed``, ``failed`` or ``could not run``."""
     return {True: "passed", False: "failed", None: "could not run"}[answer["passed"]]
 
 
@@ -80,7 +80,7 @@ def _power_sentence(power: Mapping[str, Any]) -> str:
 
 
 def _plots(places: Sequence[Mapping[str, Any]]) -> str:
-    """PNG of shares against probabilities for every place, base64."""
+    """Base64 of a PNG with one plot for every place: share of draws against probability."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -152,16 +152,7 @@ def _example_rows(answer: Mapping[str, Any], is_promised: bool) -> list[list[str
             for key in ("margin_reference", "margin_audited")
         ]
         what = "near-tie" if example["near_tie"] else "bug" if is_promised else "differs (not promised)"
-        rows.append(
-            [
-                str(example["request"]),
-                str(example["position"]),
-                example["reference"],
-                example["audited"],
-                *margins,
-                what,
-            ]
-        )
+        rows.append([*(str(example[key]) for key in ("request", "position", "reference", "audited")), *margins, what])
     return rows
 
 
@@ -229,7 +220,7 @@ def _lossless_notes(answer: Mapping[str, Any]) -> list[str]:
 
 
 def to_html(result: Mapping[str, Any]) -> str:
-    """The whole page, plots included."""
+    """The whole report as an HTML page, with plots."""
     verdict = result["verdict"]
     kind = {"passed": "passed", "failed": "failed"}.get(verdict, "none")
     parts = [
@@ -264,7 +255,7 @@ def to_html(result: Mapping[str, Any]) -> str:
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
-    """The same without plots."""
+    """The whole report as Markdown, without plots."""
     parts = [
         f"# Audit: {result['verdict']}",
         markdown_table(_facts(result)),
@@ -287,5 +278,5 @@ def to_markdown(result: Mapping[str, Any]) -> str:
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
-    """HTML, or Markdown where the name ends in ``.md``."""
+    """Write the report to ``path``: Markdown if its name ends in ``.md``, else HTML."""
     path.write_text(to_markdown(result) if path.suffix == ".md" else to_html(result), encoding="utf-8")
