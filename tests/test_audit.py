@@ -51,7 +51,7 @@ def test_a_token_that_must_not_come_is_caught_at_once():
     assert statistics.rejected(made)[0].p_value == 0.0
 
 
-def test_binomial_tails():
+def test_binomial_p_values_at_the_limits():
     assert statistics.two_sided(0, 0, 0.3) == 1.0
     assert statistics.two_sided(10, 10, 1.0) == 1.0
     assert statistics.two_sided(9, 10, 1.0) == 0.0
@@ -63,7 +63,7 @@ def test_nothing_drawn_is_no_hypothesis():
     assert statistics.rejected([]) == []
 
 
-def test_one_hot_targets():
+def test_a_single_wrong_token_fails_a_one_hot_target():
     probs = np.eye(1, 50, 7)[0]
     good, bad = np.zeros(50, np.int64), np.zeros(50, np.int64)
     good[7], bad[7], bad[3] = 1000, 999, 1

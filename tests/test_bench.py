@@ -87,7 +87,7 @@ def test_wrong_prompt_files_are_one_error(tmp_path: Path, text: str, told: str) 
         corpus.read_tasks(path)
 
 
-def test_every_category_has_its_turn() -> None:
+def test_prompts_are_taken_from_every_category_in_turn() -> None:
     tasks = [corpus.Task("a", str(nth), False) for nth in range(5)] + [corpus.Task("b", "x", False)]
     assert [(task.category, task.text) for task in chosen(tasks, 4)] == [("a", "0"), ("b", "x"), ("a", "1"), ("a", "2")]
     assert len(chosen(tasks, 100)) == 6
@@ -197,7 +197,7 @@ def made_result() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_reports(tmp_path: Path) -> None:
+def test_html_and_markdown_show_the_same_numbers_and_load_nothing(tmp_path: Path) -> None:
     result = made_result()
     report.write(tmp_path / "bench.html", result)
     report.write(tmp_path / "bench.md", result)
@@ -290,7 +290,7 @@ def test_a_store_that_brings_nothing_is_left_out() -> None:
     assert "rest" not in json.dumps(calls[2])
 
 
-def test_one_of_two_stores() -> None:
+def test_one_of_two_stores_is_kept_if_it_alone_is_fastest() -> None:
     calls: list[tuple[str, list[str], int]] = []
     found = tune.tune(trial_with({"k=3": 1.5, "store b": 1.9}, calls), ["a", "b"])
     assert found["speculative_config"] == {"method": "specplug", "num_speculative_tokens": 3, "datastore": "b"}

@@ -315,7 +315,7 @@ def test_units_without_text_leave_no_shard(tmp_path, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_add_and_merge(tmp_path, folder):
+def test_added_and_merged_stores_hold_all_text(tmp_path, folder):
     out = tmp_path / "out.specstore"
     files = sorted(folder.iterdir())
     assert build(out, *files[:10]).exit_code == 0
@@ -659,7 +659,7 @@ def test_merging_can_be_stopped(tmp_path, folder, monkeypatch):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["one.specstore", "one.specstore.shards"]
 
 
-def test_links_to_stores(tmp_path, folder):
+def test_a_link_to_a_store_stays_a_link_when_text_is_added(tmp_path, folder):
     real = tmp_path / "v1.specstore"
     link = tmp_path / "current.specstore"
     link.symlink_to(real.name)
@@ -671,7 +671,7 @@ def test_links_to_stores(tmp_path, folder):
     assert texts_of(link) == texts_of(real) == contents(folder)
 
 
-def test_text_that_utf8_cannot_hold(tmp_path):
+def test_text_that_utf8_cannot_hold_does_not_stop_a_build(tmp_path):
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"text": "abc \\ud800 def"}\n{"text": "whole: \\ud83d\\ude00"}\n')
     out = tmp_path / "out.specstore"

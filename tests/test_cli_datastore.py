@@ -180,7 +180,7 @@ def test_bad_input_is_one_clear_error(tmp_path, files):
     assert out.read_text() == "something dear"
 
 
-def test_sizes():
+def test_sizes_are_read_in_any_spelling_and_nonsense_is_refused():
     assert cli.parse_bytes("1000") == 1000
     assert cli.parse_bytes("1.5 kB") == 1500
     assert cli.parse_bytes("4GiB") == cli.parse_bytes("4gi") == 4 * 2**30
@@ -231,7 +231,7 @@ def store(tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def test_info(store):
+def test_info_shows_numbers_and_tokenizer(store):
     values = json.loads(run("info", store, "--json").stdout)
     assert values["documents"] == 20
     assert values["tokenizer"] == TOKENIZER
@@ -242,7 +242,7 @@ def test_info(store):
     expect_error(run("info", __file__), "is not a token store")
 
 
-def test_verify(store, tmp_path):
+def test_verify_finds_damage(store, tmp_path):
     result = run("verify", store)
     assert result.exit_code == 0
     assert "intact" in result.stdout
@@ -255,7 +255,7 @@ def test_verify(store, tmp_path):
     expect_error(run("verify", tmp_path / "short"), "truncated", exit_code=1)
 
 
-def test_query(store, tmp_path):
+def test_query_shows_matches_and_why_there_is_no_draft(store, tmp_path):
     result = run("query", store, "import os\nimport", "--max-tokens", 4)
     assert result.exit_code == 0, result.output
     assert "20 times" in result.stdout

@@ -317,7 +317,7 @@ def test_nonsense_from_a_proposer_is_told():
     assert drafts.num_tokens.tolist() == [1, 0], "cut before ids outside the vocabulary, as in an engine"
 
 
-def test_table_and_json(tmp_path, tokenizer):
+def test_table_and_json_hold_every_replay(tmp_path, tokenizer):
     path = write(tmp_path / "a.txt", [1, 2, 3, 4] * 10)
     out = tmp_path / "new" / "r.json"
     result = run(

@@ -211,12 +211,12 @@ def test_rays_spelling_is_understood() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"), [([], ""), ([0.0, 0.0], ""), ([1.0, 8.0, math.nan, 4.0], "▂█ ▅"), ([5.0], "█")]
 )
-def test_the_curve(values: list[float], expected: str) -> None:
+def test_the_curve_scales_to_its_largest_value(values: list[float], expected: str) -> None:
     assert curve(deque(values)) == expected
 
 
 @pytest.mark.parametrize(
     ("num_bytes", "expected"), [(0, "0 B"), (2048, "2.0 KiB"), (5 << 30, "5.0 GiB"), (1 << 42, "4096.0 GiB")]
 )
-def test_sizes(num_bytes: int, expected: str) -> None:
+def test_bytes_are_shown_in_binary_units(num_bytes: int, expected: str) -> None:
     assert size(num_bytes) == expected

@@ -21,7 +21,7 @@ from vllm_specplug.tiny_models import draft_path
 MODEL = {key: ENGINE_ARGS[key] for key in ("model", "max_model_len", "enforce_eager")}
 
 
-def test_defaults() -> None:
+def test_what_is_not_set_has_its_default() -> None:
     settings = parse_settings({})
     assert settings.num_speculative_tokens == 8
     assert settings.sampler == "gumbel"
@@ -112,7 +112,7 @@ def test_mistakes_are_named(given: dict[str, Any], parts: list[str]) -> None:
         assert part in str(caught.value)
 
 
-def test_request_options() -> None:
+def test_request_options_are_parsed_and_others_ignored() -> None:
     assert parse_request_options(None) == {}
     given = {
         "specplug_speculate": 0,  # what vLLM's HTTP types make of a JSON false
@@ -318,7 +318,9 @@ def test_each_store_is_opened_and_checked(process: Engine, foreign_store: Path, 
         ),
     ],
 )  # fmt: skip
-def test_spellings(process: Engine, arguments: dict[str, Any], drafter: str, num_tokens: int, sampler: str) -> None:
+def test_every_spelling_of_a_configuration_is_understood(
+    process: Engine, arguments: dict[str, Any], drafter: str, num_tokens: int, sampler: str
+) -> None:
     settings, model, k = process.send("call", "accepted_config", {**MODEL, **arguments})
     assert model == f"vllm_specplug.{drafter}"
     assert (k, settings["num_speculative_tokens"], settings["sampler"]) == (num_tokens, num_tokens, sampler)
@@ -447,7 +449,7 @@ def test_v2_is_kept_with_our_drafter(process_v2: Engine) -> None:
         ({"sampler": "rejection"}, 0),
     ],
 )
-def test_noises_of_a_sampler(given: dict[str, Any], num_noises: int) -> None:
+def test_a_sampler_has_the_number_of_noises_of_its_kind(given: dict[str, Any], num_noises: int) -> None:
     assert parse_settings(given).num_noises == num_noises
 
 

@@ -210,7 +210,7 @@ def test_what_is_no_distribution_is_refused(bad):
         theory.gumbel(np.array(bad), np.array(bad))
 
 
-def test_emitted_per_step():
+def test_emitted_per_step_follows_from_acceptance():
     assert theory.emitted_per_step(0.0, 4) == 1.0
     assert theory.emitted_per_step(1.0, 4) == 5.0
     assert theory.emitted_per_step(0.5, 2) == pytest.approx(1.75)

@@ -135,7 +135,7 @@ def test_16_bit_ids_up_to_the_separator(tmp_path):
     assert store_longest(wide, [[65_535]], 4) == [(1, [1, 2])]
 
 
-def test_size_and_opening_time(tmp_path):
+def test_a_store_takes_6_or_8_bytes_a_token_and_opens_at_once(tmp_path):
     rng = np.random.default_rng(0)
     for vocab_size, bytes_per_token in ((4096, 6), (100_000, 8)):
         path = write_store(tmp_path, rng.integers(0, 4096, (50, 10_000)).tolist(), vocab_size)
@@ -156,7 +156,7 @@ def resident_bytes(name: str) -> int:
 
 
 @pytest.mark.parametrize("vocab_size", [4096, 100_000])
-def test_memory_of_sorting(tmp_path, vocab_size):
+def test_sorting_takes_no_more_memory_than_planned(tmp_path, vocab_size):
     num_tokens = 3_000_000
     dtype = np.uint16 if vocab_size < 2**16 else np.uint32
     tokens = np.random.default_rng(0).integers(0, vocab_size, num_tokens).astype(dtype)

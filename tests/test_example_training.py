@@ -235,7 +235,7 @@ def test_sampled_writing_repeats_with_its_seeds(distillation: ModuleType) -> Non
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 3, 8])
-def test_emitted_per_step(distillation: ModuleType, num_draft_tokens: int) -> None:
+def test_emitted_per_step_equals_counting_steps(distillation: ModuleType, num_draft_tokens: int) -> None:
     agrees = np.random.default_rng(num_draft_tokens).random((7, 40)) < 0.6
     steps = 0
     for row in agrees.tolist():
@@ -249,7 +249,7 @@ def test_emitted_per_step(distillation: ModuleType, num_draft_tokens: int) -> No
     assert distillation.emitted_per_step(np.array([[True, True, False, False]]), 1) == pytest.approx(4 / 3)
 
 
-def test_agreement(distillation: ModuleType) -> None:
+def test_agreement_lies_between_its_bounds(distillation: ModuleType) -> None:
     target, other = random_model(13), random_model(14)
     texts = distillation.Texts([[int(t) for t in row] for row in torch.randint(0, VOCAB, (20, 40))], 30)
     seeds = np.random.default_rng(15).integers(0, 2**31, size=(20, 30))

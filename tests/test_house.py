@@ -80,7 +80,7 @@ def test_public_names(module: str, names: list[str]):
         assert getattr(loaded, name) is not None
 
 
-def test_commands():
+def test_these_are_the_commands():
     assert list(get_command(app).list_commands(None)) == [
         "demo", "serve", "datastore", "replay", "couple", "bench", "tune", "top", "audit", "batch", "ray-serve",
     ]  # fmt: skip

@@ -265,6 +265,6 @@ def test_warm_up_leaves_nothing_and_compiles_what_is_used():
         ({"fill": ["context"]}, "fill must be one of"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         proposer_with(**options)

@@ -113,7 +113,9 @@ def test_verification_is_the_slow_form(
     [[0], [0, 0, 0], [-1], [-1, -1, 3, -1], [15], [128], [0, 20, 0, 1]],
     ids=["one empty draft", "empty drafts", "no rows", "most without rows", "one request", "longest", "ragged"],
 )
-def test_shapes_of_batches(kernels: ModuleType, rng: np.random.Generator, num_drafts: list[int]) -> None:
+def test_batches_of_any_shape_are_verified_as_by_the_slow_form(
+    kernels: ModuleType, rng: np.random.Generator, num_drafts: list[int]
+) -> None:
     for agreement in (0.0, 0.8, 1.0):
         batch = Batch(rng, num_drafts, agreement, torch.int32)
         assert_same(kernels.verify_drafts(*batch.arguments), reference.verify_drafts(*batch.arguments))

@@ -88,7 +88,7 @@ def test_a_pattern_is_repeated_beyond_the_end():
     assert propose(proposer, {"b": [4, 4]}, 3)["b"][0] == [4, 4, 4]
 
 
-def test_short_contexts():
+def test_contexts_too_short_for_a_match_give_no_draft():
     proposer = proposer_with(min_match=3, min_confidence=0.0)
     contexts: dict[str, Sequence[int]] = {"a": [], "b": [1], "c": [1, 1], "d": [1, 1, 1], "e": [1, 1, 1, 1]}
     assert [tokens for tokens, _ in propose(proposer, contexts, 1).values()] == [[], [], [], [], [1]]
@@ -168,7 +168,7 @@ def test_nothing_is_read_behind_the_context():
     assert drafts.token_ids[0, : drafts.num_tokens[0]].tolist() == [3, 1, 2, 3, 1, 2]
 
 
-def test_empty_batch_and_warm_up():
+def test_warm_up_leaves_no_state_and_empty_batches_no_draft():
     proposer = proposer_with()
     proposer.warm_up()
     assert len(proposer._slots) == 0
@@ -186,6 +186,6 @@ def test_empty_batch_and_warm_up():
         ({"min_confidence": float("nan")}, "min_confidence must lie in"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         proposer_with(**options)

@@ -281,7 +281,7 @@ def test_without_ray_one_sentence_says_what_to_install(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
-def test_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_has_the_devices_of_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "is_cpu_wheel", lambda: False)
     assert environment.share(None, None, {"tensor_parallel_size": 2}, ["-pp=2"]) == environment.Share(1, 4)
     assert environment.share(3, 0.5, {}) == environment.Share(3, 0.5)

@@ -240,6 +240,6 @@ def test_warm_up_leaves_nothing_and_compiles_what_is_used(learn_prompt):
         ({"sharpness": float("nan")}, "sharpness must be a number"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         proposer_with(**options)

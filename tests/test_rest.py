@@ -389,7 +389,7 @@ def propose(proposer: RestProposer, *contexts: Sequence[int], max_draft: int = 8
     return [row[:count].tolist() for row, count in zip(drafts.token_ids, drafts.num_tokens, strict=True)]
 
 
-def test_examples(tmp_path):
+def test_examples_worked_out_by_hand(tmp_path):
     proposer = proposer_for(write_store(tmp_path, [[0, 1, 2, 3, 1, 2, 0], [3, 3]]), min_confidence=0.0)
     # The whole context stands at the very start; 3 is the last token of a document and ends the draft.
     assert propose(proposer, [0, 1], max_draft=3) == [[2, 3, 1]]
@@ -427,7 +427,7 @@ def test_votes_are_spread_over_all_occurrences(tmp_path):
     assert drafts.confidence[0, 0] == pytest.approx(naive_confidence(1, 6, 9), abs=0.05)
 
 
-def test_limits_of_each_request(tmp_path):
+def test_drafts_keep_the_limit_of_their_request(tmp_path):
     proposer = proposer_for(write_store(tmp_path, [[0, 1, 2, 3] * 8]), min_confidence=0.0)
     batch = DraftBatch.from_contexts([[0, 1]] * 3, 8)
     batch.max_draft_tokens[:] = [1, 5, 8]
@@ -468,7 +468,7 @@ def test_warm_up_compiles_for_every_store(tmp_path):
     assert [len(kernel.signatures) for kernel in kernels] == compiled
 
 
-def test_empty_batch(tmp_path):
+def test_an_empty_batch_gets_no_draft(tmp_path):
     proposer = proposer_for(write_store(tmp_path, [[0, 1, 2]]))
     proposer.warm_up()
     assert len(proposer.propose(DraftBatch.from_contexts([], 4)).num_tokens) == 0
@@ -510,13 +510,13 @@ def test_confidence_grows_with_evidence():
         ({"sharpness": "1"}, "sharpness must be"),
     ],
 )
-def test_bad_options(tmp_path, options, message):
+def test_bad_options_are_refused(tmp_path, options, message):
     path = write_store(tmp_path, [[0, 1]])
     with pytest.raises(ValueError, match=message):
         proposer_for(path, **options)
 
 
-def test_bad_stores(tmp_path):
+def test_bad_stores_are_refused(tmp_path):
     with pytest.raises(ValueError, match='none is configured: set "datastore"'):
         RestProposer(ProposerContext(VOCAB_SIZE, 8))
     with pytest.raises(DatastoreError, match="No such file"):

@@ -139,7 +139,7 @@ def test_any_store_and_context(  # noqa: PLR0913 - what hypothesis varies
         (700, {"max_votes": 33, "min_confidence": 0.0}),
     ],
 )
-def test_many_occurrences(tmp_path, segment_tokens, options):
+def test_many_occurrences_and_ties_give_the_drafts_of_the_host(tmp_path, segment_tokens, options):
     # Three token ids, so that votes are many, split, and often a tie; contexts of all lengths from none at all to
     # twice the longest match, most of them found in the store.
     rng = np.random.default_rng(1)
@@ -151,7 +151,7 @@ def test_many_occurrences(tmp_path, segment_tokens, options):
 
 
 @pytest.mark.parametrize("offset", [2**15, 2**16 - 9, 2**16, 2**19], ids=["signed", "16 bits", "17 bits", "20 bits"])
-def test_large_token_ids(tmp_path, offset):
+def test_large_token_ids_give_the_drafts_of_the_host(tmp_path, offset):
     rng = np.random.default_rng(2)
     documents = [offset + rng.integers(0, 4, 60) for _ in range(4)]
     context = context_for(write_store(tmp_path, documents, vocab_size=offset + 4), min_confidence=0.0)
@@ -160,7 +160,7 @@ def test_large_token_ids(tmp_path, offset):
     assert list(map(bool, drafts)) == [True, True, False, False, False]
 
 
-def test_standard_library(tmp_path):
+def test_real_text_gives_the_drafts_of_the_host(tmp_path):
     tokenizer = tokenizers.Tokenizer.from_file(str(target_path() / "tokenizer.json"))
 
     def tokens_of(path: Path) -> list[int]:
@@ -210,7 +210,7 @@ def test_store_without_any_match_to_offer(tmp_path):
     assert check_same(context_for(write_store(tmp_path, [[0], [1]])), [[0], [0, 1]]) == [[], []]
 
 
-def test_limits_of_each_request(tmp_path):
+def test_drafts_keep_the_limit_of_their_request(tmp_path):
     context = context_for(write_store(tmp_path, [[0, 1, 2, 3] * 8]), 5, min_confidence=0.0)
     drafts = check_same(context, [[0, 1]] * 4, [0, 1, 3, 5])
     assert list(map(len, drafts)) == [0, 1, 3, 5]
@@ -235,7 +235,7 @@ def test_drafts_of_one_step_outlive_the_next(tmp_path):
     assert len(num_tokens) == 0
 
 
-def test_device_memory(tmp_path):
+def test_num_bytes_counts_all_arrays_on_the_device(tmp_path):
     narrow = DeviceRest(context_for(write_store(tmp_path, [[0, 1, 2]]), max_match=2, max_votes=3), DEVICE)
     wide = DeviceRest(context_for(write_store(tmp_path, [[0, 1, 2]], 2**16), max_match=2, max_votes=3), DEVICE)
     # 5 slots, 2 positions, 1 segment, confidences for matches of 1 to 2 + 5 tokens, least confidence.
@@ -266,18 +266,18 @@ def test_confidence_table_holds_what_the_host_computes():
         ({"sharpness": 1.0}, "on a device drafts the token with the most votes.*leave sharpness out, or on_device"),
     ],
 )
-def test_bad_options(tmp_path, options, message):
+def test_bad_options_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         DeviceRest(context_for(write_store(tmp_path, [[0, 1]]), **options), DEVICE)
 
 
-def test_one_store_only(tmp_path):
+def test_several_stores_are_refused(tmp_path):
     paths = {name: write_store(tmp_path, [[0, 1]]) for name in ("code", "tickets")}
     with pytest.raises(ValueError, match="on a device drafts from one store, and there are 2: code, tickets; give one"):
         DeviceRest(ProposerContext(2**20, 8, datastores=paths), DEVICE)
 
 
-def test_bad_strides(tmp_path):
+def test_bad_strides_are_refused(tmp_path):
     proposer = DeviceRest(context_for(write_store(tmp_path, [[0, 1]])), DEVICE)
     table = torch.zeros((2, 4), dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="wanted has stride 2"):

@@ -291,7 +291,7 @@ def test_logprobs(server: Server) -> None:
 
 
 @pytest.mark.engine
-def test_structured_output(server: Server) -> None:
+def test_structured_output_is_the_same_without_speculation(server: Server) -> None:
     # Finite by construction: a model this small would write an open string until it is cut off.
     schema = {
         "type": "object",
@@ -321,7 +321,7 @@ def test_several_answers_to_one_prompt(server: Server) -> None:
 
 
 @pytest.mark.engine
-def test_tool_call(server: Server) -> None:
+def test_a_tool_call_is_the_same_without_speculation(server: Server) -> None:
     schema = {"type": "object", "properties": {"kind": {"enum": ["list", "dict"]}}, "required": ["kind"]}
     options = {
         "tools": [{"type": "function", "function": {"name": "choose", "parameters": schema, "strict": True}}],

@@ -499,7 +499,7 @@ def test_a_context_that_shrinks_drafts_what_followed():
     assert propose(proposer, {"a": text[:30]})["a"] == text[30:38]
 
 
-def test_empty_batches_and_contexts():
+def test_empty_batches_and_contexts_get_no_draft():
     proposer = proposer_with()
     assert len(proposer.propose(DraftBatch.from_contexts([], 8)).num_tokens) == 0
     assert propose(proposer, {"a": [], "b": [1]}) == {"a": [], "b": []}
@@ -519,7 +519,7 @@ def test_strange_tokens_break_a_text_and_are_never_drafted():
     assert propose(proposer, {"c": [50, 5, 100]})["c"] == []
 
 
-def test_many_requests_at_once():
+def test_hundreds_of_requests_draft_side_by_side():
     proposer = proposer_with(max_num_requests=300)
     text = random_text(8, 600)
     proposer.follow(batch_of({"all": text}))
@@ -919,7 +919,7 @@ def test_a_process_that_is_killed_leaves_a_whole_file(tmp_path):
         ({"share": "none", "history_file": "x"}, "give one of the two only"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=rf"proposer 'suffix'.*{message}"):
         proposer_with(**options)
 

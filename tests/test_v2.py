@@ -174,7 +174,7 @@ def test_every_oracle_token_is_accepted(roomy: Engine, stock: list[dict[str, Any
     assert counters["accepted"] == counters["drafted"]
 
 
-def test_a_vocabulary_of_several_blocks() -> None:
+def test_same_tokens_with_a_vocabulary_of_several_blocks() -> None:
     """Kernels take 1024 tokens at a time, more than the small vocabulary has."""
     arguments = {**SIZES, "model": str(tiny_models.target_path())}
     sent = requests(6, [{}, {"top_k": 20, "top_p": 0.9}, {"logprobs": 2}], first_seed=700, longest=6)
