@@ -102,7 +102,7 @@ def test_bad_prompts_are_refused(tmp_path: Path, name: str, text: str, says: str
 
 @pytest.mark.parametrize(
     "data",
-    # mtime: two test workers must see the same bytes, which name the case
+    # mtime: every pytest worker must see the same bytes.
     [b"\x1f\x8b\x08", b"no gzip", gzip.compress(b"text" * 100, mtime=0)[:-20]],
     ids=["head only", "no gzip", "cut"],
 )
@@ -227,7 +227,7 @@ def test_our_verifier_passes(tmp_path: Path):
 @pytest.mark.engine
 @pytest.mark.long
 def test_a_list_of_chains_passes(tmp_path: Path):
-    """Against the same sampler and number of chains without proposers, and against the target's distribution."""
+    """Compared with the same sampler and number of chains without proposers, and with the target's distribution."""
     config = {"method": "specplug", "sampler": "list", "num-chains": 3, "num_speculative_tokens": 3}
     done = audit("--speculative-config", json.dumps(config), *SHORT, "--json", str(tmp_path / "a.json"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -259,7 +259,7 @@ def test_stock_vllm_on_a_cpu_fails(tmp_path: Path):
 
 @pytest.mark.engine
 def test_draws_on_the_v2_runner(tmp_path: Path):
-    """No GPU is needed: its kernels run under Triton's interpreter, slowly, hence so few draws."""
+    """Few draws, since the runner's kernels run slowly under Triton's interpreter."""
     config = {"method": "specplug", "num_speculative_tokens": 2}
     few = ["--draws", "192", "--contexts", "1", "--num-prompts", "2", "--max-tokens", "4"]
     done = audit(

@@ -216,7 +216,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def screenshot(page: Path, scheme: int) -> Any:
-    """What headless Chromium shows, ``[height, width, 3]`` uint8; ``scheme`` 0 is dark, 1 light."""
+    """Pixels of headless Chromium, ``[height, width, 3]`` uint8; ``scheme`` 0 is dark, 1 light."""
     from PIL import Image
 
     picture = page.with_suffix(f".{scheme}.png")
@@ -239,10 +239,10 @@ def test_the_report_can_be_read_in_light_and_dark(tmp_path: Path) -> None:
     for picture, background in ((light, (255, 255, 255)), (dark, (13, 17, 23))):
         assert picture.shape == (1300, 1100, 3)
         assert tuple(picture[3, 3]) == background
-        # Text stands out: of what is not background enough is far from it.
+        # Text can be read: some pixels, but not most, differ much from the background.
         contrast = np.abs(picture.astype(int) - np.array(background)).max(axis=2)
         assert 0.005 < (contrast > 120).mean() < 0.5
-        # Nothing runs out of the page at its right.
+        # Nothing runs over the right edge of the page.
         assert (contrast[:, -8:] == 0).all()
     assert light.mean() > 200
     assert dark[:200].mean() < 70
@@ -254,7 +254,7 @@ def test_the_report_can_be_read_in_light_and_dark(tmp_path: Path) -> None:
 
 
 def trial_with(speeds: Mapping[str, float], calls: list[tuple[str, list[str], int]]) -> tune.Trial:
-    """Runs that are as fast as the table says, 1 for what is not in it."""
+    """A trial whose configurations have the speed-ups of ``speeds``, or 1."""
 
     def trial(stage: str, configs: Mapping[str, Any], rounds: int) -> dict[str, Any]:
         calls.append((stage, list(configs), rounds))

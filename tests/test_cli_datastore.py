@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.stores.datastore import Datastore
 
-# The package has a command of the same name, so the module is asked for by its own.
+# The package has a function of the same name, which an import statement would take.
 cli = importlib.import_module("vllm_specplug.cli.datastore")
 TOKENIZER = str(Path(str(cli.__file__)).parents[1] / "tiny_models" / "tiny-target")
 TEXTS = ["import os\nimport sys\n\n\ndef main():\n    return 0\n", "class Größe:\r\n    pass\n"]
@@ -108,7 +108,7 @@ def test_several_inputs_each_once(tmp_path, files, tokenizer):
 
 
 def test_a_home_is_found_behind_quotes(tmp_path, files, tokenizer, monkeypatch):
-    monkeypatch.setenv("HOME", str(files["folder"].parent))  # the shell leaves a ~ alone that stands in quotes
+    monkeypatch.setenv("HOME", str(files["folder"].parent))  # a shell does not replace a ~ in quotes
     for name in ("~/folder", "~/folder/**/*.py"):
         assert build(tmp_path / "out", name, "--force").exit_code == 0
         assert texts_of(tmp_path / "out", tokenizer) == TEXTS
@@ -208,7 +208,7 @@ def test_stopped_build_leaves_nothing(tmp_path, stop, exit_code, message):
         stderr=subprocess.PIPE,
     )
     assert process.stdin is not None
-    deadline = time.monotonic() + 300  # imports are slow where others use the processors
+    deadline = time.monotonic() + 300  # imports are slow on a busy machine
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.2)

@@ -40,7 +40,7 @@ def made_stats(factor: int) -> DraftingStats:
 
 
 class Answering:
-    """A ``/metrics`` like a server's."""
+    """A small HTTP server with ``/metrics`` like vLLM's."""
 
     def __init__(self, folder: Path) -> None:
         self.stats = made_stats(1)
@@ -129,7 +129,7 @@ def test_rates_are_those_between_two_looks(answering: Answering) -> None:
     assert rate(now, before, "specplug_emitted_tokens_total") == pytest.approx(50 / span)
     assert window(now, before, "specplug_proposer_drafted_tokens_total", proposer="rest") == 80
     assert math.isnan(rate(now, None, "specplug_emitted_tokens_total"))
-    # A server that was started anew counts from zero.
+    # A restarted server counts from zero.
     assert math.isnan(rate(before, Sample(before.at - 1, now.values), "specplug_emitted_tokens_total"))
 
 

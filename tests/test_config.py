@@ -1,4 +1,4 @@
-"""Settings: a mistake gives one error, before a model loads, naming the key, what was given and what is possible."""
+"""Settings: a mistake gives one error before a model loads, with the key, its value and the possible values."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_mistakes_are_named(given: dict[str, Any], parts: list[str]) -> None:
 def test_request_options_are_parsed_and_others_ignored() -> None:
     assert parse_request_options(None) == {}
     given = {
-        "specplug_speculate": 0,  # what vLLM's HTTP types make of a JSON false
+        "specplug_speculate": 0,  # vLLM's HTTP types turn a JSON false into 0
         "specplug_proposers": "rest, suffix",
         "specplug_datastore": ["code"],
         "specplug_max_draft_tokens": 0,
@@ -200,7 +200,7 @@ def test_importing_the_package_is_cheap() -> None:
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[Engine]:
-    """A process in which vLLM and the plugin are loaded, without an engine."""
+    """A process that has loaded vLLM and the plugin, but has no engine."""
     with Engine() as child:
         yield child
 
@@ -374,7 +374,7 @@ def test_additional_config_is_checked_too(process: Engine, config: dict[str, Any
 
 @pytest.mark.engine
 def test_somebody_elses_additional_config_is_none_of_our_business(process: Engine) -> None:
-    """vLLM takes any object with a ``compute_hash`` there, and without our keys it works as if we were not there."""
+    """vLLM takes any object with a ``compute_hash`` there; without our keys, the plugin leaves it alone."""
     for config in ({}, NATIVE):
         assert process.send("call", "error_with_hashable_config", config, MODEL) == ""
 
@@ -399,13 +399,13 @@ def test_an_unsupported_vllm_works_without_us(process: Engine, kind: str, told: 
         assert told in error
         assert "supports vllm>=0.32,<0.34" in error
     assert result["errors"][len(wanted) :] == ["", ""]
-    # One place refuses our settings; all else is as vLLM made it.
+    # One function refuses our settings; all others are vLLM's own.
     assert result["changed"] == ["vllm.engine.arg_utils.EngineArgs.create_speculative_config"]
 
 
 @pytest.fixture(scope="module")
 def process_v2() -> Iterator[Engine]:
-    """The same where vLLM chooses its V2 runner."""
+    """Such a process in which vLLM chooses its V2 runner."""
     with Engine(v2=True) as child:
         yield child
 

@@ -1,4 +1,4 @@
-"""Batch generation and serving on Ray: nothing lost, nothing doubled, the same tokens, whoever is killed on the way."""
+"""Batch generation and serving on Ray: every row once, and the same tokens, whichever process is killed on the way."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ ENVIRONMENT = {
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """A folder with files of every kind, 24 rows."""
+    """A folder with input files of every kind, 24 rows together."""
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
     lines = [json.dumps({"prompt": f"a{i}", "x": i if i % 2 else None}) for i in range(7)]
@@ -144,7 +144,7 @@ def test_seeds_of_rows_follow_from_run_and_number() -> None:
 
 
 def begun(folder: Path, prompts: Path) -> dict[str, Any]:
-    """A folder with all outputs there, as a run with these arguments leaves it."""
+    """Fill an output folder as a complete run leaves it; returns the arguments of that run."""
     arguments: dict[str, Any] = {"model": "m", "sampling": {"max_tokens": 4}, "seed": 3, "rows_per_part": 4}
     folder.mkdir()
     found = inputs.scan(inputs.find([str(prompts)]), None, folder)
@@ -172,7 +172,7 @@ def test_a_complete_folder_needs_no_cluster(mixed: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert (result.num_rows, result.num_kept, result.num_errors) == (24, 24, 0)
     assert told == [(24, 24)]
-    # How tokens are drafted is not among the settings where it cannot change them.
+    # Other speculation is no other setting, since it cannot change the tokens.
     config = {"method": "specplug", "num_speculative_tokens": 3}
     assert batch.generate([mixed], tmp_path / "out", **arguments, speculative_config=config).num_kept == 24
     # And the same files at another place are the same inputs.
@@ -253,7 +253,7 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     share = environment.Share(2, 0)
     names = {"VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS", "LD_PRELOAD"}
     for name in (*names, "SPECPLUG_END_WITH_PARENT", "TOKENIZERS_PARALLELISM", "VLLM_NO_USAGE_STATS"):
-        monkeypatch.setenv(name, "")  # what is set from here on goes away with the test
+        monkeypatch.setenv(name, "")  # so that the variable is restored after the test
         monkeypatch.delenv(name)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     environment.prepare(share, 8, {})
@@ -351,7 +351,7 @@ def test_a_store_of_many_files_is_copied_whole(tmp_path: Path, monkeypatch: pyte
     source = stores.StoreSource([str(path)])
     files = source.files(str(path))
     names = ["big.specstore.shards/0.specstore", "big.specstore.shards/1.specstore", "big.specstore"]
-    assert [each.name for each in files] == names  # the list of shards behind the shards
+    assert [each.name for each in files] == names  # the manifest comes after the shards
     copy = tmp_path / "there" / "big.specstore"
     for each in files:
         to = copy.parent / each.name
@@ -371,7 +371,7 @@ def test_a_store_of_many_files_is_copied_whole(tmp_path: Path, monkeypatch: pyte
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 120, interval_s: float = 0.1) -> Any:
-    """What ``condition`` answers as soon as that is true."""
+    """Wait until ``condition`` returns a true value; returns that value."""
     end = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < end, "it did not happen"
@@ -380,7 +380,7 @@ def wait_until(condition: Callable[[], Any], timeout_s: float = 120, interval_s:
 
 
 def below(process: subprocess.Popen[bytes], title: str) -> list[psutil.Process]:
-    """Processes that ``process`` started, directly or not, whose title begins so."""
+    """All descendants of ``process`` whose title begins with ``title``."""
     found = []
     with contextlib.suppress(psutil.Error):
         for each in psutil.Process(process.pid).children(recursive=True):
@@ -407,7 +407,7 @@ def ray_files() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def running(arguments: list[str], log: Path, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A ``specplug`` command in a session of its own; nothing of it is left at the end."""
+    """A running ``specplug`` command in a session of its own, all of which is killed at the end."""
     with log.open("ab") as out:
         process = subprocess.Popen(
             [*COMMAND, *arguments], env=ENVIRONMENT, cwd=cwd, stdout=out, stderr=out, start_new_session=True
@@ -613,7 +613,7 @@ def test_replicas_serve_the_same_tokens(store: Path, tmp_path: Path, ray_files: 
             lines = [line for line in (_get(page) or "").splitlines() if line.startswith("ray_specplug_emitted_tokens")]
             return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
-        # Both replicas have lines of their own, and together every token is counted once.
+        # Every replica has series of its own, and together they count every token once.
         wait_until(lambda: len(counted()) == 2 and sum(counted().values()) >= 32 * 36, 60, 1)
         assert "ray_specplug_proposer_drafted_tokens_total{" in str(_get(page))
         assert 'proposer="rest"' in str(_get(page))
@@ -670,7 +670,7 @@ def test_a_store_comes_to_a_node_once(store: Path, tmp_path: Path, ray_files: Pa
 
 @pytest.mark.engine
 def test_a_store_is_built_by_ray_tasks(tmp_path: Path, ray_files: Path) -> None:
-    """The same shards as without Ray, whoever makes them."""
+    """Ray tasks make the same shards as a build without Ray."""
     text = tmp_path / "text"
     text.mkdir()
     for number in range(6):

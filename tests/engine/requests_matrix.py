@@ -14,7 +14,7 @@ JSON_SCHEMA = {
     "additionalProperties": False,
 }
 
-# PLAIN_FEATURES can be repeated for each logits row of one sampling call.
+# PLAIN_FEATURES can be sampled for all logits rows in one call.
 # PROCESSOR_FEATURES need vLLM's stateful logits processors.
 PLAIN_FEATURES: list[dict[str, Any]] = [
     {},
@@ -87,13 +87,13 @@ def requests_v2(count: int, first_seed: int, longest: int = 10) -> list[dict[str
     for request in made:
         if "prompt_logprobs" in request["params"]:  # costs a logits row per prompt token
             request["prompt"] = request["prompt"][:20]
-        if 0.0 < request["params"]["temperature"] != 0.9:  # 0.9: greedy requests that ask for two outputs
+        if 0.0 < request["params"]["temperature"] != 0.9:  # 0.9 is for requests that ask for two outputs
             request["params"]["temperature"] = 1.0
     return made
 
 
 def noise_alone(num_requests: int, max_tokens: int, vocab_size: int = 4096) -> list[dict[str, Any]]:
-    """Requests of such a high temperature that noise alone chooses among the tokens that they allow."""
+    """Requests of so high a temperature that noise alone chooses among the tokens that they allow."""
     allowed = [50, 51, 77, 300, 301, vocab_size // 4, vocab_size - 96]
     return [
         {

@@ -81,7 +81,7 @@ def main(store: Path, caches: Path) -> dict[str, Any]:
             return found
 
         where_it_is = place_all()
-        # Now no node finds the store at its path; the source still has it open.
+        # No node has the store at its path any more; the source still has it open.
         store.unlink()
         found = {"where it is": where_it_is, "fetched": place_all(), "reads": ray.get(source.count.remote())}
         # A truncated copy must be fetched again.
