@@ -296,7 +296,7 @@ def test_one_of_two_stores_is_kept_if_it_alone_is_fastest() -> None:
     assert found["speculative_config"] == {"method": "specplug", "num_speculative_tokens": 3, "datastore": "b"}
 
 
-def test_nothing_is_recommended_where_nothing_pays() -> None:
+def test_nothing_is_recommended_if_nothing_pays() -> None:
     found = tune.tune(trial_with({"k=3": 1.01, "k=6": 0.8, "k=12": 0.7, "suffix": 0.9, "ngram": 0.9}, []), [])
     assert found["speculative_config"] is None
     assert found["name"] == "off"

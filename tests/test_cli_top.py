@@ -110,7 +110,7 @@ def test_once_prints_all_since_the_start(answering: Answering) -> None:
             assert words in done.stdout
 
 
-def test_further_chains_have_a_line_where_there_are_any(answering: Answering) -> None:
+def test_further_chains_have_a_line_if_there_are_any(answering: Answering) -> None:
     assert "chains beyond" not in run(answering.url, "--once").stdout
     answering.stats.ensemble.forks, answering.stats.ensemble.fork_wins = 1200, 300
     answering.stats.ensemble.fork_gain = 450

@@ -162,7 +162,7 @@ def test_wrong_request_options_say_what_is_possible(name: str, value: Any, parts
         assert part in str(caught.value)
 
 
-def test_no_option_can_be_heeded_where_vllms_own_drafter_is_alone() -> None:
+def test_request_options_are_refused_if_vllms_own_drafter_is_alone() -> None:
     choices = RequestChoices(own_drafter="eagle")
     assert parse_request_options({"somebody_elses": 1}, choices) == {}
     with pytest.raises(ConfigurationError, match=r"requests can choose with method 'specplug', or with"):

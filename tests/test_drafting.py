@@ -299,7 +299,7 @@ def test_no_others_may_be_said_in_several_ways(branching: Drafting, others: Any,
     assert branching.stats.proposers["answers"].active
 
 
-def test_others_are_asked_for_and_kept_where_there_is_room(branching: Drafting, drafting: Drafting) -> None:
+def test_others_are_asked_for_and_kept_if_there_is_room(branching: Drafting, drafting: Drafting) -> None:
     answer = with_others([[1], [2]], [[3], [4]])
     assert branch(branching, answer)[1] == {"0": [[3]], "1": [[4]]}
     assert Answers.asked is not None

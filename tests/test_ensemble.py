@@ -237,7 +237,7 @@ def drive(one: Ensemble, steps: int, right: float, row_s: float, random: np.rand
     return total_rows, total_s
 
 
-def test_nothing_is_verified_where_it_does_not_pay_and_that_is_tried_again_rarely(random: np.random.Generator) -> None:
+def test_nothing_is_verified_while_it_does_not_pay_but_for_rare_probes(random: np.random.Generator) -> None:
     one = ensemble(1, learning_rate=0.08, gate=True)
     drive(one, 300, 0.1, 0.010, random)  # a row costs as much as a step, and one draft token in ten is right
     rows, seconds = drive(one, 2000, 0.1, 0.010, random)
@@ -253,7 +253,7 @@ def test_nothing_is_verified_where_it_does_not_pay_and_that_is_tried_again_rarel
     assert rows > 6000
 
 
-def test_all_is_verified_where_rows_cost_nothing(random: np.random.Generator) -> None:
+def test_all_is_verified_if_rows_cost_nothing(random: np.random.Generator) -> None:
     one = ensemble(1, learning_rate=0.08, gate=True)
     rows, _ = drive(one, 500, 0.5, 0.0, random)
     assert rows > 0.95 * 16 * 490
@@ -272,7 +272,7 @@ def test_wrong_options_are_named() -> None:
             Ensemble(["a"], K, options)
 
 
-def test_drafts_go_on_where_no_step_can_be_measured() -> None:
+def test_drafts_go_on_if_no_step_can_be_measured() -> None:
     ensemble = Ensemble(("a",), 4)
     batch = DraftBatch.from_contexts([[1, 2]], 4, ["0"])
     answers = [Drafts.from_lists([[3, 4]], confidence=0.9)]

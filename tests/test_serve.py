@@ -59,7 +59,7 @@ def test_cpu_wheel_gets_a_version_with_cpu_in_it(versions: dict[str, str]) -> No
 
 
 @pytest.mark.parametrize("installed", [{"vllm": "0.33.0"}, {"vllm": "0.33.0", CPU_DISTRIBUTION: "0.32.0"}, {}])
-def test_nothing_is_answered_where_it_is_not_needed(versions: dict[str, str], installed: dict[str, str]) -> None:
+def test_versions_are_left_alone_if_no_cpu_wheel_stands_in_for_vllm(versions: dict[str, str], installed: dict[str, str]) -> None:
     versions.update(installed)
     before = importlib.metadata.version
     answer_for_cpu_wheel()

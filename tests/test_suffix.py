@@ -237,7 +237,7 @@ def test_a_batch_drafts_as_its_requests_would_one_by_one():
     assert sum(map(len, expected.values())) > 6
 
 
-def test_a_draft_ends_where_it_gets_unlikely():
+def test_a_draft_ends_when_it_gets_unlikely():
     text = random_text(0, 60, vocab_size=5)
     long = proposer_with().propose(batch_of({"a": text}))
     short = proposer_with(min_confidence=0.3).propose(batch_of({"a": text}))
@@ -355,7 +355,7 @@ def test_trees_are_continuations_of_what_was_said(
                 assert any(each[at : at + min_match + 1] == match for each in texts.values() for at in range(len(each)))
 
 
-def test_every_continuation_of_a_match_is_a_path_where_the_noise_is_for_it():
+def test_every_continuation_of_a_match_can_be_a_path_if_noise_decides():
     """Ten tokens followed "5" once each: without noise only a few are candidates, with noise all of them race."""
     proposer = proposer_with()
     proposer.follow(batch_of({"old": [token for each in range(10, 20) for token in (5, each)]}))

@@ -22,7 +22,7 @@ HAS_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_CUDA else "cpu"
 NAME = "vllm_specplug.hooks.v2.block_copies"
 NUM_BLOCKS = 12
-pytestmark = pytest.mark.filterwarnings(  # of torch, where vLLM's V2 runner is imported first
+pytestmark = pytest.mark.filterwarnings(  # torch warns when vLLM's V2 runner is imported first
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 )
 

@@ -255,7 +255,7 @@ def test_signature(label: str, seam: Seam) -> None:
 @pytest.mark.parametrize("seam", ELSEWHERE, ids=seam_id)
 def test_signature_elsewhere(seam: Seam) -> None:
     wrapper = seams.Patches()
-    wrapper.install([seam], {seam.name: lambda original, *given: original(*given)})  # raises where it does not fit
+    wrapper.install([seam], {seam.name: lambda original, *given: original(*given)})  # raises if it does not fit
     assert wrapper.installed
     wrapper.undo()
 

@@ -48,7 +48,7 @@ def answer_for_cpu_wheel() -> None:
     try:
         installed = original(CPU_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
-        return  # some other build of vLLM: its own error says what is wrong
+        return  # another build of vLLM, or none: vLLM's own error says what is wrong
     answer = installed if "cpu" in installed else f"{installed}+cpu"
 
     def version(distribution_name: str) -> str:

@@ -45,7 +45,7 @@ def serve() -> None:
         for line in sys.stdin:
             say("completed", **_complete(llm, Work(**json.loads(line)), say))
     except BrokenPipeError:
-        pass  # the parent is gone, and nobody else reads the messages
+        pass  # the parent has ended, and only it reads the messages
     except Exception as error:
         say("failed", reason=f"{type(error).__name__}: {_first_line(error)}")
         raise

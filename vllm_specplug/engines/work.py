@@ -46,13 +46,13 @@ class Completed:
         token_ids: output of every request, in the order of the prompts.
         elapsed_s: seconds from the first request's start to the last one's end.
         num_request_steps: engine steps, counted once for every request that emitted a token in them.
-        num_draft_tokens: draft tokens verified, by vLLM's own counter.
-        num_accepted_tokens: draft tokens accepted, by vLLM's own counter.
+        num_draft_tokens: verified draft tokens, from vLLM's own counter.
+        num_accepted_tokens: accepted draft tokens, from vLLM's own counter.
         answers: what the methods of :attr:`Work.after` returned in the first worker, by their names.
         step_sizes: numbers of tokens that a request emitted in its steps, for every request.
         first_s, last_s: seconds from a request's start to its first and to its last token, for every request.
-        accepted_by_depth: accepted draft tokens at each position of a draft, by vLLM's own counters.
-        num_drafts: drafts verified, by vLLM's own counter.
+        accepted_by_depth: accepted draft tokens by depth, from vLLM's own counters.
+        num_drafts: verified drafts, from vLLM's own counter.
     """
 
     token_ids: list[list[int]]

@@ -81,7 +81,7 @@ def without_copies_of_held_out(paths: Iterable[Path]) -> Iterator[tuple[Path, st
 
 
 def held_out_prompts(num_prompts: int, prompt_chars: int = 800) -> list[str]:
-    """``num_prompts`` pieces of held-out source, each starting at a line, spread evenly over the modules.
+    """``num_prompts`` pieces of held-out source that start with a whole line, spread evenly over the modules.
 
     Args:
         num_prompts: number of prompts; they are the same at every call in one Python version.

@@ -1,4 +1,4 @@
-"""Acceptance of each coupling between two models or synthetic distributions."""
+"""How often every coupling draws the same token from two models, or from two synthetic distributions."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Pair:
         temperature: temperature of the models; None for synthetic pairs.
         vocab: number of tokens.
         tv: total variation distance.
-        matches: chance of the same token under each coupling, by formula.
-        measured: share of draws with the same token under each coupling; None without draws.
+        matches: chance of the same token, by coupling, from its formula.
+        measured: share of draws with the same token, by coupling; None without draws.
         bits: mean number of bits that low communication sends for a token; None without draws.
     """
 

@@ -145,7 +145,7 @@ def tokenizer_of(model: str) -> Any:
 
 
 def encode(model: str, tasks: Sequence[Task], chat: bool | None) -> list[list[int]]:
-    """Token ids of every task, at most :data:`MAX_PROMPT_TOKENS` each.
+    """Token ids of every task, the first :data:`MAX_PROMPT_TOKENS` at most.
 
     Args:
         chat: True puts all tasks through the chat template, False none, None the messages if there is a template.

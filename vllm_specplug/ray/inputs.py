@@ -73,7 +73,7 @@ class Part:
     Attributes:
         number: index among all parts.
         first_row: ``row_id`` of the first row.
-        slices: where the rows are, in their order.
+        slices: the places of the rows in the files, in order.
     """
 
     number: int
@@ -167,7 +167,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def scan(paths: Sequence[Path], field: str | None, unpacked: Path) -> Inputs:
-    """Read all inputs once: the number of rows, where each row begins, their columns and a checksum.
+    """Read all inputs once, for the number of rows, the beginning of every row, the columns and checksums.
 
     Args:
         paths: the files.
