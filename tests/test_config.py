@@ -114,7 +114,7 @@ def test_mistakes_are_named(given: dict[str, Any], parts: list[str]) -> None:
 
 def test_request_options_are_parsed_and_others_ignored() -> None:
     assert parse_request_options(None) == {}
-    given = {
+    options = {
         "specplug_speculate": 0,  # vLLM's HTTP types turn a JSON false into 0
         "specplug_proposers": "rest, suffix",
         "specplug_datastore": ["code"],
@@ -123,7 +123,7 @@ def test_request_options_are_parsed_and_others_ignored() -> None:
         "somebody_elses": 3,
     }
     choices = RequestChoices(proposers=("suffix", "rest"), stores=("code", "tickets"), max_draft_tokens=8)
-    assert parse_request_options(given, choices) == {
+    assert parse_request_options(options, choices) == {
         "specplug_speculate": False,
         "specplug_proposers": ("rest", "suffix"),
         "specplug_datastore": ("code",),
@@ -288,8 +288,8 @@ def test_each_store_is_opened_and_checked(process: Engine, foreign_store: Path, 
         ({"mine": str(foreign_store), "theirs": str(tmp_path / "missing")}, "mine"),
         ({"theirs": str(tmp_path / "missing"), "mine": str(foreign_store)}, "theirs"),
     ):
-        given = {"method": "specplug", "proposers": ["rest"], "datastore": stores}
-        message = process.send("call", "config_error", given, MODEL)
+        config = {"method": "specplug", "proposers": ["rest"], "datastore": stores}
+        message = process.send("call", "config_error", config, MODEL)
         assert message.startswith(f"ConfigurationError: speculative_config: datastore {blamed!r}: ")
 
 

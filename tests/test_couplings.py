@@ -38,7 +38,7 @@ def is_rate(hits: int, draws: int, rate: float, significance: float = SIGNIFICAN
 def distributions(draw, count: int = 1, largest: int = 24):
     """``count`` distributions over the same tokens, with zeros, ties, one-hot and tiny probabilities among them."""
     vocab = draw(st.integers(2, largest))
-    made = []
+    rows = []
     for _ in range(count):
         weights = np.array(
             draw(
@@ -51,8 +51,8 @@ def distributions(draw, count: int = 1, largest: int = 24):
         )
         if weights.sum() == 0:
             weights[draw(st.integers(0, vocab - 1))] = 1.0
-        made.append(weights / weights.sum())
-    return made
+        rows.append(weights / weights.sum())
+    return rows
 
 
 def log(probs) -> torch.Tensor:

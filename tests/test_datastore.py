@@ -77,15 +77,15 @@ def store_longest(
         store.tokens, store.positions, store.segments, store.header.vocab_size, table, rows, num_tokens,
         np.ones(len(contexts), dtype=np.int64), max_match, min_match, longest, ranges,
     )  # fmt: skip
-    found = []
+    answers = []
     for length, here in zip(longest.tolist(), ranges.tolist(), strict=True):
         followers = [
             int(store.tokens[first_token + int(position)])
             for (first_token, _, _, _), (begin, end) in zip(store.segments.tolist(), here, strict=True)
             for position in store.positions[begin:end]
         ]
-        found.append((length, sorted(followers)))
-    return found
+        answers.append((length, sorted(followers)))
+    return answers
 
 
 documents_strategy = st.lists(st.lists(st.integers(0, 3), max_size=30), min_size=1, max_size=8).filter(
@@ -150,9 +150,9 @@ def test_a_store_takes_6_or_8_bytes_a_token_and_opens_at_once(tmp_path):
 
 
 def resident_bytes(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found
-    return int(found.group(1)) * 1024
+    line = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert line
+    return int(line.group(1)) * 1024
 
 
 @pytest.mark.parametrize("vocab_size", [4096, 100_000])

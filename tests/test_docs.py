@@ -289,11 +289,11 @@ def configurations() -> Iterator[tuple[str, dict[str, Any]]]:
     for page in PAGES:
         for span in re.findall(r"`(\{\s*\"[^`]*\})`", page.read_text()):
             with contextlib.suppress(ValueError):  # an ellipsis, or a word to fill in: not for pasting
-                found = json.loads(span)
-                if "method" in found:
-                    yield f"{page.relative_to(ROOT)}, {span}", found
-                elif "name" in found:
-                    yield f"{page.relative_to(ROOT)}, {span}", {"method": "specplug", "proposers": [found]}
+                config = json.loads(span)
+                if "method" in config:
+                    yield f"{page.relative_to(ROOT)}, {span}", config
+                elif "name" in config:
+                    yield f"{page.relative_to(ROOT)}, {span}", {"method": "specplug", "proposers": [config]}
 
 
 def with_real_files(value: Any, store: Path) -> Any:
@@ -323,9 +323,9 @@ json.dump(answers, open("answers.json", "w"))
 @pytest.mark.engine
 def test_every_speculative_config_is_read(home: Path) -> None:
     """vLLM with this plugin takes it, up to the point at which a model would be loaded."""
-    places, given = zip(*configurations(), strict=True)
-    assert len(given) > 12
-    configs = [with_real_files(config, home / STORE) for config in given]
+    places, as_written = zip(*configurations(), strict=True)
+    assert len(as_written) > 12
+    configs = [with_real_files(config, home / STORE) for config in as_written]
     for config in configs:
         if any(each.get("name") == "rest" for each in config.get("proposers", ()) if isinstance(each, dict)):
             config.setdefault("datastore", str(home / STORE))
@@ -577,8 +577,8 @@ def test_a_variable_that_nobody_described_ends_the_build(hooks: ModuleType, monk
     ],
 )
 def test_environment_variables_are_found(hooks: ModuleType, source: str, name: str | None) -> None:
-    found = [key for node in ast.walk(ast.parse(source)) if (key := hooks._environment_key(node)) is not None]
-    assert [key.value for key in found] == ([] if name is None else [name])
+    keys = [key for node in ast.walk(ast.parse(source)) if (key := hooks._environment_key(node)) is not None]
+    assert [key.value for key in keys] == ([] if name is None else [name])
 
 
 def test_the_pictures_are_what_their_program_draws(tmp_path: Path) -> None:

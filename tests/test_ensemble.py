@@ -353,8 +353,8 @@ def forking(
 
 def chains_of(drafts: Drafts, index: int) -> list[Node]:
     """All chains of a request, the first one first."""
-    found = [tuple(each.token_ids[index, : each.num_tokens[index]].tolist()) for each in (drafts, *drafts.others)]
-    return [chain for chain in found if chain]
+    chains = [tuple(each.token_ids[index, : each.num_tokens[index]].tolist()) for each in (drafts, *drafts.others)]
+    return [chain for chain in chains if chain]
 
 
 def nodes_of(chains: Sequence[Node]) -> set[Node]:
@@ -388,7 +388,7 @@ class PlainTree:
 
     def candidates(self) -> dict[Node, float]:
         """Whole paths that leave the tree, with the chance of their first node outside of it."""
-        found: dict[Node, float] = {}
+        candidates: dict[Node, float] = {}
         for path in self.paths:
             head = next((n for n in range(len(path), 0, -1) if path[:n] in self.chance), 0)
             if head == len(path) or path[:head] in self.chains:
@@ -404,8 +404,8 @@ class PlainTree:
                     break
                 best = max(alive, key=lambda m: self.remaining(m, len(node)))
                 node = self.paths[best][: len(node) + 1]
-            found[node] = chance
-        return found
+            candidates[node] = chance
+        return candidates
 
     def best(self, scale: float, row_cost: float, fork_cost: float) -> tuple[float, Node, dict[Node, float], float]:
         """The fork that gains most: (gain, path, chances of its own nodes, expected accepted tokens)."""

@@ -77,8 +77,8 @@ class Batch:
         return self.targets, self.inputs, self.bounds, self.width
 
 
-def assert_same(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_same(results: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for one, other in zip(results, expected, strict=True):
         assert one.dtype == other.dtype
         assert one.tolist() == other.tolist()
 
@@ -102,10 +102,10 @@ def test_verification_is_the_slow_form(
 ) -> None:
     for _ in range(20):
         batch = Batch(rng, rng.integers(-1, 8, rng.integers(1, 6)).tolist(), agreement, dtype)
-        found = kernels.verify_drafts(*batch.arguments)
-        assert_same(found, reference.verify_drafts(*batch.arguments))
+        results = kernels.verify_drafts(*batch.arguments)
+        assert_same(results, reference.verify_drafts(*batch.arguments))
         if agreement == 1.0:
-            assert found[1].tolist() == [num + 1 for num in batch.num_drafts]
+            assert results[1].tolist() == [num + 1 for num in batch.num_drafts]
 
 
 @pytest.mark.parametrize(

@@ -85,8 +85,8 @@ def test_what_is_no_coupling_is_refused(name: str, parts: list[str], examples: N
 
 
 def test_properties_of_the_built_in_samplers() -> None:
-    made: dict[str, Sampler] = {name: each(3) for name, each in SAMPLERS.items()}
-    assert {name: (each.text, each.is_coupled, each.num_noises) for name, each in made.items()} == {
+    samplers: dict[str, Sampler] = {name: each(3) for name, each in SAMPLERS.items()}
+    assert {name: (each.text, each.is_coupled, each.num_noises) for name, each in samplers.items()} == {
         "gumbel": ("stock", True, 1),
         "minhash": ("own", True, 0),
         "list": ("per num_chains", True, 3),

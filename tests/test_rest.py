@@ -67,14 +67,14 @@ def naive_continuations(
 ) -> tuple[int, list[list[int]]]:
     for length in range(min(max_match, len(context)), min_match - 1, -1):
         suffix = list(context[len(context) - length :])
-        found = [
+        continuations = [
             list(document[end:])
             for document in documents
             for end in range(length, len(document))
             if list(document[end - length : end]) == suffix
         ]
-        if found:
-            return length, found
+        if continuations:
+            return length, continuations
     return 0, []
 
 

@@ -59,7 +59,9 @@ def test_cpu_wheel_gets_a_version_with_cpu_in_it(versions: dict[str, str]) -> No
 
 
 @pytest.mark.parametrize("installed", [{"vllm": "0.33.0"}, {"vllm": "0.33.0", CPU_DISTRIBUTION: "0.32.0"}, {}])
-def test_versions_are_left_alone_if_no_cpu_wheel_stands_in_for_vllm(versions: dict[str, str], installed: dict[str, str]) -> None:
+def test_versions_are_left_alone_if_no_cpu_wheel_stands_in_for_vllm(
+    versions: dict[str, str], installed: dict[str, str]
+) -> None:
     versions.update(installed)
     before = importlib.metadata.version
     answer_for_cpu_wheel()
@@ -78,12 +80,12 @@ def test_arguments_reach_vllm_untouched(monkeypatch: pytest.MonkeyPatch) -> None
         "from vllm_specplug.cli import main\n"
         "main()\n"
     )
-    for given in (
+    for arguments in (
         ["MODEL", "--port", "1", "-tp", "2", "-O3", "--speculative-config", '{"method": "specplug"}', "--help=all"],
         ["--port", "1", "--model", "MODEL", "--", "x"],
     ):
-        done = subprocess.run([sys.executable, "-c", program, "serve", *given], capture_output=True, text=True)
-        assert done.stdout.strip() == str(["vllm", "serve", *given]), done.stderr
+        done = subprocess.run([sys.executable, "-c", program, "serve", *arguments], capture_output=True, text=True)
+        assert done.stdout.strip() == str(["vllm", "serve", *arguments]), done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

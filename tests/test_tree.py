@@ -50,10 +50,10 @@ def naive_merge(trees: list[list[Path]], num_chains: int) -> list[Path]:
         for tree in waiting:
             while tree and as_part(tree[0])[0] <= 0.0:
                 tree.pop(0)
-        found = [tree for tree in waiting if tree]
-        if not found:
+        with_paths = [tree for tree in waiting if tree]
+        if not with_paths:
             break
-        best = max(found, key=lambda tree: as_part(tree[0])[0])
+        best = max(with_paths, key=lambda tree: as_part(tree[0])[0])
         tokens, merged = best[0][0], as_part(best[0])[1]
         taken.append((tokens, merged))
         nodes |= {tokens[: depth + 1]: each for depth, each in enumerate(merged) if tokens[: depth + 1] not in nodes}

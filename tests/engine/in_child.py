@@ -327,14 +327,14 @@ def _seam_targets() -> dict[str, Any]:
 
     from vllm_specplug.hooks import seam_list
 
-    found = {}
+    targets = {}
     for seam in (*seam_list.PROCESS_SEAMS, *seam_list.V1_SEAMS, *seam_list.V2_SEAMS):
         owner: Any = importlib.import_module(seam.module)
         *path, attribute = seam.name.split(".")
         for part in path:
             owner = getattr(owner, part)
-        found[f"{seam.module}.{seam.name}"] = inspect.getattr_static(owner, attribute)
-    return found
+        targets[f"{seam.module}.{seam.name}"] = inspect.getattr_static(owner, attribute)
+    return targets
 
 
 def undone_seams(child: Any) -> tuple[int, int, int]:

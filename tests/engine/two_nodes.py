@@ -77,8 +77,8 @@ def main(store: Path, caches: Path) -> dict[str, Any]:
         ]
 
         def place_all() -> list[dict[str, Any]]:
-            found: list[dict[str, Any]] = ray.get([actor.place.remote(config, source) for actor in actors])
-            return found
+            configs: list[dict[str, Any]] = ray.get([actor.place.remote(config, source) for actor in actors])
+            return configs
 
         where_it_is = place_all()
         # No node has the store at its path any more; the source still has it open.

@@ -123,10 +123,10 @@ def opened(where: Path) -> Root:
 
 def root_of(label: str) -> Root:
     """The sources that ``label`` names, a version or INSTALLED; skips the test if they cannot be read."""
-    found = installed_sources() if label == INSTALLED else wheel_sources(label)
-    if isinstance(found, str):
-        pytest.skip(found)
-    return opened(found)
+    sources = installed_sources() if label == INSTALLED else wheel_sources(label)
+    if isinstance(sources, str):
+        pytest.skip(sources)
+    return opened(sources)
 
 
 @functools.cache
@@ -163,19 +163,19 @@ def find(root: Root, module: str, name: str, hops: int = MAX_IMPORT_HOPS) -> tup
         return None
     tree, is_package = tree_and_kind
     first, *rest = name.split(".")
-    found: tuple[str, Definition] | None = None
+    definition: tuple[str, Definition] | None = None
     for statement in statements(tree.body):  # the last binding counts, as it does at run time
         if isinstance(statement, Definition) and statement.name == first:
-            found = module, statement
+            definition = module, statement
         elif isinstance(statement, ast.ImportFrom):
             for alias in statement.names:
                 if (alias.asname or alias.name) == first:
                     source = imported_module(statement, module, is_package)
-                    found = find(root, source, alias.name, hops - 1) or found
+                    definition = find(root, source, alias.name, hops - 1) or definition
     for part in rest:
-        if found is not None:
-            found = find_member(root, *found, part, hops)
-    return found
+        if definition is not None:
+            definition = find_member(root, *definition, part, hops)
+    return definition
 
 
 def imported_module(statement: ast.ImportFrom, module: str, is_package: bool) -> str:
@@ -198,8 +198,8 @@ def find_member(
         return module, own[-1]
     for base in owner.bases:
         base_name = base.value if isinstance(base, ast.Subscript) else base  # Base[T] is Base
-        if isinstance(base_name, ast.Name) and (found := find(root, module, base_name.id, hops - 1)) is not None:
-            inherited = find_member(root, *found, name, hops - 1)
+        if isinstance(base_name, ast.Name) and (parent := find(root, module, base_name.id, hops - 1)) is not None:
+            inherited = find_member(root, *parent, name, hops - 1)
             if inherited is not None:
                 return inherited
     return None
@@ -219,18 +219,20 @@ def parameters_of(root: Root, seam: Seam) -> tuple[str, ...] | None:
 
 def arguments(function: Definition) -> tuple[str, ...]:
     assert not isinstance(function, ast.ClassDef)
-    given = function.args
-    in_order = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg]
+    taken = function.args
+    in_order = [*taken.posonlyargs, *taken.args, taken.vararg, *taken.kwonlyargs, taken.kwarg]
     return tuple(argument.arg for argument in in_order if argument is not None)
 
 
 def complaint(root: Root, seam: Seam) -> str:
     """What is wrong with a seam in these sources; "" if nothing is."""
-    found = parameters_of(root, seam)
-    if found is None:
+    parameters = parameters_of(root, seam)
+    if parameters is None:
         return "" if seam.optional else f"there is no {seam.module}.{seam.name}"
-    if found[: len(seam.parameters)] != seam.parameters:
-        return f"{seam.module}.{seam.name} takes ({', '.join(found)}), expected ({', '.join(seam.parameters)}, ...)"
+    if parameters[: len(seam.parameters)] != seam.parameters:
+        return (
+            f"{seam.module}.{seam.name} takes ({', '.join(parameters)}), expected ({', '.join(seam.parameters)}, ...)"
+        )
     return ""
 
 
