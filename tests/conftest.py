@@ -1,4 +1,4 @@
-"""Makes the engine harness importable, shares engines, and prints minutes by file and engine starts at the end."""
+"""Shares engines between tests, and prints minutes by file and the number of engines at the end."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "engine"))
 
 import harness
 
-# Files that take minutes, longest first: a worker that begins one of them last keeps the other one waiting.
+# Files that take minutes, longest first: if one of them began last, the other workers would wait for it.
 LONGEST = (
     "test_v2.py",
     "test_identity.py",
@@ -38,14 +38,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def engines() -> Iterator[harness.Engines]:
-    """Engines for all tests of this worker."""
+    """Engines that all tests of this pytest worker share."""
     shared = harness.Engines()
     yield shared
     shared.close()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Before two workers would compile the same kernels at the same time."""
+    """Compile kernels once, before every pytest worker compiles them."""
     if not hasattr(session.config, "workerinput") and session.config.getoption("numprocesses", None):
         subprocess.run([sys.executable, str(Path(harness.__file__).with_name("compile_kernels.py"))], check=True)
 
@@ -57,12 +57,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """A worker ends: what it started counts for all."""
+    """Add the engines that a pytest worker started to the total."""
     harness.num_started += getattr(node, "workeroutput", {}).get("engine_starts", 0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Minutes and tests by file, longest first: all that took a second or more."""
+    """Print minutes and number of tests of every file that took a second or more, longest first."""
     seconds: Counter[str] = Counter()
     tests: Counter[str] = Counter()
     for report in (each for kind in terminalreporter.stats.values() for each in kind):

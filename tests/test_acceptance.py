@@ -1,4 +1,4 @@
-"""Acceptance in real engines agrees with theory, by the program that everybody can run."""
+"""Acceptance in real engines is what theory says, as measured by a program in benchmarks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROGRAM = Path(__file__).parents[1] / "benchmarks" / "acceptance.py"
 
 
 def measured(out: Path, *arguments: str) -> Any:
-    """What the program writes as JSON."""
+    """The JSON that the program writes."""
     command = [sys.executable, str(PROGRAM), "--prompts", "16", "--max-tokens", "64", "--json", str(out), *arguments]
     small = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(
@@ -54,6 +54,6 @@ def test_lists_match_as_often_as_theory_says(tmp_path: Path) -> None:
     several = rows["list"]
     sigma = several["interval"] / 1.96
     assert several["accepted"] > several["bound"] - 4.5 * sigma
-    # The measurement can tell lists from single drafts, and the two kinds of lists apart.
+    # The measurement can tell lists from single drafts, and the two kinds of lists from each other.
     assert several["accepted"] > several["one_draft"] + 4.5 * sigma
     assert abs(rows["gumbel"]["theory"] - several["theory"]) > 0.03

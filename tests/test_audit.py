@@ -31,9 +31,9 @@ def test_exact_draws_pass_and_false_alarms_are_rare():
     for seed in range(300):
         counts = counts_of(PROBS, 5_000, seed)
         draft = int(PROBS.argmax())
-        made = statistics.hypotheses_of("here", counts, PROBS, (int(counts[draft]), float(PROBS[draft])))
-        assert {each.test for each in made} == {"token", "all tokens", "accepted"}
-        alarms += bool(statistics.rejected(made, alpha=0.05))
+        hypotheses = statistics.hypotheses_of("here", counts, PROBS, (int(counts[draft]), float(PROBS[draft])))
+        assert {each.test for each in hypotheses} == {"token", "all tokens", "accepted"}
+        alarms += bool(statistics.rejected(hypotheses, alpha=0.05))
     assert alarms <= 30  # at most 15 are expected; 30 or more have a chance of 3e-4
 
 
@@ -47,11 +47,11 @@ def test_a_bias_is_caught(bias: float):
 
 def test_a_token_that_must_not_come_is_caught_at_once():
     probs = np.array([0.5, 0.5, 0.0])
-    made = statistics.hypotheses_of("here", np.array([500, 499, 1]), probs)
-    assert statistics.rejected(made)[0].p_value == 0.0
+    hypotheses = statistics.hypotheses_of("here", np.array([500, 499, 1]), probs)
+    assert statistics.rejected(hypotheses)[0].p_value == 0.0
 
 
-def test_binomial_tails():
+def test_binomial_p_values_at_the_limits():
     assert statistics.two_sided(0, 0, 0.3) == 1.0
     assert statistics.two_sided(10, 10, 1.0) == 1.0
     assert statistics.two_sided(9, 10, 1.0) == 0.0
@@ -63,7 +63,7 @@ def test_nothing_drawn_is_no_hypothesis():
     assert statistics.rejected([]) == []
 
 
-def test_one_hot_targets():
+def test_a_single_wrong_token_fails_a_one_hot_target():
     probs = np.eye(1, 50, 7)[0]
     good, bad = np.zeros(50, np.int64), np.zeros(50, np.int64)
     good[7], bad[7], bad[3] = 1000, 999, 1
@@ -102,7 +102,7 @@ def test_bad_prompts_are_refused(tmp_path: Path, name: str, text: str, says: str
 
 @pytest.mark.parametrize(
     "data",
-    # mtime: two test workers must see the same bytes, which name the case
+    # mtime: every pytest worker must see the same bytes.
     [b"\x1f\x8b\x08", b"no gzip", gzip.compress(b"text" * 100, mtime=0)[:-20]],
     ids=["head only", "no gzip", "cut"],
 )
@@ -207,13 +207,13 @@ def test_our_verifier_passes(tmp_path: Path):
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["verdict"] == "passed"
     lossless = result["answers"]["lossless"]
-    found = {place["place"].partition(", ")[2]: place for place in lossless["places"]}
-    assert set(found) == {
+    places = {place["place"].partition(", ")[2]: place for place in lossless["places"]}
+    assert set(places) == {
         "no draft", "draft 1", "draft 1, unlikely token", "draft 2", "draft 3", "bonus", "after a rejection",
     }  # fmt: skip
-    assert found["no draft"]["draws"] >= 1500
-    assert found["draft 1"]["draws"] + found["draft 1, unlikely token"]["draws"] >= 1500
-    assert found["draft 1, unlikely token"]["accepted"] < 0.01
+    assert places["no draft"]["draws"] >= 1500
+    assert places["draft 1"]["draws"] + places["draft 1, unlikely token"]["draws"] >= 1500
+    assert places["draft 1, unlikely token"]["accepted"] < 0.01
     assert lossless["power"]["at"]
     assert lossless["unreached"] == []
     assert (result["num_prompts"], result["max_tokens"], result["seed"]) == (6, 24, 0)
@@ -227,7 +227,7 @@ def test_our_verifier_passes(tmp_path: Path):
 @pytest.mark.engine
 @pytest.mark.long
 def test_a_list_of_chains_passes(tmp_path: Path):
-    """Against the same sampler and number of chains without proposers, and against the target's distribution."""
+    """Compared with the same sampler and number of chains without proposers, and with the target's distribution."""
     config = {"method": "specplug", "sampler": "list", "num-chains": 3, "num_speculative_tokens": 3}
     done = audit("--speculative-config", json.dumps(config), *SHORT, "--json", str(tmp_path / "a.json"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -259,7 +259,7 @@ def test_stock_vllm_on_a_cpu_fails(tmp_path: Path):
 
 @pytest.mark.engine
 def test_draws_on_the_v2_runner(tmp_path: Path):
-    """No GPU is needed: its kernels run under Triton's interpreter, slowly, hence so few draws."""
+    """Few draws, since the runner's kernels run slowly under Triton's interpreter."""
     config = {"method": "specplug", "num_speculative_tokens": 2}
     few = ["--draws", "192", "--contexts", "1", "--num-prompts", "2", "--max-tokens", "4"]
     done = audit(
@@ -270,8 +270,8 @@ def test_draws_on_the_v2_runner(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["about"]["runner"] == "V2"
-    found = {place["place"].partition(", ")[2]: place for place in result["answers"]["lossless"]["places"]}
-    assert {"no draft", "draft 1", "draft 2", "bonus", "draft 1, unlikely token", "after a rejection"} == set(found)
-    assert found["draft 1"]["accepted"] > 0.05
-    assert found["draft 1, unlikely token"]["accepted"] < 0.05
-    assert found["draft 1"]["draws"] + found["draft 1, unlikely token"]["draws"] >= 192
+    places = {place["place"].partition(", ")[2]: place for place in result["answers"]["lossless"]["places"]}
+    assert {"no draft", "draft 1", "draft 2", "bonus", "draft 1, unlikely token", "after a rejection"} == set(places)
+    assert places["draft 1"]["accepted"] > 0.05
+    assert places["draft 1, unlikely token"]["accepted"] < 0.05
+    assert places["draft 1"]["draws"] + places["draft 1, unlikely token"]["draws"] >= 192

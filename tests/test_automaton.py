@@ -1,4 +1,4 @@
-"""The suffix automaton against all substrings of its texts."""
+"""The suffix automaton of ``suffix`` is compared with lists of all substrings of its texts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Texts = list[list[int]]
 
 
 class Growing:
-    """Several texts in one automaton."""
+    """An automaton to which several texts are appended in turns."""
 
     def __init__(self, num_texts: int) -> None:
         self.automaton = Automaton()
@@ -57,7 +57,7 @@ class Growing:
         return int(find(each.states, each.edges, each.table, np.array(tokens, dtype=np.int32)))
 
     def edges_of(self, state: int) -> list[tuple[int, int]]:
-        """(token, target), the inline one first, then as they are listed."""
+        """(token, target state) of every edge: the one stored in the state first, then the others in their list."""
         each = self.automaton
         if each.states[state, TOKEN] < 0:
             return []
@@ -79,7 +79,7 @@ def occurrences(texts: Texts) -> Counter[tuple[int, ...]]:
 
 
 def check(growing: Growing) -> None:
-    """Everything that the texts have is there, nothing else, and in the states where it belongs."""
+    """Check that the automaton has every substring of the texts in the right state, and no other."""
     states = growing.automaton.states
     count = occurrences(growing.texts)
     following: dict[tuple[int, ...], set[int]] = defaultdict(set)
@@ -116,7 +116,7 @@ def test_has_all_substrings_with_their_counts_and_continuations(plan):
     num_texts, steps = plan
     growing = Growing(num_texts)
     for nth, tokens in steps:
-        # Chains of states are as deep as text is repetitive; counts are exact up to MAX_CHAIN.
+        # Repetitive text makes long chains of states, and counts are exact for chains of up to MAX_CHAIN.
         growing.extend(nth, tokens[: MAX_CHAIN - len(growing.texts[nth])])
     check(growing)
 
@@ -126,7 +126,7 @@ def test_large_fanout_and_growth(vocab_size):
     rng = np.random.default_rng(vocab_size)
     growing = Growing(3)
     for _ in range(40):
-        # Every other token is 0, so its state gets as many edges as there are tokens.
+        # Every other token is 0, so that its state gets an edge for every token.
         tokens = rng.integers(0, vocab_size, size=8)
         tokens[::2] = 0
         growing.extend(int(rng.integers(3)), tokens.tolist())
@@ -191,7 +191,7 @@ def test_work_grows_with_the_text_and_not_faster(text):
     sizes = growing.automaton.sizes
     num_tokens = 2 * len(text)
     assert growing.automaton.num_tokens == num_tokens
-    # Each token: counting and ordering along one chain, and what building takes, 4 states amortised.
+    # For every token: counting and ordering along one chain, and building, which takes 4 states on average.
     assert sizes[NUM_OPERATIONS] <= (2 * MAX_CHAIN + 4) * num_tokens
     # The second text repeats the first.
     assert sizes[NUM_STATES] <= 2 * len(text)

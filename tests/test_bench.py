@@ -87,17 +87,17 @@ def test_wrong_prompt_files_are_one_error(tmp_path: Path, text: str, told: str) 
         corpus.read_tasks(path)
 
 
-def test_every_category_has_its_turn() -> None:
+def test_prompts_are_taken_from_every_category_in_turn() -> None:
     tasks = [corpus.Task("a", str(nth), False) for nth in range(5)] + [corpus.Task("b", "x", False)]
     assert [(task.category, task.text) for task in chosen(tasks, 4)] == [("a", "0"), ("b", "x"), ("a", "1"), ("a", "2")]
     assert len(chosen(tasks, 100)) == 6
 
 
 def test_configurations_by_name(tmp_path: Path) -> None:
-    found = configurations([], tmp_path / "x.specstore", 4)
-    assert list(found) == ["off", "ngram", "specplug"]
-    assert found["off"] is None
-    assert found["specplug"] == {
+    configs = configurations([], tmp_path / "x.specstore", 4)
+    assert list(configs) == ["off", "ngram", "specplug"]
+    assert configs["off"] is None
+    assert configs["specplug"] == {
         "method": "specplug", "num_speculative_tokens": 4, "datastore": str(tmp_path / "x.specstore"),
     }  # fmt: skip
     assert configurations(['mine={"method": "ngram"}', "none=null"], None, 4) == {
@@ -107,7 +107,7 @@ def test_configurations_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("texts", "told"),
     [
         (["fast"], "NAME=JSON"),
         (["a={"], "no JSON"),
@@ -115,9 +115,9 @@ def test_configurations_by_name(tmp_path: Path) -> None:
         (["off", "off=null"], "two configurations"),
     ],
 )
-def test_wrong_configurations_are_one_error(given: list[str], told: str) -> None:
+def test_wrong_configurations_are_one_error(texts: list[str], told: str) -> None:
     with pytest.raises(ConfigurationError, match=told):
-        configurations(given, None, 4)
+        configurations(texts, None, 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,19 +154,19 @@ def options(**more: Any) -> run.Options:
 def test_numbers_are_those_of_the_runs() -> None:
     base = [completed(4.0, [[1, 1, 1, 1], [1, 1, 1, 1]]), completed(8.0, [[1, 1, 1, 1], [1, 1, 1, 1]])]
     fast = [completed(2.0, [[1, 3], [1, 2, 1]], 3), completed(2.0, [[1, 3], [1, 2, 1]], 3)]
-    found = run.summarise(options(), fast, base)
-    assert found["speed_up_rounds"] == [2.0, 4.0]
-    assert found["speed_up"] == 3.0
-    assert found["tokens_per_s"] == 4.0
-    assert found["emitted_per_step"] == pytest.approx(8 / 5)
-    assert found["acceptance"] == pytest.approx(3 / 9)
-    assert found["acceptance_by_depth"] == pytest.approx([2 / 3, 1 / 3, 0.0])
-    assert found["draft_length"] == 3.0
-    assert found["identical"] == 1.0
-    assert found["first_difference"] is None
-    assert found["ttft_s"]["p50"] == pytest.approx(0.2)
-    assert found["tpot_s"]["p50"] == pytest.approx((0.8 + 1.8) / 2 / 3)
-    assert found["categories"]["a"] == {"num_prompts": 1, "speed_up": 3.0, "emitted_per_step": 2.0}
+    numbers = run.summarise(options(), fast, base)
+    assert numbers["speed_up_rounds"] == [2.0, 4.0]
+    assert numbers["speed_up"] == 3.0
+    assert numbers["tokens_per_s"] == 4.0
+    assert numbers["emitted_per_step"] == pytest.approx(8 / 5)
+    assert numbers["acceptance"] == pytest.approx(3 / 9)
+    assert numbers["acceptance_by_depth"] == pytest.approx([2 / 3, 1 / 3, 0.0])
+    assert numbers["draft_length"] == 3.0
+    assert numbers["identical"] == 1.0
+    assert numbers["first_difference"] is None
+    assert numbers["ttft_s"]["p50"] == pytest.approx(0.2)
+    assert numbers["tpot_s"]["p50"] == pytest.approx((0.8 + 1.8) / 2 / 3)
+    assert numbers["categories"]["a"] == {"num_prompts": 1, "speed_up": 3.0, "emitted_per_step": 2.0}
     plain = run.summarise(options(), base, base)
     assert plain["speed_up"] == 1.0
     assert plain["acceptance"] is None
@@ -176,9 +176,9 @@ def test_numbers_are_those_of_the_runs() -> None:
 def test_the_first_difference_is_found() -> None:
     base, other = completed(1.0, [[1, 1], [1, 1]]), completed(1.0, [[1, 1], [1, 1]])
     other.token_ids[1][1] = 8
-    found = run.summarise(options(), [other], [base])
-    assert found["identical"] == 0.5
-    assert found["first_difference"] == {"request": 1, "position": 1}
+    difference = run.summarise(options(), [other], [base])
+    assert difference["identical"] == 0.5
+    assert difference["first_difference"] == {"request": 1, "position": 1}
     other.token_ids[1][1] = 7
     other.token_ids[1].append(7)
     assert run.summarise(options(), [other], [base])["first_difference"] == {"request": 1, "position": 2}
@@ -197,7 +197,7 @@ def made_result() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_reports(tmp_path: Path) -> None:
+def test_html_and_markdown_show_the_same_numbers_and_load_nothing(tmp_path: Path) -> None:
     result = made_result()
     report.write(tmp_path / "bench.html", result)
     report.write(tmp_path / "bench.md", result)
@@ -216,7 +216,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def screenshot(page: Path, scheme: int) -> Any:
-    """What headless Chromium shows, ``[height, width, 3]`` uint8; ``scheme`` 0 is dark, 1 light."""
+    """Pixels of headless Chromium, ``[height, width, 3]`` uint8; ``scheme`` 0 is dark, 1 light."""
     from PIL import Image
 
     picture = page.with_suffix(f".{scheme}.png")
@@ -239,10 +239,10 @@ def test_the_report_can_be_read_in_light_and_dark(tmp_path: Path) -> None:
     for picture, background in ((light, (255, 255, 255)), (dark, (13, 17, 23))):
         assert picture.shape == (1300, 1100, 3)
         assert tuple(picture[3, 3]) == background
-        # Text stands out: of what is not background enough is far from it.
+        # Text can be read: some pixels, but not most, differ much from the background.
         contrast = np.abs(picture.astype(int) - np.array(background)).max(axis=2)
         assert 0.005 < (contrast > 120).mean() < 0.5
-        # Nothing runs out of the page at its right.
+        # Nothing runs over the right edge of the page.
         assert (contrast[:, -8:] == 0).all()
     assert light.mean() > 200
     assert dark[:200].mean() < 70
@@ -254,7 +254,7 @@ def test_the_report_can_be_read_in_light_and_dark(tmp_path: Path) -> None:
 
 
 def trial_with(speeds: Mapping[str, float], calls: list[tuple[str, list[str], int]]) -> tune.Trial:
-    """Runs that are as fast as the table says, 1 for what is not in it."""
+    """A trial whose configurations have the speed-ups of ``speeds``, or 1."""
 
     def trial(stage: str, configs: Mapping[str, Any], rounds: int) -> dict[str, Any]:
         calls.append((stage, list(configs), rounds))
@@ -270,37 +270,37 @@ def trial_with(speeds: Mapping[str, float], calls: list[tuple[str, list[str], in
 def test_tuning_finds_the_fastest() -> None:
     calls: list[tuple[str, list[str], int]] = []
     speeds = {"k=3": 1.2, "k=6": 1.5, "k=12": 1.51, "suffix+rest": 1.8, "no store": 1.1}
-    found = tune.tune(trial_with(speeds, calls), ["x.specstore"], rounds=5)
+    result = tune.tune(trial_with(speeds, calls), ["x.specstore"], rounds=5)
     assert [(stage, rounds) for stage, _, rounds in calls] == [
         ("draft length", 2), ("store", 2), ("proposers", 2), ("final", 5),
     ]  # fmt: skip
     assert all(names[0] == "off" for _, names, _ in calls)
     assert calls[-1][1] == ["off", "k=6", "k=12", "suffix+rest"]
-    assert found["speculative_config"] == {
+    assert result["speculative_config"] == {
         "method": "specplug", "num_speculative_tokens": 6, "proposers": ["suffix", "rest"], "datastore": "x.specstore",
     }  # fmt: skip
-    assert found["expected"]["speed_up"] == 1.8
+    assert result["expected"]["speed_up"] == 1.8
 
 
 def test_a_store_that_brings_nothing_is_left_out() -> None:
     calls: list[tuple[str, list[str], int]] = []
     speeds = {"k=3": 1.5, "store a": 1.2, "store b": 1.3, "no store": 1.49}
-    found = tune.tune(trial_with(speeds, calls), ["a", "b"])
-    assert found["speculative_config"] == {"method": "specplug", "num_speculative_tokens": 3}
+    result = tune.tune(trial_with(speeds, calls), ["a", "b"])
+    assert result["speculative_config"] == {"method": "specplug", "num_speculative_tokens": 3}
     assert "rest" not in json.dumps(calls[2])
 
 
-def test_one_of_two_stores() -> None:
+def test_one_of_two_stores_is_kept_if_it_alone_is_fastest() -> None:
     calls: list[tuple[str, list[str], int]] = []
-    found = tune.tune(trial_with({"k=3": 1.5, "store b": 1.9}, calls), ["a", "b"])
-    assert found["speculative_config"] == {"method": "specplug", "num_speculative_tokens": 3, "datastore": "b"}
+    result = tune.tune(trial_with({"k=3": 1.5, "store b": 1.9}, calls), ["a", "b"])
+    assert result["speculative_config"] == {"method": "specplug", "num_speculative_tokens": 3, "datastore": "b"}
 
 
-def test_nothing_is_recommended_where_nothing_pays() -> None:
-    found = tune.tune(trial_with({"k=3": 1.01, "k=6": 0.8, "k=12": 0.7, "suffix": 0.9, "ngram": 0.9}, []), [])
-    assert found["speculative_config"] is None
-    assert found["name"] == "off"
-    headings, *lines = tune.rows(found)
+def test_nothing_is_recommended_if_nothing_pays() -> None:
+    result = tune.tune(trial_with({"k=3": 1.01, "k=6": 0.8, "k=12": 0.7, "suffix": 0.9, "ngram": 0.9}, []), [])
+    assert result["speculative_config"] is None
+    assert result["name"] == "off"
+    headings, *lines = tune.rows(result)
     assert all(len(line) == len(headings) for line in lines)
 
 

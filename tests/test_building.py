@@ -1,4 +1,4 @@
-"""Large stores: inputs cut into units, builds that are killed and go on, additions, merges, and new versions in use."""
+"""Large stores: inputs cut into units, builds that are killed and go on, additions, merges, new versions in use."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ lines = st.lists(st.text(st.sampled_from("aé \r"), max_size=20), max_size=30)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(files=st.lists(lines, min_size=1, max_size=4), unit_bytes=st.integers(1, 200), ends=st.booleans())
 def test_units_are_the_whole_text_once(tmp_path, files, unit_bytes, ends):
-    """Cut wherever: every line is in exactly one slice, in order."""
+    """Wherever the text is cut, every line is in exactly one slice, in order."""
     paths = []
     for number, each in enumerate(files):
         path = tmp_path / f"{number}.txt"
@@ -154,7 +154,7 @@ def files_in(out: Path, suffix: str) -> int:
 
 
 def killed_when(arguments: Sequence[object], condition: Callable[[], bool]) -> int | None:
-    """Start a build, kill it with all its processes' parent as soon as a condition holds; its status, if it ended."""
+    """Start a build and kill its main process as soon as the condition holds; returns its status if it ended before."""
     process = subprocess.Popen([*PROGRAM, *map(str, arguments)], stderr=subprocess.DEVNULL)
     children: list[psutil.Process] = []
     try:
@@ -189,7 +189,7 @@ def test_killed_builds_go_on(tmp_path, folder, uninterrupted, workers):
     ]
     for moment in moments if workers == 1 else moments[3:]:  # each start loads a tokenizer in every process
         assert killed_when(arguments, moment) is None
-        assert not out.exists()  # never half a store
+        assert not out.exists()  # no half store
     num_done = files_in(out, ".done")
     assert num_done >= 3
     result = run(*arguments)
@@ -226,7 +226,7 @@ def test_a_killed_process_of_a_build_is_one_clear_error(tmp_path, folder, uninte
 def test_stopped_builds_say_how_to_go_on(tmp_path, folder, stop):
     out = tmp_path / "out.specstore"
     arguments = build_arguments(out, folder, 2)
-    # A shell's background job ignores SIGINT, and the tests may be one.
+    # The build must heed SIGINT even if the tests run as a shell's background job, which ignores it.
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     program += "from vllm_specplug.cli import main; main()"
     process = subprocess.Popen(
@@ -315,7 +315,7 @@ def test_units_without_text_leave_no_shard(tmp_path, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_add_and_merge(tmp_path, folder):
+def test_added_and_merged_stores_hold_all_text(tmp_path, folder):
     out = tmp_path / "out.specstore"
     files = sorted(folder.iterdir())
     assert build(out, *files[:10]).exit_code == 0
@@ -406,7 +406,7 @@ def test_info_names_shards(tmp_path, folder):
 
 
 class Worker:
-    """A worker of an engine, as far as the switch goes: the real one is in test_serve.py."""
+    """A stand-in for an engine's worker that can switch stores; test_serve.py has a real one."""
 
     def __init__(self, proposers: dict[str, RestProposer]) -> None:
         self.switch = StoreSwitch(proposers)  # type: ignore[arg-type]
@@ -482,7 +482,7 @@ def test_workers_that_see_different_versions_switch_together_or_not_at_all(tmp_p
     more = iter(files[1:])
 
     def open_late(name: str) -> bool:
-        """The store changes after the first worker looked, and before the second one does."""
+        """Change the store after the first worker opened it and before the second one does."""
         while not workers[0].switch.look(name)["is_ready"]:
             time.sleep(0.01)
         assert run("add", out, next(more), *MAX_MEMORY).exit_code == 0
@@ -518,7 +518,7 @@ def test_two_reloads_at_once_do_not_split_workers(tmp_path, folder):
         reload_stores(engine)
     assert [len(each.stores["code"].files) for each in proposers] == [1, 1]
     engine.before = lambda _: None
-    # A worker that switched alone, as when an engine was lost in the middle, is caught up with.
+    # If one worker has switched alone, since a reload broke off in between, the next reload lets the others follow.
     proposers[0].take_stores(proposers[0].open_stores())
     assert reload_stores(engine) == ["code"]
     assert [len(each.stores["code"].files) for each in proposers] == [2, 2]
@@ -526,7 +526,7 @@ def test_two_reloads_at_once_do_not_split_workers(tmp_path, folder):
 
 
 def test_reading_ahead_lets_other_threads_run(tmp_path, folder):
-    """An engine goes on while a new version is read."""
+    """An engine goes on serving while a new version is read into memory."""
     out = tmp_path / "out.specstore"
     assert build(out, sorted(folder.iterdir())[0]).exit_code == 0
     beats: list[float] = []
@@ -542,7 +542,7 @@ def test_reading_ahead_lets_other_threads_run(tmp_path, folder):
     within = 0
     for attempt in range(5):  # on a busy machine the other thread may get no processor for a while
         store = Datastore.open(out)
-        with (tmp_path / f"large-{attempt}").open("w+b") as file:  # takes longer to read than the store does
+        with (tmp_path / f"large-{attempt}").open("w+b") as file:  # the store is read too fast to measure
             file.truncate(400 * 2**20)
             store._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         began = time.perf_counter()
@@ -554,7 +554,7 @@ def test_reading_ahead_lets_other_threads_run(tmp_path, folder):
             break
     done.set()
     thread.join()
-    # A call that held the interpreter's lock would leave room for one beat at each end, however long it takes.
+    # A call that holds the interpreter's lock leaves time for two beats, one at its start and one at its end.
     assert within > 2
 
 
@@ -609,7 +609,7 @@ def test_a_call_that_was_stopped_while_it_tidied_up_is_not_done_twice(tmp_path, 
     assert again.exit_code == 2
     assert "this has been done already" in again.stderr
     assert texts_of(out) == [first.read_text()] * 2
-    assert run("add", out, first, *MAX_MEMORY).exit_code == 0  # said once more, meant once more
+    assert run("add", out, first, *MAX_MEMORY).exit_code == 0  # a third call adds the text again
     assert texts_of(out) == [first.read_text()] * 3
 
 
@@ -630,7 +630,7 @@ def test_finished_shards_are_not_thrown_away_by_another_command(tmp_path, folder
 
 @pytest.mark.engine
 def test_a_full_disk_is_one_error_and_nothing_stays(tmp_path, folder):
-    """The limit on a file's size stands for the disk."""
+    """A limit on the size of files stands in for a full disk."""
     one, out = tmp_path / "one.specstore", tmp_path / "out.specstore"
     assert build(one, folder, "--shard-size", "30KB", "--workers", 1).exit_code == 0
     program = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -659,7 +659,7 @@ def test_merging_can_be_stopped(tmp_path, folder, monkeypatch):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["one.specstore", "one.specstore.shards"]
 
 
-def test_links_to_stores(tmp_path, folder):
+def test_a_link_to_a_store_stays_a_link_when_text_is_added(tmp_path, folder):
     real = tmp_path / "v1.specstore"
     link = tmp_path / "current.specstore"
     link.symlink_to(real.name)
@@ -671,7 +671,7 @@ def test_links_to_stores(tmp_path, folder):
     assert texts_of(link) == texts_of(real) == contents(folder)
 
 
-def test_text_that_utf8_cannot_hold(tmp_path):
+def test_text_that_utf8_cannot_hold_does_not_stop_a_build(tmp_path):
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"text": "abc \\ud800 def"}\n{"text": "whole: \\ud83d\\ude00"}\n')
     out = tmp_path / "out.specstore"

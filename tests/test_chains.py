@@ -27,14 +27,14 @@ CHAINS = {
     "num_chains": 4,
 }
 UNGATED = {"name": "ensemble", "gate": False}  # drafts are verified whether they pay or not
-# Small blocks, so that drafts cross their ends all the time; rows that are idle, since forks take no others.
+# Small blocks, so that drafts often cross their ends, and idle rows, since forks take no others.
 ROOMY = {"block_size": 32, "max_num_seqs": 128}
 # Small enough for preemption, prompts prefilled in pieces, cached prefixes of earlier requests in the way.
 TIGHT = {**ROOMY, "num_gpu_blocks_override": 110, "max_num_batched_tokens": 320, "enable_chunked_prefill": True}
 
 PLAIN = requests(64, PLAIN_FEATURES)
 MIXED = requests(50, [*PLAIN_FEATURES, *PROCESSOR_FEATURES], first_seed=1000)
-# Up to the longest that a request may get: vLLM then drops the drafts of everyone, unless told otherwise.
+# Requests that reach the longest length: at their end vLLM alone would drop all drafts of the batch.
 LONGEST = [
     {"prompt": [300 + (7 * at + number) % 3000 for at in range(960 + number)], "params":
      {"temperature": 0.7, "seed": number, "max_tokens": 200, "ignore_eos": True}}
@@ -53,7 +53,7 @@ def stock(engines: Engines) -> dict[str, list[dict[str, Any]]]:
 def sequences(
     stock: dict[str, list[dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, list[int]]:
-    """The file that the oracle reads, and which of its sequences follow a grammar: they keep one chain."""
+    """The file that the oracle reads, and the indices of sequences with a grammar, which keep one chain."""
     path = tmp_path_factory.mktemp("oracle") / "sequences.json"
     known: list[list[int]] = []
     structured = []
@@ -80,7 +80,7 @@ def tight() -> Iterator[Engine]:
 
 
 def several(kinds: list[str], sequences: tuple[str, list[int]], leave_out: bool = False) -> dict[str, Any]:
-    """Settings of the test's own proposer: a chain of each kind."""
+    """Settings with ``in_child.SeveralChains``: one chain of every kind."""
     proposer = {"name": "in_child.SeveralChains", "kinds": kinds, "sequences": sequences[0]}
     if leave_out:
         proposer["leave_out"] = sequences[1]
@@ -95,7 +95,7 @@ KINDS = {
 }
 
 
-# How large the cache is and which chain wins have nothing to do with each other.
+# The size of the cache and the winning chain do not depend on each other: a few pairs do for all.
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("cache", "kinds"),
@@ -136,9 +136,9 @@ def test_every_true_token_is_accepted_whichever_chain_is_the_main_one(
     stock: dict[str, list[dict[str, Any]]],
     sequences: tuple[str, list[int]],
 ) -> None:
-    """The best chain's true tokens, all of them; requests with a grammar keep one chain and are left out."""
+    """All true tokens of the best chain are accepted. Requests with a grammar keep one chain and get no drafts."""
     roomy.send("set_drafting", several(kinds, sequences, leave_out=True))
-    # Of two outputs of one prompt the oracle cannot know whose turn it is.
+    # If a prompt has two outputs, the oracle cannot know which of them a request will have.
     sent = [index for index, r in enumerate(PLAIN) if r["params"].get("n", 1) == 1][:40]
     served = [PLAIN[index] for index in sent]
     assert_same(roomy.generate(served), [stock["plain"][index] for index in sent], "true tokens", served)
@@ -175,7 +175,7 @@ def test_the_logits_behind_every_token_are_those_without_forks(
 def test_controls_that_must_fail(
     how: str, roomy: Engine, stock: dict[str, list[dict[str, Any]]], sequences: tuple[str, list[int]]
 ) -> None:
-    """Without the winner's copy home, or without the head that chains share, tokens do come out different."""
+    """Tokens differ if winners are not copied to their request, or if forks lack the tokens that chains share."""
     roomy.send("set_drafting", several(["corrupted"] * 4, sequences))
     try:
         roomy.send("call", "break_forks", how)
@@ -223,7 +223,7 @@ def test_nothing_leaks_over_thousands_of_requests_with_preemption(
                     for number in range(start, start + 500)
                 ]
             )  # fmt: skip
-        # A few that fill the cache, so that some are preempted.
+        # These fill the cache, so that some are preempted.
         tight.generate([{**r, "params": {**r["params"], "max_tokens": 120, "ignore_eos": True}} for r in PLAIN[:16]])
         params = {"temperature": 0.0, "max_tokens": 3, "extra_args": {"specplug_speculate": False}}
         tight.generate([{"prompt": "last", "params": params}])
@@ -244,7 +244,7 @@ def test_start_up_says_what_is_set_aside(roomy: Engine, tight: Engine) -> None:
     for engine, blocks in ((roomy, 200), (tight, 60)):
         assert f"{blocks} of " in engine.tail(1_000_000)
         assert "KV-cache blocks" in engine.tail(1_000_000)
-    assert tight.send("call", "scheduler_blocks") == 110 - 60 - 1  # block 0 is nobody's
+    assert tight.send("call", "scheduler_blocks") == 110 - 60 - 1  # block 0 belongs to no request
 
 
 @pytest.mark.engine
@@ -274,7 +274,7 @@ def test_wrong_settings_are_refused(arguments: dict[str, Any], config: dict[str,
 
 @pytest.mark.engine
 def test_a_small_cache_keeps_one_chain_and_says_so() -> None:
-    """All blocks are needed for one request of full length; what is served then is served with one chain."""
+    """One request of full length needs all blocks, so that none is left for forks."""
     arguments = {"block_size": 32, "max_num_seqs": 8, "num_gpu_blocks_override": 33}
     with Engine({**arguments, "speculative_config": {**CHAINS, "proposers": ["suffix"]}}) as engine:
         assert "every request keeps one chain (num_chains is 4): the KV cache has no blocks to spare" in engine.tail(
@@ -313,7 +313,7 @@ def test_a_model_with_sliding_windows(tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.engine
 def test_vllms_own_draft_model_among_the_chains(stock: dict[str, list[dict[str, Any]]]) -> None:
-    """It goes on from the winner's tokens, so that its drafts stay as good as without further chains."""
+    """vLLM's drafter goes on from the winner's tokens, so that its drafts stay as good as without side chains."""
     accepted = []
     for num_chains in (1, 3):
         config = {
@@ -333,7 +333,7 @@ def test_vllms_own_draft_model_among_the_chains(stock: dict[str, list[dict[str, 
     assert accepted[1] > accepted[0]
 
 
-# -- What needs no engine ---------------------------------------------------------------------------------------------
+# -- Without an engine ------------------------------------------------------------------------------------------------
 
 
 def cache_config(num_blocks: int, sizes: list[int]) -> Any:
@@ -412,7 +412,7 @@ def test_scratch_of_less_than_a_fork_is_refused_and_one_chain_needs_none() -> No
 
 
 def test_what_a_winning_fork_would_falsify_keeps_one_chain() -> None:
-    """Layers of another kind in a common wrapper, drafters and outputs that read the rows of the scheduled draft."""
+    """Such are layers of another kind in a wrapper, and drafters and outputs that read the rows of the main chain."""
     import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, RSWASpec, UniformTypeKVCacheSpecs
 
@@ -467,7 +467,7 @@ def test_forks_say_something_new_and_fit(
 @settings(deadline=None)
 @given(chains=st.lists(chain, min_size=1, max_size=5), target=st.lists(st.integers(0, 2), min_size=7, max_size=7))
 def test_the_walk_finds_the_chain_that_gets_furthest(chains: list[list[int]], target: list[int]) -> None:
-    """Against trying every chain by itself, with a target whose token depends on the tokens before it alone."""
+    """Compared with trying every chain by itself; the target's token depends only on the tokens before it."""
     from vllm_specplug.hooks.forks import shared_head, walk
 
     winner, emitted = walk(chains, lambda leader, depth: target[depth])

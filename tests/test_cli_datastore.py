@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.stores.datastore import Datastore
 
-# The package has a command of the same name, so the module is asked for by its own.
+# The package has a function of the same name, which an import statement would take.
 cli = importlib.import_module("vllm_specplug.cli.datastore")
 TOKENIZER = str(Path(str(cli.__file__)).parents[1] / "tiny_models" / "tiny-target")
 TEXTS = ["import os\nimport sys\n\n\ndef main():\n    return 0\n", "class Größe:\r\n    pass\n"]
@@ -108,7 +108,7 @@ def test_several_inputs_each_once(tmp_path, files, tokenizer):
 
 
 def test_a_home_is_found_behind_quotes(tmp_path, files, tokenizer, monkeypatch):
-    monkeypatch.setenv("HOME", str(files["folder"].parent))  # the shell leaves a ~ alone that stands in quotes
+    monkeypatch.setenv("HOME", str(files["folder"].parent))  # a shell does not replace a ~ in quotes
     for name in ("~/folder", "~/folder/**/*.py"):
         assert build(tmp_path / "out", name, "--force").exit_code == 0
         assert texts_of(tmp_path / "out", tokenizer) == TEXTS
@@ -180,7 +180,7 @@ def test_bad_input_is_one_clear_error(tmp_path, files):
     assert out.read_text() == "something dear"
 
 
-def test_sizes():
+def test_sizes_are_read_in_any_spelling_and_nonsense_is_refused():
     assert cli.parse_bytes("1000") == 1000
     assert cli.parse_bytes("1.5 kB") == 1500
     assert cli.parse_bytes("4GiB") == cli.parse_bytes("4gi") == 4 * 2**30
@@ -208,7 +208,7 @@ def test_stopped_build_leaves_nothing(tmp_path, stop, exit_code, message):
         stderr=subprocess.PIPE,
     )
     assert process.stdin is not None
-    deadline = time.monotonic() + 300  # imports are slow where others use the processors
+    deadline = time.monotonic() + 300  # imports are slow on a busy machine
     while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.2)
@@ -231,7 +231,7 @@ def store(tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def test_info(store):
+def test_info_shows_numbers_and_tokenizer(store):
     values = json.loads(run("info", store, "--json").stdout)
     assert values["documents"] == 20
     assert values["tokenizer"] == TOKENIZER
@@ -242,7 +242,7 @@ def test_info(store):
     expect_error(run("info", __file__), "is not a token store")
 
 
-def test_verify(store, tmp_path):
+def test_verify_finds_damage(store, tmp_path):
     result = run("verify", store)
     assert result.exit_code == 0
     assert "intact" in result.stdout
@@ -255,7 +255,7 @@ def test_verify(store, tmp_path):
     expect_error(run("verify", tmp_path / "short"), "truncated", exit_code=1)
 
 
-def test_query(store, tmp_path):
+def test_query_shows_matches_and_why_there_is_no_draft(store, tmp_path):
     result = run("query", store, "import os\nimport", "--max-tokens", 4)
     assert result.exit_code == 0, result.output
     assert "20 times" in result.stdout

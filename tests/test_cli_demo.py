@@ -38,7 +38,7 @@ def test_help_says_what_and_how(arguments: tuple[str, ...]) -> None:
     assert done.stderr == ""
 
 
-def test_version() -> None:
+def test_version_is_printed() -> None:
     from vllm_specplug import __version__
 
     assert run("--version").stdout == f"vllm-specplug {__version__}\n"

@@ -1,4 +1,4 @@
-"""``specplug replay``: counts worked out by hand, a slow replay, what proposers are shown, and errors."""
+"""``specplug replay``: counts worked out by hand and by a plain replay, what proposers are shown, and errors."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from vllm_specplug.settings.model import ProposerSettings, parse_settings
 from vllm_specplug.stores.format import tokenizer_fingerprint
 from vllm_specplug.stores.writer import DatastoreWriter
 
-# The package has a command of the same name, so the module is asked for by its own.
-cli = importlib.import_module("vllm_specplug.cli.replay")  # the package holds a function of this name
+# The package has a function of the same name, which an import statement would take.
+cli = importlib.import_module("vllm_specplug.cli.replay")
 WORDS = [f"w{index}" for index in range(40)]
 NGRAM = '{"name": "ngram", "min_confidence": 0}'
 
@@ -50,7 +50,7 @@ def tokenizer(tmp_path_factory) -> str:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Fresh inputs at every run; the seed is shown where a test fails."""
+    """Fresh inputs at every run; pytest shows the seed if a test fails."""
     seed = np.random.SeedSequence().entropy
     print(f"np.random.default_rng({seed})")
     return np.random.default_rng(seed)
@@ -91,7 +91,7 @@ def counts_of(result: Mapping[str, Any], name: str) -> tuple[int, int, int, int]
 
 
 def test_a_text_that_repeats_itself(tmp_path, tokenizer):
-    # 8 tokens of prompt and 10 of output: 4 drafts right and one more token, twice.
+    # 8 tokens of prompt and 10 of output: twice four accepted draft tokens and one more.
     path = write(tmp_path / "a.txt", [1, 2, 3, 4] * 4 + [1, 2])
     result = replayed(tmp_path, tokenizer, "--proposers", f"[{NGRAM}]", "-k", 4, "--prompt-tokens", 8, path)
     assert counts_of(result, "ngram") == counts_of(result, "oracle") == (2, 10, 8, 8)
@@ -103,8 +103,8 @@ def test_a_text_that_repeats_itself(tmp_path, tokenizer):
 
 
 def test_a_text_that_repeats_itself_in_part(tmp_path, tokenizer):
-    # a b c a b | d a b c x, drafts of up to 2. "a b" drafts "c a", wrong at once: d is emitted. d is new: no draft, a
-    # is emitted. "a" drafts "b d", b is accepted and c emitted. For the last token nobody is asked.
+    # a b c a b | d a b c x, drafts of up to 2. "a b" drafts "c a", which is wrong at once: d is emitted. d is new and
+    # has no draft: a is emitted. "a" drafts "b d": b is accepted, and c emitted. The last token gets no draft.
     path = write(tmp_path / "a.txt", [1, 2, 3, 1, 2, 4, 1, 2, 3, 5])
     result = replayed(tmp_path, tokenizer, "--proposers", f"[{NGRAM}]", "-k", 2, "--prompt-tokens", 5, path)
     assert counts_of(result, "ngram") == (4, 5, 4, 1)
@@ -122,7 +122,7 @@ def test_a_text_that_never_repeats_itself(tmp_path, tokenizer):
 
 
 def test_output_of_a_request_is_not_known_from_the_prompt_of_the_next(tmp_path, tokenizer):
-    # Without repetition inside, only a request that runs ahead in the same document could give anything away.
+    # The text has no repetition, so that only a later request of the same document could help to draft.
     path = write(tmp_path / "a.txt", range(1, 40))
     result = replayed(
         tmp_path, tokenizer, "--proposers", "suffix", "--prompt-tokens", 6, "--max-tokens", 12, "--batch", 8, path
@@ -152,7 +152,7 @@ def test_requests_cover_a_document():
 def slow_replay(
     requests: Sequence[np.ndarray], proposers: Sequence[Proposer], rule: str, prompt: int, k: int
 ) -> tuple[int, int, int, int]:
-    """One request after the other, token lists only."""
+    """Counts of a replay of one request after the other, with plain lists of tokens."""
     steps = emitted = drafted = accepted = 0
     ensemble = Ensemble([str(index) for index in range(len(proposers))], k, {"gate": False})
     for nth, request in enumerate(requests):
@@ -228,7 +228,7 @@ def test_as_a_slow_replay(tmp_path, tokenizer, rng, batch):
     assert counts_of(result, "oracle") == expected("oracle", ngram, rest)
     assert result["proposers"]["rest"]["accepted_tokens"] > 0
     assert counts_of(result, "ensemble")[1] == result["inputs"]["output_tokens"]
-    if batch == 1:  # what it learns, and when, depends on who runs beside whom
+    if batch == 1:  # what the ensemble learns depends on which requests run side by side
         assert counts_of(result, "ensemble") == expected("ensemble", ngram, rest)
     rates = {name: each["emitted_per_step"] for name, each in result["proposers"].items()}
     assert result["ensemble_over_oracle"] == pytest.approx(rates["ensemble"] / rates["oracle"], abs=1e-4)
@@ -239,7 +239,7 @@ def test_as_a_slow_replay(tmp_path, tokenizer, rng, batch):
 
 
 class Recorder(Proposer):
-    """Writes down what it is shown; drafts one wrong token and keeps a hundred bytes a live request."""
+    """Records what it is shown; drafts one wrong token, and reports a hundred bytes for every live request."""
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
@@ -252,7 +252,7 @@ class Recorder(Proposer):
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         for index, request_id in enumerate(batch.request_ids):
             assert request_id not in self.finished
-            assert not batch.token_ids[batch.rows[index], batch.num_tokens[index] :].any()  # nothing of what comes
+            assert not batch.token_ids[batch.rows[index], batch.num_tokens[index] :].any()  # no coming tokens
             self.contexts.setdefault(request_id, []).append(batch.context(index).tolist())
             self.running.add(request_id)
         self.most_running = max(self.most_running, len(self.running))
@@ -283,10 +283,10 @@ def test_what_a_proposer_is_shown():
     # Every token of the output but the last is followed by a step that asks for a draft.
     assert by_first[1] == [list(range(1, end)) for end in range(4, 7)]
     assert by_first[5] == [list(range(5, end)) for end in range(8, 9)]
-    assert 11 not in by_first  # one token of output: nothing to ask for
+    assert 11 not in by_first  # one token of output gets no draft
     assert by_first[21] == [list(range(21, end)) for end in range(24, 29)]
     assert (counts.request_steps, counts.emitted, counts.accepted) == (13, 13, 0)
-    assert counts.drafted == (3 + 2 + 1) + 1 + (3 + 3 + 3 + 2 + 1)  # never past the last token but one
+    assert counts.drafted == (3 + 2 + 1) + 1 + (3 + 3 + 3 + 2 + 1)  # no draft reaches the last token
     for verified in recorder.verified:
         assert [len(each) for each in verified.target_token_ids] == verified.num_emitted
     shown = [token for each in recorder.verified for row in each.target_token_ids for token in row]
@@ -317,7 +317,7 @@ def test_nonsense_from_a_proposer_is_told():
     assert drafts.num_tokens.tolist() == [1, 0], "cut before ids outside the vocabulary, as in an engine"
 
 
-def test_table_and_json(tmp_path, tokenizer):
+def test_table_and_json_hold_every_replay(tmp_path, tokenizer):
     path = write(tmp_path / "a.txt", [1, 2, 3, 4] * 10)
     out = tmp_path / "new" / "r.json"
     result = run(
@@ -336,7 +336,7 @@ def test_table_and_json(tmp_path, tokenizer):
 
 
 def test_bad_input_is_one_clear_error_before_anything_runs(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(replay, "Replay", None)  # nothing gets so far
+    monkeypatch.setattr(replay, "Replay", None)  # no replay may start
     path = write(tmp_path / "a.txt", [1, 2, 3])
     store = make_store(tmp_path / "s.specstore", tokenizer, [[1, 2, 3]])
     other = make_store(

@@ -40,7 +40,7 @@ def made_stats(factor: int) -> DraftingStats:
 
 
 class Answering:
-    """A ``/metrics`` like a server's."""
+    """A small HTTP server with ``/metrics`` like vLLM's."""
 
     def __init__(self, folder: Path) -> None:
         self.stats = made_stats(1)
@@ -110,7 +110,7 @@ def test_once_prints_all_since_the_start(answering: Answering) -> None:
             assert words in done.stdout
 
 
-def test_further_chains_have_a_line_where_there_are_any(answering: Answering) -> None:
+def test_further_chains_have_a_line_if_there_are_any(answering: Answering) -> None:
     assert "chains beyond" not in run(answering.url, "--once").stdout
     answering.stats.ensemble.forks, answering.stats.ensemble.fork_wins = 1200, 300
     answering.stats.ensemble.fork_gain = 450
@@ -129,7 +129,7 @@ def test_rates_are_those_between_two_looks(answering: Answering) -> None:
     assert rate(now, before, "specplug_emitted_tokens_total") == pytest.approx(50 / span)
     assert window(now, before, "specplug_proposer_drafted_tokens_total", proposer="rest") == 80
     assert math.isnan(rate(now, None, "specplug_emitted_tokens_total"))
-    # A server that was started anew counts from zero.
+    # A restarted server counts from zero.
     assert math.isnan(rate(before, Sample(before.at - 1, now.values), "specplug_emitted_tokens_total"))
 
 
@@ -211,12 +211,12 @@ def test_rays_spelling_is_understood() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"), [([], ""), ([0.0, 0.0], ""), ([1.0, 8.0, math.nan, 4.0], "▂█ ▅"), ([5.0], "█")]
 )
-def test_the_curve(values: list[float], expected: str) -> None:
+def test_the_curve_scales_to_its_largest_value(values: list[float], expected: str) -> None:
     assert curve(deque(values)) == expected
 
 
 @pytest.mark.parametrize(
     ("num_bytes", "expected"), [(0, "0 B"), (2048, "2.0 KiB"), (5 << 30, "5.0 GiB"), (1 << 42, "4096.0 GiB")]
 )
-def test_sizes(num_bytes: int, expected: str) -> None:
+def test_bytes_are_shown_in_binary_units(num_bytes: int, expected: str) -> None:
     assert size(num_bytes) == expected

@@ -1,4 +1,4 @@
-"""Combs: a draft and the drafts that end in another token, worth most first."""
+"""Combs: a main chain, and side chains that each end in a runner-up, those worth most first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm_specplug.proposers.comb import Places, comb, first_confidence, other_c
 
 
 def made(tokens: list[list[list[int]]], scores: list[list[list[float]]]) -> tuple[np.ndarray, np.ndarray, Places]:
-    """Drafts (the first places), their lengths, and all places."""
+    """Main chains (the first places), their lengths, and all places."""
     places = Places.of_scores(np.array(tokens), np.array(scores))
     return places.token_ids[:, :, 0].copy(), np.full(len(tokens), len(tokens[0])), places
 
@@ -43,7 +43,7 @@ def test_what_is_not_the_draft_or_not_there_has_no_teeth() -> None:
     drafts, lengths, places = made([[[5, 5], [6, -1], [7, 3]]] * 3, [[[1.0, 0.5]] * 3] * 3)
     assert comb(drafts, lengths, places, 4).others[0].num_tokens.tolist() == [3, 3, 3]  # 5, 5 is no tooth, -1 neither
     assert len(comb(drafts, lengths, places, 4).others) == 1
-    drafts[1] = 4  # somebody else's draft
+    drafts[1] = 4  # another draft than the first places
     lengths[2] = 2  # ends before the tooth
     cut = comb(drafts, lengths, places, 4)
     assert [chains_of(cut, request) for request in range(3)] == [[[5, 6, 7], [5, 6, 3]], [[4, 4, 4]], [[5, 6]]]
@@ -85,7 +85,7 @@ def test_teeth_are_new_and_worth_less_and_less(data: st.DataObject) -> None:
         assert worth == sorted(worth, reverse=True) or np.allclose(worth, sorted(worth, reverse=True))
         for each in drafts.others:
             if length := each.num_tokens[request]:
-                # Draft and tooth cannot both be the target's.
+                # The target's token is the draft's or the tooth's, not both.
                 assert each.confidence[request, length - 1] + drafts.confidence[request, length - 1] <= 1.0 + 1e-6
 
 

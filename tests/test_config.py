@@ -1,4 +1,4 @@
-"""Settings: a mistake gives one error, before a model loads, naming the key, what was given and what is possible."""
+"""Settings: a mistake gives one error before a model loads, with the key, its value and the possible values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vllm_specplug.tiny_models import draft_path
 MODEL = {key: ENGINE_ARGS[key] for key in ("model", "max_model_len", "enforce_eager")}
 
 
-def test_defaults() -> None:
+def test_what_is_not_set_has_its_default() -> None:
     settings = parse_settings({})
     assert settings.num_speculative_tokens == 8
     assert settings.sampler == "gumbel"
@@ -112,10 +112,10 @@ def test_mistakes_are_named(given: dict[str, Any], parts: list[str]) -> None:
         assert part in str(caught.value)
 
 
-def test_request_options() -> None:
+def test_request_options_are_parsed_and_others_ignored() -> None:
     assert parse_request_options(None) == {}
-    given = {
-        "specplug_speculate": 0,  # what vLLM's HTTP types make of a JSON false
+    options = {
+        "specplug_speculate": 0,  # vLLM's HTTP types turn a JSON false into 0
         "specplug_proposers": "rest, suffix",
         "specplug_datastore": ["code"],
         "specplug_max_draft_tokens": 0,
@@ -123,7 +123,7 @@ def test_request_options() -> None:
         "somebody_elses": 3,
     }
     choices = RequestChoices(proposers=("suffix", "rest"), stores=("code", "tickets"), max_draft_tokens=8)
-    assert parse_request_options(given, choices) == {
+    assert parse_request_options(options, choices) == {
         "specplug_speculate": False,
         "specplug_proposers": ("rest", "suffix"),
         "specplug_datastore": ("code",),
@@ -162,7 +162,7 @@ def test_wrong_request_options_say_what_is_possible(name: str, value: Any, parts
         assert part in str(caught.value)
 
 
-def test_no_option_can_be_heeded_where_vllms_own_drafter_is_alone() -> None:
+def test_request_options_are_refused_if_vllms_own_drafter_is_alone() -> None:
     choices = RequestChoices(own_drafter="eagle")
     assert parse_request_options({"somebody_elses": 1}, choices) == {}
     with pytest.raises(ConfigurationError, match=r"requests can choose with method 'specplug', or with"):
@@ -200,7 +200,7 @@ def test_importing_the_package_is_cheap() -> None:
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[Engine]:
-    """A process in which vLLM and the plugin are loaded, without an engine."""
+    """A process that has loaded vLLM and the plugin, but has no engine."""
     with Engine() as child:
         yield child
 
@@ -288,8 +288,8 @@ def test_each_store_is_opened_and_checked(process: Engine, foreign_store: Path, 
         ({"mine": str(foreign_store), "theirs": str(tmp_path / "missing")}, "mine"),
         ({"theirs": str(tmp_path / "missing"), "mine": str(foreign_store)}, "theirs"),
     ):
-        given = {"method": "specplug", "proposers": ["rest"], "datastore": stores}
-        message = process.send("call", "config_error", given, MODEL)
+        config = {"method": "specplug", "proposers": ["rest"], "datastore": stores}
+        message = process.send("call", "config_error", config, MODEL)
         assert message.startswith(f"ConfigurationError: speculative_config: datastore {blamed!r}: ")
 
 
@@ -318,7 +318,9 @@ def test_each_store_is_opened_and_checked(process: Engine, foreign_store: Path, 
         ),
     ],
 )  # fmt: skip
-def test_spellings(process: Engine, arguments: dict[str, Any], drafter: str, num_tokens: int, sampler: str) -> None:
+def test_every_spelling_of_a_configuration_is_understood(
+    process: Engine, arguments: dict[str, Any], drafter: str, num_tokens: int, sampler: str
+) -> None:
     settings, model, k = process.send("call", "accepted_config", {**MODEL, **arguments})
     assert model == f"vllm_specplug.{drafter}"
     assert (k, settings["num_speculative_tokens"], settings["sampler"]) == (num_tokens, num_tokens, sampler)
@@ -372,7 +374,7 @@ def test_additional_config_is_checked_too(process: Engine, config: dict[str, Any
 
 @pytest.mark.engine
 def test_somebody_elses_additional_config_is_none_of_our_business(process: Engine) -> None:
-    """vLLM takes any object with a ``compute_hash`` there, and without our keys it works as if we were not there."""
+    """vLLM takes any object with a ``compute_hash`` there; without our keys, the plugin leaves it alone."""
     for config in ({}, NATIVE):
         assert process.send("call", "error_with_hashable_config", config, MODEL) == ""
 
@@ -397,13 +399,13 @@ def test_an_unsupported_vllm_works_without_us(process: Engine, kind: str, told: 
         assert told in error
         assert "supports vllm>=0.32,<0.34" in error
     assert result["errors"][len(wanted) :] == ["", ""]
-    # One place refuses our settings; all else is as vLLM made it.
+    # One function refuses our settings; all others are vLLM's own.
     assert result["changed"] == ["vllm.engine.arg_utils.EngineArgs.create_speculative_config"]
 
 
 @pytest.fixture(scope="module")
 def process_v2() -> Iterator[Engine]:
-    """The same where vLLM chooses its V2 runner."""
+    """Such a process in which vLLM chooses its V2 runner."""
     with Engine(v2=True) as child:
         yield child
 
@@ -447,7 +449,7 @@ def test_v2_is_kept_with_our_drafter(process_v2: Engine) -> None:
         ({"sampler": "rejection"}, 0),
     ],
 )
-def test_noises_of_a_sampler(given: dict[str, Any], num_noises: int) -> None:
+def test_a_sampler_has_the_number_of_noises_of_its_kind(given: dict[str, Any], num_noises: int) -> None:
     assert parse_settings(given).num_noises == num_noises
 
 

@@ -46,7 +46,7 @@ def test_the_tiny_pair_and_made_up_pairs(tmp_path: Path) -> None:
             chance = float(row[name])
             sigma = max(chance * (1 - chance) / 4000, 1e-6) ** 0.5
             assert abs(float(row[f"{name}_measured"]) - chance) < 5 * sigma, (name, row)
-        # A token and a height below 2 ** -b: far fewer bits than a distribution of 32-bit numbers.
+        # Far fewer bits than a distribution of 32-bit numbers would take.
         assert 10 < float(row["low_communication_bits"]) < 32 * int(row["vocab"])
 
     assert outs["png"].read_bytes().startswith(b"\x89PNG")
@@ -54,7 +54,7 @@ def test_the_tiny_pair_and_made_up_pairs(tmp_path: Path) -> None:
     assert sum(row["pairs"] for row in summary["rows"]) == 60
 
 
-def test_prompts_of_ones_own(tmp_path: Path) -> None:
+def test_prompts_can_come_from_a_file(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("import os, sys\n\nfor name in os.listdir(path):\n")
     said = run("--prompts", str(prompts), "--temperature", "1", "--contexts", "3", "--synthetic", "0", "--draws", "0")

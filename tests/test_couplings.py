@@ -1,4 +1,4 @@
-"""Every coupling: exact marginals, the matches that theory says, fast forms equal to slow ones, odd distributions."""
+"""Every coupling: exact marginals, matches as theory says, fast forms equal to slow ones, odd distributions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_specplug.samplers.gumbel import coupled_argmax, gumbel_noise
 from vllm_specplug.samplers.keys import SeedKeys
 from vllm_specplug.samplers.offline import lists, low_communication, rejection
 
-SIGNIFICANCE = 1e-6  # of each of the statistical tests here; their seeds are fixed
+SIGNIFICANCE = 1e-6  # of every statistical test here with fixed seeds
 TARGET = np.array([0.4, 0.3, 0.2, 0.1, 0.0])
 DRAFT = np.array([0.1, 0.35, 0.2, 0.0, 0.35])
 
@@ -36,9 +36,9 @@ def is_rate(hits: int, draws: int, rate: float, significance: float = SIGNIFICAN
 
 @st.composite
 def distributions(draw, count: int = 1, largest: int = 24):
-    """``count`` distributions over the same tokens: zeros, ties, one-hot and tiny ones too."""
+    """``count`` distributions over the same tokens, with zeros, ties, one-hot and tiny probabilities among them."""
     vocab = draw(st.integers(2, largest))
-    made = []
+    rows = []
     for _ in range(count):
         weights = np.array(
             draw(
@@ -51,8 +51,8 @@ def distributions(draw, count: int = 1, largest: int = 24):
         )
         if weights.sum() == 0:
             weights[draw(st.integers(0, vocab - 1))] = 1.0
-        made.append(weights / weights.sum())
-    return made
+        rows.append(weights / weights.sum())
+    return rows
 
 
 def log(probs) -> torch.Tensor:
@@ -60,7 +60,7 @@ def log(probs) -> torch.Tensor:
         return torch.from_numpy(np.log(probs))
 
 
-# All of them: what any coupling must do with any two distributions
+# All couplings. ``by_...`` returns the target's and the draft's tokens of ``count`` draws
 
 
 def race(logits, keys):
@@ -109,7 +109,7 @@ def by_list(target, draft, rng, count):
 
 
 def by_list_in_engine(target, draft, rng, count):
-    """As the engine draws: the target against the best of the chains' drafts, from one seed a row."""
+    """Draws as the engine does, from one seed for a row; the draft is the best of the chains' tokens."""
     seeds = torch.from_numpy(rng.integers(0, 2**31, count))
     rows = (log(each)[None].expand(count, -1) for each in (target, draft))
     return tuple(list_matching.draw(each, SeedKeys(seeds), 3, race)[0][:, 0].numpy() for each in rows)
@@ -147,7 +147,7 @@ def test_any_logits_and_temperatures_give_possible_tokens(coupling, logits, temp
     for tokens, probs, row in zip(coupling(*pair, np.random.default_rng(0), 64), pair, rows.tolist(), strict=True):
         assert (probs[tokens] > 0).all()
         favourites = [token for token, logit in enumerate(row) if logit == max(row)]
-        if temperature <= 1e-3 and max(row) > -math.inf:  # at the limit the likeliest tokens have it all
+        if temperature <= 1e-3 and max(row) > -math.inf:  # so cold that only the likeliest tokens are drawn
             assert set(tokens.tolist()) <= set(favourites)
 
 
@@ -156,13 +156,13 @@ def test_any_logits_and_temperatures_give_possible_tokens(coupling, logits, temp
 def test_vocabularies_of_any_size(coupling, vocab):
     rng = np.random.default_rng(vocab)
     pair = rng.dirichlet(np.full(vocab, 0.05), size=2)
-    # The last token alone is left of a target whose everything else is masked; the draft knows nothing of that.
+    # The second target has all tokens but the last one masked; the draft has not.
     for target in (pair[0], np.eye(1, vocab, vocab - 1)[0]):
         token, drafted = coupling(target, pair[1], rng, 4)
         assert (target[token] > 0).all()
         assert (pair[1][drafted] > 0).all()
         token, drafted = coupling(target, target, rng, 4)
-        if coupling is not by_list:  # of three drafts, the last need not be the one that won
+        if coupling is not by_list:  # it returns the last of three drafts, which need not be the matching one
             assert token.tolist() == drafted.tolist()
 
 
@@ -210,7 +210,7 @@ def test_what_is_no_distribution_is_refused(bad):
         theory.gumbel(np.array(bad), np.array(bad))
 
 
-def test_emitted_per_step():
+def test_emitted_per_step_follows_from_acceptance():
     assert theory.emitted_per_step(0.0, 4) == 1.0
     assert theory.emitted_per_step(1.0, 4) == 5.0
     assert theory.emitted_per_step(0.5, 2) == pytest.approx(1.75)
@@ -251,7 +251,7 @@ def test_darts_are_exact_and_match_as_theory_says():
 
 
 def test_the_popular_formula_is_not_exact():
-    """Smallest u_i / p_i: the same draws that the exact race -log(u_i) / p_i turns into the right distribution."""
+    """The smallest u_i / p_i is not a draw from p; the smallest -log(u_i) / p_i is."""
     probs = np.array([0.75, 0.25])
     uniforms = np.random.default_rng(0).random((100_000, 2))
     popular = (uniforms / probs).argmin(axis=1)
@@ -345,7 +345,7 @@ def test_what_is_emitted_and_then_goes_on_has_the_targets_distribution(verify):
     assert ((tokens >= 0).sum(axis=1) == emitted).all()
     assert (emitted <= lengths + 1).all()
     joint = np.zeros((count, K + 1), dtype=np.int64)
-    for num in range(1, K + 2):  # the target itself goes on behind what was emitted
+    for num in range(1, K + 2):  # the target continues the emitted tokens
         rows = emitted == num
         joint[rows] = drawn(target, rng, int(rows.sum()), K + 1, tokens[rows, :num])
     cells = list(itertools.product(range(VOCAB), repeat=K + 1))
@@ -512,7 +512,7 @@ def test_lists_equal_the_loop_with_drafters_that_differ(made, seed):
 
 @pytest.mark.parametrize("num_chains", [1, 2, 4])
 def test_the_engines_list_is_the_same_list_best_first(num_chains):
-    """One race a chain and one between their winners, against all noises side by side."""
+    """The engine's one race per chain and race of the winners, compared with one race over all noises."""
     count = 20_000
     seeds = np.random.default_rng(num_chains).integers(0, 2**31, count)
     rows = [log(each)[None].expand(count, -1) for each in (TARGET, DRAFT)]
@@ -525,9 +525,9 @@ def test_the_engines_list_is_the_same_list_best_first(num_chains):
     assert (drafted[1].diff(dim=1) <= 0).all()
     if num_chains == 1:
         assert token.tolist() == coupled_argmax(rows[0], torch.from_numpy(seeds)).tolist()
-    # The best of the drafts alone matches like one draft with one noise: the list costs it nothing.
+    # The best draft of a list matches as often as the only draft of a request with one chain,
     assert is_rate(int((drafted[0][:, 0] == token).sum()), count, theory.gumbel(TARGET, DRAFT))
-    if num_chains > 1:  # while a fixed one of them pays for the others
+    if num_chains > 1:  # and any fixed one of the list less often
         fixed = listed[:, 0] == token
         assert not is_rate(int(fixed.sum()), count, theory.gumbel(TARGET, DRAFT))
 

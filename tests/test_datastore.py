@@ -1,4 +1,4 @@
-"""The token store: what it finds against a naive search, and what it refuses."""
+"""The token store finds what a naive search finds, and refuses damaged or foreign files."""
 
 from __future__ import annotations
 
@@ -77,15 +77,15 @@ def store_longest(
         store.tokens, store.positions, store.segments, store.header.vocab_size, table, rows, num_tokens,
         np.ones(len(contexts), dtype=np.int64), max_match, min_match, longest, ranges,
     )  # fmt: skip
-    found = []
+    answers = []
     for length, here in zip(longest.tolist(), ranges.tolist(), strict=True):
         followers = [
             int(store.tokens[first_token + int(position)])
             for (first_token, _, _, _), (begin, end) in zip(store.segments.tolist(), here, strict=True)
             for position in store.positions[begin:end]
         ]
-        found.append((length, sorted(followers)))
-    return found
+        answers.append((length, sorted(followers)))
+    return answers
 
 
 documents_strategy = st.lists(st.lists(st.integers(0, 3), max_size=30), min_size=1, max_size=8).filter(
@@ -108,7 +108,7 @@ def test_longest_match_equals_naive_search(tmp_path, documents, contexts, max_ma
     assert store.header.num_tokens == sum(map(len, documents))
     naive = [naive_longest(documents, context, max_match) for context in contexts]
     assert store_longest(store, contexts, max_match) == naive
-    # A shorter match than min_match is none.
+    # A match shorter than min_match counts as none.
     assert store_longest(store, contexts, max_match, min_match=2) == [
         found if found[0] >= 2 else (0, []) for found in naive
     ]
@@ -135,11 +135,11 @@ def test_16_bit_ids_up_to_the_separator(tmp_path):
     assert store_longest(wide, [[65_535]], 4) == [(1, [1, 2])]
 
 
-def test_size_and_opening_time(tmp_path):
+def test_a_store_takes_6_or_8_bytes_a_token_and_opens_at_once(tmp_path):
     rng = np.random.default_rng(0)
     for vocab_size, bytes_per_token in ((4096, 6), (100_000, 8)):
         path = write_store(tmp_path, rng.integers(0, 4096, (50, 10_000)).tolist(), vocab_size)
-        # What is above belongs to the header and the gap before the second section, whatever the store's size.
+        # All other bytes are the header and the gap before the second section, for stores of any size.
         assert path.stat().st_size <= bytes_per_token * 500_000 + HEADER_BYTES + format.PAGE_BYTES
         seconds = []
         for _ in range(5):
@@ -150,13 +150,13 @@ def test_size_and_opening_time(tmp_path):
 
 
 def resident_bytes(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found
-    return int(found.group(1)) * 1024
+    line = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert line
+    return int(line.group(1)) * 1024
 
 
 @pytest.mark.parametrize("vocab_size", [4096, 100_000])
-def test_memory_of_sorting(tmp_path, vocab_size):
+def test_sorting_takes_no_more_memory_than_planned(tmp_path, vocab_size):
     num_tokens = 3_000_000
     dtype = np.uint16 if vocab_size < 2**16 else np.uint32
     tokens = np.random.default_rng(0).integers(0, vocab_size, num_tokens).astype(dtype)
@@ -166,10 +166,10 @@ def test_memory_of_sorting(tmp_path, vocab_size):
     del tokens
     mapped = np.memmap(tmp_path / "tokens", dtype, "r")
     before = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of memory
     sort_positions(mapped, vocab_size)
     per_token = (resident_bytes("VmHWM") - before) / num_tokens
-    # A few megabytes do not grow with the store: 2 bytes a token here.
+    # 2 bytes a token for a few megabytes that do not grow with the store.
     assert per_token < datastore_writer.sort_bytes_per_token(vocab_size) + 2
 
 
@@ -225,7 +225,7 @@ def test_killed_build_leaves_no_store_and_is_cleaned_up(tmp_path):
     assert not path.exists()
     (left,) = tmp_path.iterdir()
     assert left.name.startswith("out.specstore.partial-")
-    mine = tmp_path / f"out.specstore.partial-{os.getppid()}"  # of a process that is alive
+    mine = tmp_path / f"out.specstore.partial-{os.getppid()}"  # belongs to a live process
     mine.touch()
     with DatastoreWriter(path, vocab_size=4, fingerprint=FINGERPRINT) as writer:
         writer.add([1, 2, 3])
@@ -241,7 +241,7 @@ def test_existing_path_needs_overwrite(tmp_path):
     with DatastoreWriter(path, vocab_size=4, fingerprint=FINGERPRINT, overwrite=True) as writer:
         writer.add([3, 3, 3])
         writer.finish()
-    assert opened.tokens.tolist() == [4, 1, 2, 4]  # who has the old one open keeps it
+    assert opened.tokens.tolist() == [4, 1, 2, 4]  # an open store stays as it is
     assert Datastore.open(path).tokens.tolist() == [4, 3, 3, 3, 4]
 
 
@@ -329,7 +329,7 @@ def test_verify_finds_corruption(tmp_path):
 
 
 def rewrite_checksums(path: Path) -> None:
-    """Make a damaged store's checksums right again, as a faulty build would."""
+    """Give a damaged store right checksums, as a faulty build would."""
     data = path.read_bytes()
     magic, version, num_bytes, _ = PREFIX.unpack_from(data)
     header = json.loads(data[PREFIX.size : PREFIX.size + num_bytes])
@@ -358,7 +358,7 @@ def test_verify_finds_nonsense_with_right_checksums(tmp_path, section, data, mes
 
 
 class Vocabulary:
-    """As much of a tokenizer as a fingerprint needs."""
+    """The part of a tokenizer that a fingerprint needs."""
 
     def __init__(self, *tokens: str) -> None:
         self.tokens = tokens

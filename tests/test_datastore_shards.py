@@ -1,4 +1,4 @@
-"""Sharded stores: many files look like one, versions change at one stroke, and merging keeps what is found."""
+"""Sharded stores: many files serve as one, versions change in one step, and merging changes no match."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def sharded(folder: Path, groups: Sequence[Documents], vocab_size: int = 4, segm
 
 
 def drafts_of(path: Path, contexts: Sequence[Sequence[int]], vocab_size: int, **options: int) -> list[object]:
-    """Everything that the proposer answers, and what it found."""
+    """All arrays of the proposer's answer, and the matches behind it."""
     proposer = RestProposer(
         ProposerContext(vocab_size, 6, datastores={"store": str(path)}, options={"min_confidence": 0.0, **options})
     )
@@ -94,7 +94,7 @@ def test_shards_and_merged_shards_find_what_one_file_finds(tmp_path, groups, con
     separators = np.flatnonzero(whole.tokens == 4)
     pieces = [whole.tokens[a + 1 : b].tolist() for a, b in itertools.pairwise(separators)]
     one = write_file(tmp_path / f"{next(fresh_names)}.specstore", pieces)
-    # min_match 1 and room for every vote: then the order of equally good occurrences plays no part in the counts.
+    # With min_match 1 and room for every vote, the counts do not depend on the order of equally good occurrences.
     for each in (path, merged[0]):
         found, lengths, _, matches = drafts_of(each, contexts, 4, max_votes=1000)
         expected_found, expected_lengths, _, expected_matches = drafts_of(one, contexts, 4, max_votes=1000)
@@ -104,7 +104,7 @@ def test_shards_and_merged_shards_find_what_one_file_finds(tmp_path, groups, con
 
 @pytest.mark.parametrize("vocab_size", [4096, 100_000])
 def test_merging_sorts_like_one_build(tmp_path, vocab_size):
-    """Where no two positions have the same text before them, there is one order, and merging finds it."""
+    """If no two positions have the same text before them, there is one order, and merging finds it."""
     random = np.random.default_rng(0)
     groups = [random.integers(0, vocab_size, (20, 300)).tolist() for _ in range(7)]
     store = Datastore.open(sharded(tmp_path, groups, vocab_size, segment_tokens=2000))
@@ -116,7 +116,7 @@ def test_merging_sorts_like_one_build(tmp_path, vocab_size):
     whole = Datastore.open(write_file(tmp_path / "whole", documents, vocab_size))
     assert merged.tokens.tolist() == whole.tokens.tolist()
     differ = merged.positions != whole.positions
-    # Positions behind a document's start have the same text before them as others that begin with the same tokens.
+    # The first positions of documents that begin alike do have the same text before them: their order is open.
     assert differ.mean() < 0.02
     assert progress[-1] == (len(merged.positions),) * 2
     assert merged.header.sorted_depth == datastore_shards.MERGE_DEPTH
@@ -135,7 +135,7 @@ def test_repeated_text_is_in_order_over_the_merged_depth_only(tmp_path):
     assert drafts_of(merged, contexts, 4, **deep) == drafts_of(path, contexts, 4, **deep)
     with pytest.raises(ValueError, match=r"in order over 256 tokens: max_match may be up to 256, not 257"):
         drafts_of(merged, contexts, 4, max_match=257)
-    drafts_of(path, contexts, 4, max_match=257)  # shards that were not merged have no such bound
+    drafts_of(path, contexts, 4, max_match=257)  # shards that were not merged take longer matches
 
 
 def test_merging_makes_as_many_files_as_segments_need(tmp_path):
@@ -157,14 +157,14 @@ def test_a_file_becomes_a_shard_without_being_copied(tmp_path):
     with writing(path) as folder:
         shards = adopt(before)
         more = write_file(folder / "more.specstore", [[3, 2, 1, 0]])
-        assert Datastore.open(path).header.num_tokens == 3  # nothing changes before it is published
+        assert Datastore.open(path).header.num_tokens == 3  # the new version is not published yet
         publish(path, [*shards, shard_of(more)])
     assert before.is_replaced()
     after = Datastore.open(path)
     assert not after.is_replaced()
     assert after.header.num_tokens == 7
     assert after.files[0][0].stat().st_ino == inode
-    assert before.tokens.tolist() == [4, 1, 2, 3, 4]  # who had the old version open goes on with it
+    assert before.tokens.tolist() == [4, 1, 2, 3, 4]  # an open store keeps the old version
     assert store_files(path) == [*(shards_folder(path) / s.file for s in (*shards, shard_of(more))), path]
 
 
@@ -185,7 +185,7 @@ def test_one_writer_at_a_time(tmp_path):
     path = write_file(tmp_path / "code.specstore", [[1, 2, 3]])
     with writing(path), pytest.raises(DatastoreError, match="somebody else is changing"), writing(path):
         pass
-    assert not shards_folder(path).exists()  # nothing was made in it
+    assert not shards_folder(path).exists()  # the refused writer left no folder
 
 
 def test_readers_survive_versions_that_come_and_go(tmp_path):
@@ -261,7 +261,7 @@ def test_shards_of_two_tokenizers_are_refused(tmp_path):
 
 
 def test_many_shards_map_in_place(tmp_path):
-    """More of them than files that this process may have open."""
+    """A store may have more shards than a process may have open files."""
     random = np.random.default_rng(2)
     groups: list[NDArray[np.int64]] = [random.integers(0, 4, (2, 500)) for _ in range(60)]
     path = sharded(tmp_path, [group.tolist() for group in groups])

@@ -1,4 +1,4 @@
-"""The documentation: the site builds and fetches nothing, and every example in it is run, or says why it is not.
+"""The documentation: the site builds and fetches nothing, and every example is run, or says why it is not.
 
 A code block says how it is tested in a comment right before it: ``run`` (here, in a folder of its own), ``run with an
 engine`` (here, all of them with one engine), ``run by tests/FILE.py::TEST`` or ``not run: REASON``.
@@ -50,11 +50,11 @@ class Block:
     """A fenced block of code.
 
     Attributes:
-        page: file that it stands in.
-        line: of the fence, counted from 1.
-        language: behind the fence.
-        code: between the fences.
-        marks: what the comments right before it say.
+        page: file that the block is in.
+        line: line of the opening fence, from 1.
+        language: word behind the opening fence.
+        code: text between the fences.
+        marks: texts of the comments right before the block.
     """
 
     page: Path
@@ -96,7 +96,7 @@ BLOCKS = list(blocks())
 
 
 def to_run() -> Iterator[Block]:
-    """Blocks that are to be run here; what stands on two pages, once."""
+    """Blocks marked ``run``; a block that is on two pages, once."""
     seen: set[str] = set()
     for block in BLOCKS:
         if "run" in block.marks:
@@ -112,7 +112,7 @@ RUN = list(to_run())
 
 
 def of(*languages: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Parametrise a test with the blocks of these languages that are to be run here."""
+    """Parametrise a test with the blocks of :func:`to_run` in these languages."""
     return pytest.mark.parametrize("block", [block for block in RUN if block.language in languages], ids=str)
 
 
@@ -164,7 +164,7 @@ def test_the_readme_is_one_page() -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Little, so that an example cannot count on what happens to be set here."""
+    """Few environment variables, so that an example cannot depend on others that happen to be set."""
     kept = {name: os.environ[name] for name in ("LANG", "NUMBA_CACHE_DIR", "TMPDIR") if name in os.environ}
     return {
         **kept,
@@ -181,7 +181,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def for_real(code: str) -> str:
-    """The code with the tiny models in the place of MODEL and SMALL."""
+    """The code with the tiny models in place of MODEL and SMALL."""
     code = re.sub(r"(?<![\w$])MODEL(?![\w=])", str(target_path()), code)
     return re.sub(r"(?<![\w$])SMALL(?![\w=])", str(draft_path()), code)
 
@@ -206,7 +206,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pyarrow.parquet.write_table(pyarrow.table({"text": [text[:2000] for text in texts[28:30]]}), home / "more.parquet")
     (home / "big.txt").write_text(texts[30][:6000])
     subprocess.run(["gzip", "big.txt"], cwd=home, check=True)
-    (home / "programs").mkdir()  # where Python looks first; in the home itself it would find half of this package
+    (home / "programs").mkdir()  # Python looks here first; in the home itself it would find half of this package
     (home / "examples").symlink_to(ROOT / "examples")
     (home / "vllm_specplug" / "tiny_models").mkdir(parents=True)
     (home / "vllm_specplug" / "tiny_models" / "tiny-target").symlink_to(target_path())
@@ -217,12 +217,12 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(template: Path, tmp_path: Path) -> Path:
-    """A copy of it, to work in."""
+    """A copy of the user's home for one test."""
     return shutil.copytree(template, tmp_path / "home", symlinks=True)
 
 
 def run(command: list[str], folder: Path, **more: str) -> str:
-    """Standard output of a command that has to succeed."""
+    """Standard output of a command, which must succeed."""
     done = subprocess.run(
         command, cwd=folder, env={**environment(folder), **more}, capture_output=True, text=True, timeout=300
     )
@@ -288,16 +288,16 @@ def configurations() -> Iterator[tuple[str, dict[str, Any]]]:
                     yield str(block), ast.literal_eval(node.value)
     for page in PAGES:
         for span in re.findall(r"`(\{\s*\"[^`]*\})`", page.read_text()):
-            with contextlib.suppress(ValueError):  # with an ellipsis or a word to fill in: no example to paste
-                found = json.loads(span)
-                if "method" in found:
-                    yield f"{page.relative_to(ROOT)}, {span}", found
-                elif "name" in found:
-                    yield f"{page.relative_to(ROOT)}, {span}", {"method": "specplug", "proposers": [found]}
+            with contextlib.suppress(ValueError):  # an ellipsis, or a word to fill in: not for pasting
+                config = json.loads(span)
+                if "method" in config:
+                    yield f"{page.relative_to(ROOT)}, {span}", config
+                elif "name" in config:
+                    yield f"{page.relative_to(ROOT)}, {span}", {"method": "specplug", "proposers": [config]}
 
 
 def with_real_files(value: Any, store: Path) -> Any:
-    """The configuration with models and a store that there are."""
+    """The configuration with the tiny models and a real store in place of its names."""
     if isinstance(value, dict):
         return {key: with_real_files(each, store) for key, each in value.items()}
     if isinstance(value, list):
@@ -322,14 +322,14 @@ json.dump(answers, open("answers.json", "w"))
 
 @pytest.mark.engine
 def test_every_speculative_config_is_read(home: Path) -> None:
-    """By vLLM with this plugin, up to where a model would be loaded."""
-    places, given = zip(*configurations(), strict=True)
-    assert len(given) > 12
-    configs = [with_real_files(config, home / STORE) for config in given]
+    """vLLM with this plugin takes it, up to the point at which a model would be loaded."""
+    places, as_written = zip(*configurations(), strict=True)
+    assert len(as_written) > 12
+    configs = [with_real_files(config, home / STORE) for config in as_written]
     for config in configs:
         if any(each.get("name") == "rest" for each in config.get("proposers", ()) if isinstance(each, dict)):
             config.setdefault("datastore", str(home / STORE))
-        if config.get("model") == "HEAD":  # of a model that is not here: our keys alone
+        if config.get("model") == "HEAD":  # a model that is not here: only our keys are checked
             parse_settings({key: config[key] for key in OWN_KEYS if key in config})
             config.clear()
     (home / "programs" / "read.py").write_text(READ_BY_VLLM)
@@ -337,7 +337,7 @@ def test_every_speculative_config_is_read(home: Path) -> None:
     run([sys.executable, "programs/read.py", str(target_path())], home, PYTHONPATH="examples")
     for place, config, answer in zip(places, configs, json.loads((home / "answers.json").read_text()), strict=True):
         if any(each.get("on_device") for each in config.get("proposers", ()) if isinstance(each, dict)):
-            assert "needs Model Runner V2" in answer, f"{place}: {answer}"  # so far it was understood
+            assert "needs Model Runner V2" in answer, f"{place}: {answer}"  # the keys were understood
         else:
             assert not answer, f"{place}: {answer}"
 
@@ -397,7 +397,7 @@ def _free_port() -> int:
 
 @pytest.mark.engine
 def test_the_quick_start_serves(home: Path) -> None:
-    """Its commands as they stand, but for the port."""
+    """The page's commands, with another port."""
     port = str(_free_port())
     mark = "run by tests/test_docs.py::test_the_quick_start_serves"
     steps = [block for block in BLOCKS if block.page == QUICK_START and mark in block.marks]
@@ -425,7 +425,7 @@ def test_the_quick_start_serves(home: Path) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(30)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its own session: whatever it may have left behind
+                os.killpg(process.pid, signal.SIGKILL)  # the group is the server's own session
             process.wait()
 
 
@@ -448,7 +448,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Fetched(HTMLParser):
-    """What a browser fetches for a page without being asked; links that are clicked are none of it."""
+    """Collects the addresses that a browser fetches when it opens a page; links are not among them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -481,7 +481,7 @@ def test_the_site_fetches_nothing_from_outside(site: Path) -> None:
         elif path.suffix == ".css":
             addresses = addresses_in_css(path.read_text())
         elif path.suffix == ".js":
-            # Scripts could fetch anything: none may name a script, style, font or picture elsewhere.
+            # Scripts can fetch anything: they may name no script, style, font or picture on another server.
             addresses = re.findall(r"https?://[^\s'\"`]+?\.(?:js|css|woff2?|png|svg)\b", path.read_text())
             addresses += re.findall(r"https?://(?:unpkg|cdn|cdnjs|fonts)\b[^\s'\"`]*", path.read_text())
             addresses = [each for each in addresses if not is_comment(path.read_text(), each)]
@@ -493,7 +493,7 @@ def test_the_site_fetches_nothing_from_outside(site: Path) -> None:
 
 
 def is_comment(script: str, address: str) -> bool:
-    """Whether an address stands in a comment of a script only (who wrote it, where a rule comes from)."""
+    """Whether an address is only in comments of a script, such as its licence."""
     code = re.sub(r"/\*.*?\*/", "", script, flags=re.S)
     code = re.sub(r"(?m)^\s*//.*$", "", code)
     return address not in code
@@ -577,8 +577,8 @@ def test_a_variable_that_nobody_described_ends_the_build(hooks: ModuleType, monk
     ],
 )
 def test_environment_variables_are_found(hooks: ModuleType, source: str, name: str | None) -> None:
-    found = [key for node in ast.walk(ast.parse(source)) if (key := hooks._environment_key(node)) is not None]
-    assert [key.value for key in found] == ([] if name is None else [name])
+    keys = [key for node in ast.walk(ast.parse(source)) if (key := hooks._environment_key(node)) is not None]
+    assert [key.value for key in keys] == ([] if name is None else [name])
 
 
 def test_the_pictures_are_what_their_program_draws(tmp_path: Path) -> None:

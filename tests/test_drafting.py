@@ -1,4 +1,4 @@
-"""What strangers' proposers answer becomes well-formed drafts, or the proposer is left out."""
+"""Any answer of a user's proposer becomes well-formed drafts, or the proposer is left out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONTEXT = ProposerContext(vocab_size=100, num_speculative_tokens=4)
 
 
 class Answers(Proposer):
-    """Gives the test's answer."""
+    """Returns the answer that a test has set."""
 
     answer: Any = None
     asked: DraftBatch | None = None
@@ -177,7 +177,7 @@ def test_requests_decide(drafting: Drafting) -> None:
     assert [len(draft) for draft in drafts] == [4, 0, 2, 0, 1, 0, 4]
     assert Answers.asked is not None
     assert list(Answers.asked.request_ids) == ["plain", "short", "ends", "here"]
-    assert Answers.asked.context(3).tolist() == list(range(10))  # row 6 holds 300 to 349, modulo 100
+    assert Answers.asked.context(3).tolist() == list(range(10))  # its row holds 300 to 349, modulo 100
     assert not Answers.asked.token_ids.flags.writeable
 
 
@@ -197,7 +197,7 @@ def test_the_engines_own_drafter_takes_part(monkeypatch: pytest.MonkeyPatch) -> 
     assert drafting.propose(*arguments).drafts == [[7, 8, 9], [3], []]
     Answers.answer = high
     assert drafting.propose(*arguments).drafts == [[1, 2], [3], [4]]
-    Answers.answer = None  # broken: vLLM's own goes on
+    Answers.answer = None  # this proposer fails, and vLLM's own drafter goes on
     assert drafting.propose(*arguments).drafts == [[7, 8, 9], [], []]
     assert not drafting.stats.proposers["answers"].active
     assert drafting.has_proposers
@@ -211,7 +211,7 @@ UNGATED = {"name": "ensemble", "gate": False}  # chains are verified whether the
 
 @pytest.fixture
 def branching(monkeypatch: pytest.MonkeyPatch) -> Drafting:
-    """Three chains a request, and all of them verified."""
+    """Drafting with three chains for a request, all of them verified."""
     monkeypatch.setattr(registry, "proposer_class", lambda name: Answers)
     settings = {"proposers": ["answers", UNGATED], "num_chains": 3}
     return Drafting(parse_settings(settings), CONTEXT)
@@ -232,7 +232,7 @@ def branch(
 
 
 def with_others(first: list[list[int]], *others: Any) -> Drafts:
-    """Each less likely than the one before it."""
+    """Drafts with further chains, each less likely than the one before it."""
     answer = Drafts.from_lists(first, 0.5)
     answer.others = tuple(
         Drafts.from_lists(each, 0.3 - 0.1 * nth) if isinstance(each, list) else each for nth, each in enumerate(others)
@@ -299,7 +299,7 @@ def test_no_others_may_be_said_in_several_ways(branching: Drafting, others: Any,
     assert branching.stats.proposers["answers"].active
 
 
-def test_others_are_asked_for_and_kept_where_there_is_room(branching: Drafting, drafting: Drafting) -> None:
+def test_others_are_asked_for_and_kept_if_there_is_room(branching: Drafting, drafting: Drafting) -> None:
     answer = with_others([[1], [2]], [[3], [4]])
     assert branch(branching, answer)[1] == {"0": [[3]], "1": [[4]]}
     assert Answers.asked is not None
@@ -339,7 +339,7 @@ def test_requests_choose_whose_chains_they_take(branching: Drafting) -> None:
 
 
 def test_further_chains_are_counted(branching: Drafting) -> None:
-    # Request 0's second chain is right, of request 1 the first; chains share their first tokens.
+    # The second chain of request 0 is right, and the first one of request 1. Chains share their first tokens.
     answer = with_others([[1, 2, 3], [7, 7]], [[1, 2, 4], [8]], [[1, 5], []])
     further = branch(branching, answer)[1]
     assert {name: sorted(chains) for name, chains in further.items()} == {"0": [[1, 2, 4], [1, 5]], "1": [[8]]}

@@ -1,4 +1,4 @@
-"""The ensemble against plain forms of its rules, and its learning and gating on made-up streams with known answers."""
+"""The ensemble follows plain forms of its rules; its learning and its gate work on made-up streams."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_draft_that_ends_is_continued_by_one_that_agreed() -> None:
 
 
 def test_composition_equals_a_plain_form(random: np.random.Generator) -> None:
-    """With weights that take the confidence as it is: at each depth the member whose rest promises most."""
+    """If chances are the confidences, every depth has the token of the member whose remaining draft promises most."""
     for _ in range(200):
         members = int(random.integers(1, 5))
         one = ensemble(members)
@@ -113,9 +113,9 @@ def test_limits_and_widths_are_heeded() -> None:
 
 
 def test_it_learns_whom_to_trust(random: np.random.Generator) -> None:
-    """Two that are equally sure of themselves: one is right 8 times in 10, the other 2 times. And how far.
+    """Of two proposers with equal confidence, right 8 and 2 times in 10, the better one is chosen and its chance known.
 
-    Every proposer learns in every step, the one that was not chosen too.
+    The weights of both are learned in every step, whichever was chosen.
     """
     one = ensemble(2, learning_rate=0.08)
     right = []
@@ -128,15 +128,15 @@ def test_it_learns_whom_to_trust(random: np.random.Generator) -> None:
             right.append((best.token_ids[0, 0] == truth, float(best.confidence[0, 0])))
         told(one, [[truth]])
         if step % 10 == 9:
-            one.finish(["0"])  # a request ends; what was learned of proposers stays
+            one.finish(["0"])  # a request ends; the learned weights stay
     share, confidence = np.mean(right, axis=0)
-    # Whoever is right when they differ is the second in 16 of 17 cases; both wrong in 16 of 100.
+    # If only one is right, it is the better one in 16 of 17 cases; both are wrong in 16 of 100.
     assert share > 0.72
     assert abs(share - confidence) < 0.12
 
 
 def test_a_request_finds_its_own_favourite(random: np.random.Generator) -> None:
-    """Each proposer is right in half of the requests, and always there: the latest tokens tell which."""
+    """Every proposer is always right in half of the requests: the latest tokens of a request tell which is."""
     one = ensemble(2, learning_rate=0.08)
     right = []
     for request in range(60):
@@ -179,7 +179,7 @@ def test_no_state_stays_and_rooms_grow(random: np.random.Generator) -> None:
 
 
 def test_lengths_that_pay_equal_trying_all(random: np.random.Generator) -> None:
-    """Against every combination of lengths of three drafts: most tokens beyond those of the time that they take."""
+    """Compared with all lengths of three drafts: expected tokens, less those that the time would give, are most."""
     for _ in range(200):
         chances = random.uniform(0.05, 0.99, (3, K))
         lengths = random.integers(0, K + 1, 3)
@@ -204,7 +204,7 @@ def test_costs_are_found_again(random: np.random.Generator) -> None:
         rows = int(random.integers(0, 40)) * int(random.random() < 0.8)
         seconds = 0.010 + (0.002 + 0.0001 * rows if rows else 0.0)
         if random.random() < 0.1:
-            seconds *= 20  # the machine was away, or a prompt came in
+            seconds *= 20  # the machine was busy, or a prompt was read
         costs.add(8, rows, seconds * random.uniform(0.98, 1.02))
     plain_s, first_s, row_s = costs.of(8)
     assert plain_s == pytest.approx(0.010, rel=0.05)
@@ -218,7 +218,7 @@ def test_costs_are_found_again(random: np.random.Generator) -> None:
 
 
 def drive(one: Ensemble, steps: int, right: float, row_s: float, random: np.random.Generator) -> tuple[int, float]:
-    """An engine whose plain step takes 10 ms; returns draft rows verified and seconds spent."""
+    """Run an engine whose plain step takes 10 ms; returns the verified draft rows and the seconds."""
     rows = 0
     total_rows, total_s = 0, 0.0
     for _ in range(steps):
@@ -237,9 +237,9 @@ def drive(one: Ensemble, steps: int, right: float, row_s: float, random: np.rand
     return total_rows, total_s
 
 
-def test_nothing_is_verified_where_it_does_not_pay_and_that_is_tried_again_rarely(random: np.random.Generator) -> None:
+def test_nothing_is_verified_while_it_does_not_pay_but_for_rare_probes(random: np.random.Generator) -> None:
     one = ensemble(1, learning_rate=0.08, gate=True)
-    drive(one, 300, 0.1, 0.010, random)  # a row costs as much as a step, and one in ten is accepted
+    drive(one, 300, 0.1, 0.010, random)  # a row costs as much as a step, and one draft token in ten is right
     rows, seconds = drive(one, 2000, 0.1, 0.010, random)
     stats = one.snapshot()
     assert stats.paused
@@ -253,7 +253,7 @@ def test_nothing_is_verified_where_it_does_not_pay_and_that_is_tried_again_rarel
     assert rows > 6000
 
 
-def test_all_is_verified_where_rows_cost_nothing(random: np.random.Generator) -> None:
+def test_all_is_verified_if_rows_cost_nothing(random: np.random.Generator) -> None:
     one = ensemble(1, learning_rate=0.08, gate=True)
     rows, _ = drive(one, 500, 0.5, 0.0, random)
     assert rows > 0.95 * 16 * 490
@@ -272,7 +272,7 @@ def test_wrong_options_are_named() -> None:
             Ensemble(["a"], K, options)
 
 
-def test_drafts_go_on_where_no_step_can_be_measured() -> None:
+def test_drafts_go_on_if_no_step_can_be_measured() -> None:
     ensemble = Ensemble(("a",), 4)
     batch = DraftBatch.from_contexts([[1, 2]], 4, ["0"])
     answers = [Drafts.from_lists([[3, 4]], confidence=0.9)]
@@ -322,7 +322,7 @@ Node = tuple[int, ...]
 
 
 def members_of(random: np.random.Generator, num_members: int, num_requests: int, *, alike: float = 0.0) -> list[Drafts]:
-    """Drafts of few different tokens, so that they share heads; with the chances ``alike`` two are the same."""
+    """Drafts of few different tokens, so that they share beginnings; with probability ``alike`` two are equal."""
     answers: list[Drafts] = []
     for _ in range(num_members):
         rows = [random.integers(0, 3, random.integers(0, K + 1)).tolist() for _ in range(num_requests)]
@@ -353,8 +353,8 @@ def forking(
 
 def chains_of(drafts: Drafts, index: int) -> list[Node]:
     """All chains of a request, the first one first."""
-    found = [tuple(each.token_ids[index, : each.num_tokens[index]].tolist()) for each in (drafts, *drafts.others)]
-    return [chain for chain in found if chain]
+    chains = [tuple(each.token_ids[index, : each.num_tokens[index]].tolist()) for each in (drafts, *drafts.others)]
+    return [chain for chain in chains if chain]
 
 
 def nodes_of(chains: Sequence[Node]) -> set[Node]:
@@ -362,7 +362,7 @@ def nodes_of(chains: Sequence[Node]) -> set[Node]:
 
 
 class PlainTree:
-    """The rules of the choice of forks for one request, spelled out with sets of nodes."""
+    """The rules for the choice of one request's forks, spelled out with sets of nodes."""
 
     def __init__(self, answers: Sequence[Drafts], index: int, limit: int, main: Node, max_chains: int) -> None:
         self.paths = [
@@ -387,8 +387,8 @@ class PlainTree:
         return math.prod(self.chance[node[: depth + 1]] for depth in range(len(node)))
 
     def candidates(self) -> dict[Node, float]:
-        """Whole paths that leave the tree, each with the chance of its first node outside of it."""
-        found: dict[Node, float] = {}
+        """Whole paths that leave the tree, with the chance of their first node outside of it."""
+        candidates: dict[Node, float] = {}
         for path in self.paths:
             head = next((n for n in range(len(path), 0, -1) if path[:n] in self.chance), 0)
             if head == len(path) or path[:head] in self.chains:
@@ -404,11 +404,11 @@ class PlainTree:
                     break
                 best = max(alive, key=lambda m: self.remaining(m, len(node)))
                 node = self.paths[best][: len(node) + 1]
-            found[node] = chance
-        return found
+            candidates[node] = chance
+        return candidates
 
     def best(self, scale: float, row_cost: float, fork_cost: float) -> tuple[float, Node, dict[Node, float], float]:
-        """The fork that gains most: its gain, itself, the chances of its own nodes, its expected accepted tokens."""
+        """The fork that gains most: (gain, path, chances of its own nodes, expected accepted tokens)."""
         most: tuple[float, Node, dict[Node, float], float] = (0.0, (), {}, 0.0)
         if not self.chains or len(self.chains) == self.max_chains:
             return most
@@ -428,7 +428,7 @@ class PlainTree:
 
 
 class SetCosts(Gate):
-    """Whole main chains, and side chains at costs that are set, in tokens; remembers what was added to any drafts."""
+    """A gate with costs of side chains that a test sets, in tokens; it keeps main chains whole, and the last forks."""
 
     def __init__(self, trust: float, row_cost: float, fork_cost: float) -> None:
         super().__init__(EnsembleStats())
@@ -445,7 +445,7 @@ class SetCosts(Gate):
 
 
 def test_forks_equal_a_plain_form(random: np.random.Generator) -> None:
-    """Chains, their order, rows, and what is expected of them, for a batch whose forks are taken most gain first."""
+    """Chains, their order, rows and expected accepted tokens are those of :class:`PlainTree`, most gain first."""
     num_forked = 0
     for _ in range(300):
         num_members, num_requests = int(random.integers(2, 6)), int(random.integers(1, 4))
@@ -508,7 +508,7 @@ def test_forks_equal_a_plain_form(random: np.random.Generator) -> None:
 
 
 def test_the_tree_without_costs(random: np.random.Generator) -> None:
-    """Every path that adds something is in it, none twice or the beginning of another, none longer than the first."""
+    """It has every path that adds a node, none twice or as the beginning of another, none longer than the first."""
     for _ in range(200):
         num_members, num_requests = int(random.integers(1, 6)), int(random.integers(1, 4))
         answers = members_of(random, num_members, num_requests, alike=0.3)
@@ -523,13 +523,13 @@ def test_the_tree_without_costs(random: np.random.Generator) -> None:
             if not paths:
                 assert chains == []
             for path in paths:
-                # All of it is there, or what comes before it ends there.
+                # The path is in the tree, or a chain that is its beginning ends there.
                 assert path in nodes_of(chains) or any(path[: len(chain)] == chain for chain in chains)
         assert one.stats.forks == 0, "counted once they were verified"
 
 
 def test_few_forks_go_where_they_gain_most() -> None:
-    """Three requests with a second guess each, of differing promise; room for one, two, and none."""
+    """Three requests have a second guess of different promise, and there is room for none, one, two or more forks."""
     main, second = Drafts.from_lists([[1, 1]] * 3, 0.5), Drafts.from_lists([[2, 2]] * 3, 0.3)
     second.confidence[:] = [[0.2, 0.2], [0.4, 0.4], [0.3, 0.3]]
     for room, lucky in ((0, []), (1, [1]), (2, [1, 2]), (9, [0, 1, 2])):
@@ -538,7 +538,7 @@ def test_few_forks_go_where_they_gain_most() -> None:
 
 
 def test_further_answers_are_members_of_their_own() -> None:
-    """A proposer's second answer: never the main chain while first ones are there, but a fork, with its own weights."""
+    """A proposer's second chain has weights of its own, and is a fork, not the main chain, beside a first one."""
     answer = Drafts.from_lists([[1, 2]], 0.4)
     answer.others = (Drafts.from_lists([[1, 3]], 0.9), Drafts.from_lists([[4]], 0.3), Drafts.from_lists([[5]], 0.2))
     one = forking(2, 3)
@@ -559,7 +559,7 @@ def test_further_answers_are_members_of_their_own() -> None:
 
 
 def test_one_chain_is_what_it_was(random: np.random.Generator) -> None:
-    """Answers with others change nothing for one chain, nor do several chains without room."""
+    """A main chain alone is the same whether proposers give further chains or not, and without room for any."""
     for _ in range(20):
         ones = [forking(2, num_chains, learning_rate=0.08, takes_confidence=False) for num_chains in (1, 1, 3)]
         for _ in range(30):
@@ -583,7 +583,7 @@ def test_one_chain_is_what_it_was(random: np.random.Generator) -> None:
 
 
 def walked(chains: Sequence[Node], truth: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-    """What a verifier says: the chains, the one that got furthest first, and what was emitted."""
+    """The verifier's report: the chains, the one that got furthest first, and the emitted tokens."""
 
     def accepted(chain: Node) -> int:
         return next((n for n, (a, b) in enumerate(zip(chain, truth, strict=False)) if a != b), len(chain))
@@ -605,7 +605,7 @@ def test_every_node_is_counted_once_for_whose_it_is(random: np.random.Generator)
             chains = chains_of(drafts, index)
             truth = random.integers(0, 3, K + 1).tolist()
             if len(chains) > 1 and step % 5 == 0:
-                chains.pop()  # an engine may have no room for one
+                chains.pop()  # as if the engine had no room for it
             ordered, tokens = walked(chains or [()], truth)
             emitted.append(tokens)
             verified.append(len(ordered[0]))
@@ -644,7 +644,7 @@ def test_padding_and_strange_chains_are_nobodys() -> None:
     answers = [Drafts.from_lists([[1, 2]], 0.6), Drafts.from_lists([[3, 4]], 0.3)]
     one.combine(batch_of(1), answers, 1, 1)
     emitted, counts = np.array([[3, 4, 9]], dtype=np.int32), np.array([3])
-    # Longer than what was offered, cut, and one that nobody offered.
+    # A chain longer than the offered one, one that was cut, and one that was not offered.
     chains = {0: [[3, 4, 7, 7], [1], [8, 8]]}
     assert one.observe(["0"], emitted, counts, np.array([4]), chains) == ([1, 2], [0, 2])
     assert one.observe(["gone"], emitted, counts, np.array([4]), chains) == ([0, 0], [0, 0])
@@ -669,7 +669,7 @@ def test_chains_wait_for_their_step_and_go_with_the_next() -> None:
 
 
 def test_forks_are_held_against_what_the_tree_promised(random: np.random.Generator) -> None:
-    """Estimates that are right are believed, also where a fork is longer, and so becomes the first chain."""
+    """Right estimates are trusted, even if a side chain is longer and becomes the main chain."""
     one = forking(2, 2)
     short, long = Drafts.from_lists([[1]], 0.6), Drafts.from_lists([[2, 2, 2, 2]], 0.5)
     long.confidence[0, 0] = 0.2
@@ -703,7 +703,7 @@ def test_costs_of_forks_are_found_again_and_spoil_no_others(random: np.random.Ge
         assert costs.fork_s(8) == 0.0
         for step in range(600):
             rows = int(random.integers(1, 40)) * int(random.random() < 0.8)
-            # More rows, more forks: they come together.
+            # Steps with more rows have more forks.
             forks = int(random.integers(0, 1 + rows // 4)) if step > 100 else 0
             noise = random.uniform(0.99, 1.01)
             seconds = 0.010 + (0.001 + row_s * rows if rows else 0.0)
@@ -729,7 +729,7 @@ def test_forks_that_never_vary_make_no_nonsense(random: np.random.Generator) -> 
 
 
 class Engine:
-    """One request whose second guess is worth a fork at times; a plain step takes 10 ms."""
+    """An engine with one request, whose second guess may be worth a fork; a plain step takes 10 ms."""
 
     def __init__(self, random: np.random.Generator) -> None:
         self.one = forking(2, 2, gate=True, learning_rate=0.0)
@@ -738,7 +738,7 @@ class Engine:
         self.singles = 0  # steps with drafts of one chain
 
     def drive(self, steps: int, fork_s: float, *, differs: bool = True, second: float = 0.4) -> tuple[int, int]:
-        """(Forks, steps in which further chains were asked for)."""
+        """Run steps; returns (forks, steps in which further chains were asked for)."""
         one, total, asked = self.one, 0, 0
         for _ in range(steps):
             seconds = 0.010 + 0.00002 * self.rows + fork_s * self.forks
@@ -767,21 +767,21 @@ def test_forks_pay_or_rest_and_come_back_after_long(random: np.random.Generator)
     assert forks > 400
     assert asked == 500
     assert engine.one.gate.costs.fork_s(1) == pytest.approx(0.0005, abs=0.0003)
-    engine.drive(200, 0.015)  # dearer than a step: it is noticed
+    engine.drive(200, 0.015)  # a fork costs more than a step, which is noticed
     withheld = engine.one.stats.withheld_forks
     forks, asked = engine.drive(6000, 0.015)
     assert forks <= 12, "one a probe, ever more rarely"
     assert forks >= 2
     assert asked < 800
     assert engine.one.stats.withheld_forks > withheld
-    engine.drive(2500, 0.0005)  # cheap again: the next probe tells
+    engine.drive(2500, 0.0005)  # forks are cheap again, which the next probe notices
     forks, asked = engine.drive(500, 0.0005)
     assert forks > 400
     assert asked == 500
 
 
 def test_steps_without_forks_are_measured_among_those_with(random: np.random.Generator) -> None:
-    """Else nobody could tell what is dear, the fork or its rows."""
+    """Else the cost of a fork could not be told from that of its rows."""
     engine = Engine(random)
     engine.drive(100, 0.0005)
     engine.singles = 0
@@ -821,11 +821,11 @@ def test_a_fork_that_costs_more_than_it_brings_is_left_out() -> None:
         one = forking(2, 2, gate=True)
         for _ in range(4):
             one.gate.took(1, 0, 0.010)
-        # Costs as if they had been measured.
+        # As if these costs had been measured.
         one.gate.costs._sums[0] = np.array([1.0, 0, 0, 0, 0])
         one.gate.costs._solved[0] = (0.0, row_s, fork_s)
         one.gate.costs._fork_sums[0] = np.zeros(9)
-        one.gate.fork_trust = Trust(1e9, 1e9)  # all that was promised was kept
+        one.gate.fork_trust = Trust(1e9, 1e9)  # as if all promises had been kept
         second = Drafts.from_lists([[2, 2]], 0.3)
         second.confidence[0, 1] = 0.5
         drafts, _ = one.combine(batch_of(1), [Drafts.from_lists([[1, 1]], 0.7), second], 1, 1)

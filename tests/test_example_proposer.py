@@ -1,4 +1,4 @@
-"""The README's fifteen-line proposer: alone, by its dotted name, and fed to the drafting that an engine runs."""
+"""The README's fifteen-line proposer: alone, by its dotted name, and in the drafting of an engine."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ VOCAB = 50
 
 @pytest.fixture(autouse=True)
 def _examples_on_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread: with operations this small, more only wait for each other."""
+    """Let the examples be imported, and use one thread: more would only wait for each other in so small operations."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -47,7 +47,7 @@ def distillation() -> ModuleType:
 
 
 def random_model(seed: int, scale: float = 0.2) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM  # brings Triton, which other tests import in their own way
+    from transformers import LlamaConfig, LlamaForCausalLM  # late: it imports Triton, which other tests must do first
 
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -65,7 +65,7 @@ def random_prompts(count: int, seed: int) -> list[list[int]]:
 
 @torch.no_grad()
 def plainly_decoded(model: Any, prompt: list[int], count: int, seeds: Any = None) -> list[int]:
-    """Token by token, a whole pass each."""
+    """Output tokens from one whole pass for every token."""
     tokens = list(prompt)
     for nth in range(count):
         scores = model(torch.tensor([tokens])).logits[0, -1].double()
@@ -87,7 +87,7 @@ def test_jacobi_decoding_gives_the_greedy_tokens(consistency: ModuleType, window
 
 
 def test_given_texts_decide_what_is_right(consistency: ModuleType) -> None:
-    """Guesses come from one model and the text from another; with a text of its own nothing changes."""
+    """Guesses of one model are compared with the text of another; with the model's own text nothing changes."""
     model, prompts = random_model(16), random_prompts(6, 17)
     own = consistency.jacobi_decode(model, prompts, 20, 4)
     again = consistency.jacobi_decode(model, prompts, 20, 4, own.token_ids)
@@ -191,7 +191,7 @@ def test_a_packed_window_sees_its_text_and_itself(consistency: ModuleType) -> No
                     continue
                 window = packed.token_ids[row, 20 + column - depth : 21 + column].tolist()
                 anchor = int(packed.positions[row, 20 + column]) - depth - 1
-                # What stands first in a window was wrong.
+                # The first token of a window was a wrong guess.
                 assert window[0] != text[anchor + 1]
                 plain = model(torch.tensor([text[: anchor + 1] + window])).logits[0, -1]
                 torch.testing.assert_close(found[row, 20 + column], plain, atol=1e-4, rtol=1e-4)
@@ -215,14 +215,14 @@ def test_shared_gradients_are_those_of_the_whole(consistency: ModuleType) -> Non
         return loss, [loss.item()]
 
     workers = consistency.Workers(2)
-    for _ in range(2):  # one after the other, then at once
+    for _ in range(2):  # one part after the other, then both at once
         figures = workers.backward(model, loss_of, text.chunk(2))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             whole, _ = consistency.real_text_loss(model, text, torch.zeros(4, 12, VOCAB))
         expected = torch.autograd.grad(whole, list(model.parameters()))
         assert figures[0] == pytest.approx(whole.item(), abs=1e-2)
         for parameter, gradient in zip(model.parameters(), expected, strict=True):
-            # bfloat16 keeps 8 bits, and the halves are rounded apart.
+            # bfloat16 keeps 8 bits, and the two halves are rounded before they are added.
             torch.testing.assert_close(parameter.grad, gradient, atol=0.05 * float(gradient.abs().max()), rtol=0.05)
 
 
@@ -235,7 +235,7 @@ def test_sampled_writing_repeats_with_its_seeds(distillation: ModuleType) -> Non
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 3, 8])
-def test_emitted_per_step(distillation: ModuleType, num_draft_tokens: int) -> None:
+def test_emitted_per_step_equals_counting_steps(distillation: ModuleType, num_draft_tokens: int) -> None:
     agrees = np.random.default_rng(num_draft_tokens).random((7, 40)) < 0.6
     steps = 0
     for row in agrees.tolist():
@@ -249,7 +249,7 @@ def test_emitted_per_step(distillation: ModuleType, num_draft_tokens: int) -> No
     assert distillation.emitted_per_step(np.array([[True, True, False, False]]), 1) == pytest.approx(4 / 3)
 
 
-def test_agreement(distillation: ModuleType) -> None:
+def test_agreement_lies_between_its_bounds(distillation: ModuleType) -> None:
     target, other = random_model(13), random_model(14)
     texts = distillation.Texts([[int(t) for t in row] for row in torch.randint(0, VOCAB, (20, 40))], 30)
     seeds = np.random.default_rng(15).integers(0, 2**31, size=(20, 30))
@@ -266,14 +266,14 @@ def test_agreement(distillation: ModuleType) -> None:
 
 
 def run_program(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    """The program's ``main``, on little text."""
+    """Run the program's ``main`` on little text."""
     common = ["--tokens", "20000", "--stdlib-only", "--held-out-tokens", "1100", "--no-compile", "--cpu-clock"]
     monkeypatch.setattr(sys, "argv", [str(module.__file__), *arguments, *common])
     module.main()
 
 
 def check_saved(folder: Path, like: Path) -> None:
-    """The weights are of the same names, shapes and type as the shipped ones, and were trained."""
+    """Check that weights have the names, shapes and types of the shipped ones, and other values."""
     saved, shipped = load_file(folder / "model.safetensors"), load_file(like / "model.safetensors")
     assert {n: (t.shape, t.dtype) for n, t in saved.items()} == {n: (t.shape, t.dtype) for n, t in shipped.items()}
     assert any(not torch.equal(tensor, shipped[name]) for name, tensor in saved.items())

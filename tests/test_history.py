@@ -1,4 +1,4 @@
-"""The host's copy of tokens: rows change hands, steps arrive late, and nothing is written outside a row."""
+"""The host's copy of token ids: rows get new requests, steps arrive late, and no token is written outside a row."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_what_does_not_fit_is_left_out() -> None:
 
 
 def test_every_occupation_of_a_row_has_its_own_number() -> None:
-    """So that the tokens of a step can be told from those of a later holder, even of the same name."""
+    """It tells the tokens of a step from those of a later request in the row, even one of the same name."""
     history = TokenHistory(num_rows=2, max_tokens=4)
     seen = []
     for name, row in (("a", 0), ("a", 0), ("b", 0), ("a", 1)):  # resumed in place, replaced, resumed elsewhere

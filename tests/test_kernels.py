@@ -1,4 +1,4 @@
-"""The Triton kernels against their slow forms, and the noise of vLLM's V2 sampler against vLLM itself.
+"""The Triton kernels compute what their slow forms compute, and the noise of vLLM's V2 sampler is vLLM's.
 
 Without a CUDA device the kernels run under Triton's interpreter.
 """
@@ -29,9 +29,9 @@ NAME = "vllm_specplug.samplers.kernels"
 
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[ModuleType]:
-    """A copy of the module for these tests alone: whether kernels are interpreted is settled when they are defined.
+    """A copy of the module for these tests: kernels are interpreted or not from the moment they are defined.
 
-    The variable is set no longer than these tests run, since other tests start engines with this environment.
+    The environment variable is unset after these tests, since others start engines with this environment.
     """
     pytest.importorskip("triton", reason="Triton is not installed")
     with pytest.MonkeyPatch.context() as patch:
@@ -47,17 +47,17 @@ def kernels() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Fresh inputs at every run; the seed is shown where a test fails."""
+    """Fresh inputs at every run; pytest shows the seed if a test fails."""
     seed = np.random.SeedSequence().entropy
     print(f"np.random.default_rng({seed})")
     return np.random.default_rng(seed)
 
 
 class Batch:
-    """Random rows of a few tokens, so that drafts agree by chance; ``agreement`` of them do on purpose."""
+    """Random rows of few different tokens, so that some drafts are right by chance; a share ``agreement`` is always."""
 
     def __init__(self, rng: np.random.Generator, num_drafts: list[int], agreement: float, dtype: torch.dtype) -> None:
-        """``num_drafts`` of each request, -1 for a request without rows."""
+        """``num_drafts``: draft tokens of every request, -1 for a request without rows."""
         num_rows = np.array(num_drafts) + 1
         self.width = int(max(num_rows.max(), 1) + rng.integers(0, 3))
         self.num_drafts = num_drafts
@@ -77,8 +77,8 @@ class Batch:
         return self.targets, self.inputs, self.bounds, self.width
 
 
-def assert_same(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
+def assert_same(results: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for one, other in zip(results, expected, strict=True):
         assert one.dtype == other.dtype
         assert one.tolist() == other.tolist()
 
@@ -102,10 +102,10 @@ def test_verification_is_the_slow_form(
 ) -> None:
     for _ in range(20):
         batch = Batch(rng, rng.integers(-1, 8, rng.integers(1, 6)).tolist(), agreement, dtype)
-        found = kernels.verify_drafts(*batch.arguments)
-        assert_same(found, reference.verify_drafts(*batch.arguments))
+        results = kernels.verify_drafts(*batch.arguments)
+        assert_same(results, reference.verify_drafts(*batch.arguments))
         if agreement == 1.0:
-            assert found[1].tolist() == [num + 1 for num in batch.num_drafts]
+            assert results[1].tolist() == [num + 1 for num in batch.num_drafts]
 
 
 @pytest.mark.parametrize(
@@ -113,14 +113,16 @@ def test_verification_is_the_slow_form(
     [[0], [0, 0, 0], [-1], [-1, -1, 3, -1], [15], [128], [0, 20, 0, 1]],
     ids=["one empty draft", "empty drafts", "no rows", "most without rows", "one request", "longest", "ragged"],
 )
-def test_shapes_of_batches(kernels: ModuleType, rng: np.random.Generator, num_drafts: list[int]) -> None:
+def test_batches_of_any_shape_are_verified_as_by_the_slow_form(
+    kernels: ModuleType, rng: np.random.Generator, num_drafts: list[int]
+) -> None:
     for agreement in (0.0, 0.8, 1.0):
         batch = Batch(rng, num_drafts, agreement, torch.int32)
         assert_same(kernels.verify_drafts(*batch.arguments), reference.verify_drafts(*batch.arguments))
 
 
 def test_all_rejected_and_placeholders(kernels: ModuleType) -> None:
-    """A placeholder is refused even where it equals what stands at the target's row."""
+    """A placeholder is rejected even if it equals the number in the target's row."""
     targets = torch.tensor([4, -1, 4, 4, 4], device=DEVICE)
     inputs = torch.tensor([4, 5, -1, -1, 4], device=DEVICE)
     bounds = torch.tensor([0, 3, 5], dtype=torch.int32, device=DEVICE)
@@ -140,7 +142,7 @@ def test_slow_form_is_accept_while_equal(rng: np.random.Generator) -> None:
         is_draft = torch.ones(len(batch.inputs), dtype=torch.bool, device=DEVICE)
         is_draft[batch.bounds[:-1].long()] = False
         layout = RowLayout.of(num_drafts, DEVICE)
-        # accept_while_equal knows no placeholders: something that is no target's token stands in for them
+        # accept_while_equal knows no placeholders: a token that no target has stands in for them.
         drafts = batch.inputs[is_draft]
         expected = accept_while_equal(batch.targets, torch.where(drafts < 0, 99, drafts), layout)
         assert num_emitted.tolist() == expected.num_emitted.tolist()
@@ -155,7 +157,7 @@ def test_packing_is_the_slow_form(kernels: ModuleType, rng: np.random.Generator,
     for _ in range(40):
         num_requests, width, max_len = int(rng.integers(1, 7)), int(rng.integers(1, 10)), int(rng.integers(10, 30))
         max_requests = num_requests + int(rng.integers(0, 4))
-        # Rows further apart than they are long, and what does not belong to them in between.
+        # Rows are further apart than they are long, with other numbers in between.
         table = torch.from_numpy(rng.integers(0, 10**6, (max_requests, max_len + 5))).to(DEVICE, torch.int32)
         all_token_ids = table[:, :max_len]
         idx_mapping = torch.from_numpy(rng.permutation(max_requests)[:num_requests]).to(DEVICE)
@@ -173,7 +175,7 @@ def test_packing_is_the_slow_form(kernels: ModuleType, rng: np.random.Generator,
 
 
 def test_packing_what_was_verified(kernels: ModuleType, rng: np.random.Generator) -> None:
-    """A whole step: emitted tokens come out of the request's own row, in the columns that verification gave them."""
+    """In a whole step, emitted tokens are in the request's own row, in the columns that verification chose."""
     num_drafts = [3, 0, 5, -1]
     batch = Batch(rng, num_drafts, 0.7, torch.int64)
     verified, num_emitted = kernels.verify_drafts(*batch.arguments)
@@ -221,8 +223,8 @@ def test_without_triton_the_import_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         importlib.import_module(NAME)
 
 
-# vLLM's sampler, in a process of its own: it is interpreted only if that was settled before vLLM and Triton are
-# imported, and a CPU build of vLLM takes Triton for missing unless there is a backend named "cpu".
+# vLLM's sampler needs a process of its own: the interpreter must be chosen before vLLM and Triton are imported, and a
+# CPU build of vLLM takes Triton for missing unless there is a backend named "cpu".
 VLLM_SAMPLES = """
 import sys
 import numpy as np, torch, triton.backends
@@ -261,7 +263,7 @@ def test_murmur_noise_gives_the_tokens_of_vllms_v2_sampler(tmp_path: Path, rng: 
     noise = murmur_gumbel_noise(seeds[requests][:, None], positions[:, None], np.arange(vocab)[None, :])
     perturbed = logits + noise
     best_two = np.sort(perturbed, axis=1)[:, -2:]
-    # float32 noise is off by up to 3e-6 and sums of size 20 by 1e-6; closer calls than this may go either way
+    # float32 noise is off by up to 3e-6, and sums of size 20 by 1e-6: rows with a smaller lead may go either way.
     clear = best_two[:, 1] - best_two[:, 0] > 1e-4
     assert clear.sum() > num_rows - 5
     assert (tokens[clear] == perturbed.argmax(axis=1)[clear]).all()
@@ -294,7 +296,7 @@ for capability in (80, 90):
 
 
 def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
-    """The interpreter is lenient about types; no GPU is needed to find out, only a process that does not interpret."""
+    """The compiler is stricter about types than the interpreter; it needs no GPU, but a process that compiles."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True)

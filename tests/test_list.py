@@ -50,7 +50,7 @@ def native(model: Any, sampler: str, num_chains: int, **more: Any) -> dict[str, 
 @pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
 def test_tokens_do_not_depend_on_who_drafts(v2: bool, engines: Engines) -> None:
     sent = SENT_V2 if v2 else SENT
-    # A budget of reasoning tokens, which V2 serves, needs words that begin and end reasoning.
+    # V2 has requests with a budget of reasoning tokens, which needs words that begin and end reasoning.
     more = {"reasoning_config": {"reasoning_start_str": "def", "reasoning_end_str": "\n"}} if v2 else ROOMY
     with Engine({"speculative_config": settings(PROPOSERS), **more}, v2=v2) as engine:
         engine.send("set_drafting", drafting([]))
@@ -63,7 +63,7 @@ def test_tokens_do_not_depend_on_who_drafts(v2: bool, engines: Engines) -> None:
                 assert engine.send("metrics")["vllm:spec_decode_num_accepted_tokens"] > before
                 assert engine.send("stats")["ensemble"]["forks"] > 20
         if v2:
-            # With one more seed the same prompts come out otherwise: what was compared was drawn.
+            # Other seeds give other outputs: the compared tokens were drawn.
             moved = [{**r, "params": {**r["params"], "seed": r["params"]["seed"] + 1}} for r in sent]
             assert tokens(engine.generate(moved)) != tokens(alone)
             return
@@ -72,13 +72,13 @@ def test_tokens_do_not_depend_on_who_drafts(v2: bool, engines: Engines) -> None:
     greedy = [index for index, request in enumerate(sent) if request["params"]["temperature"] == 0.0]
     sampled = [index for index in range(len(sent)) if index not in greedy]
     assert_same([alone[i] for i in greedy], [stock[i] for i in greedy], "list, greedy", [sent[i] for i in greedy])
-    # Its noise is its own: what is drawn is distributed as stock's, and other text.
+    # Its noise is not stock's: the text has the same distribution, but is another.
     assert tokens([alone[i] for i in sampled]) != tokens([stock[i] for i in sampled])
 
 
 @pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
 def test_proposers_are_given_the_noise_that_the_verifier_uses(v2: bool) -> None:
-    """Where noise alone decides, a proposer that knows it is always right; with one chain's alone it would not be."""
+    """If noise alone decides, a proposer that knows the noise of all chains is always right."""
     num_draft = 3
     sent = noise_alone(4, 1 + 2 * (num_draft + 1), small_model.VOCAB if v2 else 4096)
     config = {**settings([]), "num_speculative_tokens": num_draft}
@@ -95,7 +95,7 @@ def test_proposers_are_given_the_noise_that_the_verifier_uses(v2: bool) -> None:
 
 @pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
 def test_a_model_drafting_for_itself_wins_the_same_races(v2: bool) -> None:
-    """vLLM's own sampling drafter, the target's copy: every draft token is the target's."""
+    """vLLM's own sampling drafter with a copy of the target: every draft token is the target's."""
     sent = [
         {"prompt": r["prompt"], "params": {"temperature": 1.0, "seed": i, "max_tokens": 13, "ignore_eos": True}}
         for i, r in enumerate(SENT[: 3 if v2 else 12])
@@ -110,7 +110,7 @@ def test_a_model_drafting_for_itself_wins_the_same_races(v2: bool) -> None:
         after[f"vllm:spec_decode_num_{what}_tokens"] - before[f"vllm:spec_decode_num_{what}_tokens"]
         for what in ("draft", "accepted")
     )
-    # Of what is drafted behind the end of a request nothing is accepted; the copy rounds as its batch does.
+    # Tokens behind the end of a request are not accepted, and the copy rounds otherwise in batches of other sizes.
     assert accepted >= 0.95 * drafted > 0
 
 

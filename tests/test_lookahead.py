@@ -1,4 +1,4 @@
-"""Lookahead's pool against n-grams in dictionaries, and its drafts from pool and window."""
+"""Lookahead's pool is compared with n-grams in dictionaries; its drafts come from pool and window."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_drafts_equal_a_pool_of_dictionaries(ngram):
                 scores = naive.scores(before)
                 if not scores:
                     break
-                # Equal to the heaviest up to rounding: float32 weights against double ones.
+                # The heaviest up to rounding: the pool has float32 weights.
                 assert scores[token] == pytest.approx(max(scores.values()), rel=1e-4)
                 compared += 1
         for name in running:
@@ -98,7 +98,7 @@ def test_drafts_equal_a_pool_of_dictionaries(ngram):
             verified.target_token_ids.append(rows)
             verified.num_emitted.append(emitted)
         proposer.observe(verified)
-        proposer._windows.states[:, 0] = 0  # the pool alone is compared
+        proposer._windows.states[:, 0] = 0  # without windows: only the pool is compared
     assert compared > 300
 
 
@@ -113,7 +113,7 @@ def test_trajectories_feed_the_pool():
     proposer = proposer_with(learn_prompt=False)
     draft_of(proposer, [1, 2])
     proposer.observe(Verified(["a"], [[50, 51, 52, 53]], [[3, 60, 61, 62, 63]], [1]))
-    # Other requests profit: what the target said after 1 2, and after the rejected 50, 50 51, 50 51 52.
+    # Other requests profit from the target's tokens after 1 2, and after the rejected 50, 50 51 and 50 51 52.
     assert draft_of(proposer, [1, 2], "b", 1) == [3]
     assert draft_of(proposer, [50], "c", 1) == [60]
     assert draft_of(proposer, [50, 51], "d", 1) == [61]
@@ -133,10 +133,10 @@ def test_tenants_share_no_ngram():
     for text, token in ([9, 1, 2], 3), ([9, 3], 4), ([9, 50], 60):
         assert draft(proposer, text, f"b{token}", "acme") == token
         for tenant in "", "umbrella":
-            # As if nobody else had said anything.
+            # The draft is that of a proposer that has seen this tenant alone.
             assert draft(proposer, text, f"{tenant}{token}", tenant) == draft(alone, text, f"{tenant}{token}", tenant)
     proposer.finish(["a"])
-    assert draft(proposer, [9, 3], "a", "umbrella") != 4  # the name and its place are another tenant's now
+    assert draft(proposer, [9, 3], "a", "umbrella") != 4  # the name and its slot belong to another tenant now
 
 
 def test_any_name_of_a_tenant_will_do():
@@ -171,11 +171,11 @@ def test_a_window_that_says_more_goes_before_the_pool():
     for _ in range(3):
         proposer.observe(Verified(["b"], [[8]], [[0, 40]], [1]))
     draft_of(proposer, [1, 2])
-    # 8 stayed the same, and 6 is the target's choice after it: only the token before them was wrong.
+    # The target says 8 as well, and 6 after it: only the token before them was wrong.
     proposer.observe(Verified(["a"], [[9, 8, 7]], [[3, 8, 6, 5]], [1]))
     assert draft_of(proposer, [8], "c", 1) == [40]
     assert draft_of(proposer, [1, 2, 3], "a", 2) == [8, 6]
-    # Another beginning than the window's: it says nothing of what comes after.
+    # The text goes on otherwise than the window begins, so that the window is of no use.
     proposer.observe(Verified(["a"], [[]], [[50]], [1]))
     proposer.observe(Verified(["b"], [[50, 8]], [[0, 8, 40]], [1]))
     assert draft_of(proposer, [1, 2, 3, 50], "a", 2) == [8, 40]
@@ -211,7 +211,7 @@ def test_candidates_race_with_the_targets_noise():
             DraftBatch.from_contexts([text, text], 1, ["a", "b"]),
             noise=TargetNoise(SPLITMIX, splitmix_keys(seeds), np.array([temperature, 0.0], dtype=np.float32)),
         )
-        proposer._prompts._done.update("b")  # the same text once more would be learned again
+        proposer._prompts._done.update("b")  # else the same prompt would be learned again
         drafts = proposer.propose(batch)
         race = sharpness * np.log(weights) + gumbel_noise(seeds[0, 0], tokens)
         assert drafts.token_ids[:, 0].tolist() == [tokens[race.argmax()], tokens[weights.argmax()]]
@@ -233,7 +233,7 @@ def test_pool_is_bounded_and_keeps_the_newest():
 
 def test_continuations_of_one_beginning_are_bounded():
     proposer = proposer_with(max_per_key=2, ngram=2)
-    # After 1: 2 three times, then 3 and 4 once each; the one unseen longest had to go.
+    # After 1 came 2 three times, then 3 and 4 once; the one that was not seen for longest is dropped.
     draft_of(proposer, [1, 2, 1, 2, 1, 2, 1, 3, 1, 4])
     tags, tokens, _ = proposer._pool
     (place,) = {int(p) for p, row in enumerate(tokens.tolist()) if row == [4, 3] and tags[p].all()}
@@ -249,7 +249,7 @@ def test_preempted_shrunk_and_replaced_contexts():
     assert draft_of(proposer, [1, 2, 3], max_draft=2) == [600, 700]  # resumed with the same tokens
     assert not {600, 700} & set(draft_of(proposer, [5, 6], max_draft=2))
     proposer.observe(Verified(["a"], [[]], [[7]], [1]))
-    assert draft_of(proposer, [5, 6], "c", 1) == [7]  # learned after the tokens that are there now
+    assert draft_of(proposer, [5, 6], "c", 1) == [7]  # learned behind the new tokens
 
 
 def test_unknown_requests_late_reports_and_reused_names():
@@ -257,7 +257,7 @@ def test_unknown_requests_late_reports_and_reused_names():
     report = Verified(["a"], [[500, 501]], [[3, 600, 700]], [1])
     proposer.observe(report)
     assert len(proposer._windows) == 0
-    assert not proposer._pool[0].any()  # whose it is nobody knows
+    assert not proposer._pool[0].any()  # a report about an unknown request is not learned
     draft_of(proposer, [500], "b", 1)
     draft_of(proposer, [1, 2])
     proposer.finish(["a", "never seen"])
@@ -323,6 +323,6 @@ def test_warm_up_leaves_nothing_and_compiles_what_is_used(learn_prompt):
         ({"sharpness": float("inf")}, "proposer 'lookahead': sharpness must be a number of at least 0, not inf"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         proposer_with(**options)

@@ -1,4 +1,4 @@
-"""Unseeded sampling has exactly the target's distribution, and the same test catches a verifier that has not."""
+"""Unseeded sampling has exactly the target's distribution; the same test catches a verifier that has another."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def probabilities(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def p_value(counts: Counts, logits: np.ndarray[Any, Any]) -> float:
-    """Chi-square of token counts against the softmax, tokens expected fewer than 10 times pooled into one cell."""
+    """p-value of a chi-square test of counts against the softmax; tokens expected fewer than 10 times share a cell."""
     expected = probabilities(logits) * counts.sum()
     rare = expected < 10
     cells = np.append(counts[~rare], counts[rare].sum())

@@ -84,12 +84,12 @@ def test_a_worker_that_was_killed_is_forgotten(tmp_path: Path, stats: DraftingSt
     long_ago = time.time() - files.STALE_S - 10
     os.utime(path, (long_ago, long_ago))
     assert shown(tmp_path) == []
-    publisher.publish()  # nothing new, but alive
+    publisher.publish()  # without news, to show that the worker is alive
     assert shown(tmp_path)
 
 
 def test_several_api_servers_show_the_same(tmp_path: Path, stats: DraftingStats) -> None:
-    # They have a registry for every answer, filled from files of prometheus_client.
+    # Every server fills a new registry for every answer, from files of prometheus_client.
     files.Publisher(stats.to_dict, LABELS, tmp_path).publish()
     program = (
         "from prometheus_client import CollectorRegistry, generate_latest, multiprocess\n"

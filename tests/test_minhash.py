@@ -33,7 +33,7 @@ def all_verified(names: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
 def test_tokens_do_not_depend_on_who_drafts(v2: bool, engines: Engines) -> None:
     sent = SENT_V2 if v2 else SENT
-    # A budget of reasoning tokens, which V2 serves, needs words that begin and end reasoning.
+    # V2 has requests with a budget of reasoning tokens, which needs words that begin and end reasoning.
     more = {"reasoning_config": {"reasoning_start_str": "def", "reasoning_end_str": "\n"}} if v2 else {}
     with Engine({"speculative_config": settings(PROPOSERS), **more}, v2=v2) as engine:
         engine.send("set_drafting", all_verified([]))
@@ -51,13 +51,13 @@ def test_tokens_do_not_depend_on_who_drafts(v2: bool, engines: Engines) -> None:
     greedy = [index for index, request in enumerate(sent) if request["params"]["temperature"] == 0.0]
     sampled = [index for index in range(len(sent)) if index not in greedy]
     assert_same([alone[i] for i in greedy], [stock[i] for i in greedy], "minhash, greedy", [sent[i] for i in greedy])
-    # Its seeds are its own: what is drawn is distributed as stock's, and other text.
+    # Its draws are not stock's: the text has the same distribution, but is another.
     assert tokens([alone[i] for i in sampled]) != tokens([stock[i] for i in sampled])
 
 
 @pytest.mark.parametrize("v2", [False, True], ids=["V1", "V2"])
 def test_a_model_drafting_for_itself_throws_the_same_darts(v2: bool) -> None:
-    """vLLM's own sampling drafter, the target's copy: every draft token is the target's."""
+    """vLLM's own sampling drafter with a copy of the target: every draft token is the target's."""
     sent = [
         {"prompt": r["prompt"], "params": {"temperature": 1.0, "seed": i, "max_tokens": 13, "ignore_eos": True}}
         for i, r in enumerate(SENT[: 3 if v2 else 12])

@@ -1,6 +1,6 @@
 """vLLM's own drafters under our verifier on the V1 runner (V2: ``test_v2.py``): same tokens as without speculation.
 
-EAGLE and Medusa heads have random weights: they draft nonsense, through all of vLLM's machinery.
+EAGLE and Medusa heads have random weights: they draft nonsense, but run all of vLLM's code for them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 
 NUM_DRAFT = 4
 SENT = requests(63, [*PLAIN_FEATURES, *PROCESSOR_FEATURES], first_seed=2000)
-# Only a seed and a temperature, the one thing that vLLM's sampling drafters heed; no draft reaches beyond the end.
+# vLLM's sampling drafters heed seed and temperature only; the lengths are such that no draft goes beyond the end.
 SAMPLED = [
     {"prompt": r["prompt"], "params": {"temperature": t, "seed": i, "max_tokens": 41, "ignore_eos": True}}
     for i, (r, t) in enumerate(zip(SENT[:32], [1.0, 0.7, 1.0, 0.0] * 8, strict=True))
@@ -36,7 +36,7 @@ def stock(engines: Engines) -> dict[str, list[dict[str, Any]]]:
 
 
 def save_heads(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> str:
-    """A checkpoint with random weights."""
+    """Save a checkpoint with random weights; returns its path."""
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(0)
@@ -146,13 +146,13 @@ def test_the_same_model_accepts_all_of_its_own_samples(stock: dict[str, list[dic
         assert_same(engine.generate(SAMPLED), stock["sampled"], "draft model itself", SAMPLED)
         drafted, accepted = counts(engine)
         assert drafted >= 32 * NUM_DRAFT * 7
-        # The last digit of a logit depends on how many rows are computed at once: two best tokens may change places.
+        # The last digit of a logit depends on the size of the batch: the two best tokens may change places.
         assert accepted >= 0.999 * drafted
 
 
 @pytest.fixture(scope="module")
 def probabilities() -> dict[str, Any]:
-    """Both tiny models outside vLLM."""
+    """Both tiny models outside vLLM, by name."""
     from transformers import AutoModelForCausalLM
 
     return {

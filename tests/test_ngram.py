@@ -1,4 +1,4 @@
-"""Prompt lookup against a search through the whole context at every step."""
+"""Prompt lookup gives the drafts of a search through the whole context at every step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def propose(
 
 
 def naive_match_length(context: Sequence[int], end: int) -> int:
-    """How far the tokens before ``end`` equal the last ones."""
+    """How many tokens before ``end`` equal the last tokens of the context."""
     length = 0
     while length < end and context[end - 1 - length] == context[len(context) - 1 - length]:
         length += 1
@@ -46,7 +46,7 @@ def continuation(context: Sequence[int], end: int, num_tokens: int) -> list[int]
 
 
 def check_draft(context: Sequence[int], tokens: list[int], confidence: list[float], max_draft: int, min_match: int):
-    """The draft continues one of the places that match furthest, as far as it may."""
+    """Check that the draft continues one of the longest matches, as far as it may."""
     lengths = {end: naive_match_length(context, end) for end in range(1, len(context))}
     longest = max(lengths.values(), default=0)
     if longest < min_match:
@@ -88,7 +88,7 @@ def test_a_pattern_is_repeated_beyond_the_end():
     assert propose(proposer, {"b": [4, 4]}, 3)["b"][0] == [4, 4, 4]
 
 
-def test_short_contexts():
+def test_contexts_too_short_for_a_match_give_no_draft():
     proposer = proposer_with(min_match=3, min_confidence=0.0)
     contexts: dict[str, Sequence[int]] = {"a": [], "b": [1], "c": [1, 1], "d": [1, 1, 1], "e": [1, 1, 1, 1]}
     assert [tokens for tokens, _ in propose(proposer, contexts, 1).values()] == [[], [], [], [], [1]]
@@ -109,7 +109,7 @@ def test_requests_come_go_and_come_back():
     lengths = dict.fromkeys(texts, 50)
     proposer = proposer_with(min_confidence=0.0, max_match=1000)
     for step in range(40):
-        # A random part of them is running; the rest is preempted. Rows change with it.
+        # A random part of the requests runs, in other rows than before; the others are preempted.
         running = [name for name in texts if rng.random() < 0.6]
         rng.shuffle(running)
         drafts = propose(proposer, {name: texts[name][: lengths[name]] for name in running}, 4)
@@ -136,7 +136,7 @@ def test_room_grows_and_is_reused():
     short = [1, 2, 3, 1]
     assert propose(proposer, {"a": short}, 1)["a"][0] == [2]
     long = [*range(100), 1]
-    assert propose(proposer, {"b": long}, 1)["b"][0] == [2]  # longer than the context promised
+    assert propose(proposer, {"b": long}, 1)["b"][0] == [2]  # even if it is longer than max_model_len
     assert propose(proposer, {"a": [*short, 2]}, 1)["a"][0] == [3]
     many = {f"m{i}": short for i in range(100)}
     assert all(tokens == [2] for tokens, _ in propose(proposer, many, 1).values())
@@ -147,7 +147,7 @@ def test_room_grows_and_is_reused():
 
 
 def test_candidates_are_bounded():
-    # A match of five tokens lies behind more places with the same last three than are compared.
+    # The match of five tokens comes after more matches of three than the proposer compares.
     context = [5, 6, 7, 8, 9, 1, *([0, 7, 8, 9, 2] * 10), 5, 6, 7, 8, 9]
     assert propose(proposer_with(min_confidence=0.0), {"a": context}, 1)["a"][0] == [1]
     assert propose(proposer_with(min_confidence=0.0, max_candidates=5), {"a": context}, 1)["a"][0] == [2]
@@ -168,7 +168,7 @@ def test_nothing_is_read_behind_the_context():
     assert drafts.token_ids[0, : drafts.num_tokens[0]].tolist() == [3, 1, 2, 3, 1, 2]
 
 
-def test_empty_batch_and_warm_up():
+def test_warm_up_leaves_no_state_and_empty_batches_no_draft():
     proposer = proposer_with()
     proposer.warm_up()
     assert len(proposer._slots) == 0
@@ -186,6 +186,6 @@ def test_empty_batch_and_warm_up():
         ({"min_confidence": float("nan")}, "min_confidence must lie in"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         proposer_with(**options)

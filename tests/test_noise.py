@@ -1,4 +1,4 @@
-"""The compiled noise of single tokens against the numpy forms, and against vLLM's own kernels through them."""
+"""The compiled noise of single tokens is that of the numpy forms, which other tests compare with vLLM's kernels."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_unmixing_takes_mixing_back(random: np.random.Generator) -> None:
 @pytest.mark.parametrize("num_chains", [1, 2, 4, 8])
 @pytest.mark.parametrize("kind", [SPLITMIX, MURMUR])
 def test_the_largest_of_several_noises(kind: int, num_chains: int, random: np.random.Generator) -> None:
-    """Each chain has the noise that the runners draw with, and the target the largest of them."""
+    """Every chain has the noise that the runners draw with, and the target the largest of all chains'."""
     tokens = random.integers(0, 250_000, 400)
     if kind == SPLITMIX:
         seeds = random.integers(0, 2**31, 400)
@@ -97,7 +97,7 @@ def test_the_largest_of_several_noises(kind: int, num_chains: int, random: np.ra
 
 @pytest.mark.parametrize("kind", [SPLITMIX, MURMUR])
 def test_the_largest_noise_is_standard_gumbel(kind: int) -> None:
-    """Mean and spread of what a proposer's race adds do not depend on the number of chains."""
+    """So the noise in a proposer's race has the same mean and spread for any number of chains."""
     for num_chains in (1, 3, 8):
         seeds = np.arange(20_000)
         keys = splitmix_keys(seeds) if kind == SPLITMIX else murmur_keys(seeds, np.array(7), num_chains)
@@ -137,9 +137,9 @@ def test_a_batch_hands_out_keys_and_scales() -> None:
 
 
 def test_common_noise_makes_two_races_agree(random: np.random.Generator) -> None:
-    """Two distributions at total variation distance d, drawn with common noise, agree at least (1-d)/(1+d) of the time.
+    """Draws from two distributions at TV d with common noise agree with probability (1-d)/(1+d) at least.
 
-    Drawn apart they would agree with probability sum(p * q), far below.
+    Independent draws would agree with probability sum(p * q), which is far lower.
     """
     target, draft = random.dirichlet(np.full(6, 1.0)), random.dirichlet(np.full(6, 1.0))
     mixed = 0.8 * target + 0.2 * draft

@@ -22,7 +22,7 @@ from vllm_specplug.settings.model import parse_settings
 
 ROOT = Path(__file__).parents[1]
 NAME = "my_sampler.InverseCdf"
-IN_CHILD = "in_child.InverseCdf"  # the same class, from where engines find it
+IN_CHILD = "in_child.InverseCdf"  # the same class in a module that engines can import
 SENT = requests(42, [*PLAIN_FEATURES, *PROCESSOR_FEATURES], first_seed=6000)
 SENT_V2 = requests(6, V2_FEATURES, first_seed=6500, longest=8)
 
@@ -85,8 +85,8 @@ def test_what_is_no_coupling_is_refused(name: str, parts: list[str], examples: N
 
 
 def test_properties_of_the_built_in_samplers() -> None:
-    made: dict[str, Sampler] = {name: each(3) for name, each in SAMPLERS.items()}
-    assert {name: (each.text, each.is_coupled, each.num_noises) for name, each in made.items()} == {
+    samplers: dict[str, Sampler] = {name: each(3) for name, each in SAMPLERS.items()}
+    assert {name: (each.text, each.is_coupled, each.num_noises) for name, each in samplers.items()} == {
         "gumbel": ("stock", True, 1),
         "minhash": ("own", True, 0),
         "list": ("per num_chains", True, 3),
@@ -117,7 +117,7 @@ def test_it_draws_from_the_softmax_by_the_keys_of_either_runner(runner: str, exa
 
 @pytest.mark.parametrize("kind", [SeedKeys, PositionKeys])
 def test_keys_of_one_token_are_those_of_a_row(kind: type[SeedKeys] | type[PositionKeys]) -> None:
-    """A row is keyed alike alone and among others, and chains draw independently."""
+    """A row has the same key alone and among others, and chains draw independently."""
     seeds, positions = torch.tensor([7, 8, 9]), torch.tensor([30, 31, 32])
     rows = SeedKeys(seeds) if kind is SeedKeys else PositionKeys(seeds, positions)
     one = SeedKeys(seeds[1:2]) if kind is SeedKeys else PositionKeys.of_token(8, 30, 2)
@@ -153,7 +153,7 @@ def test_tokens_do_not_depend_on_who_drafts(v2: bool) -> None:
             before = engine.send("metrics")["vllm:spec_decode_num_draft_tokens"]
             assert_same(engine.generate([*sent, greedy]), alone, f"{IN_CHILD}, {proposers}", [*sent, greedy])
             assert engine.send("metrics")["vllm:spec_decode_num_draft_tokens"] > before
-        # Sampled and seeded: another seed, another text; the same again, the same.
+        # Another seed gives another text, and the same seed the same.
         other = {**sent[1], "params": {**sent[1]["params"], "temperature": 1.4, "seed": 1}}
         again = {**other, "params": {**other["params"], "seed": 2}}
         first, second, third = engine.generate([other, again, other])

@@ -1,4 +1,4 @@
-"""What every proposer must stand: many short requests in changing batches, skipped, resumed, replaced and ended."""
+"""Every proposer stands many short requests in changing batches: paused, resumed, replaced and ended."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Stream:
         prompt = np.concatenate([self.phrases[i] for i in self.random.integers(0, 40, self.random.integers(1, 5))])
         self.table[row, : len(prompt)] = prompt
         self.lengths[row] = len(prompt)
-        # Now and then a name that was used before, and has ended.
+        # Now and then the name of a request that has ended.
         self.names[row] = f"r{self.count if self.random.random() < 0.95 else self.random.integers(0, 10**6)}"
         self.count += 1
 
@@ -109,7 +109,7 @@ def test_streams_of_short_requests(name: str, store: str) -> None:
             assert ((confidence >= 0) & (confidence <= 1)).all()
             drafted += int(counts.sum())
         for row in range(ROWS):
-            if random.random() < 0.02:  # other tokens under the same name: preempted, and changed by somebody
+            if random.random() < 0.02:  # other tokens under the same name
                 stream.table[row, : stream.lengths[row]] = random.integers(0, VOCAB, stream.lengths[row])
         ended = [row for row in range(ROWS) if stream.lengths[row] > LONGEST - 8 or random.random() < 0.1]
         proposer.finish([str(stream.names[row]) for row in ended] + ["never seen"])
@@ -130,7 +130,7 @@ def test_streams_of_short_requests(name: str, store: str) -> None:
 
 
 def test_whatever_has_no_annotations_is_a_compiled_kernel():
-    # In files with kernels mypy lets functions without annotations pass, as numba finds their types.
+    # In files with kernels mypy accepts functions without annotations, since numba infers their types.
     root = Path(__file__).parents[1]
     overrides = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
     (modules,) = [each["module"] for each in overrides if each.get("disallow_untyped_defs") is False]

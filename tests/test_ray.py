@@ -1,4 +1,4 @@
-"""Batch generation and serving on Ray: nothing lost, nothing doubled, the same tokens, whoever is killed on the way."""
+"""Batch generation and serving on Ray: every row once, and the same tokens, whichever process is killed on the way."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ ENVIRONMENT = {
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """A folder with files of every kind, 24 rows."""
+    """A folder with input files of every kind, 24 rows together."""
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
     lines = [json.dumps({"prompt": f"a{i}", "x": i if i % 2 else None}) for i in range(7)]
@@ -75,16 +75,16 @@ MIXED = [*(f"a{i}" for i in range(7)), "b0", "b1", "b2", *(f"c{i}" for i in rang
 
 @pytest.mark.parametrize("rows_per_part", [1, 4, 5, 24, 100])
 def test_parts_have_every_row_once_and_in_order(mixed: Path, tmp_path: Path, rows_per_part: int) -> None:
-    found = inputs.scan(inputs.find([str(mixed)]), None, tmp_path)
-    parts = found.parts(rows_per_part)
+    all_rows = inputs.scan(inputs.find([str(mixed)]), None, tmp_path)
+    parts = all_rows.parts(rows_per_part)
     assert [part.num_rows for part in parts[:-1]] == [rows_per_part] * (len(parts) - 1)
-    rows = [row for part in parts for row in inputs.read(part, found.schema).to_pylist()]
+    rows = [row for part in parts for row in inputs.read(part, all_rows.schema).to_pylist()]
     assert [row["prompt"] for row in rows] == MIXED
     assert [row["row_id"] for row in rows] == list(range(24))
     assert [row["x"] for row in rows[:7]] == [None, 1, None, 3, None, 5, None]
     assert [row["y"] for row in rows[7:10]] == [[1, 2]] * 3
     # Any part can be read by itself.
-    last = inputs.read(parts[-1], found.schema)
+    last = inputs.read(parts[-1], all_rows.schema)
     assert last["prompt"].to_pylist() == MIXED[-len(last) :]
 
 
@@ -92,9 +92,9 @@ def test_inputs_can_be_globs_and_are_read_once(mixed: Path, tmp_path: Path) -> N
     paths = inputs.find([str(mixed / "*.jsonl*"), str(mixed / "b.jsonl.gz")])
     assert [path.name for path in paths] == ["_hidden.jsonl", "a.jsonl", "b.jsonl.gz"]
     (mixed / "f.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "f0"}\n'))
-    found = inputs.scan(inputs.find([str(mixed / "f*")]), None, tmp_path)
-    assert found.field == "text"
-    assert inputs.read(found.parts(1)[0], found.schema)["text"].to_pylist() == ["f0"]
+    all_rows = inputs.scan(inputs.find([str(mixed / "f*")]), None, tmp_path)
+    assert all_rows.field == "text"
+    assert inputs.read(all_rows.parts(1)[0], all_rows.schema)["text"].to_pylist() == ["f0"]
 
 
 @pytest.mark.parametrize(
@@ -144,14 +144,14 @@ def test_seeds_of_rows_follow_from_run_and_number() -> None:
 
 
 def begun(folder: Path, prompts: Path) -> dict[str, Any]:
-    """A folder with all outputs there, as a run with these arguments leaves it."""
+    """Fill an output folder as a complete run leaves it; returns the arguments of that run."""
     arguments: dict[str, Any] = {"model": "m", "sampling": {"max_tokens": 4}, "seed": 3, "rows_per_part": 4}
     folder.mkdir()
-    found = inputs.scan(inputs.find([str(prompts)]), None, folder)
-    job = replica.Job("m", None, {}, (), arguments["sampling"], 3, found.field)
-    output.begin(folder, output.manifest(job, found), 4, 1)
-    for part in found.parts(4):
-        table = inputs.read(part, found.schema)
+    all_rows = inputs.scan(inputs.find([str(prompts)]), None, folder)
+    job = replica.Job("m", None, {}, (), arguments["sampling"], 3, all_rows.field)
+    output.begin(folder, output.manifest(job, all_rows), 4, 1)
+    for part in all_rows.parts(4):
+        table = inputs.read(part, all_rows.schema)
         table = table.append_column("output_token_ids", pa.array([[1, 2]] * len(table)))
         table = table.append_column("error", pa.array([None] * len(table), pa.string()))
         pq.write_table(table, folder / f"part-{part.number:06d}.parquet")
@@ -172,7 +172,7 @@ def test_a_complete_folder_needs_no_cluster(mixed: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert (result.num_rows, result.num_kept, result.num_errors) == (24, 24, 0)
     assert told == [(24, 24)]
-    # How tokens are drafted is not among the settings where it cannot change them.
+    # Other speculation is no other setting, since it cannot change the tokens.
     config = {"method": "specplug", "num_speculative_tokens": 3}
     assert batch.generate([mixed], tmp_path / "out", **arguments, speculative_config=config).num_kept == 24
     # And the same files at another place are the same inputs.
@@ -219,10 +219,10 @@ def test_other_inputs_and_other_runs_are_refused(mixed: Path, tmp_path: Path) ->
 
 
 def test_rows_that_come_twice_are_stored_once(mixed: Path, tmp_path: Path) -> None:
-    found = inputs.scan(inputs.find([str(mixed)]), None, tmp_path)
-    parts = {part.number: part for part in found.parts(16)}
+    all_rows = inputs.scan(inputs.find([str(mixed)]), None, tmp_path)
+    parts = {part.number: part for part in all_rows.parts(16)}
     writer = output.Output(tmp_path, parts, 16, None)
-    table = inputs.read(parts[1], found.schema)
+    table = inputs.read(parts[1], all_rows.schema)
     table = table.append_column("output_token_ids", pa.array([[1]] * len(table)))
     table = table.append_column("error", pa.array([None] * len(table), pa.string()))
     for piece in (table.slice(5), table.slice(3, 3), table.slice(0, 4)):
@@ -253,7 +253,7 @@ def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     share = environment.Share(2, 0)
     names = {"VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE", "OMP_NUM_THREADS", "LD_PRELOAD"}
     for name in (*names, "SPECPLUG_END_WITH_PARENT", "TOKENIZERS_PARALLELISM", "VLLM_NO_USAGE_STATS"):
-        monkeypatch.setenv(name, "")  # what is set from here on goes away with the test
+        monkeypatch.setenv(name, "")  # so that the variable is restored after the test
         monkeypatch.delenv(name)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
     environment.prepare(share, 8, {})
@@ -281,7 +281,7 @@ def test_without_ray_one_sentence_says_what_to_install(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
-def test_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_has_the_devices_of_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "is_cpu_wheel", lambda: False)
     assert environment.share(None, None, {"tensor_parallel_size": 2}, ["-pp=2"]) == environment.Share(1, 4)
     assert environment.share(3, 0.5, {}) == environment.Share(3, 0.5)
@@ -303,9 +303,9 @@ def test_settings_of_rays_own_libraries(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert served["deployment_config"] == {"num_replicas": 3}
     assert served["runtime_env"]["env_vars"]["A"] == "b"
     monkeypatch.setattr(environment, "is_cpu_wheel", lambda: False)
-    for made in (settings.data_llm("m", **arguments), settings.serve_llm("m", **arguments)):
-        assert not {"accelerator_config", "placement_group_config", "accelerator_type"} & made.keys()
-        assert "VLLM_CPU_OMP_THREADS_BIND" not in made["runtime_env"]["env_vars"]
+    for on_gpus in (settings.data_llm("m", **arguments), settings.serve_llm("m", **arguments)):
+        assert not {"accelerator_config", "placement_group_config", "accelerator_type"} & on_gpus.keys()
+        assert "VLLM_CPU_OMP_THREADS_BIND" not in on_gpus["runtime_env"]["env_vars"]
 
 
 @pytest.mark.parametrize(
@@ -327,9 +327,9 @@ def test_paths_hold_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     assert stores.absolute("draft") == str(tmp_path / "draft")
     assert stores.absolute("org/name") == "org/name"
-    found = stores.located({"method": "specplug", "datastore": ["code.specstore", "b/tickets.specstore"]})
-    assert found is not None
-    assert found["datastore"] == {
+    config = stores.located({"method": "specplug", "datastore": ["code.specstore", "b/tickets.specstore"]})
+    assert config is not None
+    assert config["datastore"] == {
         "code": str(tmp_path / "code.specstore"), "tickets": str(tmp_path / "b" / "tickets.specstore"),
     }  # fmt: skip
     assert stores.located({"method": "draft_model", "model": "draft"}) == {
@@ -351,7 +351,7 @@ def test_a_store_of_many_files_is_copied_whole(tmp_path: Path, monkeypatch: pyte
     source = stores.StoreSource([str(path)])
     files = source.files(str(path))
     names = ["big.specstore.shards/0.specstore", "big.specstore.shards/1.specstore", "big.specstore"]
-    assert [each.name for each in files] == names  # the list of shards behind the shards
+    assert [each.name for each in files] == names  # the manifest comes after the shards
     copy = tmp_path / "there" / "big.specstore"
     for each in files:
         to = copy.parent / each.name
@@ -371,23 +371,23 @@ def test_a_store_of_many_files_is_copied_whole(tmp_path: Path, monkeypatch: pyte
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 120, interval_s: float = 0.1) -> Any:
-    """What ``condition`` answers as soon as that is true."""
+    """Wait until ``condition`` returns a true value; returns that value."""
     end = time.monotonic() + timeout_s
-    while not (found := condition()):
+    while not (answer := condition()):
         assert time.monotonic() < end, "it did not happen"
         time.sleep(interval_s)
-    return found
+    return answer
 
 
 def below(process: subprocess.Popen[bytes], title: str) -> list[psutil.Process]:
-    """Processes that ``process`` started, directly or not, whose title begins so."""
-    found = []
+    """All descendants of ``process`` whose title begins with ``title``."""
+    processes = []
     with contextlib.suppress(psutil.Error):
         for each in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 if " ".join(each.cmdline()).startswith(title):
-                    found.append(each)
-    return found
+                    processes.append(each)
+    return processes
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -407,7 +407,7 @@ def ray_files() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def running(arguments: list[str], log: Path, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A ``specplug`` command in a session of its own; nothing of it is left at the end."""
+    """A running ``specplug`` command in a session of its own, all of which is killed at the end."""
     with log.open("ab") as out:
         process = subprocess.Popen(
             [*COMMAND, *arguments], env=ENVIRONMENT, cwd=cwd, stdout=out, stderr=out, start_new_session=True
@@ -613,7 +613,7 @@ def test_replicas_serve_the_same_tokens(store: Path, tmp_path: Path, ray_files: 
             lines = [line for line in (_get(page) or "").splitlines() if line.startswith("ray_specplug_emitted_tokens")]
             return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
-        # Both replicas have lines of their own, and together every token is counted once.
+        # Every replica has series of its own, and together they count every token once.
         wait_until(lambda: len(counted()) == 2 and sum(counted().values()) >= 32 * 36, 60, 1)
         assert "ray_specplug_proposer_drafted_tokens_total{" in str(_get(page))
         assert 'proposer="rest"' in str(_get(page))
@@ -670,7 +670,7 @@ def test_a_store_comes_to_a_node_once(store: Path, tmp_path: Path, ray_files: Pa
 
 @pytest.mark.engine
 def test_a_store_is_built_by_ray_tasks(tmp_path: Path, ray_files: Path) -> None:
-    """The same shards as without Ray, whoever makes them."""
+    """Ray tasks make the same shards as a build without Ray."""
     text = tmp_path / "text"
     text.mkdir()
     for number in range(6):

@@ -1,4 +1,4 @@
-"""Token recycling against a table of dictionaries."""
+"""Token recycling drafts what a table of dictionaries drafts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class NaiveTable:
 
 
 def is_close_race(row: dict[int, float]) -> bool:
-    """Weights that float32 may order in another way."""
+    """Whether float32 may order some weights otherwise."""
     ordered = sorted(row.values())
     return any(math.isclose(a, b, rel_tol=1e-5) for a, b in pairwise(ordered))
 
@@ -83,7 +83,7 @@ def test_table_equals_dictionaries():
                 verified.num_emitted.append(emitted)
             proposer.observe(verified)
             if any(is_close_race(row) for row in naive.rows.values()):
-                break  # which one went, or is drafted, is a matter of rounding from here on
+                break  # from here on, rounding decides which token is dropped or drafted
             for name, text in texts.items():
                 assert draft_of(proposer, text, name) == naive.draft(text[-1], 4)
                 compared += 1
@@ -93,7 +93,7 @@ def test_table_equals_dictionaries():
 def test_what_was_rejected_is_learned():
     proposer = proposer_with()
     assert draft_of(proposer, [1, 2]) == []
-    # 9 was wrong after 2; what the target said after 9 and 8 still tells what follows those.
+    # 9 was wrong after 2; the target's tokens after 9 and 8 are learned all the same.
     proposer.observe(Verified(["a"], [[9, 8]], [[3, 7, 6]], [1]))
     assert draft_of(proposer, [1, 2, 3]) == []
     assert draft_of(proposer, [9], "b") == [7]
@@ -166,7 +166,7 @@ def test_confidence_follows_share_and_total():
 
 def test_unknown_requests_late_reports_and_tokens_outside_the_vocabulary():
     proposer = proposer_with()
-    proposer.observe(Verified(["x"], [[]], [[3]], [1]))  # after what, nobody knows
+    proposer.observe(Verified(["x"], [[]], [[3]], [1]))  # a request whose last token is unknown
     proposer.observe(Verified(["x"], [[4]], [[4, 5]], [2]))
     assert proposer._last_tokens == {}
     assert draft_of(proposer, [4]) == [5]
@@ -192,7 +192,7 @@ def test_preempted_and_resumed():
     proposer = proposer_with(learn_prompt=False)
     draft_of(proposer, [1, 2])
     proposer.observe(Verified(["a"], [[]], [[3]], [1]))
-    draft_of(proposer, [8, 9], "b")  # another one runs meanwhile
+    draft_of(proposer, [8, 9], "b")  # another request runs meanwhile
     draft_of(proposer, [1, 2, 3])
     proposer.observe(Verified(["a"], [[]], [[4]], [1]))
     assert draft_of(proposer, [2], "c") == [3, 4]
@@ -240,6 +240,6 @@ def test_warm_up_leaves_nothing_and_compiles_what_is_used(learn_prompt):
         ({"sharpness": float("nan")}, "sharpness must be a number"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         proposer_with(**options)

@@ -1,4 +1,4 @@
-"""The rest proposer against a slow vote, or a slow race, over every occurrence."""
+"""The rest proposer drafts what a slow vote, or a slow race, over all occurrences gives."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def with_stores(paths: Mapping[str, str], num_speculative_tokens: int = 8, **opt
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Fresh inputs at every run; the seed is shown where a test fails."""
+    """Fresh inputs at every run; pytest shows the seed if a test fails."""
     seed = np.random.SeedSequence().entropy
     print(f"np.random.default_rng({seed})")
     return np.random.default_rng(seed)
@@ -67,14 +67,14 @@ def naive_continuations(
 ) -> tuple[int, list[list[int]]]:
     for length in range(min(max_match, len(context)), min_match - 1, -1):
         suffix = list(context[len(context) - length :])
-        found = [
+        continuations = [
             list(document[end:])
             for document in documents
             for end in range(length, len(document))
             if list(document[end - length : end]) == suffix
         ]
-        if found:
-            return length, found
+        if continuations:
+            return length, continuations
     return 0, []
 
 
@@ -86,9 +86,9 @@ def check_draft(
     max_draft: int,
     min_confidence: float,
 ) -> None:
-    """Every drafted token has the most votes, its confidence is that of the votes, and the draft ends where it must.
+    """Check that drafted tokens have the most votes, confidences follow from the votes, and the draft ends in time.
 
-    Which of two tokens with equally many votes is taken is left open: the order of the matches is not defined.
+    Of two tokens with equally many votes either may be drafted: the order of the matches is not defined.
     """
     chance = 1.0
     for depth in range(max_draft + 1):
@@ -152,7 +152,7 @@ NoiseAt = Callable[[int, int, int], float]
 def draw_noise(
     kind: int, num_requests: int, width: int, temperature: Sequence[float], rng: np.random.Generator
 ) -> tuple[TargetNoise, NoiseAt]:
-    """The noise as a proposer is given it, and the same one from the reference in samplers/gumbel.py."""
+    """The noise in the form that a proposer gets, and the same noise from the reference in samplers/gumbel.py."""
     if kind == SPLITMIX:
         seeds = rng.integers(0, 2**31, (num_requests, width))
         keys = splitmix_keys(seeds)
@@ -184,7 +184,7 @@ def naive_race(
     scale: float,
     noise_at: Callable[[int, int], float],
 ) -> tuple[list[int], list[int], list[float]]:
-    """Tokens, votes and confidences of the draft that the noisy race gives."""
+    """Tokens, votes and confidences of the draft from a slow race of votes and noise."""
     tokens: list[int] = []
     counts: list[int] = []
     confidences: list[float] = []
@@ -270,12 +270,12 @@ def test_sharpness_zero_and_cold_requests_take_the_heaviest(tmp_path, rng):
 
 
 def test_the_end_of_a_document_does_not_race(tmp_path, rng):
-    # Half of the occurrences of "0 1" end there: no token of theirs could be right.
+    # Half of the occurrences of "0 1" are the end of a document: they have no vote.
     path = write_store(tmp_path, [[0, 1]] * 5 + [[0, 1, 2]] * 3 + [[0, 1, 3]] * 2)
     noise, _ = draw_noise(SPLITMIX, 200, 3, [1.0] * 200, rng)
     batch = dataclasses.replace(DraftBatch.from_contexts([[0]] * 200, 3), noise=noise)
     drafts = proposer_for(path, min_confidence=0.0).propose(batch)
-    assert set(drafts.num_tokens) == {2}  # "1", and then 2 or 3 which end all documents
+    assert set(drafts.num_tokens) == {2}  # 1, and then 2 or 3, which end all documents
     assert set(drafts.token_ids[:, 1]) == {2, 3}
     assert drafts.votes is not None
     assert set(drafts.votes[:, 1]) == {3, 2}
@@ -348,7 +348,7 @@ def test_the_most_promising_of_the_stores_asked(tmp_path, rng, monkeypatch, para
             if not candidates:
                 assert together.num_tokens[index] == 0
                 continue
-            best = max(candidates, key=lambda name: expected[name][index])  # the first of equals
+            best = max(candidates, key=lambda name: expected[name][index])  # among equals the first
             assert pick(together, index) == pick(alone[best], index)
             chosen[best] += 1
     assert set(chosen) == {"code", "tickets", "notes"}
@@ -389,9 +389,9 @@ def propose(proposer: RestProposer, *contexts: Sequence[int], max_draft: int = 8
     return [row[:count].tolist() for row, count in zip(drafts.token_ids, drafts.num_tokens, strict=True)]
 
 
-def test_examples(tmp_path):
+def test_examples_worked_out_by_hand(tmp_path):
     proposer = proposer_for(write_store(tmp_path, [[0, 1, 2, 3, 1, 2, 0], [3, 3]]), min_confidence=0.0)
-    # The whole context stands at the very start; 3 is the last token of a document and ends the draft.
+    # The whole context is at the start of the store.
     assert propose(proposer, [0, 1], max_draft=3) == [[2, 3, 1]]
     assert propose(proposer, [3, 1, 2]) == [[0]]
     assert propose(proposer, [2, 0]) == [[1, 2, 3, 1, 2, 0]]  # "2 0" ends a document, "0" alone goes on
@@ -403,7 +403,7 @@ def test_drafts_do_not_cross_documents(tmp_path):
     proposer = proposer_for(write_store(tmp_path, [[0, 1], [2, 3], [0, 2]]), min_confidence=0.0)
     assert propose(proposer, [2]) == [[3]]
     assert propose(proposer, [1]) == [[]]
-    assert propose(proposer, [1, 2]) == [[3]]  # "1 2" stands on both sides of a boundary only
+    assert propose(proposer, [1, 2]) == [[3]]  # the two tokens are on the two sides of a boundary
     assert proposer.longest_match(np.array([1, 2], dtype=np.int32)) == (1, 1)
 
 
@@ -417,7 +417,7 @@ def test_the_most_votes_win_and_clear_votes_count_more(tmp_path):
 
 
 def test_votes_are_spread_over_all_occurrences(tmp_path):
-    # 300 occurrences over several segments, of which two thirds go on with 1: few votes see that too.
+    # Two thirds of 300 occurrences in several segments go on with 1, which nine votes are enough to see.
     path = write_store(tmp_path, [[0, 1]] * 200 + [[0, 2]] * 100, segment_tokens=90)
     proposer = proposer_for(path, min_confidence=0.0, max_votes=9)
     assert proposer.longest_match(np.array([0], dtype=np.int32)) == (1, 300)
@@ -427,12 +427,12 @@ def test_votes_are_spread_over_all_occurrences(tmp_path):
     assert drafts.confidence[0, 0] == pytest.approx(naive_confidence(1, 6, 9), abs=0.05)
 
 
-def test_limits_of_each_request(tmp_path):
+def test_drafts_keep_the_limit_of_their_request(tmp_path):
     proposer = proposer_for(write_store(tmp_path, [[0, 1, 2, 3] * 8]), min_confidence=0.0)
     batch = DraftBatch.from_contexts([[0, 1]] * 3, 8)
     batch.max_draft_tokens[:] = [1, 5, 8]
     assert proposer.propose(batch).num_tokens.tolist() == [1, 5, 8]
-    batch.rows[:] = 0  # rows need not be in order, nor of their own
+    batch.rows[:] = 0  # rows may come in any order, and twice
     assert proposer.propose(batch).num_tokens.tolist() == [1, 5, 8]
 
 
@@ -468,7 +468,7 @@ def test_warm_up_compiles_for_every_store(tmp_path):
     assert [len(kernel.signatures) for kernel in kernels] == compiled
 
 
-def test_empty_batch(tmp_path):
+def test_an_empty_batch_gets_no_draft(tmp_path):
     proposer = proposer_for(write_store(tmp_path, [[0, 1, 2]]))
     proposer.warm_up()
     assert len(proposer.propose(DraftBatch.from_contexts([], 4)).num_tokens) == 0
@@ -510,13 +510,13 @@ def test_confidence_grows_with_evidence():
         ({"sharpness": "1"}, "sharpness must be"),
     ],
 )
-def test_bad_options(tmp_path, options, message):
+def test_bad_options_are_refused(tmp_path, options, message):
     path = write_store(tmp_path, [[0, 1]])
     with pytest.raises(ValueError, match=message):
         proposer_for(path, **options)
 
 
-def test_bad_stores(tmp_path):
+def test_bad_stores_are_refused(tmp_path):
     with pytest.raises(ValueError, match='none is configured: set "datastore"'):
         RestProposer(ProposerContext(VOCAB_SIZE, 8))
     with pytest.raises(DatastoreError, match="No such file"):
@@ -542,7 +542,7 @@ def paths_of(drafts: Drafts, index: int) -> list[tuple[int, ...]]:
 
 
 def nodes_of(drafts: Drafts, index: int) -> dict[tuple[int, ...], float]:
-    """Confidence of each node of a request's tree; no node has two."""
+    """Confidence of every node of a request's tree, which is the same in all chains."""
     nodes: dict[tuple[int, ...], float] = {}
     for each in (drafts, *drafts.others):
         tokens = tuple(each.token_ids[index, : each.num_tokens[index]].tolist())
@@ -553,7 +553,7 @@ def nodes_of(drafts: Drafts, index: int) -> dict[tuple[int, ...], float]:
 
 
 def check_tree(first: Drafts, drafts: Drafts, index: int) -> list[tuple[int, ...]]:
-    """What holds for every tree; returns its paths."""
+    """Check the properties of every tree; returns its paths."""
     assert pick(drafts, index) == pick(first, index)
     paths = paths_of(drafts, index)
     for nth, path in enumerate(paths):
@@ -565,7 +565,7 @@ def check_tree(first: Drafts, drafts: Drafts, index: int) -> list[tuple[int, ...
 
 
 def branch_chances(drafts: Drafts, index: int) -> list[float]:
-    """Of each path but the first, the chance of the first token that is its own."""
+    """For every path but the first, the chance that its first token of its own is reached and right."""
     paths, nodes = paths_of(drafts, index), nodes_of(drafts, index)
     chances = []
     for nth, path in enumerate(paths[1:], start=1):
@@ -591,7 +591,7 @@ def naive_confidences(
     scale: float,
     noise_at: Callable[[int, int], float],
 ) -> dict[int, float] | None:
-    """Confidence of every token behind a path; None where the winner is not defined."""
+    """Confidence of every token behind a path; None if two tokens tie for the most votes."""
     depth = len(path)
     here = [each for each in continuations if tuple(each[:depth]) == path]
     votes = Counter(each[depth] for each in here if depth < len(each))
@@ -658,14 +658,13 @@ def test_trees_follow_the_vote(tmp_path, rng, temperature):
                 path = each.token_ids[index, : each.num_tokens[index]].tolist()
                 votes = [sum(one[:end] == path[:end] for one in continuations) for end in range(1, len(path) + 1)]
                 assert each.votes[index, : len(path)].tolist() == votes
-                assert 0 not in votes  # a real continuation
+                assert 0 not in votes  # the store has this continuation
             for node, chance in nodes_of(drafts, index).items():
                 known = naive_confidences(length, continuations, node[:-1], scale, partial(noise_at, index))
                 if known is not None:
                     assert chance == pytest.approx(known[node[-1]], abs=1e-5)
                     num_checked += 1
             num_others += len(paths) - 1
-    print(num_others, num_checked)
     assert num_others > 100
     assert num_checked > 200
 
@@ -681,7 +680,7 @@ def test_with_chains_enough_every_continuation_is_a_path(tmp_path, rng):
 
 
 def test_where_the_first_chain_ends_others_go_on(tmp_path):
-    """At "0" the chance falls below the limit of first chains, and stays above that of further ones."""
+    """Behind token 0 the chance is below the limit for first chains, and above that for further ones."""
     path = write_store(tmp_path, [[3, 0, 1]] * 3 + [[3, 1, 2]] * 2)
     chance = confidence.vote_confidence(1, 3, 5)
     after = chance * confidence.vote_confidence(2, 3, 3)
@@ -736,14 +735,14 @@ def test_trees_of_several_stores(tmp_path, rng):
             ]
             assert all(origins)
             mixed += len(paths) > 1 and not set.intersection(*origins)
-    assert mixed > 5  # some trees are of no single store
+    assert mixed > 5  # some trees have paths of several stores
 
 
 def test_the_targets_noise_chooses_the_branches(tmp_path, rng):
     """The target's token is argmax(log probability + noise), and the votes are its probabilities.
 
-    Where the first chain is wrong (it is sharper than the target), what has most of the other votes never is right: the
-    right one has fewer votes than the winner, and more noise for it.
+    If the first chain is wrong, since it heeds noise less than the target does, the target's token has fewer votes than
+    the first chain's, and more noise. So side chains are not simply the tokens with most of the other votes.
     """
     counts = {1: 19, 2: 19, 3: 13, 4: 7, 5: 6}
     path = str(tmp_path / "five.specstore")
@@ -762,7 +761,7 @@ def test_the_targets_noise_chooses_the_branches(tmp_path, rng):
     right = np.stack([each.token_ids[:, 0] == target for each in (drafts, *drafts.others)])
     assert right.sum(axis=0).max() == 1  # no token twice
     share = right.mean(axis=1)
-    # One in ten is missed by the first; the standard deviation of the others' shares is below 0.003.
+    # The first chain misses one in ten; the standard deviation of the others' shares is below 0.003.
     assert share[1] > 0.012
     assert share[2] > 0.012
 
@@ -773,7 +772,7 @@ def test_of_equal_votes_those_that_the_noise_is_for_come_first(tmp_path, rng):
     batch = dataclasses.replace(DraftBatch.from_contexts([[0]] * 50, 1), num_chains=VOCAB_SIZE, noise=noise)
     drafts = proposer_for(path, min_confidence=0.0).propose(batch)
     for index in range(50):
-        # Beyond these, noise makes a draft neither likelier nor less likely.
+        # The confidence is computed from noise that is cut to these bounds.
         noises = [min(max(noise_at(index, 0, path[0]), -1.5), 5.0) for path in paths_of(drafts, index)]
         assert noises == sorted(noises, reverse=True)
         assert len(noises) == VOCAB_SIZE

@@ -1,6 +1,6 @@
-"""The rest proposer on a device against the one on the host: the same drafts, bit for bit.
+"""The rest proposer on a device gives the drafts of the one on the host, bit for bit.
 
-Without a GPU the kernel runs in Triton's interpreter, which takes about 50 ms a request and segment: batches are small.
+Without a GPU the kernel runs in Triton's interpreter, which takes about 50 ms for a request and segment.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from vllm_specplug.tiny_models import target_path
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with pytest.MonkeyPatch.context() as patch:
-    # Triton chooses between compiler and interpreter as its modules, and the one with the kernel, are imported: all of
-    # them here, since some tests start engines with the environment of this process.
+    # Triton chooses between compiler and interpreter when its modules and the kernel's are imported. So all of them are
+    # imported here, and the variable is unset again: some tests start engines with this process's environment.
     if DEVICE == "cpu":
         patch.setenv("TRITON_INTERPRET", "1")
         pytest.importorskip("triton", reason="Triton is not installed")
-        importlib.import_module("triton.experimental.gluon")  # which Triton itself imports late
+        importlib.import_module("triton.experimental.gluon")  # else Triton imports it later
     from vllm_specplug.proposers.rest import device
     from vllm_specplug.proposers.rest.device import DeviceRest, confidence_table
 
@@ -68,8 +68,8 @@ def check_same(
 ) -> list[list[int]]:
     """Draft for ``contexts`` on the host and on the device, compare every bit, and return the drafts.
 
-    The table is as an engine's: requests in any of its rows, remains of others everywhere else, and rows further apart
-    than they are wide.
+    The table is like an engine's: requests are in any of its rows, other tokens everywhere else, and rows are further
+    apart than they are wide.
     """
     max_draft = context.num_speculative_tokens
     wanted = [max_draft] * len(contexts) if wanted is None else wanted
@@ -96,7 +96,7 @@ def check_same(
     assert (token_ids.dtype, num_tokens.dtype, confidence.dtype) == (torch.int64, torch.int32, torch.float32)
     assert token_ids.shape == confidence.shape == (len(contexts), max_draft)
     assert num_tokens.tolist() == on_host.num_tokens.tolist()
-    narrow = on_host.token_ids.shape[1]  # as wide as the longest draft wanted, where the device's is always max_draft
+    narrow = on_host.token_ids.shape[1]  # the longest draft asked for; on the device it is always max_draft
     assert token_ids[:, :narrow].tolist() == on_host.token_ids.tolist()
     assert confidence[:, :narrow].cpu().numpy().tobytes() == on_host.confidence.tobytes()
     assert not token_ids[:, narrow:].any()
@@ -139,9 +139,9 @@ def test_any_store_and_context(  # noqa: PLR0913 - what hypothesis varies
         (700, {"max_votes": 33, "min_confidence": 0.0}),
     ],
 )
-def test_many_occurrences(tmp_path, segment_tokens, options):
-    # Three token ids, so that votes are many, split, and often a tie; contexts of all lengths from none at all to
-    # twice the longest match, most of them found in the store.
+def test_many_occurrences_and_ties_give_the_drafts_of_the_host(tmp_path, segment_tokens, options):
+    # Three token ids, so that there are many votes, and often ties; contexts have from no token to twice those of the
+    # longest match, and most of them are in the store.
     rng = np.random.default_rng(1)
     documents = [rng.integers(0, 3, rng.integers(1, 400)) for _ in range(10)]
     context = context_for(write_store(tmp_path, documents, segment_tokens=segment_tokens), **options)
@@ -151,7 +151,7 @@ def test_many_occurrences(tmp_path, segment_tokens, options):
 
 
 @pytest.mark.parametrize("offset", [2**15, 2**16 - 9, 2**16, 2**19], ids=["signed", "16 bits", "17 bits", "20 bits"])
-def test_large_token_ids(tmp_path, offset):
+def test_large_token_ids_give_the_drafts_of_the_host(tmp_path, offset):
     rng = np.random.default_rng(2)
     documents = [offset + rng.integers(0, 4, 60) for _ in range(4)]
     context = context_for(write_store(tmp_path, documents, vocab_size=offset + 4), min_confidence=0.0)
@@ -160,7 +160,7 @@ def test_large_token_ids(tmp_path, offset):
     assert list(map(bool, drafts)) == [True, True, False, False, False]
 
 
-def test_standard_library(tmp_path):
+def test_real_text_gives_the_drafts_of_the_host(tmp_path):
     tokenizer = tokenizers.Tokenizer.from_file(str(target_path() / "tokenizer.json"))
 
     def tokens_of(path: Path) -> list[int]:
@@ -179,14 +179,14 @@ def test_standard_library(tmp_path):
 
 
 def test_of_equally_many_votes_the_first_to_have_them_win(tmp_path):
-    # What follows "0 0" is sorted by what stands before it: 1, 2, 2, 1, 0. With the third vote 2 has two, and 1 one.
+    # Occurrences of "0 0" are sorted by the tokens before them, and vote 1, 2, 2, 1, 0: 2 is the first to have two.
     documents = [[0, 0, 0, 1], [1, 0, 0, 2], [2, 0, 0, 2], [3, 0, 0, 1]]
     context = context_for(write_store(tmp_path, documents), min_confidence=0.0)
     assert check_same(context, [[0, 0]]) == [[2]]
 
 
 def test_a_context_starts_behind_ids_that_no_store_holds(tmp_path):
-    # 4 is the store's separator: were it looked up, "4 0" would be found where documents start.
+    # 4 is the store's separator: if it were looked up, "4 0" would match at the start of documents.
     path = write_store(tmp_path, [[0, 1], [2, 0, 3], [2, 0, 3]])
     contexts = [[4, 0], [-1, 0], [5, 2, 0], [2, 0, 4]]
     assert check_same(context_for(path, min_confidence=0.0), contexts) == [[3], [3], [3], []]
@@ -206,11 +206,11 @@ def test_a_longer_match_in_a_later_segment_silences_the_earlier(tmp_path):
 
 
 def test_store_without_any_match_to_offer(tmp_path):
-    # Documents of one token: no position has a token before and behind it in the same document.
+    # In documents of one token no position has a token before it and one behind it.
     assert check_same(context_for(write_store(tmp_path, [[0], [1]])), [[0], [0, 1]]) == [[], []]
 
 
-def test_limits_of_each_request(tmp_path):
+def test_drafts_keep_the_limit_of_their_request(tmp_path):
     context = context_for(write_store(tmp_path, [[0, 1, 2, 3] * 8]), 5, min_confidence=0.0)
     drafts = check_same(context, [[0, 1]] * 4, [0, 1, 3, 5])
     assert list(map(len, drafts)) == [0, 1, 3, 5]
@@ -235,10 +235,10 @@ def test_drafts_of_one_step_outlive_the_next(tmp_path):
     assert len(num_tokens) == 0
 
 
-def test_device_memory(tmp_path):
+def test_num_bytes_counts_all_arrays_on_the_device(tmp_path):
     narrow = DeviceRest(context_for(write_store(tmp_path, [[0, 1, 2]]), max_match=2, max_votes=3), DEVICE)
     wide = DeviceRest(context_for(write_store(tmp_path, [[0, 1, 2]], 2**16), max_match=2, max_votes=3), DEVICE)
-    # 5 slots, 2 positions, 1 segment, confidences for matches of 1 to 2 + 5 tokens, least confidence.
+    # 5 tokens, 2 positions, 1 segment, confidences for matches of 1 to 2 + 5 tokens, least confidence.
     assert narrow.num_bytes == 5 * 2 + 2 * 4 + 4 * 8 + 7 * 3 * 3 * 8 + 8
     assert wide.num_bytes == narrow.num_bytes + 5 * 2
     assert "3 tokens of 1 documents" in narrow.describe()
@@ -266,18 +266,18 @@ def test_confidence_table_holds_what_the_host_computes():
         ({"sharpness": 1.0}, "on a device drafts the token with the most votes.*leave sharpness out, or on_device"),
     ],
 )
-def test_bad_options(tmp_path, options, message):
+def test_bad_options_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         DeviceRest(context_for(write_store(tmp_path, [[0, 1]]), **options), DEVICE)
 
 
-def test_one_store_only(tmp_path):
+def test_several_stores_are_refused(tmp_path):
     paths = {name: write_store(tmp_path, [[0, 1]]) for name in ("code", "tickets")}
     with pytest.raises(ValueError, match="on a device drafts from one store, and there are 2: code, tickets; give one"):
         DeviceRest(ProposerContext(2**20, 8, datastores=paths), DEVICE)
 
 
-def test_bad_strides(tmp_path):
+def test_bad_strides_are_refused(tmp_path):
     proposer = DeviceRest(context_for(write_store(tmp_path, [[0, 1]])), DEVICE)
     table = torch.zeros((2, 4), dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="wanted has stride 2"):
@@ -308,7 +308,7 @@ for vocabulary, path in zip(("*u16", "*u32"), sys.argv[1:], strict=True):
 
 
 def test_compiles_for_a_gpu(tmp_path):
-    # The interpreter is lenient about types, and no GPU is needed to find out: in a process that does not interpret.
+    # The compiler is stricter about types than the interpreter; it needs no GPU, but a process that compiles.
     documents = [[0, 1, 2, 3] * 5] * 5
     paths = [write_store(tmp_path, documents, 4, 60), write_store(tmp_path, documents, 2**16)]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}

@@ -48,7 +48,7 @@ def test_accept_while_equal_is_the_plain_loop(drafts, random) -> None:  # type: 
 
 
 def test_seed_stream_gives_draw_j_to_token_j() -> None:
-    """Whatever is looked at ahead, the seeds consumed are the generator's draws in order."""
+    """Consumed seeds are the generator's draws in order, however many were looked at ahead."""
     plain = torch.Generator().manual_seed(11)
     expected = [int(torch.randint(0, 2**31, (1,), generator=plain, dtype=torch.long)) for _ in range(40)]
     stream = SeedStream(torch.Generator().manual_seed(11))

@@ -1,4 +1,4 @@
-"""``specplug serve`` with a drafter-invariant plugin behind it, used through the ``openai`` client as users do."""
+"""``specplug serve``, used through the ``openai`` client as users do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PROMPT = held_out_prompts(1)[0]
 
 @pytest.fixture
 def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Installed distributions, as ``importlib.metadata`` sees them in a test."""
+    """Versions by distribution, which a test can change and ``importlib.metadata`` then reports."""
     installed: dict[str, str] = {}
 
     def version(name: str) -> str:
@@ -59,7 +59,9 @@ def test_cpu_wheel_gets_a_version_with_cpu_in_it(versions: dict[str, str]) -> No
 
 
 @pytest.mark.parametrize("installed", [{"vllm": "0.33.0"}, {"vllm": "0.33.0", CPU_DISTRIBUTION: "0.32.0"}, {}])
-def test_nothing_is_answered_where_it_is_not_needed(versions: dict[str, str], installed: dict[str, str]) -> None:
+def test_versions_are_left_alone_if_no_cpu_wheel_stands_in_for_vllm(
+    versions: dict[str, str], installed: dict[str, str]
+) -> None:
     versions.update(installed)
     before = importlib.metadata.version
     answer_for_cpu_wheel()
@@ -78,12 +80,12 @@ def test_arguments_reach_vllm_untouched(monkeypatch: pytest.MonkeyPatch) -> None
         "from vllm_specplug.cli import main\n"
         "main()\n"
     )
-    for given in (
+    for arguments in (
         ["MODEL", "--port", "1", "-tp", "2", "-O3", "--speculative-config", '{"method": "specplug"}', "--help=all"],
         ["--port", "1", "--model", "MODEL", "--", "x"],
     ):
-        done = subprocess.run([sys.executable, "-c", program, "serve", *given], capture_output=True, text=True)
-        assert done.stdout.strip() == str(["vllm", "serve", *given]), done.stderr
+        done = subprocess.run([sys.executable, "-c", program, "serve", *arguments], capture_output=True, text=True)
+        assert done.stdout.strip() == str(["vllm", "serve", *arguments]), done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ def test_arguments_reach_vllm_untouched(monkeypatch: pytest.MonkeyPatch) -> None
 
 @dataclass
 class Server:
-    """A running server and how to talk to it."""
+    """A running server, with its address and a client."""
 
     url: str
     client: Any
@@ -190,7 +192,7 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(60)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its own session: whatever it may have left behind
+                os.killpg(process.pid, signal.SIGKILL)  # the group is the server's own session
             process.wait()
 
 
@@ -262,7 +264,7 @@ def test_wrong_request_options_are_bad_requests(server: Server, option: str, val
     with pytest.raises(openai.BadRequestError) as caught:
         complete(server, extra_body={"vllm_xargs": {option: value}})
     assert caught.value.status_code == 400
-    assert told in str(caught.value) or "vllm_xargs" in str(caught.value)  # vLLM's own types refuse some of them
+    assert told in str(caught.value) or "vllm_xargs" in str(caught.value)  # vLLM's own types refuse some values
 
 
 @pytest.mark.engine
@@ -283,7 +285,7 @@ def test_logprobs(server: Server) -> None:
     plain = complete(server, logprobs=3, extra_body={"vllm_xargs": {"specplug_speculate": False}}).choices[0]
     assert len(fast.logprobs.token_logprobs) == 48
     assert fast.logprobs.tokens == plain.logprobs.tokens
-    # Verifying several tokens in one pass adds up in another order than one by one: float32 rounding, no more.
+    # A pass that verifies several tokens sums in another order than one for a single token: float32 rounding.
     assert fast.logprobs.token_logprobs == pytest.approx(plain.logprobs.token_logprobs, abs=1e-3)
     best = chat(server, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     assert len(best) == 48
@@ -291,8 +293,8 @@ def test_logprobs(server: Server) -> None:
 
 
 @pytest.mark.engine
-def test_structured_output(server: Server) -> None:
-    # Finite by construction: a model this small would write an open string until it is cut off.
+def test_structured_output_is_the_same_without_speculation(server: Server) -> None:
+    # All values of the schema are short: so small a model would not end a free string.
     schema = {
         "type": "object",
         "properties": {"kind": {"enum": ["list", "dict"]}, "sorted": {"type": "boolean"}},
@@ -321,7 +323,7 @@ def test_several_answers_to_one_prompt(server: Server) -> None:
 
 
 @pytest.mark.engine
-def test_tool_call(server: Server) -> None:
+def test_a_tool_call_is_the_same_without_speculation(server: Server) -> None:
     schema = {"type": "object", "properties": {"kind": {"enum": ["list", "dict"]}}, "required": ["kind"]}
     options = {
         "tools": [{"type": "function", "function": {"name": "choose", "parameters": schema, "strict": True}}],
@@ -380,20 +382,20 @@ def test_top_shows_them(server: Server) -> None:
 
 @pytest.mark.engine
 def test_aborted_clients_leave_nothing_behind(server: Server) -> None:
-    # Held open until all of them run, then dropped in the middle of their streams.
+    # All streams are read until all requests run, and are then closed.
     streams = [complete(server, seed=seed, max_tokens=700, stream=True) for seed in range(6)]
     for stream in streams:
         next(iter(stream))
     for stream in streams:
         stream.close()
-    # The worker learns of an abort with its next step: an ordinary request makes one.
+    # The worker learns of an abort with its next step, which an ordinary request makes.
     assert wait_until(lambda: server.metric("vllm:num_requests_running") == 0, 60)
     complete(server, max_tokens=2)
     assert wait_until(lambda: server.stats()["live_requests"] <= 1, 60), server.stats()
 
 
 def reload_stores(server: Server) -> tuple[int, dict[str, Any]]:
-    """Status and answer of the endpoint."""
+    """HTTP status and JSON answer of the endpoint that reloads stores."""
     request = urllib.request.Request(f"{server.url}/specplug/reload_stores", method="POST")
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -404,7 +406,7 @@ def reload_stores(server: Server) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.engine
 def test_a_grown_store_is_taken_up_without_a_restart(server: Server, store: Path, tmp_path: Path) -> None:
-    """By the endpoint and by SIGHUP, while requests run; what they say does not change."""
+    """The endpoint and SIGHUP reload the store while requests run, whose outputs do not change."""
     before = complete(server, temperature=0).choices[0].text
     assert reload_stores(server) == (200, {"reloaded": []})
     add = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "datastore", "add", str(store)]
@@ -419,7 +421,7 @@ def test_a_grown_store_is_taken_up_without_a_restart(server: Server, store: Path
 
     in_store = tokens()
     grow(1)
-    assert tokens() == in_store  # not before it is told
+    assert tokens() == in_store  # not before the reload
     stream = complete(server, temperature=0, stream=True)
     first = next(stream)
     assert reload_stores(server) == (200, {"reloaded": ["small"]})
@@ -436,7 +438,7 @@ def test_a_grown_store_is_taken_up_without_a_restart(server: Server, store: Path
     assert complete(server, temperature=0, extra_body=xargs).choices[0].text == before
     accepted = server.metric("vllm:spec_decode_num_accepted_tokens_total") - accepted
     drafted = server.metric("vllm:spec_decode_num_draft_tokens_total") - drafted
-    assert accepted > 0.9 * drafted > 0  # the answer itself is in the store now
+    assert accepted > 0.9 * drafted > 0  # the store now has the answer's text
 
     good = store.read_bytes()
     (tmp_path / "wrong").write_bytes(good[:-30])

@@ -1,4 +1,4 @@
-"""Suffix decoding against counting in plain lists; its memory, its tenants and its file."""
+"""Suffix decoding drafts what counting in plain lists gives; its memory, its tenants and its file."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def random_text(seed: int, num_tokens: int, vocab_size: int = VOCAB_SIZE) -> lis
 
 
 class Reference:
-    """What the proposer does, by counting in lists. Only the order among rare continuations is taken from it."""
+    """The proposer's rules, by counting in lists; only the order of rare continuations is read from the automaton."""
 
     def __init__(self, proposer: SuffixProposer) -> None:
         self.proposer = proposer
@@ -95,7 +95,7 @@ class Reference:
         }
 
     def order(self, tokens: Sequence[int]) -> list[int]:
-        """Continuations, the one seen most often first."""
+        """Tokens that followed ``tokens``, the most frequent one first, in the automaton's order."""
         (tenant,) = self.proposer._tenants.values()
         each = tenant.new
         state = find(each.states, each.edges, each.table, np.array(tokens, dtype=np.int32))
@@ -117,7 +117,7 @@ class Reference:
         return 1.0 if last[0] == name else 0.0
 
     def draft(self, name: str, max_draft: int, min_match: int, keys=None, scale: float = 0.0):
-        """(tokens, confidence, votes, match length)."""
+        """The draft of a request: (tokens, confidences, votes, match length)."""
         tokens: list[int] = []
         confidence: list[float] = []
         votes: list[int] = []
@@ -130,7 +130,7 @@ class Reference:
             for match in matches:
                 ends = self.ends(match)
                 if not ends or ends in seen:
-                    continue  # the suffixes of one state, of which the longest counts
+                    continue  # another suffix of the same state, of which only the longest counts
                 order = self.order(match)
                 if not order:
                     continue
@@ -161,7 +161,7 @@ class Reference:
                     support[token] += chance
             worth = {each: best[each][1] + SUPPORT * support[each] for each in best}
             token = max(worth, key=worth.__getitem__)
-            # Equal but for the last digit: which of them is taken depends on the order of an addition.
+            # If two are equal but for the last digit, the order of additions decides.
             assume(all(worth[token] - other > 1e-9 for each, other in worth.items() if each != token))
             _, score, match, agreeing, against = best[token]
             rival = max((1 / (1 + math.exp(-best[each][1])) for each in best if each != token), default=0.0)
@@ -237,7 +237,7 @@ def test_a_batch_drafts_as_its_requests_would_one_by_one():
     assert sum(map(len, expected.values())) > 6
 
 
-def test_a_draft_ends_where_it_gets_unlikely():
+def test_a_draft_ends_when_it_gets_unlikely():
     text = random_text(0, 60, vocab_size=5)
     long = proposer_with().propose(batch_of({"a": text}))
     short = proposer_with(min_confidence=0.3).propose(batch_of({"a": text}))
@@ -260,7 +260,7 @@ def test_each_request_gets_no_more_than_it_can_use():
 
 
 def test_sampling_requests_draft_what_their_noise_makes_likely():
-    """Without noise always the favourite; with it each continuation about as often as it was seen."""
+    """Without noise the draft is always the favourite; with noise, tokens that were seen more are drafted more."""
     proposer = proposer_with(sharpness=1.0)
     proposer.follow(batch_of({"old": [5, 1] * 1 + [9] + [5, 2, 9] * 3}))
     counts = {1: 0, 2: 0}
@@ -271,7 +271,7 @@ def test_sampling_requests_draft_what_their_noise_makes_likely():
         )
         counts[rows_of(proposer.propose(batch))[0][0]] += 1
     assert rows_of(proposer.propose(batch_of({"new": [9, 5]}, 1))) == [[2]]
-    # Both continue "5", which was seen four times; a share of 1/4 or, after "9 5", of none.
+    # 2 followed "5" three times in four, and "9 5" always.
     assert counts[2] > counts[1]
 
 
@@ -290,7 +290,7 @@ def paths_of(drafts: Drafts, index: int) -> list[tuple[int, ...]]:
 
 
 def nodes_of(drafts: Drafts, index: int) -> dict[tuple[int, ...], float]:
-    """Confidence of each node of a request's tree; no node has two."""
+    """Confidence of every node of a request's tree, which is the same in all chains."""
     nodes: dict[tuple[int, ...], float] = {}
     for each in (drafts, *drafts.others):
         tokens = tuple(each.token_ids[index, : each.num_tokens[index]].tolist())
@@ -301,7 +301,7 @@ def nodes_of(drafts: Drafts, index: int) -> dict[tuple[int, ...], float]:
 
 
 def check_tree(drafts: Drafts, index: int) -> list[tuple[int, ...]]:
-    """What holds for every tree; returns its paths."""
+    """Check the properties of every tree; returns its paths."""
     paths, nodes = paths_of(drafts, index), nodes_of(drafts, index)
     chances = []
     for nth, path in enumerate(paths):
@@ -351,12 +351,12 @@ def test_trees_are_continuations_of_what_was_said(
         for path in paths:
             text = [*texts[name], *path]
             for end in range(len(texts[name]), len(text)):
-                match = text[end - min_match : end + 1]  # each token followed a match that is long enough
+                match = text[end - min_match : end + 1]  # the token followed a match that is long enough
                 assert any(each[at : at + min_match + 1] == match for each in texts.values() for at in range(len(each)))
 
 
-def test_every_continuation_of_a_match_is_a_path_where_the_noise_is_for_it():
-    """Ten tokens followed "5" once each: without noise those seen most often and last are known, with it all race."""
+def test_every_continuation_of_a_match_can_be_a_path_if_noise_decides():
+    """Ten tokens followed "5" once each: without noise only a few are candidates, with noise all of them race."""
     proposer = proposer_with()
     proposer.follow(batch_of({"old": [token for each in range(10, 20) for token in (5, each)]}))
     batch = dataclasses.replace(batch_of({"new": [5]}, 1), num_chains=12)
@@ -364,13 +364,15 @@ def test_every_continuation_of_a_match_is_a_path_where_the_noise_is_for_it():
     assert 1 < len(paths_of(proposer.propose(batch), 0)) < 10
     paths = paths_of(proposer.propose(dataclasses.replace(batch, noise=noise)), 0)
     assert sorted(paths) == [(token,) for token in range(10, 20)]
-    # What was seen equally often is in the order of the noise, but for the last, which is the request's own.
+    # Tokens seen equally often are in the order of the noise, but for 19, which the request itself saw last.
     others = [path[0] for path in paths[1:] if path[0] != 19]
     assert others == sorted(others, key=lambda token: -noise_of(SPLITMIX, noise.keys[0, 0], token))
 
 
 def test_the_targets_noise_chooses_the_branches():
-    """The target's token is argmax(log share + noise): more chains hold it more often than one, and than without."""
+    """The target's token is argmax(log share + noise). Two chains with noise have it more often than one with noise,
+    and than two without.
+    """
     proposer = proposer_with()
     proposer.follow(batch_of({"old": [each for token in (1, 2, 3, 4) for each in (5, token) * (5 - token)]}))
     right = {"first": 0, "with": 0, "without": 0}
@@ -421,7 +423,7 @@ def test_trees_of_a_batch_of_several_tenants():
 
 
 def test_trees_while_the_automaton_grows_and_is_exchanged():
-    """One that is asked for trees knows as much, all the time, as one that is asked for chains."""
+    """A proposer that is asked for trees always knows as much as one that is asked for single chains."""
     tree, chain = proposer_with(max_history_bytes=1 << 20), proposer_with(max_history_bytes=1 << 20)
     num_others = 0
     for nth in range(40):
@@ -484,7 +486,7 @@ def test_replaced_contexts_start_anew(replacement):
     assert draft == propose(fresh, {"a": context})["a"]
     if replacement in ("another", "shorter"):
         assert draft == second[len(context) : len(context) + 8]
-    # And it goes on from there.
+    # The request goes on with the new context.
     longer = context + random_text(6, 3)
     propose(proposer, {"a": longer})
     state = proposer._requests[proposer._slots.known(["a"])[0]]
@@ -499,7 +501,7 @@ def test_a_context_that_shrinks_drafts_what_followed():
     assert propose(proposer, {"a": text[:30]})["a"] == text[30:38]
 
 
-def test_empty_batches_and_contexts():
+def test_empty_batches_and_contexts_get_no_draft():
     proposer = proposer_with()
     assert len(proposer.propose(DraftBatch.from_contexts([], 8)).num_tokens) == 0
     assert propose(proposer, {"a": [], "b": [1]}) == {"a": [], "b": []}
@@ -519,7 +521,7 @@ def test_strange_tokens_break_a_text_and_are_never_drafted():
     assert propose(proposer, {"c": [50, 5, 100]})["c"] == []
 
 
-def test_many_requests_at_once():
+def test_hundreds_of_requests_draft_side_by_side():
     proposer = proposer_with(max_num_requests=300)
     text = random_text(8, 600)
     proposer.follow(batch_of({"all": text}))
@@ -570,7 +572,7 @@ def test_unshared_requests_see_only_themselves():
 
 
 def found_share(proposer: SuffixProposer, text: list[int], tenant: str, probes: int = 20) -> float:
-    """How many of some places in ``text`` the history knows the continuation of."""
+    """Share of some places in ``text`` whose continuation the history knows."""
     num_found = 0
     for nth in range(probes):
         start = nth * (len(text) - 12) // probes
@@ -582,7 +584,7 @@ def found_share(proposer: SuffixProposer, text: list[int], tenant: str, probes: 
 
 
 def reserved(proposer):
-    """Bytes of all automata, which the proposer must know without counting."""
+    """Bytes of all automata, counted, and equal to the proposer's own sum."""
     counted = sum(each.reserved_bytes() for tenant in proposer._tenants.values() for each in tenant.automata())
     assert proposer._reserved_bytes == counted
     return counted
@@ -592,7 +594,7 @@ def test_many_tenants_each_keep_the_little_that_they_say():
     cap = 1 << 20
     proposer = proposer_with(max_history_bytes=cap)
     num_tenants = 2000
-    assert num_tenants > cap // Automaton.smallest_bytes()  # too many for all to be remembered
+    assert num_tenants > cap // Automaton.smallest_bytes()  # more than can be remembered
     for nth in range(num_tenants):
         text = random_text(nth, 10)
         proposer.follow(batch_of({f"r-{nth}": text}, tenants={f"r-{nth}": str(nth)}))
@@ -614,7 +616,7 @@ def test_memory_stays_below_the_cap_and_the_newest_is_known(tenants):
         tenant = tenants[nth % len(tenants)]
         proposer.follow(batch_of({f"r-{nth}": text}, tenants={f"r-{nth}": tenant}))
         proposer.finish([f"r-{nth}"])
-        live[tenant] += text[:20]  # a request that outlives every exchange
+        live[tenant] += text[:20]  # this request goes on through all exchanges
         drafts = propose(proposer, {f"live-{tenant}": live[tenant]}, 8, {f"live-{tenant}": tenant})
         if nth:
             assert drafts[f"live-{tenant}"] == text[20:28]
@@ -676,7 +678,7 @@ def test_a_new_tenant_looks_at_few_others(monkeypatch):
 
 
 def test_a_token_of_history_takes_at_most_60_bytes():
-    # Text with the statistics of text: many words, few of them often.
+    # Word frequencies like those of real text: many words, few of them frequent.
     words = np.random.default_rng(0).zipf(1.3, size=200_000) % 20_000
     proposer = proposer_with(max_num_requests=1)
     for start in range(0, len(words), 1000):
@@ -686,7 +688,7 @@ def test_a_token_of_history_takes_at_most_60_bytes():
 
 
 def test_both_automata_draft():
-    """After an exchange the older text is still known, and live requests go on in both."""
+    """After an exchange of automata older text is still known, and live requests go on in both automata."""
     proposer = proposer_with(max_history_bytes=1 << 20)
     old, live = random_text(1, 300), random_text(2, 50)
     proposer.follow(batch_of({"old": old}))
@@ -713,12 +715,12 @@ def test_history_outlives_the_process_by_tenant(tmp_path):
     proposer = proposer_with(history_file=str(path), save_interval_s=1000.0)
     texts = {"red": random_text(1, 60), "": random_text(2, 60), "half \ud800": random_text(3, 60)}
     for tenant, text in texts.items():
-        # In pieces, as a request grows.
+        # The request grows.
         for end in (10, 11, 40, 60):
             propose(proposer, {f"r{tenant}": text[:end]}, 8, {f"r{tenant}": tenant})
     proposer.finish(["rred"])
     assert not path.exists()
-    proposer.close()  # the other one is still running
+    proposer.close()  # one request is still running
     again = proposer_with(history_file=str(path))
     for tenant, text in texts.items():
         assert found_share(again, text, tenant) == 1.0
@@ -919,7 +921,7 @@ def test_a_process_that_is_killed_leaves_a_whole_file(tmp_path):
         ({"share": "none", "history_file": "x"}, "give one of the two only"),
     ],
 )
-def test_bad_options(options, message):
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=rf"proposer 'suffix'.*{message}"):
         proposer_with(**options)
 
@@ -969,7 +971,7 @@ def test_nothing_is_compiled_after_warm_up():
 
 
 def test_the_reference_reads_the_automaton_it_means():
-    """The columns that the reference relies on."""
+    """:class:`Reference` relies on these columns."""
     proposer = proposer_with()
     proposer.follow(batch_of({"a": [1, 2, 1, 2]}))
     each = next(iter(proposer._tenants.values())).new

@@ -1,4 +1,4 @@
-"""Merging trees of drafts against a slow form with plain lists; siblings and branches."""
+"""Merged trees of drafts equal a slow form with plain lists; siblings and branches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Path = tuple[tuple[int, ...], tuple[float, ...]]
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Fresh inputs at every run; the seed is shown where a test fails."""
+    """Fresh inputs at every run; pytest shows the seed if a test fails."""
     seed = np.random.SeedSequence().entropy
     print(f"np.random.default_rng({seed})")
     return np.random.default_rng(seed)
 
 
 def naive_merge(trees: list[list[Path]], num_chains: int) -> list[Path]:
-    """The same choice, by a table of nodes and their confidences."""
+    """The merged tree by the same rules, with a dictionary of nodes and their confidences."""
 
     def expected(confidence: tuple[float, ...]) -> float:
         return sum(math.prod(confidence[: depth + 1]) for depth in range(len(confidence)))
@@ -29,12 +29,12 @@ def naive_merge(trees: list[list[Path]], num_chains: int) -> list[Path]:
     firsts = [tree[0] for tree in trees if tree]
     if not firsts:
         return []
-    taken = [max(firsts, key=lambda path: expected(path[1]))]  # the first of equals
+    taken = [max(firsts, key=lambda path: expected(path[1]))]  # among equals the first
     nodes = {taken[0][0][: depth + 1]: each for depth, each in enumerate(taken[0][1])}
     waiting = [list(tree) for tree in trees]
 
     def as_part(path: Path) -> tuple[float, tuple[float, ...]]:
-        """(what it adds, its confidences in the tree)."""
+        """(expected accepted tokens that the path adds to the tree, its confidences there)."""
         tokens, confidence = path
         head = sum(tokens[: depth + 1] in nodes for depth in range(len(tokens)))
         if head == len(tokens):
@@ -50,10 +50,10 @@ def naive_merge(trees: list[list[Path]], num_chains: int) -> list[Path]:
         for tree in waiting:
             while tree and as_part(tree[0])[0] <= 0.0:
                 tree.pop(0)
-        found = [tree for tree in waiting if tree]
-        if not found:
+        with_paths = [tree for tree in waiting if tree]
+        if not with_paths:
             break
-        best = max(found, key=lambda tree: as_part(tree[0])[0])
+        best = max(with_paths, key=lambda tree: as_part(tree[0])[0])
         tokens, merged = best[0][0], as_part(best[0])[1]
         taken.append((tokens, merged))
         nodes |= {tokens[: depth + 1]: each for depth, each in enumerate(merged) if tokens[: depth + 1] not in nodes}
@@ -95,7 +95,7 @@ def test_merged_trees_equal_the_slow_form(rng: np.random.Generator) -> None:
             assert [each for each in found if each] == [list(path) for path, _ in expected]
             for chain, (path, merged) in enumerate(expected):
                 assert out[2][chain, request, : len(path)].tolist() == pytest.approx(merged, abs=1e-6)
-                # All that is told of a path is of one tree, which had it.
+                # Match lengths of a path all come from one tree, which has this path.
                 (match,) = {int(out[3][chain, request]), *out[4][chain, request, : len(path)].tolist()}
                 assert any(path in [each for each, _ in trees[tree]] for tree in np.flatnonzero(
                     match_length[:, request] == match))  # fmt: skip

@@ -31,7 +31,7 @@ TIGHT = {**ROOMY, "num_gpu_blocks_override": 6, "max_num_batched_tokens": 96, "e
 SENT = requests_v2(22, first_seed=500)
 
 
-# Every feature once, greedy in one half and sampled in the other.
+# Two halves of the requests, each with every feature once, greedy or sampled.
 HALVES = [
     [at for at in range(len(SENT)) if (at % len(V2_FEATURES) % 2 == at // len(V2_FEATURES)) == first]
     for first in (True, False)
@@ -46,7 +46,7 @@ def stock(engines: Engines) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def files(stock: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Paths: what the oracle knows, and a token store."""
+    """Paths of the file that the oracle reads and of a token store."""
     from transformers import AutoTokenizer
 
     from vllm_specplug.measure import corpus
@@ -86,7 +86,7 @@ def roomy() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def tight() -> Iterator[Engine]:
-    """As on a GPU: async scheduling. And what is small elsewhere: a cache with preemptions, verification in chunks."""
+    """With async scheduling, as on a GPU, a cache so small that requests are preempted, and verification in chunks."""
     with Engine({**TIGHT, "speculative_config": SPECPLUG}, v2=True, asynchronous=True) as engine:
         assert "async scheduling on" in engine.tail(100_000)
         engine.send("call", "verify_in_chunks_of", 7)
@@ -109,7 +109,7 @@ def check(
     assert compared > at_least
 
 
-# Under preemption the slow runner's time goes to the drafters that matter there.
+# With preemption the runner is slow, so that only a few proposers run there.
 @pytest.mark.parametrize(
     ("cache", "proposer", "places"),
     [
@@ -140,22 +140,22 @@ def test_same_tokens_as_stock_v2(
     accepted = sum(p["accepted"] for p in stats["proposers"].values())
     assert (drafted > 0) == (proposer != "none")
     if cache == "tight":
-        # With so many drafters that some are right, requests may be over before they get into each other's way.
+        # If drafts are accepted, requests may end before the cache is full.
         assert delta["vllm:num_preemptions"] > 0 or proposer == "all together", "the cache was meant to be too small"
-        # Async scheduling reserves room for k draft tokens a request before it knows any draft.
+        # Async scheduling counts k draft tokens for a request before it knows its draft.
         assert delta["vllm:spec_decode_num_draft_tokens"] > drafted
         assert engine.send("call", "num_chunked_verifications") > 0
     else:
         assert delta["vllm:spec_decode_num_draft_tokens"] == drafted
     if proposer == "oracle":
-        # Every oracle draft is right; what is rejected lies behind the end of a request or of its grammar.
+        # Every draft of the oracle is right: rejected tokens are behind the end of a request or of its grammar.
         assert accepted >= 0.85 * drafted
     if proposer == "random":
         assert accepted < 0.05 * drafted
 
 
 def test_every_oracle_token_is_accepted(roomy: Engine, stock: list[dict[str, Any]], files: dict[str, str]) -> None:
-    """Requests that end by their length alone: no draft reaches beyond an end, so none may be rejected."""
+    """Requests end by their length alone, so that no draft reaches beyond an end."""
     roomy.send("set_drafting", drafting("oracle", files))
     plain = [
         index
@@ -174,7 +174,7 @@ def test_every_oracle_token_is_accepted(roomy: Engine, stock: list[dict[str, Any
     assert counters["accepted"] == counters["drafted"]
 
 
-def test_a_vocabulary_of_several_blocks() -> None:
+def test_same_tokens_with_a_vocabulary_of_several_blocks() -> None:
     """Kernels take 1024 tokens at a time, more than the small vocabulary has."""
     arguments = {**SIZES, "model": str(tiny_models.target_path())}
     sent = requests(6, [{}, {"top_k": 20, "top_p": 0.9}, {"logprobs": 2}], first_seed=700, longest=6)
@@ -196,7 +196,7 @@ def test_a_broken_proposer_changes_nothing(name: str, tight: Engine, stock: list
 
 
 def test_proposers_see_what_was_verified(roomy: Engine, stock: list[dict[str, Any]]) -> None:
-    """``observe()`` reports every token that came out, in order, and the target's choices behind a rejected draft."""
+    """``observe()`` reports all emitted tokens in order, and the target's choices behind a rejected draft token."""
     roomy.send("set_drafting", {"num_speculative_tokens": NUM_DRAFT, "proposers": ["in_child.Recorder"]})
     sent = [r for r in SENT if not {"n", "json_schema", "stop"} & set(r["params"])][:6]
     outputs = roomy.generate(sent, reset_prefix_cache=True)
@@ -218,18 +218,18 @@ def test_a_request_can_switch_speculation_off(roomy: Engine) -> None:
 
 
 def test_logprobs_of_chosen_tokens_are_refused(roomy: Engine) -> None:
-    """vLLM's V2 verification leaves them out in silence; one clear error instead, and the engine goes on."""
+    """vLLM's V2 verification would leave them out in silence; the engine goes on after the error."""
     with pytest.raises(EngineError, match="logprob_token_ids cannot be served with speculation on Model Runner V2"):
         roomy.generate([{"prompt": "x", "params": {"max_tokens": 2, "logprob_token_ids": [3, 4]}}])
     assert roomy.generate([{"prompt": "x", "params": {"max_tokens": 2, "temperature": 0.0}}])
 
 
 def test_drafting_on_the_device(roomy: Engine, stock: list[dict[str, Any]], files: dict[str, str]) -> None:
-    """``rest`` without the host: same drafts, so at least as many accepted (the padding may be right as well)."""
+    """``rest`` on the device drafts as on the host; more tokens may be accepted, since padding may be right."""
     accepted = {}
     for place in ("host", "device"):
         if place == "host":
-            # On the device drafts are drawn without the target's noise.
+            # On the device drafts do not heed the target's noise.
             settings = {**drafting("rest", files), "proposers": [{"name": "rest", "sharpness": 0}, UNGATED]}
             roomy.send("set_drafting", settings)
         else:
@@ -244,7 +244,7 @@ def test_drafting_on_the_device(roomy: Engine, stock: list[dict[str, Any]], file
 
 
 def test_proposers_are_given_the_noise_that_the_verifier_uses(roomy: Engine, tight: Engine) -> None:
-    """Where noise alone decides, a proposer that knows it is always right."""
+    """If noise alone decides, a proposer that knows it is always right."""
     sent = noise_alone(4, 1 + 2 * (NUM_DRAFT + 1), VOCAB)
     for engine in (roomy, tight):
         engine.send(
@@ -287,8 +287,8 @@ def test_vllms_own_drafters(draft: str, stock: list[dict[str, Any]]) -> None:
         assert f"verifies the drafts of vLLM's {config['method']}" in engine.tail(100_000)
         check(engine.generate(SENT[:11]), stock[:11], draft, SENT[:11], at_least=5)
         before = engine.send("metrics")
-        # Sampling with the temperature alone, which is all that vLLM's drafters heed; 4, 8 or 12 more tokens, so that
-        # no draft reaches beyond the end of a request.
+        # vLLM's drafters heed seed and temperature only; 1 + 4, 8 or 12 tokens, so that no draft reaches beyond the end
+        # of a request.
         params = [{"temperature": t, "seed": s, "max_tokens": 1 + 4 * n, "ignore_eos": True}
                   for s, (t, n) in enumerate([(0.0, 1), (0.5, 2), (1.0, 3), (1.5, 2), (1.0, 1)])]  # fmt: skip
         engine.generate([{"prompt": r["prompt"], "params": p} for r, p in zip(SENT, params, strict=False)])

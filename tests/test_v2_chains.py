@@ -21,7 +21,7 @@ pytestmark = pytest.mark.engine
 NUM_DRAFT = 3
 UNGATED = {"name": "ensemble", "gate": False}  # drafts are verified whether they pay or not
 CHAINS = {"method": "specplug", "num_speculative_tokens": NUM_DRAFT, "proposers": [], "num_chains": 4}
-# Rows that are idle, since forks take no others.
+# Sizes with idle rows, since forks take no others.
 SIZES = {"max_model_len": 384, "max_num_seqs": 96, "max_num_batched_tokens": 1024, "block_size": 32}
 # A budget of reasoning tokens needs words that begin and end reasoning; any will do for a model that knows none.
 ROOMY = {**SIZES, "reasoning_config": {"reasoning_start_str": "def", "reasoning_end_str": "\n"}}
@@ -53,7 +53,7 @@ def roomy() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def tight() -> Iterator[Engine]:
-    """As on a GPU: async scheduling. And what is small elsewhere: a cache with preemptions."""
+    """With async scheduling, as on a GPU, and a cache so small that requests are preempted."""
     with Engine(
         {**TIGHT, "speculative_config": {**CHAINS, "scratch_blocks": 30}}, v2=True, asynchronous=True
     ) as engine:
@@ -89,7 +89,7 @@ def test_same_tokens_as_stock_v2(
 def test_every_true_token_is_accepted_whichever_chain_is_the_main_one(
     kinds: list[str], roomy: Engine, stock: list[dict[str, Any]], sequences: str
 ) -> None:
-    """But for requests with a grammar or a budget of reasoning tokens, which keep one chain."""
+    """Requests with a grammar or a budget of reasoning tokens keep one chain and are left out."""
     alone = {"json_schema", "thinking_token_budget", "n"}
     sent = [index for index, r in enumerate(SENT) if not alone & r["params"].keys()]
     roomy.send("set_drafting", several(kinds, sequences))
@@ -112,12 +112,12 @@ def test_the_logits_behind_every_token_are_those_without_forks(roomy: Engine, se
     one, four = kept
     assert len(one.keys() & four.keys()) == len(one) > 50
     for key, logits in one.items():
-        # In batches of other shapes products are summed in another order.
+        # Batches of other shapes sum products in another order.
         np.testing.assert_allclose(four[key], logits, atol=1e-4)
 
 
 def test_a_control_that_must_fail(roomy: Engine, stock: list[dict[str, Any]], sequences: str) -> None:
-    """Without the winner's copy home tokens do come out different."""
+    """Tokens differ if winners are not copied to their request."""
     roomy.send("set_drafting", several(["corrupted"] * 4, sequences))
     try:
         roomy.send("call", "break_forks", "stays away")

@@ -1,4 +1,4 @@
-"""Copies of KV-cache blocks by the kernel, against plain indexing, in every layout that vLLM gives its cache.
+"""The kernel copies KV-cache blocks as plain indexing does, in every layout that vLLM gives its cache.
 
 Without a CUDA device the kernel runs under Triton's interpreter.
 """
@@ -22,7 +22,7 @@ HAS_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_CUDA else "cpu"
 NAME = "vllm_specplug.hooks.v2.block_copies"
 NUM_BLOCKS = 12
-pytestmark = pytest.mark.filterwarnings(  # of torch, where vLLM's V2 runner is imported first
+pytestmark = pytest.mark.filterwarnings(  # torch warns when vLLM's V2 runner is imported first
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 )
 
@@ -33,7 +33,7 @@ LIKE_GROUPS = [(2, 2, 8, 24), (2, 2, 8, 24)]
 # The second group's first page ends behind all pages of the first, which begin at the same address.
 UNLIKE_GROUPS = [(1, 1, 4, 16), (1, 2, 4, 40)]
 ODD_BYTES = [(2, 1, 3, 5), (1, 3, 1, 7)]
-# Pages of unlike size take a layout with blocks outermost and one run of bytes a page: vLLM refuses all others.
+# For pages of different sizes vLLM accepts only a layout with blocks outermost and all bytes of a page together.
 CASES = {
     **{f"{layout}, one group": (layout, ONE_GROUP) for layout in LAYOUTS},
     **{f"{layout}, like groups": (layout, LIKE_GROUPS) for layout in LAYOUTS},
@@ -44,7 +44,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def copies() -> Iterator[ModuleType]:
-    """A copy of the module for these tests alone: whether kernels are interpreted is settled when they are defined."""
+    """A copy of the module for these tests: kernels are interpreted or not from the moment they are defined."""
     pytest.importorskip("triton", reason="Triton is not installed")
     with pytest.MonkeyPatch.context() as patch:
         if not HAS_CUDA:
@@ -59,7 +59,7 @@ def copies() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Fresh inputs at every run; the seed is shown where a test fails."""
+    """Fresh inputs at every run; pytest shows the seed if a test fails."""
     seed = np.random.SeedSequence().entropy
     print(f"np.random.default_rng({seed})")
     return np.random.default_rng(seed)
@@ -78,10 +78,10 @@ def allocate(layout_name: str, groups: list[tuple[int, int, int, int]]) -> tuple
     layout = KVCacheLayout[layout_name]
     of_a_block = max(layers * heads * tokens * size for layers, heads, tokens, size in groups)
     size = of_a_block * NUM_BLOCKS
-    buffer = torch.zeros(size + 64, dtype=torch.int8, device=DEVICE)  # 64: nobody's
+    buffer = torch.zeros(size + 64, dtype=torch.int8, device=DEVICE)  # 64 bytes that belong to no block
     caches = []
     for number, (layers, heads, tokens, width) in enumerate(groups):
-        # vLLM keeps keys and values of a head side by side.
+        # vLLM stores the keys and values of a head side by side.
         spec: Any = FullAttentionSpec(block_size=tokens, num_kv_heads=heads, head_size=1, dtype=torch.int8)
         spec = SpecOf(spec, width)
         fixed = of_a_block if layout.is_block_outermost and len(groups) > 1 else None
@@ -99,7 +99,7 @@ def allocate(layout_name: str, groups: list[tuple[int, int, int, int]]) -> tuple
 
 
 class SpecOf:
-    """vLLM's description of a layer, with a token of so many bytes a head."""
+    """vLLM's description of a layer whose tokens take ``width`` bytes a head."""
 
     def __init__(self, spec: Any, width: int) -> None:
         self._spec, self.state_content_size_bytes = spec, width
@@ -211,7 +211,7 @@ for capability in (80, 90):
 
 
 def test_the_kernel_compiles_for_gpus(tmp_path: Path) -> None:
-    """The interpreter is lenient about types; no GPU is needed to find out, only a process that does not interpret."""
+    """The compiler is stricter about types than the interpreter; it needs no GPU, but a process that compiles."""
     pytest.importorskip("triton", reason="Triton is not installed")
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
@@ -219,7 +219,7 @@ def test_the_kernel_compiles_for_gpus(tmp_path: Path) -> None:
 
 
 def graphs(sizes: list[int], query_len: int, max_num_reqs: int = 64) -> Any:
-    """vLLM's own table of captured graphs, with nothing captured: full ones for decoding, pieces for all else."""
+    """vLLM's table of CUDA graphs to capture, none captured: full graphs for decoding, piecewise ones for all else."""
     from vllm.config.compilation import CUDAGraphMode
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
@@ -260,7 +260,7 @@ def test_rows_of_unlike_length_stay_within_what_is_captured_in_pieces() -> None:
 
 
 def test_every_tensor_of_a_batch_is_cut_when_the_forks_leave() -> None:
-    """A field that a later vLLM adds must be looked at: one of all rows would go on with the forks in it."""
+    """The test fails if a later vLLM adds a field, since a tensor of all rows would keep the forks' rows."""
     import dataclasses
     import inspect
 

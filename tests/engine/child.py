@@ -17,7 +17,7 @@ def build_params(request: dict[str, Any]) -> Any:
     if "json_schema" in keywords:
         keywords["structured_outputs"] = StructuredOutputsParams(json=keywords.pop("json_schema"))
     if keywords.pop("hot", False):
-        # vLLM refuses this temperature, but samplers can work with it. Each copy of the parameters is checked again.
+        # Samplers can work with this temperature, but vLLM refuses it, and checks every copy of the parameters again.
         keywords["temperature"] = 1e6
         SamplingParams._verify_args = lambda self: None
     return SamplingParams(**keywords)

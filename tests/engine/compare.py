@@ -24,7 +24,7 @@ def assert_same(ours: list[dict[str, Any]], stock: list[dict[str, Any]], what: s
 
 
 def assert_close_logprobs(ours: Any, stock: Any) -> int:
-    """Assert equal candidates, with logprobs equal up to float32 rounding; returns the number of compared positions."""
+    """Assert the same tokens with equal logprobs, up to float32 rounding; returns the number of compared positions."""
     if stock is None:
         assert ours is None
         return 0

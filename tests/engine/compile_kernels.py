@@ -12,6 +12,6 @@ def compile_all(proposers: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # The automaton of "suffix" takes as long to compile as all other kernels, including the ensemble's.
+    # The automaton of "suffix" takes as long to compile as all other kernels.
     with ProcessPoolExecutor(2) as processes:
         list(processes.map(compile_all, [["suffix"], ["ngram", "jacobi", "lookahead", "recycling"]]))

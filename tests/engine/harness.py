@@ -115,7 +115,7 @@ class Engine:
         self._process = os.pidfd_open(nursery(v2).fork(theirs, self.log.fileno(), plugin))
         theirs.close()
         self._commands, self._answers = channel.makefile("wb"), channel.makefile("rb")
-        channel.close()  # really closed with the last of the two files
+        channel.close()  # the two files keep the socket open until they are closed
         if engine_args is not None:
             global num_started
             num_started += 1
@@ -175,7 +175,7 @@ class Engines:
     """Keeps engines running for the next test with the same arguments.
 
     Args:
-        room: most idle engines; beyond that, the least recently used one is stopped.
+        room: most idle engines; if there are more, the least recently used one is stopped.
     """
 
     def __init__(self, room: int = 2) -> None:

@@ -34,7 +34,7 @@ class RandomTokens(Proposer):
 
 
 class Oracle(Proposer):
-    """Proposes the true continuation. Option ``sequences``: JSON file with lists of prompt and output token ids."""
+    """Drafts the true continuation. Option ``sequences``: JSON file with lists of prompt and output token ids."""
 
     def __init__(self, context: ProposerContext) -> None:
         super().__init__(context)
@@ -55,14 +55,15 @@ class Oracle(Proposer):
 
 
 class SeveralChains(Oracle):
-    """Proposes several chains, of the kinds in option ``kinds``.
+    """Drafts several chains, of the kinds in option ``kinds``.
 
     ``oracle``: the true continuation. ``wrong``: one token repeated. ``corrupted``: the true continuation with one
     random token changed. ``late``: the true continuation with its last token but one changed. ``short``: its first
     half.
 
-    Option ``leave_out``: indices of sequences without drafts. ``counted`` sums over steps: true tokens of the best
-    chain, accepted tokens of these, steps that accepted fewer than the best chain has, and verified side chains.
+    Option ``leave_out``: indices of sequences that get no drafts. ``counted`` has sums over steps: ``true`` tokens at
+    the beginning of the best chain, how many of these were ``accepted``, steps that ``missed`` some of them, and side
+    chains that were verified (``forks``).
     """
 
     def __init__(self, context: ProposerContext) -> None:
@@ -124,7 +125,7 @@ class RandomChains(RandomTokens):
 
 
 class NoiseAlone(Proposer):
-    """Drafts the token of largest noise among those that the request allows (its option ``allowed``)."""
+    """Drafts the token with the largest noise among those in the request's option ``allowed``."""
 
     def propose(self, batch: DraftBatch) -> list[list[int]]:
         noise = batch.noise
@@ -187,7 +188,7 @@ class Sleeps(RandomTokens):
 
 
 def save_tiny_window_model(child: Any, folder: str, tokenizer: str) -> None:
-    """Save a model with and without sliding windows, with random weights large enough that it heeds its context."""
+    """Save a model of layers with and without sliding windows, with random weights so large that context matters."""
     import shutil
 
     from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -210,7 +211,7 @@ def save_tiny_window_model(child: Any, folder: str, tokenizer: str) -> None:
 
 
 def make_no_repeat_processor() -> Any:
-    """A custom logits processor of vLLM's kind, which forbids a request's last output token from its live output."""
+    """A custom logits processor for vLLM that forbids a request's last output token to come again."""
     from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
     class NoRepeat(AdapterLogitsProcessor):  # type: ignore[misc]
@@ -257,11 +258,11 @@ def command(child: Any, arguments: list[str]) -> tuple[int, str]:
 
 
 def config_error(child: Any, speculative_config: dict[str, Any], engine_args: dict[str, Any]) -> str:
-    """Type and message of the error when the engine's configuration is built; "" if there is none.
+    """Type and message of the error when vLLM builds a configuration; "" if there is none.
 
     Args:
         child: the child.
-        speculative_config: empty for none.
+        speculative_config: that of the engine; empty: no speculation.
         engine_args: all other arguments of the engine.
     """
     from vllm.engine.arg_utils import EngineArgs
@@ -306,7 +307,7 @@ def request_error(child: Any, engine_args: dict[str, Any], extra_args: dict[str,
 
 
 def chosen_runner(child: Any, engine_args: dict[str, Any]) -> tuple[list[str], bool, bool]:
-    """Features that V2 lacks for a configuration, whether vLLM chooses V2 by itself, and its async scheduling."""
+    """Features of a configuration that V2 lacks, whether vLLM chooses V2 by itself, and whether it schedules async."""
     from vllm.engine.arg_utils import EngineArgs
 
     keep_async_scheduling(child)
@@ -326,18 +327,18 @@ def _seam_targets() -> dict[str, Any]:
 
     from vllm_specplug.hooks import seam_list
 
-    found = {}
+    targets = {}
     for seam in (*seam_list.PROCESS_SEAMS, *seam_list.V1_SEAMS, *seam_list.V2_SEAMS):
         owner: Any = importlib.import_module(seam.module)
         *path, attribute = seam.name.split(".")
         for part in path:
             owner = getattr(owner, part)
-        found[f"{seam.module}.{seam.name}"] = inspect.getattr_static(owner, attribute)
-    return found
+        targets[f"{seam.module}.{seam.name}"] = inspect.getattr_static(owner, attribute)
+    return targets
 
 
 def undone_seams(child: Any) -> tuple[int, int, int]:
-    """Number of seams, of those wrapped after registration with both runners' hooks, and of those not restored."""
+    """Numbers of seams, of seams that registration wraps, and of seams that are not restored afterwards."""
     from vllm_specplug import plugin
     from vllm_specplug.hooks.v1 import wrappers
     from vllm_specplug.hooks.v2 import wrappers as v2
@@ -360,12 +361,12 @@ def undone_seams(child: Any) -> tuple[int, int, int]:
 
 
 def unsupported(child: Any, kind: str, requests: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Register with an unsupported vLLM, then build the configuration of each request.
+    """Register the plugin with a vLLM that it does not support, then build a configuration for every pair of arguments.
 
     Args:
         child: the child.
         kind: ``version`` (an unknown version number) or ``signature`` (a wrapped function has other parameters).
-        requests: pairs of speculative_config and engine arguments.
+        requests: pairs of ``speculative_config`` and engine arguments.
     """
     import vllm
     from vllm.sampling_params import SamplingParams
@@ -432,7 +433,7 @@ def first_tokens(
     batch = 500
     counts = np.zeros(len(logits), dtype=np.int64)
     request_ids = [f"virtual-{i}" for i in range(batch)]
-    # Verifier, sampler and kernels are real; only the runner's bookkeeping of 500 requests is replaced.
+    # Verifier, sampler and kernels are real; only the runner's bookkeeping of requests is replaced.
     stand_in = SimpleNamespace(
         device=runner.device,
         sampler=runner.sampler,
@@ -533,7 +534,7 @@ def recorded(child: Any) -> dict[str, Any]:
 
 
 def verify_in_chunks_of(child: Any, num_rows: int) -> None:
-    """Let vLLM verify only ``num_rows`` logits rows at a time, as with a very large vocabulary; count the calls."""
+    """Let vLLM verify only ``num_rows`` logits rows at a time, as with a very large vocabulary, and count the calls."""
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
     original = rejection_sampler._iter_request_chunks
@@ -566,7 +567,7 @@ def draft_on_device(child: Any, store: str | None) -> None:
 def held_bytes(child: Any) -> int:
     """Bytes of all objects of this project that can be reached from the plugin's drafter on the runner.
 
-    The size of the process would not do: that of vLLM and of the allocator varies by tens of megabytes.
+    The size of the process would tell nothing: vLLM and the allocator make it vary by tens of megabytes.
     """
     from collections import deque
     from collections.abc import Mapping
@@ -577,7 +578,7 @@ def held_bytes(child: Any) -> int:
     total = 0
     while waiting:
         item = waiting.pop()
-        if id(item) in seen or type(item).__name__ == "Automaton":  # the history, whose bound another test checks
+        if id(item) in seen or type(item).__name__ == "Automaton":  # another test checks the bound of the history
             continue
         seen.add(id(item))
         total += item.nbytes if isinstance(item, np.ndarray) else sys.getsizeof(item)
@@ -610,12 +611,12 @@ def abort_half_way(child: Any, prompts: list[str], max_tokens: int, steps: int) 
 
 
 def counted_chains(child: Any) -> dict[str, int]:
-    """The counts of the proposer ``SeveralChains``."""
+    """``counted`` of the proposer :class:`SeveralChains`."""
     return dict(child.drafter.drafting._proposers["in_child.SeveralChains"].counted)
 
 
 def keep_logits(child: Any) -> None:
-    """From now on, keep the target logits of every emitted token that the V1 verifier draws at once."""
+    """From now on, keep the target logits of every token that the V1 verifier draws in one call for all rows."""
     verifier = child.runner.rejection_sampler
     child.kept_logits = kept = {}
     original = getattr(verifier, "_original_at_once", verifier._at_once)
@@ -678,7 +679,11 @@ def keep_logits_v2(child: Any) -> None:
 
 
 def break_forks(child: Any, how: str) -> None:
-    """Break forks, for tests that must then fail: skip copying winners home, or skip shared heads; else mend them."""
+    """Break forks, for tests that must then fail, or mend them.
+
+    ``stays away``: winners are not copied to their request. ``no head``: forks lack the tokens that chains share. Any
+    other ``how`` mends them.
+    """
     forks = child.drafter.forks
     for name in ("copy_home", "_copy_home", "_lay_out"):
         forks.__dict__.pop(name, None)

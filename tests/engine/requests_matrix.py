@@ -14,7 +14,7 @@ JSON_SCHEMA = {
     "additionalProperties": False,
 }
 
-# PLAIN_FEATURES can be repeated for each logits row of one sampling call.
+# PLAIN_FEATURES can be sampled for all logits rows in one call.
 # PROCESSOR_FEATURES need vLLM's stateful logits processors.
 PLAIN_FEATURES: list[dict[str, Any]] = [
     {},
@@ -67,7 +67,7 @@ def requests(
     """
     chooser = random.Random(first_seed)
     prompts = corpus.held_out_prompts(48, longest_prompt)
-    made = []
+    sent = []
     for index in range(count):
         params = dict(features[index % len(features)])
         params["temperature"] = TEMPERATURES[(index // len(features)) % len(TEMPERATURES)]
@@ -77,23 +77,23 @@ def requests(
         params["max_tokens"] = chooser.randint(max(6, longest - 28), longest)
         params.setdefault("ignore_eos", chooser.random() < 0.5)
         prompt = prompts[index % len(prompts)]
-        made.append({"prompt": prompt[: chooser.randint(120, len(prompt))], "params": params})
-    return made
+        sent.append({"prompt": prompt[: chooser.randint(120, len(prompt))], "params": params})
+    return sent
 
 
 def requests_v2(count: int, first_seed: int, longest: int = 10) -> list[dict[str, Any]]:
     """Requests for the V2 runner, with prompts of 50 to 200 tokens of the small vocabulary."""
-    made = requests(count, V2_FEATURES, first_seed, longest, longest_prompt=450)
-    for request in made:
+    sent = requests(count, V2_FEATURES, first_seed, longest, longest_prompt=450)
+    for request in sent:
         if "prompt_logprobs" in request["params"]:  # costs a logits row per prompt token
             request["prompt"] = request["prompt"][:20]
-        if 0.0 < request["params"]["temperature"] != 0.9:  # 0.9: greedy requests that ask for two outputs
+        if 0.0 < request["params"]["temperature"] != 0.9:  # 0.9 is for requests that ask for two outputs
             request["params"]["temperature"] = 1.0
-    return made
+    return sent
 
 
 def noise_alone(num_requests: int, max_tokens: int, vocab_size: int = 4096) -> list[dict[str, Any]]:
-    """Requests of such a high temperature that noise alone chooses among the tokens that they allow."""
+    """Requests of so high a temperature that noise alone chooses among the tokens that they allow."""
     allowed = [50, 51, 77, 300, 301, vocab_size // 4, vocab_size - 96]
     return [
         {

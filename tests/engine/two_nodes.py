@@ -77,11 +77,11 @@ def main(store: Path, caches: Path) -> dict[str, Any]:
         ]
 
         def place_all() -> list[dict[str, Any]]:
-            found: list[dict[str, Any]] = ray.get([actor.place.remote(config, source) for actor in actors])
-            return found
+            configs: list[dict[str, Any]] = ray.get([actor.place.remote(config, source) for actor in actors])
+            return configs
 
         where_it_is = place_all()
-        # Now no node finds the store at its path; the source still has it open.
+        # No node has the store at its path any more; the source still has it open.
         store.unlink()
         found = {"where it is": where_it_is, "fetched": place_all(), "reads": ray.get(source.count.remote())}
         # A truncated copy must be fetched again.

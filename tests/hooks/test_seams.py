@@ -27,7 +27,7 @@ from vllm_specplug.hooks import seam_list, seams
 from vllm_specplug.hooks.seams import Seam
 
 Root = Path | zipfile.Path
-"""What holds the folder ``vllm``: a site-packages folder, or the kept sources of a wheel."""
+"""The parent of the folder ``vllm``: a site-packages folder, or a zip file of a wheel's sources."""
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 INSTALLED = "installed"
@@ -40,7 +40,7 @@ SEAM_TUPLES = {
 SEAMS = list(dict.fromkeys(seam for group in SEAM_TUPLES.values() for seam in group))
 ELSEWHERE = [seam for seam in SEAMS if not seam.module.startswith("vllm.")]  # in a package that vLLM uses
 
-# pip takes these literally: 2_28 alone would miss a wheel built for a later glibc, and the other way round.
+# pip takes these tags literally: 2_28 would not match a wheel for a later glibc.
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux_2_35_x86_64", "manylinux2014_x86_64")
 MIN_FREE_BYTES = 10**9  # the wheel, and the copy pip makes of it
 DOWNLOAD_TIMEOUT_S = 240
@@ -56,12 +56,12 @@ def cache_folder() -> Path:
 
 @functools.cache
 def wheel_sources(version: str) -> Path | str:
-    """A zip file of the Python sources in vLLM's CUDA wheel, downloaded once; or the reason why there is none."""
+    """Path of a zip file of the Python sources in vLLM's CUDA wheel, downloaded once; or why there is none."""
     folder = cache_folder()
     kept = folder / f"vllm-{version}-sources.zip"
     if kept.exists():
         return kept
-    for leftover in folder.glob("download-*"):  # of a killed run; a younger one may be another run's, still at work
+    for leftover in folder.glob("download-*"):  # left by a killed run; a young one may belong to a run still at work
         if time.time() - leftover.stat().st_mtime > STALE_AFTER_S:
             shutil.rmtree(leftover, ignore_errors=True)
     if (free := shutil.disk_usage(folder).free) < MIN_FREE_BYTES:
@@ -71,13 +71,13 @@ def wheel_sources(version: str) -> Path | str:
             return error
         packed = Path(temporary) / "sources.zip"
         pack_sources(next(Path(temporary).glob("*.whl")), packed)
-        packed.replace(kept)  # at once, so that a killed run leaves nothing half done under this name
+        packed.replace(kept)  # in one step: a killed run leaves no half file under this name
     return kept
 
 
 def download(version: str, folder: Path) -> str:
-    """Let pip put vLLM's wheel into ``folder``; returns the reason where it cannot, else nothing."""
-    # The interpreter's own tags do not matter, since nothing is installed: any machine reads the same Linux wheel.
+    """Let pip put vLLM's wheel into ``folder``; returns why it cannot, or ""."""
+    # Nothing is installed, so that any machine can read the same Linux wheel, whatever tags its interpreter has.
     target = ["--python-version=3.11", "--implementation=cp", "--abi=abi3", *(f"--platform={tag}" for tag in PLATFORMS)]
     command = [sys.executable, "-m", "pip", "download", f"vllm=={version}", "--no-deps", "--only-binary=:all:", *target]
     command += ["--dest", str(folder), "--no-cache-dir", "--retries=1", "--timeout=20", "--quiet"]
@@ -88,19 +88,19 @@ def download(version: str, folder: Path) -> str:
             capture_output=True,
             text=True,
             timeout=DOWNLOAD_TIMEOUT_S,
-            env={**os.environ, "TMPDIR": str(folder)},  # pip downloads there first: on the disk whose space we know
+            env={**os.environ, "TMPDIR": str(folder)},  # pip downloads there first: the disk whose free space is known
         )
     except subprocess.TimeoutExpired:
         return f"pip needed more than {DOWNLOAD_TIMEOUT_S} s to download vllm=={version}"
     except subprocess.CalledProcessError as error:
-        # The first of them says whether nothing answered or the version is missing; pip may list hundreds there.
+        # The first error says whether there is no network or no such version; pip may list hundreds of versions.
         errors = [line for line in error.stderr.splitlines() if line.startswith("ERROR: ")] or [error.stderr]
         return f"pip cannot download vllm=={version}: {textwrap.shorten(errors[0], 160)}"
     return ""
 
 
 def pack_sources(wheel: Path, packed: Path) -> None:
-    """Copy the Python files of ``wheel`` into the zip file ``packed``: all of them, as seams come and go."""
+    """Copy all Python files of ``wheel`` into the zip file ``packed``: later seams may be in any of them."""
     with zipfile.ZipFile(wheel) as whole, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as sources:
         for name in whole.namelist():
             if name.endswith(".py"):
@@ -109,7 +109,7 @@ def pack_sources(wheel: Path, packed: Path) -> None:
 
 @functools.cache
 def installed_sources() -> Path | str:
-    """The folder the installed vLLM lies in, or the reason why there is none."""
+    """The folder that the installed vLLM is in, or why there is none."""
     spec = importlib.util.find_spec("vllm")  # finds it without importing it
     if spec is None or spec.origin is None:
         return "vLLM is not installed"
@@ -122,16 +122,16 @@ def opened(where: Path) -> Root:
 
 
 def root_of(label: str) -> Root:
-    """The sources that ``label`` names: a version or INSTALLED; skips the test where they cannot be had."""
-    found = installed_sources() if label == INSTALLED else wheel_sources(label)
-    if isinstance(found, str):
-        pytest.skip(found)
-    return opened(found)
+    """The sources that ``label`` names, a version or INSTALLED; skips the test if they cannot be read."""
+    sources = installed_sources() if label == INSTALLED else wheel_sources(label)
+    if isinstance(sources, str):
+        pytest.skip(sources)
+    return opened(sources)
 
 
 @functools.cache
 def parsed(root: Root, module: str) -> tuple[ast.Module, bool] | None:
-    """The syntax tree of a module and whether it is a package; None where there is no such module."""
+    """The syntax tree of a module, and whether it is a package; None if there is no such module."""
     path = module.replace(".", "/")
     for candidate, is_package in ((f"{path}.py", False), (f"{path}/__init__.py", True)):
         if (file := root / candidate).is_file():
@@ -142,11 +142,11 @@ def parsed(root: Root, module: str) -> tuple[ast.Module, bool] | None:
 
 
 def statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements that run with ``body``, those inside if, try and with included."""
+    """The statements of ``body``, including those inside if, try and with."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.If):
-            # What only type checkers import is not there to be wrapped.
+            # Imports for type checkers do not run, so that no seam is among them.
             if "TYPE_CHECKING" not in ast.unparse(statement.test):
                 yield from statements(statement.body)
             yield from statements(statement.orelse)
@@ -158,28 +158,28 @@ def statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def find(root: Root, module: str, name: str, hops: int = MAX_IMPORT_HOPS) -> tuple[str, Definition] | None:
-    """Where a dotted name of ``module`` is defined: the module, followed through imports, and the definition."""
+    """The module that defines a dotted name of ``module``, after following imports, and the definition."""
     if hops == 0 or module.split(".")[0] != "vllm" or (tree_and_kind := parsed(root, module)) is None:
         return None
     tree, is_package = tree_and_kind
     first, *rest = name.split(".")
-    found: tuple[str, Definition] | None = None
+    definition: tuple[str, Definition] | None = None
     for statement in statements(tree.body):  # the last binding counts, as it does at run time
         if isinstance(statement, Definition) and statement.name == first:
-            found = module, statement
+            definition = module, statement
         elif isinstance(statement, ast.ImportFrom):
             for alias in statement.names:
                 if (alias.asname or alias.name) == first:
                     source = imported_module(statement, module, is_package)
-                    found = find(root, source, alias.name, hops - 1) or found
+                    definition = find(root, source, alias.name, hops - 1) or definition
     for part in rest:
-        if found is not None:
-            found = find_member(root, *found, part, hops)
-    return found
+        if definition is not None:
+            definition = find_member(root, *definition, part, hops)
+    return definition
 
 
 def imported_module(statement: ast.ImportFrom, module: str, is_package: bool) -> str:
-    """The absolute name of the module a ``from ... import`` in ``module`` reads."""
+    """The absolute name of the module that a ``from ... import`` in ``module`` imports from."""
     if statement.level == 0:
         return statement.module or ""
     parents = module.split(".")
@@ -190,7 +190,7 @@ def imported_module(statement: ast.ImportFrom, module: str, is_package: bool) ->
 def find_member(
     root: Root, module: str, owner: Definition, name: str, hops: int = MAX_IMPORT_HOPS
 ) -> tuple[str, Definition] | None:
-    """A method of the class ``owner``, its own or inherited, and the module it is defined in."""
+    """The module that defines a method of the class ``owner``, its own or inherited, and the definition."""
     if not isinstance(owner, ast.ClassDef):
         return None
     own = [inner for inner in statements(owner.body) if isinstance(inner, Definition) and inner.name == name]
@@ -198,15 +198,15 @@ def find_member(
         return module, own[-1]
     for base in owner.bases:
         base_name = base.value if isinstance(base, ast.Subscript) else base  # Base[T] is Base
-        if isinstance(base_name, ast.Name) and (found := find(root, module, base_name.id, hops - 1)) is not None:
-            inherited = find_member(root, *found, name, hops - 1)
+        if isinstance(base_name, ast.Name) and (parent := find(root, module, base_name.id, hops - 1)) is not None:
+            inherited = find_member(root, *parent, name, hops - 1)
             if inherited is not None:
                 return inherited
     return None
 
 
 def parameters_of(root: Root, seam: Seam) -> tuple[str, ...] | None:
-    """Parameter names as inspect.signature would list them, a class's without self; None where the name is missing."""
+    """Parameter names as inspect.signature lists them, a class's without self; None if the name is missing."""
     found = find(root, seam.module, seam.name)
     if found is None:
         return None
@@ -219,18 +219,20 @@ def parameters_of(root: Root, seam: Seam) -> tuple[str, ...] | None:
 
 def arguments(function: Definition) -> tuple[str, ...]:
     assert not isinstance(function, ast.ClassDef)
-    given = function.args
-    in_order = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg]
+    taken = function.args
+    in_order = [*taken.posonlyargs, *taken.args, taken.vararg, *taken.kwonlyargs, taken.kwarg]
     return tuple(argument.arg for argument in in_order if argument is not None)
 
 
 def complaint(root: Root, seam: Seam) -> str:
-    """What is wrong with a seam in these sources; empty where nothing is."""
-    found = parameters_of(root, seam)
-    if found is None:
+    """What is wrong with a seam in these sources; "" if nothing is."""
+    parameters = parameters_of(root, seam)
+    if parameters is None:
         return "" if seam.optional else f"there is no {seam.module}.{seam.name}"
-    if found[: len(seam.parameters)] != seam.parameters:
-        return f"{seam.module}.{seam.name} takes ({', '.join(found)}), expected ({', '.join(seam.parameters)}, ...)"
+    if parameters[: len(seam.parameters)] != seam.parameters:
+        return (
+            f"{seam.module}.{seam.name} takes ({', '.join(parameters)}), expected ({', '.join(seam.parameters)}, ...)"
+        )
     return ""
 
 
@@ -241,7 +243,7 @@ def seam_id(seam: Seam) -> str:
 def test_there_are_seams_and_each_says_why() -> None:
     assert SEAMS
     assert VERSIONS
-    # A list, or a tuple with something else in it, would go unchecked.
+    # Seams that are not in one of these tuples would not be checked.
     assert {name for name in vars(seam_list) if name.endswith("SEAMS")} <= set(SEAM_TUPLES)
     assert [seam_id(seam) for seam in SEAMS if not seam.why.strip()] == []
 
@@ -255,14 +257,14 @@ def test_signature(label: str, seam: Seam) -> None:
 @pytest.mark.parametrize("seam", ELSEWHERE, ids=seam_id)
 def test_signature_elsewhere(seam: Seam) -> None:
     wrapper = seams.Patches()
-    wrapper.install([seam], {seam.name: lambda original, *given: original(*given)})  # raises where it does not fit
+    wrapper.install([seam], {seam.name: lambda original, *given: original(*given)})  # raises if it does not fit
     assert wrapper.installed
     wrapper.undo()
 
 
 @pytest.mark.parametrize("seam", [seam for seam in SEAMS if seam.optional], ids=seam_id)
 def test_an_optional_seam_exists_somewhere(seam: Seam) -> None:
-    """A misspelt one would never be wrapped, and nothing would say so."""
+    """Else a misspelt optional seam would never be wrapped, without any error."""
     assert any(parameters_of(root_of(label), seam) is not None for label in [INSTALLED, *VERSIONS])
 
 
@@ -306,7 +308,7 @@ def make(config, device): ...
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """A small tree of sources: imports, a package, inheritance, decorators, overloads and an import of itself."""
+    """Small sources with imports, a package, inheritance, decorators, overloads and a module that imports itself."""
     (tmp_path / "vllm" / "sampler").mkdir(parents=True)
     for name, text in (("runner.py", RUNNER), ("sampler/__init__.py", SAMPLER), ("sampler/ops.py", OPS)):
         (tmp_path / "vllm" / name).write_text(text, encoding="utf-8")

@@ -6,10 +6,10 @@ from typing import Any, NoReturn
 
 
 def with_cli_arguments(engine_args: dict[str, Any]) -> dict[str, Any]:
-    """Engine arguments in which vLLM's own parser has read the options of ``vllm serve`` under the key ``cli``.
+    """Replace the key ``cli``, a list of options of ``vllm serve``, by the arguments that vLLM's parser reads there.
 
     Raises:
-        ValueError: vLLM refuses an option, or an option sets one of the other arguments.
+        ValueError: vLLM refuses an option, or ``engine_args`` has that argument itself.
     """
     options = engine_args.pop("cli", None)
     if options is None:
@@ -22,8 +22,8 @@ def with_cli_arguments(engine_args: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(message)
 
     parser = EngineArgs.add_cli_args(Parser())
-    given = parser.parse_args(options)
+    parsed = parser.parse_args(options)
     for name in engine_args:
-        if getattr(given, name) != parser.get_default(name):
+        if getattr(parsed, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} must be left out: this command decides it")
-    return {**vars(EngineArgs.from_cli_args(given)), **engine_args}
+    return {**vars(EngineArgs.from_cli_args(parsed)), **engine_args}

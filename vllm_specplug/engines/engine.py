@@ -30,16 +30,16 @@ SPECPLUG = "specplug"
 
 
 class EngineError(SpecplugError):
-    """An engine did not start or stopped; its log says why."""
+    """An engine did not start, or died; its log says why."""
 
 
 def speculative_config(name: str, num_speculative_tokens: int, datastore: Path | None = None) -> dict[str, Any] | None:
-    """vLLM's ``speculative_config`` of the configurations that the demo and the benchmarks compare.
+    """vLLM's ``speculative_config`` for one of the configurations that the demo and the benchmarks compare.
 
     Args:
         name: :data:`OFF`, :data:`NGRAM` or :data:`SPECPLUG`.
-        num_speculative_tokens: longest draft.
-        datastore: token store of ``rest``; without one specplug drafts without ``rest``.
+        num_speculative_tokens: length of the longest draft.
+        datastore: token store of ``rest``; None: specplug drafts without ``rest``.
     """
     if name == OFF:
         return None
@@ -59,8 +59,8 @@ class Engine:
     """A running vLLM engine. A context manager: leaving it stops the process.
 
     Args:
-        engine_args: arguments of ``vllm.LLM``; a list under ``cli`` is read as ``vllm serve`` would, and must not set
-            any of the other arguments.
+        engine_args: arguments of ``vllm.LLM``. The key ``cli`` can hold a list of options of ``vllm serve``, which must
+            not set any of the other arguments.
         log: file that everything the engine prints is appended to.
     """
 
@@ -78,7 +78,7 @@ class Engine:
         self._send(dict(engine_args))
 
     def wait_until_ready(self) -> float:
-        """Wait for the engine's start; returns the seconds that it took.
+        """Wait until the engine has started; returns the seconds that the start took.
 
         Raises:
             EngineError: the engine did not start.
@@ -87,22 +87,23 @@ class Engine:
 
     @classmethod
     def check(cls, engine_args: Mapping[str, Any], log: Path) -> int:
-        """Let vLLM check arguments without loading a model; returns the longest draft, 0 without speculation.
+        """Let vLLM check arguments without loading a model; returns the longest draft's length, 0 without speculation.
 
         Raises:
-            EngineError: vLLM refuses them.
+            EngineError: vLLM refuses the arguments.
         """
         with cls({**engine_args, CHECK_ONLY: True}, log) as engine:
             return int(engine._receive("checked")["num_speculative_tokens"])
 
     def complete(self, work: Work, on_progress: Callable[[int, int, float], None] | None = None) -> Completed:
-        """Run ``work`` and wait for it.
+        """Complete the requests of ``work``.
 
         Args:
-            on_progress: called with requests done, tokens so far and seconds so far.
+            work: the requests.
+            on_progress: called with the numbers of requests that are done, of tokens and of seconds so far.
 
         Raises:
-            EngineError: the engine stopped.
+            EngineError: the engine died.
         """
         self._send(asdict(work))
         answer = self._receive(

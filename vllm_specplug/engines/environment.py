@@ -46,10 +46,10 @@ def answer_for_cpu_wheel() -> None:
     except importlib.metadata.PackageNotFoundError:
         pass
     try:
-        found = original(CPU_DISTRIBUTION)
+        installed = original(CPU_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
-        return  # some other build of vLLM: its own error says what is wrong
-    answer = found if "cpu" in found else f"{found}+cpu"
+        return  # another build of vLLM, or none: vLLM's own error says what is wrong
+    answer = installed if "cpu" in installed else f"{installed}+cpu"
 
     def version(distribution_name: str) -> str:
         return answer if distribution_name == "vllm" else original(distribution_name)
@@ -58,7 +58,7 @@ def answer_for_cpu_wheel() -> None:
 
 
 def environment() -> dict[str, str]:
-    """Environment of every engine: that of this process, with defaults that a small engine needs on any machine."""
+    """Environment of every engine: this process's, and defaults that let a small engine run on any machine."""
     ours = {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -70,11 +70,10 @@ def environment() -> dict[str, str]:
 
 
 def intel_openmp() -> dict[str, str]:
-    """Environment that loads Intel's OpenMP first; {} if it is absent or loaded already."""
-    # vLLM's CPU wheel brings Intel's OpenMP and asks to load it first. That is faster with and without speculation:
-    # the 10th percentile of the tiny model's steps was 3.27 ms without it and 2.81 ms with it when speculation is off
-    # (batch 8: 4.66 and 4.09), 3.55 and 3.39 ms with specplug (batch 8: 4.27 and 4.69, within the noise). So every
-    # engine gets it if it is installed.
+    """Environment variables that load Intel's OpenMP first; {} if it is not installed or loaded already."""
+    # vLLM's CPU wheel brings Intel's OpenMP and asks to load it first. Without speculation that makes steps faster: the
+    # 10th percentile of the tiny model's steps was 3.27 ms without it and 2.81 ms with it (batch 8: 4.66 and 4.09).
+    # With specplug it makes little difference: 3.55 and 3.39 ms (batch 8: 4.27 and 4.69, within the noise).
     library = Path(sys.prefix) / "lib" / "libiomp5.so"
     loaded = os.environ.get("LD_PRELOAD", "")
     if "libiomp" in loaded or not library.is_file():

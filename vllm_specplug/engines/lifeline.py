@@ -13,7 +13,7 @@ import signal
 import threading
 
 VARIABLE = "SPECPLUG_END_WITH_PARENT"
-"""Environment variable: "1" ties the processes of an engine to the one that starts it."""
+"""Environment variable: "1" ties the processes of an engine to the process that starts the engine."""
 
 _is_held = False
 

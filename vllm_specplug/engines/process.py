@@ -16,6 +16,10 @@ from vllm_specplug.engines.work import CHECK_ONLY, PROGRESS_INTERVAL_S, Work
 
 
 def serve() -> None:
+    """Start the engine whose arguments are the first line of standard input, and run the work in every later line.
+
+    Events are written to standard output, one JSON object in a line.
+    """
     # From here on, all that this process and vLLM's children print to standard output goes to the log.
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -41,7 +45,7 @@ def serve() -> None:
         for line in sys.stdin:
             say("completed", **_complete(llm, Work(**json.loads(line)), say))
     except BrokenPipeError:
-        pass  # the parent is gone, and nobody else reads the messages
+        pass  # the parent has ended, and only it reads the messages
     except Exception as error:
         say("failed", reason=f"{type(error).__name__}: {_first_line(error)}")
         raise
@@ -86,8 +90,7 @@ def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
                 seed=None if work.seed is None else work.seed + index,
                 max_tokens=work.max_tokens,
                 ignore_eos=work.ignore_eos,
-                # Each step's new tokens come as one output: that is what counts request-steps, the same way with
-                # and without speculation.
+                # Every step's new tokens come as one output, so that outputs with tokens are request-steps.
                 output_kind=RequestOutputKind.DELTA,
                 extra_args=dict(work.extra_args) or None,
             )
@@ -141,7 +144,7 @@ def _take(items: Iterator[Any]) -> Iterator[Any]:
 
 
 def _counters(llm: Any) -> dict[str, Any]:
-    """vLLM's speculation counters, summed over engines: numbers, and an array by position in the draft."""
+    """vLLM's speculation counters, summed over engines: three numbers, and an array by position in the draft."""
     import numpy as np
 
     prefix = "vllm:spec_decode_num_"

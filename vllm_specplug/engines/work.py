@@ -17,14 +17,14 @@ class Work:
     """Requests to complete, the same for every configuration.
 
     Attributes:
-        prompts: the text of each request, or its token ids.
-        max_tokens: output tokens of each request, at most.
+        prompts: text or token ids of every prompt.
+        max_tokens: most output tokens of a request.
         temperature: 0 is greedy.
-        seed: request ``i`` has the seed ``seed + i``; None: no seeds.
+        seed: seed of the first request; that of request ``i`` is ``seed + i``; None: no seeds.
         concurrency: requests in flight; when one ends the next one starts.
-        extra_args: options of every request.
-        ignore_eos: True emits all ``max_tokens``, also behind an end-of-text token.
-        before, after: methods of the engine's worker extension to call around the run, with their arguments.
+        extra_args: ``extra_args`` of every request's ``SamplingParams``.
+        ignore_eos: True: requests go on behind an end-of-text token, up to ``max_tokens``.
+        before, after: methods of vLLM's worker to call before and after the run, with their arguments.
     """
 
     prompts: Sequence[str] | Sequence[Sequence[int]]
@@ -40,19 +40,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Completed:
-    """Outputs of some work, with times and counters.
+    """Outputs of a :class:`Work`, with times and counters.
 
     Attributes:
-        token_ids: output of each request, in the order of the prompts.
+        token_ids: output of every request, in the order of the prompts.
         elapsed_s: seconds from the first request's start to the last one's end.
-        num_request_steps: engine steps counted once for every request that emitted in them.
-        num_draft_tokens: draft tokens verified, by vLLM's own counter.
-        num_accepted_tokens: draft tokens accepted, by vLLM's own counter.
-        answers: what the first worker returned from the methods of :attr:`Work.after`.
-        step_sizes: tokens that each request emitted in each step it took part in, in the order of the prompts.
-        first_s, last_s: seconds from each request's start to its first and to its last token.
-        accepted_by_depth: accepted draft tokens at each position of a draft, by vLLM's own counters.
-        num_drafts: drafts verified, by vLLM's own counter.
+        num_request_steps: engine steps, counted once for every request that emitted a token in them.
+        num_draft_tokens: verified draft tokens, from vLLM's own counter.
+        num_accepted_tokens: accepted draft tokens, from vLLM's own counter.
+        answers: what the methods of :attr:`Work.after` returned in the first worker, by their names.
+        step_sizes: numbers of tokens that a request emitted in its steps, for every request.
+        first_s, last_s: seconds from a request's start to its first and to its last token, for every request.
+        accepted_by_depth: accepted draft tokens by depth, from vLLM's own counters.
+        num_drafts: verified drafts, from vLLM's own counter.
     """
 
     token_ids: list[list[int]]
@@ -77,7 +77,7 @@ class Completed:
 
     @property
     def emitted_per_step(self) -> float:
-        """Output tokens a request gains in a step it takes part in: exactly 1 without speculation."""
+        """Output tokens that a request emits in a step: exactly 1 without speculation."""
         return self.num_output_tokens / self.num_request_steps
 
     @property

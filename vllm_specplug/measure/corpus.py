@@ -22,12 +22,12 @@ MAX_SHARED_LINES = 0.2
 
 
 def standard_library_root() -> Path:
-    """Folder of the running interpreter's standard library."""
+    """Folder of this interpreter's standard library."""
     return Path(sysconfig.get_paths()["stdlib"]).resolve()
 
 
 def is_held_out(path: Path) -> bool:
-    """True for a held-out module, anything inside a held-out package, and their tests, wherever they lie."""
+    """True for a held-out module, any file of a held-out package, and their tests, in whichever folder."""
     names = {path.stem, *(parent.name for parent in path.parents)}
     return any(name in names or f"test_{name}" in names for name in HELD_OUT_MODULES)
 
@@ -51,7 +51,7 @@ def held_out_sources() -> list[Path]:
 
 
 def read_text(path: Path) -> str | None:
-    """The file as UTF-8 text, or None if it is something else (the library ships odd encodings as test data)."""
+    """Text of the file; None if it is not UTF-8, as some of the library's test data."""
     try:
         return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):
@@ -81,11 +81,11 @@ def without_copies_of_held_out(paths: Iterable[Path]) -> Iterator[tuple[Path, st
 
 
 def held_out_prompts(num_prompts: int, prompt_chars: int = 800) -> list[str]:
-    """``num_prompts`` pieces of held-out source, each starting at a line, spread evenly over the modules.
+    """``num_prompts`` pieces of held-out source that start with a whole line, spread evenly over the modules.
 
     Args:
-        num_prompts: how many; they are always the same for one Python version.
-        prompt_chars: characters of a prompt (cut at the last complete line).
+        num_prompts: number of prompts; they are the same at every call in one Python version.
+        prompt_chars: most characters of a prompt, which ends with a complete line.
     """
     texts = [text for path in held_out_sources() if (text := read_text(path)) and len(text) > 2 * prompt_chars]
     if not texts:

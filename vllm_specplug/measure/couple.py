@@ -1,4 +1,4 @@
-"""Acceptance of each coupling between two models or synthetic distributions."""
+"""How often every coupling draws the same token from two models, or from two synthetic distributions."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ Probs = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Pair:
-    """One pair of distributions, and how often a token of one is that of the other.
+    """One pair of distributions, and how often a token drawn from the one equals that drawn from the other.
 
     Attributes:
         source: "models", or the family of a synthetic pair.
         temperature: temperature of the models; None for synthetic pairs.
         vocab: number of tokens.
         tv: total variation distance.
-        matches: chance of the same token under each coupling, by formula.
-        measured: share of draws with the same token under each coupling; None without draws.
-        bits: mean bits that low communication sends for a token; None without draws.
+        matches: chance of the same token, by coupling, from its formula.
+        measured: share of draws with the same token, by coupling; None without draws.
+        bits: mean number of bits that low communication sends for a token; None without draws.
     """
 
     source: str
@@ -71,7 +71,7 @@ class Pair:
 
 
 def pair_of(source: str, temperature: float | None, target: Probs, draft: Probs, draws: int, seed: int) -> Pair:
-    """A pair with its chances by formula, and measured too if ``draws`` is not 0."""
+    """A pair with the chances of a match by formula, and with measured shares too if ``draws`` is not 0."""
     matches = {
         "gumbel": theory.gumbel(target, draft),
         "minhash": theory.minhash(target, draft),
@@ -83,7 +83,7 @@ def pair_of(source: str, temperature: float | None, target: Probs, draft: Probs,
 
 
 def measure(target: Probs, draft: Probs, draws: int, seed: int) -> tuple[dict[str, float], float]:
-    """Share of ``draws`` draws with the same token on both sides, by coupling, and mean bits of low communication."""
+    """Share of ``draws`` draws with the same token on both sides, by coupling; mean bits of low communication."""
     import torch
 
     from vllm_specplug.samplers import minhash
@@ -96,13 +96,13 @@ def measure(target: Probs, draft: Probs, draws: int, seed: int) -> tuple[dict[st
     done = num_bits = 0
     while done < draws:
         count = min(rows, draws - done)
-        wanted, drafted = (torch.from_numpy(each)[None].expand(count, -1) for each in (target, draft))
+        wanted, drafted = (torch.from_numpy(probs)[None].expand(count, -1) for probs in (target, draft))
         pair = wanted, drafted
         seeds = torch.randint(0, 2**31, (count,), generator=generator)
-        winners = [coupled_argmax(each.log(), seeds) for each in pair]
+        winners = [coupled_argmax(probs.log(), seeds) for probs in pair]
         hits["gumbel"] += int((winners[0] == winners[1]).sum())
         keys = minhash.keys_of(seeds.numpy())
-        darts = [minhash.sample(each.numpy(), keys) for each in pair]
+        darts = [minhash.sample(probs.numpy(), keys) for probs in pair]
         hits["minhash"] += int((darts[0] == darts[1]).sum())
         drawn = torch.multinomial(drafted, 1, generator=generator)
         verified = rejection.verify(
@@ -165,7 +165,7 @@ def model_pairs(
 
 
 def synthetic_pairs(count: int, seed: int) -> Iterator[tuple[str, float | None, Probs, Probs]]:
-    """Made-up pairs from families that fill the range of distances, ``count`` pairs of each family."""
+    """Synthetic pairs whose TV fills the range from 0 to 1, ``count`` pairs of every family."""
     rng = np.random.default_rng(seed)
     for nth in range(count):
         share = (nth + 0.5) / count
@@ -183,7 +183,7 @@ def synthetic_pairs(count: int, seed: int) -> Iterator[tuple[str, float | None, 
 
 
 def write_csv(path: Path, pairs: Sequence[Pair]) -> None:
-    """Write one line for each pair."""
+    """Write the pairs as CSV, one line for every pair."""
     rows = [pair.to_row() for pair in pairs]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
@@ -192,7 +192,7 @@ def write_csv(path: Path, pairs: Sequence[Pair]) -> None:
 
 
 def draw(path: Path, pairs: Sequence[Pair], title: str) -> None:
-    """Draw Pr[match] over TV as a scatter, real models and made-up pairs side by side, between the two bounds."""
+    """Draw the chance of a match over TV as a scatter plot with both bounds, for models and for synthetic pairs."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -214,7 +214,7 @@ def draw(path: Path, pairs: Sequence[Pair], title: str) -> None:
             label="(1 - TV) / (1 + TV): bound without communication",
         )
         for coupling, size in (("optimal", 30), ("low_communication", 5), ("gumbel", 7), ("minhash", 7)):
-            # Low communication lies on top of optimal, which is drawn as a ring around it.
+            # Low communication lies on top of optimal, which is therefore drawn as a ring.
             ring = {"facecolors": "none", "edgecolors": COLOURS[coupling], "linewidths": 0.8}
             dot = {"color": COLOURS[coupling], "linewidths": 0}
             axis.scatter(
@@ -235,7 +235,7 @@ def draw(path: Path, pairs: Sequence[Pair], title: str) -> None:
 
 
 def summary(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """Means over pairs, one row for each source and temperature."""
+    """Means over pairs, one row for every source and temperature."""
     rows = []
     for source, temperature in dict.fromkeys((pair.source, pair.temperature) for pair in pairs):
         group = [pair for pair in pairs if (pair.source, pair.temperature) == (source, temperature)]
@@ -250,6 +250,6 @@ def summary(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
             ),
         }
         if measured := [pair.measured for pair in group if pair.measured is not None]:
-            row |= {f"{name}_measured": float(np.mean([each[name] for each in measured])) for name in COUPLINGS}
+            row |= {f"{name}_measured": float(np.mean([shares[name] for shares in measured])) for name in COUPLINGS}
         rows.append(row)
     return rows

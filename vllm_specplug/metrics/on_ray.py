@@ -13,8 +13,8 @@ from vllm_specplug.metrics.series import ENGINE_SERIES, ENSEMBLE_SERIES, PROPOSE
 class RaySeries:
     """Publishes all series through ``ray.util.metrics``; the node's exporter shows them with ``ray_`` in front.
 
-    Ray's counters take increments, so the published totals are stored here. A label more names this process: Ray may
-    add up series with the same labels, which replicas of one model would have.
+    Ray's counters take increments, so the published totals are stored here. A further label names this process, since
+    Ray may add up series with equal labels, and replicas of one model would have these.
     """
 
     LABELS = ("model_name", "engine", "process")

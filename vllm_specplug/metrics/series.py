@@ -15,9 +15,9 @@ class Series:
     """One Prometheus metric.
 
     Attributes:
-        name: as on ``/metrics``, without the ``_total`` that counters get.
+        name: name on ``/metrics``, without the ``_total`` that counters get.
         kind: ``counter`` or ``gauge``.
-        help: what it counts, with its unit.
+        help: what the series counts, with its unit.
         key: key of its value in a snapshot.
     """
 

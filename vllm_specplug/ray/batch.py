@@ -25,10 +25,10 @@ from vllm_specplug.ray.output import BatchResult, Output, Progress, begin, manif
 from vllm_specplug.ray.replica import Job, Replica
 
 PARTS_IN_FLIGHT = 2
-"""Parts that a replica works on: while the last rows of one part end, those of the next fill the engine's batch."""
+"""Parts that a replica works on at a time: while the last rows of one end, those of the next fill the batch."""
 NODE_LABEL = "ray.io/node-id"
 MAX_DEATHS = 4
-"""Times that a replica is started again after it died, and that a part is tried again after its replica died."""
+"""Times that a replica is started again after it died, and that its part is tried again."""
 
 _RAISED = re.compile(r"^(?P<name>[\w.]+(?:Error|Exception|Exit|Interrupt)): .+$", re.MULTILINE)
 _WRAPPERS = ("SystemException", "UserCodeException", "RayTaskError", "ActorDiedError")
@@ -64,25 +64,25 @@ def generate(  # noqa: PLR0913 - public, and all but three are keywords
         inputs_: files, folders or globs on this machine: JSON lines, Parquet, or text with one prompt a line.
         out: folder of the result, on this machine: the columns of the inputs and ``row_id``, ``seed``,
             ``output_text``, ``output_token_ids``, ``finish_reason`` and ``error``, in files ordered as the rows are.
-        model: name, or folder that every node has.
+        model: name of the model, or its folder, which every node must have.
         speculative_config: as vLLM takes it; stores are brought to every node.
         engine_args: further arguments of vLLM's engine.
         options: arguments of vLLM's engine as ``vllm serve`` takes them.
         sampling: arguments of ``SamplingParams``, such as ``{"max_tokens": 256, "temperature": 0.8}``.
         seed: seed of the run; a row with a value in a column ``seed`` uses that value.
-        prompt_field: column of the prompt: text, token ids, or messages for the model's chat template.
-        replicas: engines, each an actor of Ray Data.
+        prompt_field: column of the prompt, which is text, token ids, or messages for the model's chat template.
+        replicas: number of engines, all of them actors of Ray Data.
         cpus_per_replica: CPUs that Ray reserves for a replica, and its threads on CPUs; by default 1.
         gpus_per_replica: GPUs of a replica; by default those that its engine takes, 0 with vLLM's CPU wheel.
         rows_per_part: rows of an output file, the unit of work and of what is lost with a replica.
         env: environment variables of the replicas.
-        may_grow: an autoscaler adds nodes: wait for them.
+        may_grow: True if an autoscaler adds nodes: wait for them.
         connect: called if Ray is needed and this process has no connection; by default ``ray.init``.
         on_progress: called with rows done, rows in all, rows a second and output tokens a second of this run.
 
     Raises:
-        ConfigurationError: settings or inputs are wrong or not those that ``out`` was begun with, or the cluster cannot
-            hold the replicas.
+        ConfigurationError: settings or inputs are wrong, ``out`` was begun with others, or the cluster cannot hold the
+            replicas.
         BatchError: replicas did not start, or died too often.
     """
     environment.require_ray("data")
@@ -92,13 +92,13 @@ def generate(  # noqa: PLR0913 - public, and all but three are keywords
     speculative_config = stores.located(speculative_config)
     _check_sampling(sampling or {})
     with owned(out) as folder, scratch_folder(folder) as scratch:
-        found = inputs.scan(inputs.find([str(each) for each in inputs_]), prompt_field, scratch)
+        all_rows = inputs.scan(inputs.find([str(source) for source in inputs_]), prompt_field, scratch)
         job = Job(
             stores.absolute(model), speculative_config, dict(engine_args or {}), tuple(options), dict(sampling or {}),
-            seed, found.field,
+            seed, all_rows.field,
         )  # fmt: skip
-        rows_per_part = begin(folder, manifest(job, found), rows_per_part, replicas)
-        parts = {part.number: part for part in found.parts(rows_per_part)}
+        rows_per_part = begin(folder, manifest(job, all_rows), rows_per_part, replicas)
+        parts = {part.number: part for part in all_rows.parts(rows_per_part)}
         output = Output(folder, parts, rows_per_part, on_progress)
         missing = output.missing()
         if missing:
@@ -107,7 +107,7 @@ def generate(  # noqa: PLR0913 - public, and all but three are keywords
             if not ray.is_initialized():
                 (connect or ray.init)()
             environment.check_fits(replicas, share, ray.nodes(), may_grow)
-            _run(job, share, min(replicas, len(missing)), missing, found.schema, dict(env or {}), output)
+            _run(job, share, min(replicas, len(missing)), missing, all_rows.schema, dict(env or {}), output)
         return output.result(time.monotonic() - started)
 
 
@@ -188,9 +188,9 @@ def reason(error: BaseException) -> str:
     chain = [error]
     while (inner := getattr(chain[-1], "cause", None) or chain[-1].__cause__) is not None and inner not in chain:
         chain.append(inner)
-    for each in reversed(chain):
-        found = [match for match in _RAISED.finditer(str(each)) if match["name"].rpartition(".")[2] not in _WRAPPERS]
-        if found:
-            return found[0][0].strip()
+    for cause in reversed(chain):
+        matches = [match for match in _RAISED.finditer(str(cause)) if match["name"].rpartition(".")[2] not in _WRAPPERS]
+        if matches:
+            return matches[0][0].strip()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

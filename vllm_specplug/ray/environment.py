@@ -58,7 +58,7 @@ class Share:
 
 
 def share(cpus: float | None, gpus: float | None, engine_args: Mapping[str, Any], options: Sequence[str] = ()) -> Share:
-    """A replica's share.
+    """The share of a replica.
 
     Args:
         cpus: number of CPUs; by default 1.
@@ -66,7 +66,7 @@ def share(cpus: float | None, gpus: float | None, engine_args: Mapping[str, Any]
         engine_args, options: the engine's arguments, as a dictionary and as ``vllm serve`` takes them.
 
     Raises:
-        ConfigurationError: a number is impossible.
+        ConfigurationError: there are no CPUs, or fewer than 0 GPUs.
     """
     if (cpus is not None and cpus <= 0) or (gpus is not None and gpus < 0):
         raise ConfigurationError(f"a replica needs CPUs, and no fewer than 0 GPUs; was given {cpus} and {gpus}")
@@ -77,10 +77,10 @@ def share(cpus: float | None, gpus: float | None, engine_args: Mapping[str, Any]
 
 def num_devices(engine_args: Mapping[str, Any], options: Sequence[str] = ()) -> int:
     """GPUs that an engine of these arguments takes: tensor times pipeline parallel."""
-    found = 1
+    devices = 1
     for key, short in (("tensor_parallel_size", "-tp"), ("pipeline_parallel_size", "-pp")):
-        found *= int(engine_args.get(key) or option(options, f"--{key.replace('_', '-')}", short) or 1)
-    return found
+        devices *= int(engine_args.get(key) or option(options, f"--{key.replace('_', '-')}", short) or 1)
+    return devices
 
 
 def option(options: Sequence[str], *names: str) -> str | None:
@@ -96,8 +96,10 @@ def check_fits(replicas: int, of: Share, nodes: Sequence[Mapping[str, Any]], may
     """Refuse replicas that this cluster can never hold, for which Ray would wait for ever.
 
     Args:
-        nodes: what ``ray.nodes()`` returns.
-        may_grow: an autoscaler adds nodes: warn instead of refusing.
+        replicas: number of replicas.
+        of: a replica's share.
+        nodes: the answer of ``ray.nodes()``.
+        may_grow: True if an autoscaler adds nodes: warn instead of refusing.
 
     Raises:
         ConfigurationError: the replicas do not fit; the message says what every node has, and what to do.
@@ -124,21 +126,21 @@ def check_fits(replicas: int, of: Share, nodes: Sequence[Mapping[str, Any]], may
 def wanted(
     of: Share, machine_cpus: float, engine_args: Mapping[str, Any], options: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Environment variables of an engine, without those for settings that are among its arguments.
+    """Environment variables that an engine should have, without those for settings that are among its arguments.
 
     Args:
         of: a replica's share.
         machine_cpus: CPUs of its node.
         engine_args, options: the engine's arguments, as a dictionary and as ``vllm serve`` takes them.
     """
-    found = {lifeline.VARIABLE: "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
+    variables = {lifeline.VARIABLE: "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
     if of.gpus:
-        return found
-    # Ray itself sets OMP_NUM_THREADS to the CPUs of the share, in actors that it starts.
-    found |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, int(of.cpus)))}
+        return variables
+    # In its actors Ray sets OMP_NUM_THREADS itself, to the CPUs of the share.
+    variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(max(1, int(of.cpus)))}
     if not any(key in engine_args or option(options, f"--{key.replace('_', '-')}") for key in _KV_CACHE_KEYS):
-        found["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib(of, machine_cpus))
-    return found
+        variables["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib(of, machine_cpus))
+    return variables
 
 
 def prepare(of: Share, machine_cpus: float, engine_args: Mapping[str, Any], options: Sequence[str] = ()) -> None:
@@ -153,7 +155,7 @@ def prepare(of: Share, machine_cpus: float, engine_args: Mapping[str, Any], opti
 
 
 def kv_cache_gib(of: Share, machine_cpus: float) -> int:
-    """GiB for the KV cache of one replica on a machine whose CPUs are all taken by such replicas, at least 1."""
+    """GiB for the KV cache of a replica on a machine whose CPUs all belong to such replicas, at least 1."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     part = min(1.0, of.cpus / max(machine_cpus, of.cpus))
     return max(1, int(KV_CACHE_SHARE * part * total / _GIB))

@@ -23,7 +23,7 @@ from vllm_specplug.errors import ConfigurationError
 from vllm_specplug.stores.texts import COMPRESSION_SUFFIXES, READ_ERRORS, unpacked
 
 PROMPT_FIELDS = ("prompt", "messages", "text", "prompt_token_ids")
-"""Columns that may hold a row's prompt, tried in this order unless the user names one."""
+"""Columns that may hold a row's prompt, tried in this order if the user names none."""
 ROW_ID = "row_id"
 SEED = "seed"
 OUTPUT_FIELDS = (ROW_ID, "output_text", "output_token_ids", "finish_reason", "error")
@@ -40,7 +40,7 @@ class Source:
 
     Attributes:
         path: absolute path.
-        num_rows: rows in it.
+        num_rows: number of its rows.
         digest: BLAKE2b (hex) of its contents.
     """
 
@@ -56,8 +56,8 @@ class Slice:
     Attributes:
         path: file to read; an unpacked copy if the input is compressed.
         kind: "parquet", "lines" (JSON) or "text" (one prompt a line).
-        start: first row: its number in a Parquet file, its first byte in other files.
-        num_rows: rows from ``start`` on; empty lines do not count.
+        start: the first row: its number in a Parquet file, its first byte in other files.
+        num_rows: number of rows from ``start`` on, without empty lines.
     """
 
     path: str
@@ -73,7 +73,7 @@ class Part:
     Attributes:
         number: index among all parts.
         first_row: ``row_id`` of the first row.
-        slices: the rows in their files.
+        slices: the places of the rows in the files, in order.
     """
 
     number: int
@@ -90,9 +90,9 @@ class Inputs:
     """All rows of a run.
 
     Attributes:
-        sources: the files in order.
+        sources: the files, in the order of their rows.
         schema: columns of the rows.
-        field: name of the prompt's column.
+        field: name of the column of prompts.
     """
 
     sources: tuple[Source, ...]
@@ -106,7 +106,7 @@ class Inputs:
 
     def parts(self, rows_per_part: int) -> list[Part]:
         """Cut all rows into parts of ``rows_per_part`` rows; the last part may be smaller."""
-        found: list[Part] = []
+        parts: list[Part] = []
         slices: list[Slice] = []
         room = rows_per_part
         done = 0
@@ -117,37 +117,37 @@ class Inputs:
                 slices.append(Slice(path, kind, starts[at], count))
                 at, room = at + count, room - count
                 if not room:
-                    found.append(Part(len(found), done, tuple(slices)))
+                    parts.append(Part(len(parts), done, tuple(slices)))
                     done += rows_per_part
                     slices, room = [], rows_per_part
-        return [*found, Part(len(found), done, tuple(slices))] if slices else found
+        return [*parts, Part(len(parts), done, tuple(slices))] if slices else parts
 
 
 def find(inputs: Sequence[str]) -> list[Path]:
-    """Files that ``inputs`` (files, folders, globs) stand for, without repetition, those of one input sorted by name.
+    """Files that ``inputs`` (files, folders, globs) stand for, no file twice, those of one input sorted by name.
 
     Raises:
         ConfigurationError: an input stands for no file, or for a file of an unknown kind.
     """
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            files = [each for each in sorted(path.rglob("*")) if _is_visible(each, path) and kind_of(each)]
+            files = [file for file in sorted(path.rglob("*")) if _is_visible(file, path) and kind_of(file)]
             if not files:
                 raise ConfigurationError(f"the folder {name} has no file of a kind that is read: {_known()}")
         else:
-            files = [path] if path.is_file() else [Path(each) for each in sorted(glob(name, recursive=True))]
-            files = [each for each in files if each.is_file()]
+            files = [path] if path.is_file() else [Path(file) for file in sorted(glob(name, recursive=True))]
+            files = [file for file in files if file.is_file()]
             if not files:
                 raise ConfigurationError(f"there is no file {name}: nothing to read")
-        for each in files:
-            if kind_of(each) is None:
-                raise ConfigurationError(f"{each} is of an unknown kind; known are {_known()}")
-            found[each.resolve()] = None
-    if not found:
+        for file in files:
+            if kind_of(file) is None:
+                raise ConfigurationError(f"{file} is of an unknown kind; known are {_known()}")
+            paths[file.resolve()] = None
+    if not paths:
         raise ConfigurationError("no inputs were given")
-    return list(found)
+    return list(paths)
 
 
 def _is_visible(path: Path, folder: Path) -> bool:
@@ -167,14 +167,15 @@ def kind_of(path: Path) -> str | None:
 
 
 def scan(paths: Sequence[Path], field: str | None, unpacked: Path) -> Inputs:
-    """Read all inputs once: the number of rows, where each row begins, their columns and a checksum.
+    """Read all inputs once, for the number of rows, the beginning of every row, the columns and checksums.
 
     Args:
+        paths: the files.
         field: column of the prompt; None takes the first of :data:`PROMPT_FIELDS` that the inputs have.
-        unpacked: folder for copies of compressed files and of JSON lists, which can be read from any row on.
+        unpacked: folder for copies of compressed files and JSON lists that can be read from any row on.
 
     Raises:
-        ConfigurationError: a file cannot be read, rows do not fit each other, or they have no prompt.
+        ConfigurationError: a file cannot be read, rows have columns of different types, or they have no prompt.
     """
     sources, places = [], []
     schemas: list[pa.Schema] = []
@@ -189,13 +190,13 @@ def scan(paths: Sequence[Path], field: str | None, unpacked: Path) -> Inputs:
                 readable = path
             else:
                 readable = _readable(path, unpacked / str(number))
-                starts, found = _scan_lines(path, readable, kind)
-                schemas += found
+                starts, of_rows = _scan_lines(path, readable, kind)
+                schemas += of_rows
         except _READ_ERRORS as error:
             raise ConfigurationError(f"{path} cannot be read: {error}") from error
         sources.append(Source(str(path), len(starts), digest))
         places.append((str(readable), kind, starts))
-    if not any(each.num_rows for each in sources):
+    if not any(source.num_rows for source in sources):
         raise ConfigurationError(f"there is no row in {', '.join(map(str, paths))}")
     schema = _unified(schemas)
     return Inputs(tuple(sources), schema, _field(schema, field), tuple(places))
@@ -210,7 +211,7 @@ def _digest(path: Path) -> str:
 
 
 def _readable(path: Path, to: Path) -> Path:
-    """The file itself, or its copy ``to`` in lines if it is compressed or one JSON list."""
+    """The file itself, or if it is compressed or a JSON list, its copy in lines at ``to``."""
     readable = path
     if path.suffix.lower() in COMPRESSION_SUFFIXES:
         readable = to

@@ -1,4 +1,4 @@
-"""Output of a batch run: a folder of Parquet files, one for each part, and a manifest."""
+"""Output of a batch run: a folder of Parquet files, one for every part, and a manifest."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMAT = 1
 
 
 PARTS_PER_REPLICA = 8
-"""Parts for each replica if the user sets no size of parts, so that replicas end at about the same time."""
+"""Parts for every replica if the user sets no size of parts, so that replicas end at about the same time."""
 
 
 SMALLEST_PART, LARGEST_PART = 16, 512
@@ -47,10 +47,10 @@ class BatchResult:
 
     Attributes:
         out: folder of the output.
-        num_rows: rows of all inputs, all of them in the folder now.
-        num_kept: rows among these that an earlier run completed.
-        num_errors: rows whose column ``error`` says why they have no output, including those of earlier runs.
-        num_output_tokens: tokens generated in this run.
+        num_rows: number of rows of all inputs; all are in the folder.
+        num_kept: number of these that an earlier run completed.
+        num_errors: number of rows without output, whose column ``error`` says why, including those of earlier runs.
+        num_output_tokens: number of tokens that this run generated.
         elapsed_s: seconds of this run, including the start of replicas.
     """
 
@@ -84,23 +84,23 @@ def owned(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
-    """A folder for temporary files, removed at the end; those of killed runs are removed too."""
+    """A folder for temporary files, removed at the end; folders that killed runs left are removed too."""
     for left in folder.glob("_tmp-*"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-    made = Path(tempfile.mkdtemp(prefix="_tmp-", dir=folder))
+    scratch = Path(tempfile.mkdtemp(prefix="_tmp-", dir=folder))
     try:
-        yield made
+        yield scratch
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def manifest(job: Job, found: inputs.Inputs) -> dict[str, Any]:
-    """Everything that the output depends on, as plain types.
+def manifest(job: Job, all_rows: inputs.Inputs) -> dict[str, Any]:
+    """All settings and inputs that the output depends on, as plain types.
 
-    The drafter is left out if it cannot change the tokens: a run may go on with other drafters, or none.
+    Proposers are left out if they cannot change the tokens: a run can go on with others, or with none.
     """
     return {
         "format": FORMAT,
@@ -110,12 +110,12 @@ def manifest(job: Job, found: inputs.Inputs) -> dict[str, Any]:
         "sampling": _plain(job.sampling),
         "seed": job.seed,
         "prompt_field": job.field,
-        "inputs": [asdict(source) for source in found.sources],
+        "inputs": [asdict(source) for source in all_rows.sources],
     }
 
 
 def _speculation(config: Mapping[str, Any] | None) -> Any:
-    """What tokens depend on: a drafter-invariant sampler (with ``num_chains`` if that matters), else all settings."""
+    """Settings that tokens depend on: a drafter-invariant sampler (with ``num_chains`` if it matters), else all."""
     sampler = STOCK_TEXT if config is None else config.get("sampler")
     if sampler is None and config is not None and config.get("method") == METHOD:
         sampler = STOCK_TEXT
@@ -133,7 +133,7 @@ def _plain(value: Any) -> Any:
 
 
 def begin(folder: Path, wanted: dict[str, Any], rows_per_part: int | None, replicas: int) -> int:
-    """Write the manifest, or compare it with that of an earlier run; returns the rows of a part."""
+    """Write the manifest, or compare it with that of an earlier run; returns the number of rows in a part."""
     path = folder / MANIFEST
     has_parts = any(folder.glob("*.parquet"))
     if not path.exists() or not has_parts:
@@ -179,7 +179,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 class Output:
-    """The output files of a run, and the rows that wait for their part to be complete."""
+    """The output files of a run, and the rows of parts that are not complete."""
 
     def __init__(
         self, folder: Path, parts: Mapping[int, inputs.Part], rows_per_part: int, on_progress: Progress | None
@@ -219,7 +219,7 @@ class Output:
         for row, row_id in enumerate(table[inputs.ROW_ID].to_pylist()):
             number = row_id // self._rows_per_part
             if number in self._done:
-                continue  # a part that two replicas worked on, with the same contents
+                continue  # a part that two replicas completed, with equal contents
             waiting = self._waiting.setdefault(number, {})
             waiting[row_id] = table.slice(row, 1)
             if len(waiting) == self._parts[number].num_rows:
@@ -242,7 +242,7 @@ class Output:
         if self._first is None:
             self._on_progress(self.num_done, total, 0.0, 0.0)
             return
-        began, rows, tokens = self._first  # rates leave out the start of the engines
+        began, rows, tokens = self._first  # without the start of the engines
         elapsed_s = max(time.monotonic() - began, 1e-9)
         self._on_progress(
             self.num_done, total, (self.num_done - rows) / elapsed_s, (self._num_tokens - tokens) / elapsed_s

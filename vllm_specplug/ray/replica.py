@@ -1,4 +1,4 @@
-"""A replica of a batch run on Ray Data: one engine and the rows it completes."""
+"""A replica of a batch run on Ray Data: one engine, and the rows that it completes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllm_specplug.ray import environment, inputs, stores
 from vllm_specplug.ray.environment import Share
 
 SEED_BITS = 53
-"""Bits of a row's seed: any JSON reader can hold it exactly."""
+"""Bits of a row's seed: few enough for any JSON reader to hold it exactly."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Job:
     """Settings of the run, sent to every replica.
 
     Attributes:
-        model: name, or folder that every node has.
+        model: name of the model, or its folder, which every node must have.
         speculative_config: with absolute paths, see :func:`vllm_specplug.ray.stores.located`.
         engine_args: arguments of vLLM's engine.
         options: arguments of vLLM's engine as ``vllm serve`` takes them.
@@ -55,7 +55,7 @@ class Replica:
     """One engine in an actor of Ray Data.
 
     Args:
-        job: the work.
+        job: settings of the run.
         share: CPUs and GPUs of this replica.
         source: actor that this node fetches missing stores from, see :func:`vllm_specplug.ray.stores.start_source`.
     """
@@ -82,11 +82,11 @@ class Replica:
     async def __call__(self, table: pa.Table) -> AsyncIterator[pa.Table]:
         """Complete the rows of a part; yields them with their outputs."""
         ids = table[inputs.ROW_ID].to_pylist()
-        given = table[inputs.SEED].to_pylist() if inputs.SEED in table.column_names else [None] * len(ids)
+        wanted = table[inputs.SEED].to_pylist() if inputs.SEED in table.column_names else [None] * len(ids)
         seeds = [
-            # -1 means no seed in vLLM; the tokens of such a row can be reproduced too.
+            # vLLM reads -1 as no seed; such a row gets one as well, so that its tokens can be reproduced.
             row_seed(self._job.seed, row_id) if seed is None or seed < 0 else seed
-            for row_id, seed in zip(ids, given, strict=True)
+            for row_id, seed in zip(ids, wanted, strict=True)
         ]
         prompts = table[self._job.field].to_pylist()
         outputs = await asyncio.gather(*map(self._complete, prompts, seeds))
@@ -94,10 +94,10 @@ class Replica:
             table = table.drop_columns([inputs.SEED])
         columns = {
             inputs.SEED: pa.array(seeds, pa.int64()),
-            "output_text": pa.array([each.text for each in outputs], pa.string()),
-            "output_token_ids": pa.array([each.token_ids for each in outputs], pa.list_(pa.int32())),
-            "finish_reason": pa.array([each.finish_reason for each in outputs], pa.string()),
-            "error": pa.array([each.error for each in outputs], pa.string()),
+            "output_text": pa.array([outcome.text for outcome in outputs], pa.string()),
+            "output_token_ids": pa.array([outcome.token_ids for outcome in outputs], pa.list_(pa.int32())),
+            "finish_reason": pa.array([outcome.finish_reason for outcome in outputs], pa.string()),
+            "error": pa.array([outcome.error for outcome in outputs], pa.string()),
         }
         for name, values in columns.items():
             table = table.append_column(name, values)
@@ -105,15 +105,15 @@ class Replica:
 
     async def _complete(self, prompt: Any, seed: int) -> _Outcome:
         try:
-            given = await self._prompt(prompt)
-            async for output in self._engine.generate(given, self._sampling(seed), uuid.uuid4().hex):
+            encoded = await self._prompt(prompt)
+            async for output in self._engine.generate(encoded, self._sampling(seed), uuid.uuid4().hex):
                 done = output.outputs[0]
         except Exception as error:
             if self._engine.errored:
                 # A dead engine cannot go on. Ray starts another process in its place, which gets the same rows.
                 logger.exception("the engine died")
                 os._exit(1)
-            # An error of this row alone, such as a prompt that is too long.
+            # The error is of this row alone, such as a prompt that is too long.
             cause = error if str(error) else error.__cause__ or error
             return _Outcome("", [], None, str(cause) or type(cause).__name__)
         return _Outcome(done.text, list(done.token_ids), done.finish_reason, None)
@@ -141,13 +141,13 @@ class _Outcome:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Messages without the null values that a table adds for keys of other messages."""
+    """Messages without the null values that a table adds for keys that only other messages have."""
     if isinstance(value, dict):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _unsplit(job: Job) -> dict[str, Any]:
-    """Arguments that keep a prompt in one step: splitting a seeded one ends vLLM 0.32 on CPUs without speculation."""
+    """Arguments that keep a prompt in one step: vLLM 0.32 on CPUs without speculation dies if a seeded one is split."""
     is_given = "enable_chunked_prefill" in job.engine_args or any("chunked-prefill" in each for each in job.options)
     return {"enable_chunked_prefill": False} if is_cpu_wheel() and not job.speculative_config and not is_given else {}

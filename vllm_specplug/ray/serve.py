@@ -17,9 +17,9 @@ from vllm_specplug.ray.environment import Share
 
 NAME = "specplug"
 MAX_ONGOING_REQUESTS = 512
-"""Requests in flight of a replica; Ray Serve's own default of a few would leave vLLM's batches empty."""
+"""Most requests in flight of a replica; with Ray Serve's own default of a few, vLLM's batches would stay small."""
 PROXYS_OWN = ("host", "port", "uds", "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "api-server-count", "headless")
-"""Options of ``vllm serve`` about sockets and processes, which are Ray Serve's here."""
+"""Options of ``vllm serve`` about sockets and processes, which Ray Serve takes care of."""
 
 _app: Any = None
 
@@ -29,7 +29,7 @@ class Job:
     """Settings of the deployment, sent to every replica.
 
     Attributes:
-        model: name, or folder that every node has.
+        model: name of the model, or its folder, which every node must have.
         speculative_config: with absolute paths, see :func:`vllm_specplug.ray.stores.located`.
         engine_args: arguments of ``vllm serve``, by their names in Python.
         options: arguments of ``vllm serve``, as on its command line.
@@ -57,15 +57,15 @@ def deployment(  # noqa: PLR0913 - public, and all but one are keywords
     """An application for ``ray.serve.run``; connects to Ray, or starts it, if this process has no connection.
 
     Args:
-        model: name, or folder that every node has.
+        model: name of the model, or its folder, which every node must have.
         speculative_config: as vLLM takes it; stores are brought to every node.
         engine_args: further arguments of ``vllm serve`` by their names in Python: ``{"max_model_len": 4096}``.
         options: arguments of ``vllm serve`` as on its command line.
-        replicas: engines.
+        replicas: number of engines.
         cpus_per_replica: CPUs that Ray reserves for a replica, and its threads on CPUs; by default 1.
         gpus_per_replica: GPUs of a replica; by default those that its engine takes, 0 with vLLM's CPU wheel.
         env: environment variables of the replicas.
-        may_grow: an autoscaler adds nodes: wait for them.
+        may_grow: True if an autoscaler adds nodes: wait for them.
         settings: options of Ray Serve's deployment, such as ``autoscaling_config`` (then leave ``replicas`` out).
 
     Raises:
@@ -116,7 +116,7 @@ def _check_options(job: Job) -> None:
 
 
 class _Door:
-    """ASGI application for Ray Serve; hands requests on to the one that the replica builds later."""
+    """ASGI application for Ray Serve that hands requests on to the application that the replica builds later."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         await _app(scope, receive, send)
@@ -126,7 +126,7 @@ class Server:
     """One engine and its application in a replica of Ray Serve.
 
     Args:
-        job: model and arguments.
+        job: settings of the deployment.
         share: CPUs and GPUs of this replica.
         source: actor that this node fetches missing stores from, see :func:`vllm_specplug.ray.stores.start_source`.
     """
@@ -183,7 +183,7 @@ def serve_arguments(job: Job, speculative_config: Mapping[str, Any] | None) -> A
 
 
 def _stat_loggers(arguments: Any) -> list[Any]:
-    """Loggers that put vLLM's own counters on Ray's exporter, too."""
+    """Loggers that put vLLM's own counters on Ray's exporter."""
     if arguments.disable_log_stats:
         return []
     from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger

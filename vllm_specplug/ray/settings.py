@@ -15,7 +15,7 @@ from vllm_specplug.engines.environment import intel_openmp
 from vllm_specplug.ray import environment, stores
 
 STAGE_CPUS = 0.01
-"""CPUs of a stage around the engine: by default a stage takes a whole CPU, and waits for ever if engines have all."""
+"""CPUs of a stage around the engine. By default a stage takes a whole CPU, and waits for ever if engines hold all."""
 
 
 def data_llm(
@@ -37,24 +37,24 @@ def data_llm(
     Args:
         model, speculative_config: as vLLM takes them; every node needs folders and stores at the same paths.
         engine_args: further arguments of vLLM's engine.
-        replicas: engines.
+        replicas: number of engines.
         cpus_per_replica, gpus_per_replica: see :func:`vllm_specplug.ray.batch.generate`.
         env: environment variables of the engines.
-        settings: further arguments of that class, which take precedence.
+        settings: further arguments of that class; they take precedence.
     """
     share = environment.share(cpus_per_replica, gpus_per_replica, engine_args or {})
-    made: dict[str, Any] = {
+    config: dict[str, Any] = {
         "model_source": stores.absolute(model),
         "engine_kwargs": _engine_args(speculative_config, engine_args),
         "concurrency": replicas,
         "runtime_env": {"env_vars": _variables(share, engine_args or {}, env)},
     }
     if not share.gpus:
-        made["accelerator_type"] = None
-        made |= {f"{stage}_stage": {"num_cpus": STAGE_CPUS} for stage in ("chat_template", "tokenize", "detokenize")}
-        made["placement_group_config"] = {"bundles": [{"CPU": share.cpus}]}
-        made["engine_kwargs"].setdefault("distributed_executor_backend", "mp")
-    return {**made, **settings}
+        config["accelerator_type"] = None
+        config |= {f"{stage}_stage": {"num_cpus": STAGE_CPUS} for stage in ("chat_template", "tokenize", "detokenize")}
+        config["placement_group_config"] = {"bundles": [{"CPU": share.cpus}]}
+        config["engine_kwargs"].setdefault("distributed_executor_backend", "mp")
+    return {**config, **settings}
 
 
 def serve_llm(
@@ -72,31 +72,31 @@ def serve_llm(
     """Keyword arguments of ``ray.serve.llm.LLMConfig``; for all arguments but ``model_id`` see :func:`data_llm`.
 
     On CPUs give ``build_openai_app`` ``{"ingress_deployment_config": {"ray_actor_options": {"num_cpus": STAGE_CPUS}}}``
-    beside the configurations: the ingress takes a whole CPU by default, and waits for one if engines have all.
+    beside the configurations: the ingress takes a whole CPU by default, and waits for ever if engines hold all.
 
     Args:
         model_id: name that clients ask for; by default the last part of ``model``.
     """
     share = environment.share(cpus_per_replica, gpus_per_replica, engine_args or {})
-    made: dict[str, Any] = {
+    config: dict[str, Any] = {
         "model_loading_config": {"model_id": model_id or Path(model).name, "model_source": stores.absolute(model)},
         "engine_kwargs": _engine_args(speculative_config, engine_args),
         "deployment_config": {"num_replicas": replicas},
         "runtime_env": {"env_vars": _variables(share, engine_args or {}, env)},
     }
     if not share.gpus:
-        made["accelerator_config"] = {"kind": "cpu"}
-        made["deployment_config"]["ray_actor_options"] = {"num_cpus": 0}  # the CPUs of the bundle are added
-        made["placement_group_config"] = {"bundles": [{"CPU": share.cpus}]}
-        made["engine_kwargs"].setdefault("distributed_executor_backend", "mp")
-    return {**made, **settings}
+        config["accelerator_config"] = {"kind": "cpu"}
+        config["deployment_config"]["ray_actor_options"] = {"num_cpus": 0}  # Ray adds the CPUs of the bundle
+        config["placement_group_config"] = {"bundles": [{"CPU": share.cpus}]}
+        config["engine_kwargs"].setdefault("distributed_executor_backend", "mp")
+    return {**config, **settings}
 
 
 def _engine_args(speculative_config: Mapping[str, Any] | None, engine_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    made = dict(engine_args or {})
+    arguments = dict(engine_args or {})
     if config := stores.located(speculative_config):
-        made["speculative_config"] = config
-    return made
+        arguments["speculative_config"] = config
+    return arguments
 
 
 def _variables(
@@ -104,5 +104,5 @@ def _variables(
 ) -> dict[str, str]:
     """Environment variables of an engine: ``env``, then those of this process, then defaults for its share."""
     wanted = environment.wanted(share, float(os.cpu_count() or 1), engine_args)
-    made = {name: os.environ.get(name, value) for name, value in wanted.items()}
-    return {**made, **({} if share.gpus else intel_openmp()), **(env or {})}
+    variables = {name: os.environ.get(name, value) for name, value in wanted.items()}
+    return {**variables, **({} if share.gpus else intel_openmp()), **(env or {})}

@@ -1,4 +1,4 @@
-"""Token stores on the nodes of replicas: one copy on each node, which all replicas of the node map.
+"""Token stores on the nodes of replicas: one copy on every node, which all replicas of the node map.
 
 A node that has the store at the configured path uses it as it is. On other nodes the first replica fetches the store
 from the driver's node, in chunks through one small actor; the other replicas of the node wait and use its copy.
@@ -56,12 +56,12 @@ def stores_of(speculative_config: Mapping[str, Any] | None) -> dict[str, str]:
     Raises:
         ConfigurationError: the value for stores, or for this plugin, is wrong.
     """
-    given = dict(speculative_config or {})
-    if given.get("method") == METHOD:
-        return dict(parse_settings({key: value for key, value in given.items() if key != "method"}).datastore or {})
-    if given.get(_KEY) is None:
+    config = dict(speculative_config or {})
+    if config.get("method") == METHOD:
+        return dict(parse_settings({key: value for key, value in config.items() if key != "method"}).datastore or {})
+    if config.get(_KEY) is None:
         return {}
-    return dict(parse_settings({_KEY: given[_KEY]}).datastore or {})
+    return dict(parse_settings({_KEY: config[_KEY]}).datastore or {})
 
 
 def absolute(path: str) -> str:
@@ -70,7 +70,7 @@ def absolute(path: str) -> str:
 
 
 def located(speculative_config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A configuration with absolute paths, for processes with other working directories, and with its stores by name.
+    """A configuration with its stores by name and with absolute paths, for processes with other working directories.
 
     Raises:
         ConfigurationError: the value for stores, or for this plugin, is wrong.
@@ -87,14 +87,14 @@ def located(speculative_config: Mapping[str, Any] | None) -> dict[str, Any] | No
 
 def cache_folder() -> Path:
     """Folder of fetched stores on this node."""
-    given = os.environ.get(CACHE_VARIABLE)
-    return Path(given) if given else Path.home() / ".cache" / "vllm-specplug" / "stores"
+    folder = os.environ.get(CACHE_VARIABLE)
+    return Path(folder) if folder else Path.home() / ".cache" / "vllm-specplug" / "stores"
 
 
 class StoreSource:
     """Reads stores for other nodes; runs as an actor on the driver's node.
 
-    The files stay open, so that other nodes get the version of the start even after a store was replaced.
+    The files stay open, so that other nodes get the same version even after a store was replaced.
 
     Args:
         paths: paths of stores, with or without shards.
@@ -127,7 +127,7 @@ class StoreSource:
 
 
 def _opened(path: Path) -> dict[str, BinaryIO]:
-    return {each.relative_to(path.parent).as_posix(): each.open("rb") for each in store_files(path)}
+    return {file.relative_to(path.parent).as_posix(): file.open("rb") for file in store_files(path)}
 
 
 def _listed(name: str, file: BinaryIO) -> StoreFile:
@@ -216,8 +216,11 @@ def place(path: str, source: Any, cache: Path | None = None) -> Path:
 
     Args:
         path: path of the store on the driver's node.
-        source: see :func:`placed`.
+        source: actor that :func:`start_source` returned; None fetches nothing.
         cache: folder of fetched stores; by default :func:`cache_folder`.
+
+    Raises:
+        StoreError: the store is neither here nor could be fetched.
     """
     whole = Path(path).resolve()
     if whole.exists():
@@ -234,7 +237,7 @@ def place(path: str, source: Any, cache: Path | None = None) -> Path:
     with _only_one(cache / f"{digest}.lock"):
         if not _has_sizes(final, files):
             temporary = cache / f"{digest}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)  # the rest of a fetch that was killed
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a fetch that was killed
             _check_space(cache, files, path)
             temporary.mkdir()
             logger.info("fetching token store %s (%d bytes)", path, sum(each.num_bytes for each in files))
@@ -253,12 +256,12 @@ def _only_one(lock: Path) -> Iterator[None]:
 
 
 def _has_sizes(store: Path, files: list[StoreFile]) -> bool:
-    paths = [(store.parent / each.name, each) for each in files]
-    return all(path.is_file() and path.stat().st_size == each.num_bytes for path, each in paths)
+    paths = [(store.parent / file.name, file) for file in files]
+    return all(path.is_file() and path.stat().st_size == file.num_bytes for path, file in paths)
 
 
 def _check_space(cache: Path, files: list[StoreFile], path: str) -> None:
-    needed, free = sum(each.num_bytes for each in files), shutil.disk_usage(cache).free
+    needed, free = sum(file.num_bytes for file in files), shutil.disk_usage(cache).free
     if needed > free:
         raise StoreError(
             f"token store {path} has {needed:,} bytes, and {cache} on this node {free:,} free; give another folder "
@@ -269,16 +272,16 @@ def _check_space(cache: Path, files: list[StoreFile], path: str) -> None:
 def _fetch(source: Any, path: str, files: list[StoreFile], to: Path) -> None:
     import ray
 
-    for each in files:
-        target = to / each.name
+    for listed in files:
+        target = to / listed.name
         target.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
         with target.open("wb") as out:
-            for offset in range(0, each.num_bytes, CHUNK_BYTES):
-                chunk = ray.get(source.read.remote(path, each.name, offset, CHUNK_BYTES))
+            for offset in range(0, listed.num_bytes, CHUNK_BYTES):
+                chunk = ray.get(source.read.remote(path, listed.name, offset, CHUNK_BYTES))
                 digest.update(chunk)
                 out.write(chunk)
             out.flush()
             os.fsync(out.fileno())
-        if digest.hexdigest() != each.digest:
-            raise StoreError(f"token store {path} arrived damaged ({each.name}): start again")
+        if digest.hexdigest() != listed.digest:
+            raise StoreError(f"token store {path} arrived damaged ({listed.name}): start again")

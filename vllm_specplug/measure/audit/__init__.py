@@ -1,5 +1,5 @@
 """``specplug audit``: is a configuration lossless, greedy-identical and drafter-invariant? Numbers and a verdict.
 
-:mod:`.statistics` knows nothing of engines, :mod:`.worker` runs inside of one, :mod:`.run` drives them, :mod:`.report`
-writes what came out.
+:mod:`.run` drives engines, inside which :mod:`.worker` draws; :mod:`.statistics` tests the draws, and :mod:`.report`
+writes the results.
 """

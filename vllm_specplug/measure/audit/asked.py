@@ -1,4 +1,4 @@
-"""What an audit is asked, and its thresholds."""
+"""Options of an audit, and its thresholds."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ EXTENSION = "vllm_specplug.measure.audit.worker.AuditExtension"
 
 
 NEAR_TIE = {"float32": 1e-3, "float64": 1e-3}
-"""Margin between two tokens, in logits over temperature, that rounding of another batch shape can turn; by dtype."""
+"""By dtype: the margin of one token over another, in logits over temperature, that other rounding can turn round."""
 
 
 NEAR_TIE_ELSEWHERE = 0.25
+"""The same for all other dtypes."""
 
 
 AT_ONCE = 64
-"""Requests of a context in flight."""
+"""Most requests of a context in flight."""
 
 
 QUESTIONS = ("lossless", "greedy_identical", "drafter_invariant")
@@ -31,25 +32,25 @@ Row = NDArray[np.float64]
 
 
 Progress = Callable[[str, float, str], None]
-"""Called with what goes on, the share of it that is done, and a few words more."""
+"""Called with the name of the work at hand, the share of it that is done, from 0 to 1, and a few words more."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked.
+    """What to audit, with which requests.
 
     Attributes:
         model: folder or name of the model.
-        speculative_config: of the audited engine; None for none.
+        speculative_config: that of the audited engine; None: it does not speculate.
         engine_cli: arguments as ``vllm serve`` takes them.
         prompts: texts to complete.
-        draws: for each context and stage.
-        contexts: at which distributions are compared.
-        temperature: of all sampled requests.
-        max_tokens: output tokens of each completed prompt.
-        batch: requests in flight while completing.
-        seed: of the first request.
-        log: folder of vLLM's logs.
+        draws: tokens to draw at every stage of every context.
+        contexts: number of contexts at which distributions are compared.
+        temperature: temperature of all sampled requests.
+        max_tokens: output tokens of every completed prompt.
+        batch: requests in flight while prompts are completed.
+        seed: seed of the first request; that of request ``i`` is ``seed + i``.
+        log: folder for vLLM's logs.
     """
 
     model: str
@@ -65,12 +66,12 @@ class Options:
     log: Path
 
     def engine_args(self, speculative_config: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Arguments of an engine, of this configuration or another."""
+        """Arguments of an engine with this ``speculative_config``, the audited one or another; None: no speculation."""
         return {
             "cli": ["--model", self.model, *self.engine_cli],
             "worker_extension_cls": EXTENSION,
             "speculative_config": None if speculative_config is None else dict(speculative_config),
-            # The reference must not speculate, by whatever option.
+            # The same options in engine_cli are refused because they are here: the reference must not speculate.
             "spec_method": None,
             "spec_model": None,
             "spec_tokens": None,
@@ -78,5 +79,5 @@ class Options:
 
 
 def num_in_flight(about: Mapping[str, Any]) -> int:
-    """Requests of a context in flight."""
+    """Requests of a context in flight; ``about`` is the answer of ``AuditExtension.audit_about``."""
     return max(2, min(AT_ONCE, int(about["max_num_seqs"])))

@@ -17,16 +17,16 @@ from vllm_specplug.measure.audit.asked import AT_ONCE, Options, Row, num_in_flig
 
 @dataclass
 class Context:
-    """A place in a text, and what is known of it without speculation.
+    """A prompt, what the audit makes requests emit behind it, and the target's logits there without speculation.
 
     Attributes:
-        prompt: token ids.
-        first: token behind it.
-        drafts: ``[k]`` the target's favourites behind that.
-        num_accepted: how many of them the audit lets through before it replaces one.
-        replacement: by what.
-        unlikely: a draft token that is hardly ever right.
-        rows: target logits of an ordinary step by place.
+        prompt: token ids of the prompt.
+        first: the token behind the prompt.
+        drafts: ``[k]`` draft tokens behind ``first``: the target's likeliest ones.
+        num_accepted: number of draft tokens that the audit lets through before it replaces one.
+        replacement: the token in the place of the first draft token that is not let through.
+        unlikely: another first draft token, which is hardly ever accepted.
+        rows: ``[vocab]`` target logits of a step without speculation, by the name of the place.
     """
 
     prompt: list[int]
@@ -38,24 +38,24 @@ class Context:
     rows: dict[str, Row] = field(default_factory=dict)
 
     def prefixes(self) -> dict[str, list[int]]:
-        """What the target has read at each place."""
+        """Token ids that the target has read at every place, by the name of the place."""
         k = len(self.drafts)
-        made = {"no draft": self.prompt}
+        prefixes = {"no draft": self.prompt}
         if not k:
-            return made
+            return prefixes
         start = [*self.prompt, self.first]
         for depth in range(k + 1):
-            made["bonus" if depth == k else f"draft {depth + 1}"] = [*start, *self.drafts[:depth]]
-        made["after a rejection"] = [*start, *self.drafts[: self.num_accepted], self.replacement]
-        return made
+            prefixes["bonus" if depth == k else f"draft {depth + 1}"] = [*start, *self.drafts[:depth]]
+        prefixes["after a rejection"] = [*start, *self.drafts[: self.num_accepted], self.replacement]
+        return prefixes
 
     def to_dict(self, tokenizer: Any) -> dict[str, Any]:
-        """For the report: the end of the prompt as text, and every chosen token."""
+        """The context for the report: the end of the prompt as text, and every chosen token."""
         return {
             "num_tokens": len(self.prompt),
             "ends_with": tokenizer.decode(self.prompt[-16:]),
             "first": tokenizer.decode([self.first]),
-            "drafts": [tokenizer.decode([each]) for each in self.drafts],
+            "drafts": [tokenizer.decode([token]) for token in self.drafts],
             "unlikely": tokenizer.decode([self.unlikely]) if self.drafts else None,
             "num_accepted": self.num_accepted,
             "replacement": tokenizer.decode([self.replacement]) if self.drafts else None,
@@ -63,7 +63,7 @@ class Context:
 
 
 def context_rows(engine: Engine, prefixes: Sequence[Sequence[int]]) -> list[Row]:
-    """Target logits behind each prefix, from ordinary prefill steps."""
+    """Target logits ``[vocab]`` behind every prefix, from ordinary prefill steps."""
     if not prefixes:
         return []
     done = engine.complete(
@@ -80,9 +80,21 @@ def drawn_contexts(
     about: Mapping[str, Any],
     k: int,
 ) -> list[Context]:
-    """Contexts whose favourites are accepted often enough to reach the last place, and seldom enough to matter."""
+    """Choose contexts whose drafts are accepted whole about three times in ten, so that every place sees many draws.
+
+    Args:
+        engine: engine without speculation.
+        options: options of the audit.
+        prompts: token ids of the prompts.
+        greedy: the greedy outputs of the prompts.
+        about: the answer of ``AuditExtension.audit_about``.
+        k: longest draft; 0 without speculation.
+
+    Raises:
+        ConfigurationError: no prompt has an output long enough for a draft.
+    """
     longest = about["max_model_len"] - k - 4
-    # So short that all requests are read in one step: they go on side by side then, and every draw is one of many.
+    # Prompts so short that one step reads those of all requests, which then stay in step: one step gives many draws.
     room = max(1, min(longest, about["max_num_batched_tokens"] // 2 // num_in_flight(about)))
     candidates = [
         Context(list(prompt[-room:]), out[0], list(out[1 : k + 1]))

@@ -29,6 +29,22 @@ def ask_lossless(
     tokenizer: Any,
     progress: Progress,
 ) -> dict[str, Any]:
+    """Draw tokens at all contexts and test them.
+
+    Args:
+        engine: the audited engine.
+        options: options of the audit.
+        contexts: contexts to draw at.
+        about: the answer of ``AuditExtension.audit_about``.
+        tokenizer: tokenizer of the model.
+        progress: called as the draws go on.
+
+    Returns:
+        Plain types: the verdict (None: the question cannot be asked, and why), tests and numbers of every place.
+
+    Raises:
+        SpecplugError: the engine does not verify the drafts that it gets.
+    """
     if about["async_scheduling"] and about["runner"] == "V1":
         return {
             "passed": None,
@@ -52,26 +68,26 @@ def ask_lossless(
             for name in named.names_of(k, redrawn)
             if name not in places or not places[name]["counts"].sum()
         ]
-        for name, found in places.items():
+        for name, record in places.items():
             where = f"context {nth + 1}, {name}"
-            probs = statistics.softmax(found["row"], options.temperature)
-            accepted = None if found["accept_chance"] is None else (found["accepted"], found["accept_chance"])
-            made = statistics.hypotheses_of(where, found["counts"], probs, accepted, spell)
-            if found["missing"]:
-                seen = f"{found['missing']:,} times no token was emitted where one had to be"
-                made.append(statistics.Hypothesis(where, "missing", 0.0, seen))
-            hypotheses += made
-            if found["accept_chance"] is not None and found["counts"].sum():
+            probs = statistics.softmax(record["row"], options.temperature)
+            accepted = None if record["accept_chance"] is None else (record["accepted"], record["accept_chance"])
+            tests = statistics.hypotheses_of(where, record["counts"], probs, accepted, spell)
+            if record["missing"]:
+                seen = f"{record['missing']:,} times no token was emitted where one had to be"
+                tests.append(statistics.Hypothesis(where, "missing", 0.0, seen))
+            hypotheses += tests
+            if record["accept_chance"] is not None and record["counts"].sum():
                 biased.append(where)
-                imagined += statistics.hypotheses_of(where, found["biased"], probs)
+                imagined += statistics.hypotheses_of(where, record["biased"], probs)
             place = name.partition(",")[0]
-            gap = _gap(found["row"], context.rows[place]) if place in context.rows else 0.0
+            gap = _gap(record["row"], context.rows[place]) if place in context.rows else 0.0
             if gap > bound:
                 wrong_rows.append(f"{where}: logits differ by {gap:.3g} from those of an ordinary step")
-            draws = int(found["counts"].sum())
+            draws = int(record["counts"].sum())
             if draws:
-                measured, expected = statistics.deviation(found["counts"], probs)
-                shown.append(_shown(where, found, probs, made, measured, expected, gap))
+                measured, expected = statistics.deviation(record["counts"], probs)
+                shown.append(_shown(where, record, probs, tests, measured, expected, gap))
     rejected = statistics.rejected(hypotheses)
     caught = statistics.rejected(imagined)
     return {
@@ -79,21 +95,21 @@ def ask_lossless(
         "why": "",
         "alpha": statistics.ALPHA,
         "num_hypotheses": len(hypotheses),
-        "rejected": [vars(each) for each in rejected],
+        "rejected": [vars(hypothesis) for hypothesis in rejected],
         "wrong_rows": wrong_rows,
         "unreached": unreached,
         "row_bound": bound,
         "is_redrawn": redrawn,
         "places": shown,
-        "power": {"bias": BIAS, "at": sorted({each.place for each in caught}), "num_places": len(biased)}
+        "power": {"bias": BIAS, "at": sorted({hypothesis.place for hypothesis in caught}), "num_places": len(biased)}
         if k
         else None,
     }
 
 
 def _gap(row: Row, plain: Row) -> float:
-    """Largest difference of log-probabilities, over tokens that matter (a ten-thousandth or more)."""
-    mine, theirs = (each - each.max() - np.log(np.exp(each - each.max()).sum()) for each in (row, plain))
+    """Largest difference of log-probabilities, over tokens of a probability of at least 1e-4."""
+    mine, theirs = (logits - logits.max() - np.log(np.exp(logits - logits.max()).sum()) for logits in (row, plain))
     matters = theirs > math.log(1e-4)
     return float(np.abs(mine - theirs)[matters].max())
 
@@ -101,7 +117,11 @@ def _gap(row: Row, plain: Row) -> float:
 def _drawn(
     engine: Engine, options: Options, context: Context, k: int, at_once: int, nth: int, total: int, progress: Progress
 ) -> tuple[dict[str, dict[str, Any]], bool]:
-    """Draws at one context, wave after wave of requests until there are enough at every stage."""
+    """Draw at one context, wave after wave of requests, until there are enough draws at every stage.
+
+    Returns:
+        The sums over all waves, by the name of the place, and whether drafts were drawn from a drafter's distribution.
+    """
     stages = ["no draft", "verify", "after a rejection"] if k else ["no draft"]
     missing = dict.fromkeys(stages, options.draws)
     places: dict[str, dict[str, Any]] = {}
@@ -133,8 +153,8 @@ def _drawn(
             )
         ).answers["audit_take"]
         is_new, is_redrawn = False, is_redrawn or done["is_redrawn"]
-        for name, found in done["places"].items():
-            row = np.array(found["row"], dtype=np.float64)
+        for name, record in done["places"].items():
+            row = np.array(record["row"], dtype=np.float64)
             place = places.setdefault(
                 name,
                 {
@@ -143,14 +163,14 @@ def _drawn(
                     "row": row,
                     "missing": 0,
                     "accepted": 0,
-                    "accept_chance": found["accept_chance"],
+                    "accept_chance": record["accept_chance"],
                 },
             )
             for key in ("counts", "biased"):
-                pairs = np.array(found[key], dtype=np.int64).reshape(-1, 2)
+                pairs = np.array(record[key], dtype=np.int64).reshape(-1, 2)
                 place[key][pairs[:, 0]] += pairs[:, 1]
-            place["missing"] += found["missing"]
-            place["accepted"] += found["accepted"]
+            place["missing"] += record["missing"]
+            place["accepted"] += record["accepted"]
         missing = {stage: max(0, missing[stage] - done["drawn"].get(stage, 0)) for stage in stages}
         if missing == before:
             raise SpecplugError(
@@ -164,26 +184,26 @@ def _drawn(
 
 def _shown(
     where: str,
-    found: Mapping[str, Any],
+    record: Mapping[str, Any],
     probs: Row,
-    made: Sequence[statistics.Hypothesis],
+    tests: Sequence[statistics.Hypothesis],
     measured: float,
     expected: float,
     gap: float,
 ) -> dict[str, Any]:
-    """A place for tables and plots."""
-    counts = found["counts"]
+    """The numbers of one place for the report's tables and plots."""
+    counts = record["counts"]
     draws = int(counts.sum())
     top = np.argsort(-np.maximum(probs, counts / draws))[:200]
     return {
         "place": where,
         "draws": draws,
-        "accepted": found["accepted"] / draws if found["accept_chance"] is not None else None,
-        "accept_chance": found["accept_chance"],
+        "accepted": record["accepted"] / draws if record["accept_chance"] is not None else None,
+        "accept_chance": record["accept_chance"],
         "deviation": measured,
         "expected_deviation": expected,
         "row_gap": gap,
-        "p_values": {each.test: each.p_value for each in made},
+        "p_values": {hypothesis.test: hypothesis.p_value for hypothesis in tests},
         "tokens": top.tolist(),
         "expected": probs[top].tolist(),
         "emitted": (counts[top] / draws).tolist(),

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 NO_DRAFT, VERIFY, AFTER = "no draft", "verify", "after a rejection"
-"""Stages of a request: its first step, the step that verifies drafts, and the one behind a rejection."""
+"""Stages of a request: its first step, the step that verifies its draft, and the step after a rejection."""
 
 
 def name_of(stage: str, is_unlikely: bool, depth: int, depths: int) -> str:
-    """A place in words.
+    """The name of a place.
 
     Args:
-        stage: of the request.
-        is_unlikely: an unlikely token stands in for the first draft token.
-        depth: draft token, from 0; behind the last one comes the bonus token.
-        depths: how many places the draft has, the bonus token among them.
+        stage: stage of the request.
+        is_unlikely: an unlikely token stands in the place of the first draft token.
+        depth: index of the draft token; that of the bonus token is the number of draft tokens.
+        depths: number of places of the draft, the bonus token's included.
     """
     if stage != VERIFY or (depths == 1 and not is_unlikely):
         return stage
@@ -23,11 +23,11 @@ def name_of(stage: str, is_unlikely: bool, depth: int, depths: int) -> str:
 
 
 def names_of(k: int, is_redrawn: bool) -> list[str]:
-    """All places of a context with drafts of ``k`` tokens.
+    """The names of all places of a context with drafts of ``k`` tokens.
 
     Args:
         k: longest draft.
-        is_redrawn: drafts are drawn from the drafter's distribution, so that no unlikely one stands in for the first.
+        is_redrawn: drafts are drawn from the drafter's distribution, so that no unlikely token takes the first place.
     """
     if not k:
         return [NO_DRAFT]

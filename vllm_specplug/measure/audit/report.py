@@ -1,4 +1,4 @@
-"""What an audit found, as a page to look at (HTML, self-contained) or as Markdown."""
+"""The report of an audit, as a self-contained HTML page or as Markdown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_specplug.measure.audit.statistics import two_sided
 from vllm_specplug.measure.reports import counted, html_table, markdown_table, page
 
 SURPRISING = 1e-6
-"""Binomial p-value below which a token's dot is red, about that of five standard deviations."""
+"""Binomial p-value below which a token's dot in a plot is red, about that of five standard deviations."""
 
 TITLES = {
     "lossless": "Lossless: emitted tokens have the target's distribution",
@@ -32,7 +32,7 @@ COLUMNS = (
 
 
 def word(answer: Mapping[str, Any]) -> str:
-    """``passed``, ``failed`` or ``could not run``."""
+    """The answer to one question in a word: ``passed``, ``failed`` or ``could not run``."""
     return {True: "passed", False: "failed", None: "could not run"}[answer["passed"]]
 
 
@@ -80,7 +80,7 @@ def _power_sentence(power: Mapping[str, Any]) -> str:
 
 
 def _plots(places: Sequence[Mapping[str, Any]]) -> str:
-    """PNG of shares against probabilities for every place, base64."""
+    """Base64 of a PNG with one plot for every place: share of draws against probability."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -146,12 +146,13 @@ def _place_rows(places: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _example_rows(answer: Mapping[str, Any], is_promised: bool) -> list[list[str]]:
     rows = [["request", "position", "reference", "audited", "margin in reference", "margin in audited", "what"]]
-    for each in answer["examples"]:
+    for example in answer["examples"]:
         margins = [
-            "unknown" if each[key] is None else f"{each[key]:.3g}" for key in ("margin_reference", "margin_audited")
+            "unknown" if example[key] is None else f"{example[key]:.3g}"
+            for key in ("margin_reference", "margin_audited")
         ]
-        what = "near-tie" if each["near_tie"] else "bug" if is_promised else "differs (not promised)"
-        rows.append([str(each["request"]), str(each["position"]), each["reference"], each["audited"], *margins, what])
+        what = "near-tie" if example["near_tie"] else "bug" if is_promised else "differs (not promised)"
+        rows.append([*(str(example[key]) for key in ("request", "position", "reference", "audited")), *margins, what])
     return rows
 
 
@@ -192,21 +193,21 @@ def _facts(result: Mapping[str, Any]) -> list[list[str]]:
 
 def _context_rows(result: Mapping[str, Any]) -> list[list[str]]:
     rows = [["context", "the prompt ends with", "then", "draft tokens", "let through", "replaced by", "unlikely token"]]
-    for nth, each in enumerate(result["contexts"], 1):
-        length = f"{nth} ({counted(each['num_tokens'], 'token')})"
-        drafts = " ".join(map(repr, each["drafts"])) or "-"
+    for nth, context in enumerate(result["contexts"], 1):
+        length = f"{nth} ({counted(context['num_tokens'], 'token')})"
+        drafts = " ".join(map(repr, context["drafts"])) or "-"
         replaced = [
-            "-" if each[key] is None else repr(each[key]) if key != "num_accepted" else str(each[key])
+            "-" if context[key] is None else repr(context[key]) if key != "num_accepted" else str(context[key])
             for key in ("num_accepted", "replacement", "unlikely")
         ]
-        rows.append([length, repr(each["ends_with"]), repr(each["first"]), drafts, *replaced])
+        rows.append([length, repr(context["ends_with"]), repr(context["first"]), drafts, *replaced])
     return rows
 
 
 def _lossless_notes(answer: Mapping[str, Any]) -> list[str]:
     notes = [
-        f"Failed: {each['place']}, {each['test']}: p = {each['p_value']:.2g}; {each['says']}"
-        for each in answer["rejected"]
+        f"Failed: {hypothesis['place']}, {hypothesis['test']}: p = {hypothesis['p_value']:.2g}; {hypothesis['says']}"
+        for hypothesis in answer["rejected"]
     ]
     notes += answer["wrong_rows"]
     if answer["unreached"]:
@@ -219,7 +220,7 @@ def _lossless_notes(answer: Mapping[str, Any]) -> list[str]:
 
 
 def to_html(result: Mapping[str, Any]) -> str:
-    """The whole page, plots included."""
+    """The whole report as an HTML page, with plots."""
     verdict = result["verdict"]
     kind = {"passed": "passed", "failed": "failed"}.get(verdict, "none")
     parts = [
@@ -254,7 +255,7 @@ def to_html(result: Mapping[str, Any]) -> str:
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
-    """The same without plots."""
+    """The whole report as Markdown, without plots."""
     parts = [
         f"# Audit: {result['verdict']}",
         markdown_table(_facts(result)),
@@ -277,5 +278,5 @@ def to_markdown(result: Mapping[str, Any]) -> str:
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
-    """HTML, or Markdown where the name ends in ``.md``."""
+    """Write the report to ``path``: Markdown if its name ends in ``.md``, else HTML."""
     path.write_text(to_markdown(result) if path.suffix == ".md" else to_html(result), encoding="utf-8")

@@ -24,14 +24,15 @@ REFERENCE = "vLLM without speculation"
 
 @dataclass
 class _Seen:
-    """What the engines of one audit showed.
+    """What an audit knows before it starts the audited engine.
 
     Attributes:
-        prompts: token ids, cut to what fits.
-        k: draft tokens a step that the audited configuration verifies at most; 0 without speculation.
-        plain: runs of the engine without speculation.
-        contexts: at which tokens are drawn.
-        reference: runs that sampled tokens are compared with; ``reference_name`` says whose.
+        prompts: token ids of the prompts, cut to what fits the model's context.
+        k: longest draft of the audited configuration; 0 without speculation.
+        plain: outputs of the engine without speculation.
+        contexts: contexts to draw tokens at.
+        reference: outputs that sampled tokens are compared with.
+        reference_name: whose outputs these are, in words.
     """
 
     prompts: list[list[int]]
@@ -46,18 +47,18 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
     """Ask all three questions.
 
     Returns:
-        Plain types: numbers, verdicts and examples, as :mod:`.report` shows them.
+        Plain types: numbers, verdicts and examples, which :mod:`.report` shows.
 
     Raises:
-        ConfigurationError: what was asked cannot be done.
-        EngineError: an engine did not start or stopped.
+        ConfigurationError: prompts, options and model do not go together.
+        EngineError: an engine did not start, or died.
     """
     tokenizer = tokenizer_of(options.model)
     seen = _without_speculation(options, tokenizer, progress)
     _without_proposers(options, seen, progress)
     with _started(options, options.speculative_config, "audited", "audited engine", seen.k, progress) as engine:
         about = _about(engine)
-        # Without speculation the same engine is compared with itself, at another batch size.
+        # Without speculation the engine is compared with itself, at another batch size.
         batch = options.batch if seen.k else max(1, options.batch // 2 - 1)
         mine = Runs.of(engine, seen.prompts, options, batch, "audited engine", progress)
         progress("audited engine", 1.0, "done")
@@ -66,13 +67,13 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
             "greedy_identical": first_differences(seen.plain.greedy, mine.greedy),
             "drafter_invariant": first_differences(seen.reference.sampled, mine.sampled),
         }
-        margins = {key: context_rows(engine, prefixes(found, seen.prompts)) for key, found in pairs.items()}
+        margins = {key: context_rows(engine, prefixes(differences, seen.prompts)) for key, differences in pairs.items()}
     others = _margins_without_speculation(options, seen.prompts, pairs, progress)
     sampler = _sampler(about)
     answers: dict[str, Any] = {"lossless": lossless}
-    for key, found in pairs.items():
+    for key, differences in pairs.items():
         answers[key] = ask_identity(
-            key, found, seen.prompts, margins[key], others[key], options, about, sampler, tokenizer
+            key, differences, seen.prompts, margins[key], others[key], options, about, sampler, tokenizer
         ) | {"reference": _reference_of(key, seen)}
     is_promised = {
         "lossless": True,
@@ -122,7 +123,7 @@ def _without_speculation(options: Options, tokenizer: Any, progress: Progress) -
 
 
 def _without_proposers(options: Options, seen: _Seen, progress: Progress) -> None:
-    """If the sampler has a text of its own, the reference is that sampler with nobody drafting."""
+    """If the sampler emits other tokens than vLLM's, take that sampler without proposers as the reference."""
     settings = dict(options.speculative_config or {})
     name = settings.get("sampler")
     if name is None or sampler_class(name).text not in ("own", "per num_chains"):
@@ -139,18 +140,18 @@ def _without_proposers(options: Options, seen: _Seen, progress: Progress) -> Non
 def _margins_without_speculation(
     options: Options, prompts: list[list[int]], pairs: Mapping[str, list[Difference]], progress: Progress
 ) -> dict[str, list[Row]]:
-    """The logits of an engine without speculation at the first difference of each output."""
+    """Target logits ``[vocab]`` at the first differences, by question, from an engine without speculation."""
     if not any(pairs.values()):
         return {key: [] for key in pairs}
     title = "margins without speculation"
     with _started(options, None, "off-again", title, 0, progress) as engine:
-        rows = {key: context_rows(engine, prefixes(found, prompts)) for key, found in pairs.items()}
+        rows = {key: context_rows(engine, prefixes(differences, prompts)) for key, differences in pairs.items()}
         progress(title, 1.0, "done")
     return rows
 
 
 def _reference_of(key: str, seen: _Seen) -> str:
-    """What the outputs of a question were compared with, in words."""
+    """Name of the reference of a question."""
     if not seen.k:
         return "the same engine at another batch size"
     return REFERENCE if key == "greedy_identical" else seen.reference_name
@@ -160,29 +161,29 @@ def _reference_of(key: str, seen: _Seen) -> str:
 def _started(
     options: Options, speculative_config: Mapping[str, Any] | None, log: str, title: str, k: int, progress: Progress
 ) -> Iterator[Engine]:
-    """An engine that is ready, and that verifies up to ``k`` draft tokens a step.
+    """An engine that is ready, and whose longest draft is ``k``.
 
     Raises:
-        SpecplugError: it verifies another number of them.
+        SpecplugError: the engine's longest draft is another one.
     """
     with Engine(options.engine_args(speculative_config), options.log / f"{log}.log") as engine:
         progress(title, 0.0, "starting")
         engine.wait_until_ready()
-        found = _about(engine)["num_speculative_tokens"]
-        if found != k:
+        longest = _about(engine)["num_speculative_tokens"]
+        if longest != k:
             raise SpecplugError(
-                f"the {title} verifies up to {found} draft tokens a step where {k} were expected: "
+                f"the {title} verifies up to {longest} draft tokens a step where {k} were expected: "
                 "what it does cannot be told from this speculative_config"
             )
         yield engine
 
 
 def verdict(answers: Mapping[str, Mapping[str, Any]], is_promised: Mapping[str, bool]) -> str:
-    """``passed``, ``failed``, or ``could not run`` where something promised could not be looked at."""
+    """``passed``, ``failed``, or ``could not run`` if a promised property could not be checked."""
     asked = [answers[key]["passed"] for key in QUESTIONS if is_promised[key]]
-    if any(each is False for each in asked):
+    if any(passed is False for passed in asked):
         return "failed"
-    return "could not run" if any(each is None for each in asked) else "passed"
+    return "could not run" if any(passed is None for passed in asked) else "passed"
 
 
 def _about(engine: Engine) -> dict[str, Any]:
@@ -191,6 +192,6 @@ def _about(engine: Engine) -> dict[str, Any]:
 
 
 def _sampler(about: Mapping[str, Any]) -> Sampler | None:
-    """The engine's sampler; None where this plugin does nothing."""
+    """The engine's sampler; None if this plugin is not at work."""
     settings = about["settings"]
     return None if settings is None else sampler_class(settings["sampler"])(settings["num_chains"])

@@ -1,9 +1,9 @@
-"""Exact tests of emitted tokens against the distribution that they should have. numpy and scipy; no engine.
+"""Exact tests of emitted tokens against the distribution that they should have.
 
-Each place of a draft gets three hypotheses: the number of accepted draft tokens (exact binomial), the most surprising
-single token (exact binomial, times the number of tokens tried), and all tokens together (chi-square over cells that are
-expected at least ten times, the rest in one). All hypotheses of an audit are judged together (Holm, 1979), so that the
-chance of a false alarm anywhere is at most ``alpha``.
+Every place of a draft has three hypotheses: the number of accepted draft tokens (exact binomial), the most surprising
+single token (exact binomial, times the vocabulary), and all tokens together (chi-square over cells that are expected at
+least ten times, the rest in one). All hypotheses of an audit are judged together (Holm, 1979), so that the probability
+of a false alarm anywhere is at most ``alpha``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 ALPHA = 1e-3
-"""Chance of a false alarm in a whole audit of a correct verifier."""
+"""Probability of a false alarm in a whole audit of a correct verifier."""
 POOLED_BELOW = 10.0
-"""Tokens expected less often than this share a cell of the chi-square test."""
+"""Tokens that are expected less often than this go into one cell of the chi-square test together."""
 
 Counts = NDArray[np.int64]
 Vector = NDArray[np.float64]
@@ -29,10 +29,10 @@ class Hypothesis:
     """One test of one place.
 
     Attributes:
-        place: where, in words.
+        place: name of the place.
         test: ``accepted``, ``token`` or ``all tokens``.
         p_value: chance of a deviation as large as this under a correct verifier.
-        says: what was seen and what was expected, in words.
+        says: the observed and the expected number, in words.
     """
 
     place: str
@@ -60,7 +60,7 @@ def two_sided(count: int, draws: int, chance: float) -> float:
 
 
 def chi_square(counts: Counts, probs: Vector) -> float:
-    """p-value of all counts together; 1.0 where fewer than two cells are left."""
+    """p-value of all counts together; 1.0 if fewer than two cells are left."""
     from scipy.stats import chi2
 
     draws = int(counts.sum())
@@ -78,17 +78,17 @@ def chi_square(counts: Counts, probs: Vector) -> float:
 
 
 def rarest(counts: Counts, probs: Vector) -> tuple[int, float]:
-    """The most surprising token and its p-value, times the number of tokens tried.
+    """The most surprising token, and its p-value times the vocabulary (Bonferroni).
 
-    Candidates are the tokens that lie furthest from their expectation; to try fewer than all can only make the p-value
-    larger, since it is multiplied by the vocabulary all the same.
+    Only the tokens furthest from their expectation are tried. That can only make the result larger, and the test more
+    cautious.
     """
     draws = int(counts.sum())
     expected = probs * draws
     surprise = np.abs(counts - expected) / np.sqrt(np.maximum(expected * (1.0 - probs), 1e-12))
     candidates = np.argsort(-surprise)[:16].tolist()
-    each = [(two_sided(int(counts[token]), draws, float(probs[token])), token) for token in candidates]
-    p_value, token = min(each)
+    tested = [(two_sided(int(counts[token]), draws, float(probs[token])), token) for token in candidates]
+    p_value, token = min(tested)
     return int(token), min(1.0, p_value * len(probs))
 
 
@@ -99,28 +99,27 @@ def hypotheses_of(
     accepted: tuple[int, float] | None = None,
     spell: Callable[[int], str] = str,
 ) -> list[Hypothesis]:
-    """The hypotheses of one place; none where nothing was drawn.
+    """The hypotheses of one place; none without draws.
 
     Args:
-        place: in words.
-        counts: ``[vocab]`` how often each token was emitted.
-        probs: ``[vocab]`` how often it should be.
-        accepted: how many draft tokens were accepted there, and the chance that they should have been; None where
-            nothing was drafted.
-        spell: a token in words.
+        place: name of the place.
+        counts: ``[vocab]`` how often every token was emitted.
+        probs: ``[vocab]`` the target's probabilities.
+        accepted: number of accepted draft tokens, and the probability of acceptance; None if the place has no draft.
+        spell: returns a token in words.
     """
     draws = int(counts.sum())
     if draws == 0:
         return []
     token, p_token = rarest(counts, probs)
     seen = f"{spell(token)}: {counts[token] / draws:.6f} of {draws:,} draws, expected {probs[token]:.6f}"
-    made = [
+    hypotheses = [
         Hypothesis(place, "token", p_token, seen),
         Hypothesis(place, "all tokens", chi_square(counts, probs), f"chi-square, {draws:,} draws"),
     ]
     if accepted is not None:
         count, chance = accepted
-        made.append(
+        hypotheses.append(
             Hypothesis(
                 place,
                 "accepted",
@@ -128,12 +127,12 @@ def hypotheses_of(
                 f"draft token accepted {count / draws:.6f} of {draws:,} times, expected {chance:.6f}",
             )
         )
-    return made
+    return hypotheses
 
 
 def rejected(hypotheses: Sequence[Hypothesis], alpha: float = ALPHA) -> list[Hypothesis]:
-    """Those that a correct verifier would not show, with at most ``alpha`` chance of any false one (Holm)."""
-    ordered = sorted(hypotheses, key=lambda each: each.p_value)
+    """The hypotheses that are rejected; if all are true, any is rejected with probability ``alpha`` at most (Holm)."""
+    ordered = sorted(hypotheses, key=lambda one: one.p_value)
     wrong = []
     for nth, hypothesis in enumerate(ordered):
         if hypothesis.p_value * (len(ordered) - nth) > alpha:
@@ -143,7 +142,7 @@ def rejected(hypotheses: Sequence[Hypothesis], alpha: float = ALPHA) -> list[Hyp
 
 
 def deviation(counts: Counts, probs: Vector) -> tuple[float, float]:
-    """Root mean square over tokens of (share - probability), weighted by probability: measured, and as expected."""
+    """Root mean square over tokens of (share - probability), weighted by probability: the measured and the expected."""
     draws = max(int(counts.sum()), 1)
     measured = float(np.sqrt((probs * (counts / draws - probs) ** 2).sum()))
     return measured, float(np.sqrt((probs * probs * (1.0 - probs) / draws).sum()))

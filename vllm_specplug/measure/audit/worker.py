@@ -1,12 +1,13 @@
-"""Inside the engine: draw many times from one step's logits, through whatever verifier is at work.
+"""The audit inside the engine: draws many times from one step's logits, through whatever verifier is at work.
 
 One real step of the engine is enough for any number of draws: the runner's own method that turns logits into tokens is
-called again and again with the same logits, fresh randomness each time, and what it emits is counted by place. Then the
-step goes on with tokens that the audit chooses, so that all requests stay alike and the next step's context is known.
+called again and again with the same logits and fresh randomness, and the tokens that it emits are counted by place.
+Then the step goes on with tokens that the audit chooses, so that all requests stay alike and the next step's context is
+known.
 
-Draft tokens at a place are fixed (the likeliest token, which is often right, and an unlikely one, which is not), or,
-where the drafter hands over the distribution that it drew from, drawn from it anew each time, as the classic rule
-needs. The logits of all rows stay as they are, so that every place has one known target distribution.
+The draft tokens are fixed: the likeliest token, which is often accepted, or an unlikely one, which is not. But if the
+drafter hands over the distribution that it draws from, as vLLM's rejection sampler needs it, they are drawn from it
+anew for every draw. The logits of all rows stay as they are, so that every place has one known target distribution.
 """
 
 from __future__ import annotations
@@ -24,21 +25,20 @@ from vllm_specplug.hooks.audit_steps import AuditedStep, between, is_v2
 from vllm_specplug.measure.audit.places import AFTER, NO_DRAFT, VERIFY, name_of
 
 STEP_SECONDS = 10.0
-"""Longest that one engine step is held up for draws."""
+"""Most seconds that one engine step is held up for draws."""
 
 
 @dataclass
 class Place:
-    """What was emitted at one place.
+    """Counts of one place.
 
     Attributes:
-        counts: ``[vocab]``.
-        missing: times that nothing was emitted where something had to be.
-        accepted: times that the draft token there was.
-        biased: ``[vocab]`` the same as ``counts`` with some rejected draft tokens accepted: what a wrong verifier
-            would have emitted.
-        row: ``[vocab]`` target logits, of the first time.
-        accept_chance: that of the draft token there; None where there is none.
+        counts: ``[vocab]`` how often every token was emitted.
+        missing: how often no token was emitted although one had to be.
+        accepted: how often the draft token was accepted.
+        biased: ``[vocab]`` counts of an imagined wrong verifier, which accepts some of the rejected draft tokens.
+        row: ``[vocab]`` target logits.
+        accept_chance: probability that the draft token is accepted; None if the place has no draft token.
     """
 
     counts: NDArray[np.int64]
@@ -49,7 +49,7 @@ class Place:
     accept_chance: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, counts as pairs of token and count."""
+        """The place in plain types, counts as pairs of token and count."""
 
         def pairs(counts: NDArray[np.int64]) -> list[list[int]]:
             seen = np.flatnonzero(counts)
@@ -67,18 +67,18 @@ class Place:
 
 @dataclass
 class Plan:
-    """What requests of this context do, all of them the same.
+    """The course of all requests of one context.
 
     Attributes:
-        draws: at each stage, by its name.
-        temperature: of the requests.
-        first: token emitted after the prompt.
-        drafts: ``[k]`` draft tokens of the step behind it; empty without speculation.
-        unlikely: draft token that stands in place of the first of them in every other draw.
-        num_accepted: draft tokens that the audit lets through in that step.
-        replacement: token emitted behind them.
+        draws: number of draws by the name of the stage.
+        temperature: temperature of the requests.
+        first: the token that is emitted after the prompt.
+        drafts: ``[k]`` draft tokens of the next step; empty without speculation.
+        unlikely: draft token that takes the place of the first one in every other draw.
+        num_accepted: number of draft tokens that are emitted in that step.
+        replacement: the token that is emitted behind them.
         bias: share of rejected draft tokens that the imagined wrong verifier accepts.
-        seed: of the audit's own draws; a number of its own for every wave of requests, lest draws repeat.
+        seed: seed of the audit's own draws, another one for every wave of requests, lest draws repeat.
     """
 
     draws: dict[str, int]
@@ -105,12 +105,12 @@ class _Rows:
 
 
 class Auditor:
-    """Stands between the runner's logits and its tokens while a context is audited.
+    """Takes the place of the runner's sampling while a context is audited.
 
     Args:
         runner: vLLM's model runner.
-        plan: of the context.
-        fixed: target logits by stage and depth, from the first step on that saw them: every later draw uses the same.
+        plan: plan of the context.
+        fixed: ``[vocab]`` target logits by stage and depth. The first step adds them, and all later draws use them.
     """
 
     def __init__(self, runner: Any, plan: Plan, fixed: dict[tuple[str, int], torch.Tensor]) -> None:
@@ -126,21 +126,21 @@ class Auditor:
         self._between = between(runner, self.on_step, self.drafts_of if plan.drafts else None, plan.seed)
 
     def stop(self) -> None:
-        """Leave the runner as it was."""
+        """Give the runner its own sampling back."""
         self._between.detach()
 
     def drafts_of(self, request_id: str) -> list[int]:
-        """The drafts of the next step: the plan's, whatever the drafter proposed."""
+        """The draft of a request for the next step: the plan's, whatever the drafter proposed."""
         return self._plan.drafts if self._stage(request_id) == VERIFY else self._plan.drafts[:1]
 
     def on_step(self, step: AuditedStep) -> list[list[int]]:
-        """Many draws of a step, then the tokens that the plan wants."""
+        """Draw many times from a step's logits; returns the tokens that the plan emits for every request."""
         plan = self._plan
         rows, wanted, start = [], [], 0
         for index, request_id in enumerate(step.request_ids):
             count, stage = step.num_drafts[index], self._stage(request_id)
             if stage == VERIFY and plan.drafts and count == 0:
-                stage = ""  # whatever this step is, it does not verify
+                stage = ""  # without its draft, the step is of no stage
             row = _Rows(index, stage, start, count)
             row.is_done = step.is_partial[index] or not stage
             rows.append(row)
@@ -154,8 +154,6 @@ class Auditor:
             if not step.is_partial[index]:
                 self._num_emitted[request_id] = self._num_emitted.get(request_id, 0) + len(wanted[index])
         return wanted
-
-    # How it is done
 
     def _stage(self, request_id: str) -> str:
         if not self._plan.drafts:
@@ -185,16 +183,16 @@ class Auditor:
             self._count(active, tokens, drafts, logits, probs)
 
     def _drafts(self, rows: Sequence[_Rows], probs: torch.Tensor | None) -> list[list[int]]:
-        """Draft tokens of each request."""
+        """Draft tokens of every request for the next draw."""
         if probs is not None:
             drawn = torch.multinomial(probs.cpu(), 1, generator=self._generator)[:, 0].tolist()
-            # Rows before a request hold as many drafts fewer as there are requests before it.
+            # Every request has one row more than it has draft tokens: subtract one for every request before this one.
             return [drawn[row.start - row.index : row.start - row.index + row.num_drafts] for row in rows]
-        plan, made = self._plan, []
+        plan, of_requests = self._plan, []
         for row in rows:
             drafts = plan.drafts[: row.num_drafts] + plan.drafts[-1:] * (row.num_drafts - len(plan.drafts))
-            made.append([plan.unlikely, *drafts[1:]] if row.is_unlikely else drafts)
-        return made
+            of_requests.append([plan.unlikely, *drafts[1:]] if row.is_unlikely else drafts)
+        return of_requests
 
     def _count(
         self,
@@ -228,7 +226,7 @@ class Auditor:
                 place.accepted += int((here == mine).sum())
                 wrong = np.where(self._random.random(len(here)) < plan.bias, mine, here)
                 np.add.at(place.biased, wrong[here >= 0], 1)
-                # No verifier replaces a draft token by itself: what is equal was accepted.
+                # No verifier replaces a draft token by itself: a token that equals its draft was accepted.
                 reached = reached & (emitted[:, depth] == drafted[:, depth])
 
     def _place(
@@ -260,7 +258,7 @@ class Auditor:
 
 
 class AuditExtension:
-    """Mixed into vLLM's worker by ``worker_extension_cls``: methods for ``collective_rpc``."""
+    """Methods that ``worker_extension_cls`` mixes into vLLM's worker, for ``collective_rpc``."""
 
     model_runner: Any
     _auditor: Auditor | None = None
@@ -269,7 +267,7 @@ class AuditExtension:
     _release: Callable[[], None]
 
     def audit_about(self) -> dict[str, Any]:
-        """What kind of engine this is."""
+        """Properties of the engine that an audit depends on: runner, device, dtype, sizes, this plugin's settings."""
         runner = self.model_runner
         config = runner.vllm_config
         settings = config.additional_config
@@ -289,13 +287,13 @@ class AuditExtension:
         }
 
     def audit_begin(self, plan: dict[str, Any], is_new: bool) -> None:
-        """From here on all requests are this plan's; ``is_new`` unless an earlier plan was of the same context."""
+        """Follow ``plan`` with all requests from now on; ``is_new`` is False if the last plan had the same context."""
         if is_new:
             self._fixed = {}
         self._auditor = Auditor(self.model_runner, Plan(**plan), self._fixed)
 
     def audit_take(self) -> dict[str, Any]:
-        """What was counted, and the end of it."""
+        """End the audit of the context; returns the counts since :meth:`audit_begin`."""
         auditor = self._auditor
         assert auditor is not None
         auditor.stop()
@@ -307,7 +305,7 @@ class AuditExtension:
         }
 
     def capture_begin(self) -> None:
-        """Keep the target logits of each request's first token from here on, by the number that its id starts with."""
+        """Keep the target logits of every request's first token from now on."""
         captured: dict[int, NDArray[np.float32]] = {}
         self._captured = captured
 
@@ -322,7 +320,7 @@ class AuditExtension:
         self._release = between(self.model_runner, on_step).detach
 
     def capture_scores(self, tokens: list[int], temperature: float) -> list[float]:
-        """End of capturing: the chance of ``tokens[i]`` as first token of request ``i``."""
+        """End capturing; returns the probability of ``tokens[i]`` as first token of request ``i``."""
         self._release()
         chances = []
         for number, token in enumerate(tokens):
@@ -331,6 +329,6 @@ class AuditExtension:
         return chances
 
     def capture_rows(self) -> list[list[float]]:
-        """End of capturing: the logits of each request's first token, ``[num_requests][vocab]``."""
+        """End capturing; returns the logits of every request's first token, ``[num_requests][vocab]``."""
         self._release()
         return [self._captured[number].tolist() for number in sorted(self._captured)]

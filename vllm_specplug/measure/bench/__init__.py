@@ -1,1 +1,1 @@
-"""Speculation configurations side by side on the same prompts, and what to choose: ``specplug bench`` and ``tune``."""
+"""``specplug bench`` compares configurations on the same prompts, and ``specplug tune`` searches for the fastest."""

@@ -1,4 +1,4 @@
-"""What a bench found: a page to look at (HTML, self-contained, light and dark) or Markdown."""
+"""The report of ``specplug bench``, as a self-contained HTML page, light and dark, or as Markdown."""
 
 from __future__ import annotations
 
@@ -31,36 +31,36 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _ms(found: Mapping[str, float], key: str) -> str:
-    return f"{1e3 * found[key]:.2f}" if key in found else "-"
+def _ms(percentiles: Mapping[str, float], key: str) -> str:
+    return f"{1e3 * percentiles[key]:.2f}" if key in percentiles else "-"
 
 
 def rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """The main table, its heading first."""
+    """The main table, its heading row first: one row for every configuration."""
     table = [list(HEADINGS)]
-    for name, each in result["configs"].items():
-        low, high = min(each["speed_up_rounds"]), max(each["speed_up_rounds"])
+    for name, numbers in result["configs"].items():
+        low, high = min(numbers["speed_up_rounds"]), max(numbers["speed_up_rounds"])
         table.append(
             [
                 name,
-                f"{each['tokens_per_s']:,.1f}",
-                f"{each['speed_up']:.2f}x",
+                f"{numbers['tokens_per_s']:,.1f}",
+                f"{numbers['speed_up']:.2f}x",
                 f"{low:.2f}-{high:.2f}",
-                f"{each['emitted_per_step']:.2f}",
-                "-" if each["draft_length"] is None else f"{each['draft_length']:.1f}",
-                _percent(each["acceptance"]),
-                _ms(each["ttft_s"], "p50"),
-                _ms(each["ttft_s"], "p95"),
-                _ms(each["tpot_s"], "p50"),
-                _ms(each["tpot_s"], "p95"),
-                _percent(each["identical"]),
+                f"{numbers['emitted_per_step']:.2f}",
+                "-" if numbers["draft_length"] is None else f"{numbers['draft_length']:.1f}",
+                _percent(numbers["acceptance"]),
+                _ms(numbers["ttft_s"], "p50"),
+                _ms(numbers["ttft_s"], "p95"),
+                _ms(numbers["tpot_s"], "p50"),
+                _ms(numbers["tpot_s"], "p95"),
+                _percent(numbers["identical"]),
             ]
         )
     return table
 
 
 def short_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """What fits a terminal of 80 columns."""
+    """The main table with the columns that fit a terminal of 80 characters."""
     chosen = ("configuration", "tokens/s", "speed-up", "emitted/step", "acceptance", "TPOT ms, p50", "identical")
     table = rows(result)
     columns = [table[0].index(heading) for heading in chosen]
@@ -68,7 +68,7 @@ def short_rows(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def category_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Speed-up and emitted tokens a step by category of prompts."""
+    """Table of speed-ups and emitted tokens per step by category of prompts, its heading row first."""
     names = list(result["configs"])
     table = [
         ["category", "prompts", *(f"{name}: {what}" for name in names[1:] for what in ("speed-up", "emitted/step"))]
@@ -77,25 +77,25 @@ def category_rows(result: Mapping[str, Any]) -> list[list[str]]:
     for category, about in first.items():
         cells = [category, f"{about['num_prompts']}"]
         for name in names[1:]:
-            each = result["configs"][name]["categories"][category]
-            cells += [f"{each['speed_up']:.2f}x", f"{each['emitted_per_step']:.2f}"]
+            numbers = result["configs"][name]["categories"][category]
+            cells += [f"{numbers['speed_up']:.2f}x", f"{numbers['emitted_per_step']:.2f}"]
         table.append(cells)
     return table
 
 
 def depth_rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """Share of drafts of which a token was accepted at each position."""
-    drafting = {name: each for name, each in result["configs"].items() if each["acceptance_by_depth"]}
-    longest = max((len(each["acceptance_by_depth"]) for each in drafting.values()), default=0)
+    """Table of the share of drafts whose token is accepted, by position in the draft, its heading row first."""
+    drafting = {name: numbers for name, numbers in result["configs"].items() if numbers["acceptance_by_depth"]}
+    longest = max((len(numbers["acceptance_by_depth"]) for numbers in drafting.values()), default=0)
     table = [["configuration", *(str(depth + 1) for depth in range(longest))]]
-    for name, each in drafting.items():
-        cells = [_percent(share) for share in each["acceptance_by_depth"]]
+    for name, numbers in drafting.items():
+        cells = [_percent(share) for share in numbers["acceptance_by_depth"]]
         table.append([name, *cells, *[""] * (longest - len(cells))])
     return table
 
 
 def facts(result: Mapping[str, Any]) -> list[list[str]]:
-    """What it was measured with."""
+    """Table of what the numbers were measured with, its heading row first."""
     table = [
         ["what", "value"],
         ["command", result["command"]],
@@ -130,7 +130,7 @@ def _bars(values: Mapping[str, float], base: str) -> str:
 
 
 def to_html(result: Mapping[str, Any]) -> str:
-    """The whole page."""
+    """The whole report as an HTML page."""
     configs = result["configs"]
     base = next(iter(configs))
     parts = [
@@ -161,7 +161,7 @@ def to_html(result: Mapping[str, Any]) -> str:
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
-    """The same tables."""
+    """The whole report as Markdown."""
     parts = [f"# Speculation side by side: {Path(result['model']).name}", markdown_table(rows(result)), NOTES]
     if len(result["configs"]) > 1:
         parts += ["## By category", markdown_table(category_rows(result))]
@@ -177,5 +177,5 @@ def to_markdown(result: Mapping[str, Any]) -> str:
 
 
 def write(path: Path, result: Mapping[str, Any]) -> None:
-    """HTML, or Markdown where the name ends in ``.md``."""
+    """Write the report to ``path``: Markdown if its name ends in ``.md``, else HTML."""
     path.write_text(to_markdown(result) if path.suffix == ".md" else to_html(result), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Runs configurations one after the other, several times, interleaved, and keeps what each request took.
+"""Runs configurations one after the other, in several rounds, and compares what they emitted and how fast.
 
-Every run of a configuration is a fresh engine: nothing that a drafter remembers, or a cache, outlives its run, and a
-GPU holds one engine at a time. In round ``r`` the configurations run in the order A B C, rotated by ``r``, so that what
-changes slowly on the machine touches all alike; ratios are taken within a round, and their median over rounds.
+Every run of a configuration has a fresh engine: no cache and no history outlives its run, and a GPU holds one engine at
+a time. In round ``r`` the configurations run in the order A B C, rotated by ``r``, so that slow changes of the
+machine's speed touch all alike. Ratios are taken within a round; the result is their median over rounds.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ PERCENTILES = (50, 95)
 
 @dataclass(frozen=True)
 class Options:
-    """What to run.
+    """Configurations, requests and rounds of a bench.
 
     Attributes:
-        model: folder or name.
-        configs: ``speculative_config`` by name, None for no speculation; the first is what others are compared with.
-        engine_cli: further arguments, as ``vllm serve`` takes them.
-        prompts: token ids of each.
-        categories: of each prompt.
-        max_tokens: output tokens of each, at most.
-        temperature, seed: of all requests; request ``i`` has ``seed + i``.
+        model: folder or name of the model.
+        configs: ``speculative_config`` by name, None for no speculation; all are compared with the first one.
+        engine_cli: further arguments of all engines, as ``vllm serve`` takes them.
+        prompts: token ids of every prompt.
+        categories: category of every prompt.
+        max_tokens: most output tokens of a request.
+        temperature, seed: temperature of all requests, and seed of the first; that of request ``i`` is ``seed + i``.
         concurrency: requests in flight.
-        repeats: rounds.
+        repeats: number of rounds.
         ignore_eos: whether outputs go on behind an end-of-text token.
         log: folder for vLLM's logs.
     """
@@ -62,15 +62,15 @@ class Options:
         return next(iter(self.configs))
 
     def engine_args(self, name: str) -> dict[str, Any]:
-        """Arguments of ``vllm.LLM``."""
+        """Arguments of ``vllm.LLM`` for the configuration ``name``."""
         return {
             "cli": ["--model", self.model, *self.engine_cli],
             "speculative_config": self.configs[name],
-            "disable_log_stats": False,  # vLLM's counters of drafts are among them
+            "disable_log_stats": False,  # else vLLM counts no drafts
         }
 
     def work(self) -> Work:
-        """The requests."""
+        """The requests that are measured."""
         return Work(
             [list(prompt) for prompt in self.prompts],
             self.max_tokens,
@@ -81,7 +81,7 @@ class Options:
         )
 
     def warm_up(self) -> Work:
-        """A few others, of the same lengths: prompts backwards, so that no drafter learns what comes later."""
+        """A few requests to run first: prompts backwards, so that no drafter learns the text of the measured ones."""
         prompts = [list(prompt)[::-1] for prompt in self.prompts[:WARM_UP_PROMPTS]]
         return replace(self.work(), prompts=prompts, max_tokens=WARM_UP_TOKENS)
 
@@ -90,7 +90,7 @@ def check(options: Options, progress: Progress) -> None:
     """Let vLLM read every configuration before any model is loaded.
 
     Raises:
-        EngineError: it refuses one; the error begins with its name.
+        EngineError: vLLM refuses a configuration; the message begins with its name.
     """
     for nth, name in enumerate(options.configs):
         progress("configurations", nth / len(options.configs), f"vLLM reads {name}")
@@ -102,13 +102,13 @@ def check(options: Options, progress: Progress) -> None:
 
 
 def bench(options: Options, progress: Progress) -> dict[str, Any]:
-    """Run everything.
+    """Run all configurations.
 
     A configuration whose engine fails on the way is left out from then on, and the reason is in the result.
 
     Returns:
-        Plain types: what :func:`summarise` makes of each configuration, by name, under ``configs``; ``failed`` has
-        reasons by name.
+        ``configs``: the :func:`summarise` of every configuration, by name; ``failed``: the reason of every failure, by
+        name of the configuration.
 
     Raises:
         EngineError: the baseline's engine failed.
@@ -155,7 +155,7 @@ def _run(options: Options, name: str, log: Path, label: str, progress: Progress)
 
 
 def summarise(options: Options, runs: Sequence[Completed], base: Sequence[Completed]) -> dict[str, Any]:
-    """Numbers of one configuration, beside those of the baseline in the same rounds."""
+    """Numbers of one configuration in plain types, compared with the baseline's runs in the same rounds."""
     first = runs[0]
     waits = [wait for run in runs for wait, ids in zip(run.first_s, run.token_ids, strict=True) if ids]
     gaps = [gap for run in runs for gap in _gaps(run)]
@@ -188,7 +188,7 @@ def _ratios(runs: Sequence[Completed], base: Sequence[Completed]) -> list[float]
 
 
 def _gaps(run: Completed) -> list[float]:
-    """Seconds between two tokens, on average over each request."""
+    """Mean seconds between two tokens of a request, for every request."""
     times = zip(run.first_s, run.last_s, run.token_ids, strict=True)
     return [(last - first) / (len(ids) - 1) for first, last, ids in times if len(ids) > 1]
 
@@ -206,7 +206,7 @@ def _first_difference(ours: Completed, theirs: Completed) -> dict[str, Any] | No
 
 
 def _categories(options: Options, runs: Sequence[Completed], base: Sequence[Completed]) -> dict[str, dict[str, float]]:
-    """Tokens a second of a request while it is served, in each category, and its ratio to the baseline's."""
+    """By category: number of prompts, speed-up over the baseline while requests run, and emitted tokens per step."""
     members: dict[str, list[int]] = defaultdict(list)
     for index, category in enumerate(options.categories):
         members[category].append(index)
@@ -215,15 +215,15 @@ def _categories(options: Options, runs: Sequence[Completed], base: Sequence[Comp
         seconds = sum(run.last_s[index] for index in chosen)
         return sum(len(run.token_ids[index]) for index in chosen) / seconds if seconds else 0.0
 
-    found = {}
+    numbers = {}
     for category, chosen in members.items():
         mine = [speed(run, chosen) for run in runs]
         theirs = [speed(run, chosen) for run in base]
         tokens = sum(len(run.token_ids[index]) for run in runs for index in chosen)
         steps = sum(len(run.step_sizes[index]) for run in runs for index in chosen)
-        found[category] = {
+        numbers[category] = {
             "num_prompts": len(chosen),
             "speed_up": statistics.median(a / b if b else 0.0 for a, b in zip(mine, theirs, strict=True)),
             "emitted_per_step": tokens / steps if steps else 0.0,
         }
-    return found
+    return numbers

@@ -1,9 +1,9 @@
-"""Which proposers, how long a draft, which store: found by trying, on one's own prompts.
+"""Searches the proposers, the draft length and the stores that are fastest on one's own prompts.
 
-A search over one choice at a time, by :data:`STAGE_ROUNDS` of :func:`~vllm_specplug.measure.bench.run.bench` each:
-the longest draft first, then the stores, then the proposers. The best few of all then run against each other, and
-against no speculation, for several rounds, and these numbers are what is expected. Speed-ups nearer than
-:data:`NOTHING_BETWEEN` count as the same: then the choice with fewer stores stays, or the one that was tried earlier.
+The search makes one choice at a time, by :data:`STAGE_ROUNDS` rounds of a bench: the draft length first, then the
+stores, then the proposers. In the final the best few configurations of all stages run against each other and against no
+speculation, for several rounds. Speed-ups that differ by less than :data:`NOTHING_BETWEEN` count as equal: then the
+configuration with fewer stores wins, and among these the one that was tried first.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from vllm_specplug.measure.bench.run import Options, Progress, bench
 
 OFF = "off"
 NOTHING_BETWEEN = 0.02
+"""Relative difference below which two speed-ups count as equal."""
+
 DRAFT_LENGTHS = (3, 6, 12)
 NUM_FINALISTS = 3
 STAGE_ROUNDS = 2
-"""One would do on a machine that does nothing else; elsewhere a neighbour can halve the speed of a whole run."""
+"""Rounds of every stage before the final: other work on the machine can halve the speed of one round."""
 
 Config = Mapping[str, Any]
 Trial = Callable[[str, Mapping[str, Config | None], int], dict[str, Any]]
-"""Runs configurations by name for so many rounds: (stage, configurations, rounds) to a result of ``bench``."""
+"""Function of (name of the stage, configurations by name, number of rounds) that returns a result of ``bench``."""
 
 
 def config_of(k: int, stores: Sequence[str], proposers: Sequence[str] | None = None) -> dict[str, Any]:
-    """A ``speculative_config``; ``proposers`` None leaves them to the default."""
+    """A ``speculative_config``; ``proposers`` None: the default ones."""
     config: dict[str, Any] = {"method": "specplug", "num_speculative_tokens": k}
     if proposers is not None:
         config["proposers"] = list(proposers)
@@ -36,19 +38,19 @@ def config_of(k: int, stores: Sequence[str], proposers: Sequence[str] | None = N
     return config
 
 
-def lengths(stores: Sequence[str], given: Sequence[int]) -> dict[str, Config]:
-    """The default proposers with drafts of different lengths."""
-    return {f"k={k}": config_of(k, stores) for k in given}
+def lengths(stores: Sequence[str], draft_lengths: Sequence[int]) -> dict[str, Config]:
+    """Configurations by name: the default proposers with every draft length."""
+    return {f"k={k}": config_of(k, stores) for k in draft_lengths}
 
 
 def store_choices(k: int, stores: Sequence[str]) -> dict[str, Config]:
-    """Each store alone, and none; all of them together is what was measured before."""
-    found = {f"store {path}": config_of(k, [path]) for path in stores} if len(stores) > 1 else {}
-    return {**found, "no store": config_of(k, [])} if stores else {}
+    """Configurations by name: every store alone, and no store. All stores together are in the stage before."""
+    alone = {f"store {path}": config_of(k, [path]) for path in stores} if len(stores) > 1 else {}
+    return {**alone, "no store": config_of(k, [])} if stores else {}
 
 
 def proposer_choices(k: int, stores: Sequence[str]) -> dict[str, Config]:
-    """Other sets of proposers than the default."""
+    """Configurations by name: sets of proposers other than the default."""
     sets = [["suffix"], ["ngram"], ["suffix", "ngram"], ["suffix", "ngram", "lookahead", "recycling"]]
     if stores:
         sets = [["suffix"], ["rest"], ["suffix", "rest"], ["suffix", "ngram", "rest"]]
@@ -58,12 +60,12 @@ def proposer_choices(k: int, stores: Sequence[str]) -> dict[str, Config]:
 
 def stores_of(config: Config | None) -> list[str]:
     """Paths of the token stores in a configuration."""
-    found = (config or {}).get("datastore")
-    return [found] if isinstance(found, str) else list(found or ())
+    stores = (config or {}).get("datastore")
+    return [stores] if isinstance(stores, str) else list(stores or ())
 
 
 def best(speed_ups: Mapping[str, float], configs: Mapping[str, Config | None]) -> str:
-    """The fastest; among those that are as good as it, the one with the fewest stores, and of these the first."""
+    """Name of the fastest; of equally fast ones, that with the fewest stores, and of these the first."""
     most = max(speed_ups.values())
     good = [name for name, value in speed_ups.items() if value >= most * (1 - NOTHING_BETWEEN)]
     return min(good, key=lambda name: len(stores_of(configs[name])))
@@ -72,17 +74,17 @@ def best(speed_ups: Mapping[str, float], configs: Mapping[str, Config | None]) -
 def tune(
     trial: Trial, stores: Sequence[str], draft_lengths: Sequence[int] = DRAFT_LENGTHS, rounds: int = 3
 ) -> dict[str, Any]:
-    """Search.
+    """Search the fastest configuration.
 
     Args:
-        trial: runs configurations; the first is always no speculation.
-        stores: paths of token stores, none for none.
-        draft_lengths: to try.
-        rounds: of the final.
+        trial: runs configurations; the first one is always without speculation.
+        stores: paths of token stores; may be empty.
+        draft_lengths: draft lengths to try.
+        rounds: number of rounds in the final.
 
     Returns:
-        ``speculative_config`` (None: speculation does not pay here), ``expected`` (the final's numbers of it, or of no
-        speculation), ``stages`` (every number on the way) and ``final``.
+        ``name`` and ``speculative_config`` of the winner (None: speculation does not pay here), ``expected`` (the
+        winner's numbers in the final), ``stages`` (the results of all stages) and ``final``.
     """
     configs: dict[str, Config | None] = {OFF: None}
     seen: dict[str, float] = {}
@@ -91,10 +93,10 @@ def tune(
     def stage(name: str, choices: Mapping[str, Config]) -> dict[str, float]:
         configs.update(choices)
         result = trial(name, {OFF: None, **choices}, STAGE_ROUNDS)
-        found = {each: result["configs"][each]["speed_up"] for each in choices if each in result["configs"]}
-        seen.update(found)
+        speed_ups = {choice: result["configs"][choice]["speed_up"] for choice in choices if choice in result["configs"]}
+        seen.update(speed_ups)
         stages.append({"stage": name, **result})
-        return found
+        return speed_ups
 
     ups = stage("draft length", lengths(stores, draft_lengths))
     if not ups:
@@ -125,7 +127,7 @@ def _chosen(name: str, config: Config | None, stages: list[dict[str, Any]], fina
 
 
 def trial_of(options: Options, progress: Progress) -> Trial:
-    """Trials with these options, whatever their own configurations."""
+    """A trial with these options, except for their configurations and rounds."""
 
     def run(stage: str, configs: Mapping[str, Config | None], rounds: int) -> dict[str, Any]:
         def shown(name: str, share: float, status: str) -> None:
@@ -137,16 +139,16 @@ def trial_of(options: Options, progress: Progress) -> Trial:
 
 
 def rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Everything that was tried, its heading first."""
+    """Table of all configurations of all stages, its heading row first."""
     yield ["stage", "configuration", "speed-up", "tokens/s", "emitted/step", "acceptance"]
     for stage in [*result["stages"], {"stage": "final", **result["final"]}]:
-        for name, each in stage["configs"].items():
-            acceptance = each["acceptance"]
+        for name, numbers in stage["configs"].items():
+            acceptance = numbers["acceptance"]
             yield [
                 stage["stage"],
                 name,
-                f"{each['speed_up']:.2f}x",
-                f"{each['tokens_per_s']:,.1f}",
-                f"{each['emitted_per_step']:.2f}",
+                f"{numbers['speed_up']:.2f}x",
+                f"{numbers['tokens_per_s']:,.1f}",
+                f"{numbers['emitted_per_step']:.2f}",
                 "-" if acceptance is None else f"{acceptance:.1%}",
             ]

@@ -18,43 +18,45 @@ Lengths = NDArray[np.int64]
 
 
 class Chooser:
-    """Takes one draft a request from those of the proposers: here the only proposer's."""
+    """Chooses one draft for every request among those of the proposers; this class takes the only proposer's."""
 
     def choose(self, batch: DraftBatch, answers: Sequence[Drafts], truth: Ids) -> tuple[Ids, Lengths]:
-        """Draft tokens ``[num_requests, max_tokens]`` and how many of them count, ``[num_requests]``.
+        """Draft tokens ``[num_requests, max_tokens]`` and the number of valid ones in every row, ``[num_requests]``.
 
         Args:
-            answers: one a proposer, each ``[num_requests, max_tokens]``.
-            truth: ``[num_requests, k]``, what the target will say; for those that know in hindsight.
+            batch: the requests.
+            answers: the drafts of every proposer, ``[num_requests, max_tokens]``.
+            truth: ``[num_requests, k]`` the target's coming tokens, for choosers that know in hindsight.
         """
         (drafts,) = answers
         return drafts.token_ids, drafts.num_tokens
 
     def learn(self, verified: Verified, emitted: Ids) -> None:
-        """See what came of it; ``emitted``: ``[num_requests, k + 1]``."""
+        """Learn from a verified step; ``emitted``: ``[num_requests, k + 1]`` token ids."""
 
     def finish(self, request_ids: Sequence[str]) -> None:
-        """These requests are over."""
+        """Forget requests that are over."""
 
     def warm_up(self) -> None:
-        """Compile."""
+        """Compile kernels before time is measured."""
 
 
 class LongestMatch(Chooser):
-    """The draft behind the longest match, of equals the first proposer's; no draft loses against any."""
+    """Takes the draft with the longest match, among equals the first proposer's; an empty draft comes last."""
 
     def choose(self, batch: DraftBatch, answers: Sequence[Drafts], truth: Ids) -> tuple[Ids, Lengths]:
         matches = [
-            np.where(each.num_tokens > 0, 0 if each.match_length is None else each.match_length, -1) for each in answers
+            np.where(answer.num_tokens > 0, 0 if answer.match_length is None else answer.match_length, -1)
+            for answer in answers
         ]
         return _picked(answers, np.argmax(np.stack(matches), axis=0))
 
 
 class Furthest(Chooser):
-    """Hindsight: the draft of which most tokens are accepted, of equals the first proposer's."""
+    """Takes, in hindsight, the draft with most accepted tokens, among equals the first proposer's."""
 
     def choose(self, batch: DraftBatch, answers: Sequence[Drafts], truth: Ids) -> tuple[Ids, Lengths]:
-        accepted = [num_accepted(each.token_ids, each.num_tokens, truth) for each in answers]
+        accepted = [num_accepted(answer.token_ids, answer.num_tokens, truth) for answer in answers]
         return _picked(answers, np.argmax(np.stack(accepted), axis=0))
 
 
@@ -81,19 +83,19 @@ class Learned(Chooser):
 
 
 def _picked(answers: Sequence[Drafts], places: NDArray[np.intp]) -> tuple[Ids, Lengths]:
-    """The drafts of the proposers that ``places`` names, one a request."""
-    width = max(each.token_ids.shape[1] for each in answers)
+    """The draft of the proposer ``places[i]`` for every request ``i``."""
+    width = max(answer.token_ids.shape[1] for answer in answers)
     tokens: Ids = np.zeros((len(places), width), dtype=np.int32)
     lengths: Lengths = np.zeros(len(places), dtype=np.int64)
-    for place, each in enumerate(answers):
+    for place, answer in enumerate(answers):
         mine = places == place
-        tokens[mine, : each.token_ids.shape[1]] = each.token_ids[mine]
-        lengths[mine] = each.num_tokens[mine]
+        tokens[mine, : answer.token_ids.shape[1]] = answer.token_ids[mine]
+        lengths[mine] = answer.num_tokens[mine]
     return tokens, lengths
 
 
 def num_accepted(tokens: Ids, lengths: Lengths, truth: Ids) -> Lengths:
-    """Draft tokens that are as ``truth`` up to the first that is not, ``[num_requests]``."""
+    """Number of draft tokens before the first one that differs from ``truth``, ``[num_requests]``."""
     width = tokens.shape[1]
     is_right = (tokens == truth[:, :width]) & (np.arange(width) < lengths[:, None])
     return np.asarray(np.cumprod(is_right, axis=1, dtype=np.int64).sum(axis=1), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The replay itself: requests, proposers, counts."""
+"""Replays documents as requests to proposers, and counts accepted tokens."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ LONGEST_MATCH = "longest-match"
 
 
 ALWAYS_SHOWN = (LONGEST_MATCH, ORACLE)
-"""Ways to choose between proposers that are shown whether they are named or not."""
+"""Ways to choose between proposers that a replay always compares."""
 
 
 @dataclass(frozen=True)
 class Makers:
-    """Makes fresh proposers, so that nothing of one replay is known to the next."""
+    """Makes fresh proposers, so that none knows the text of an earlier replay."""
 
     settings: Settings
     context: ProposerContext
 
     def one(self, entry: ProposerSettings) -> Proposer:
-        """A proposer that has seen nothing.
+        """A fresh proposer.
 
         Raises:
-            ConfigurationError: it refuses its options.
+            ConfigurationError: the proposer refuses its options.
         """
         return registry.build(entry.name, self.context, self.settings.datastore or {}, entry.options)
 
@@ -49,10 +49,10 @@ class Makers:
 
 
 def requests_of(document: Ids, prompt_tokens: int, max_tokens: int) -> list[Ids]:
-    """Requests of at most ``max_tokens``, the first ``prompt_tokens`` being the prompt.
+    """Cut a document into requests of ``max_tokens`` tokens at most, whose first ``prompt_tokens`` are the prompt.
 
-    Together their outputs are the document from its token number ``prompt_tokens`` on, every token once: 10 tokens
-    with prompts of 2 and at most 6 give [0:6] and [4:10]. The prompt of each is the end of the output before.
+    Their outputs together are the document from token ``prompt_tokens`` on, every token once: 10 tokens with prompts of
+    2 and requests of 6 give [0:6] and [4:10]. The prompt of a request is the end of the output before it.
     """
     starts = range(0, len(document) - prompt_tokens, max_tokens - prompt_tokens)
     return [document[start : start + max_tokens] for start in starts]
@@ -60,16 +60,16 @@ def requests_of(document: Ids, prompt_tokens: int, max_tokens: int) -> list[Ids]
 
 @dataclass
 class Counts:
-    """What decoding all requests came to.
+    """Counts of a replay.
 
     Attributes:
-        request_steps: steps, counted once for every request in them.
-        emitted, drafted, accepted: tokens.
-        seconds: spent proposing, choosing and learning.
-        fed: tokens that the proposers were given: of prompts, outputs and history.
-        kept_bytes: most that proposers said to keep at a time, after any step.
-        kept_of: ``fed`` when that was last so.
-        store_bytes, store_tokens: of the stores that are read.
+        request_steps: number of steps, counted once for every request in them.
+        emitted, drafted, accepted: numbers of tokens.
+        seconds: seconds spent on proposing, choosing and learning.
+        fed: number of tokens that the proposers have seen, of prompts, outputs and history.
+        kept_bytes: most bytes that the proposers reported after any step.
+        kept_of: ``fed`` after the last step with that many bytes.
+        store_bytes, store_tokens: sizes of the token stores that the proposers read.
     """
 
     request_steps: int = 0
@@ -84,28 +84,28 @@ class Counts:
     store_tokens: int = 0
 
     def keep(self, num_bytes: int) -> None:
-        """Proposers keep so much now."""
+        """Note the bytes that the proposers report after a step."""
         if num_bytes and num_bytes >= self.kept_bytes:
             self.kept_bytes, self.kept_of = num_bytes, self.fed
 
     @property
     def emitted_per_step(self) -> float:
-        """Tokens that a request gains in a step: 1 where nothing is accepted."""
+        """Tokens that a request emits in a step: 1 if no draft token is accepted."""
         return self.emitted / self.request_steps
 
     @property
     def acceptance(self) -> float | None:
-        """Accepted over drafted tokens; None where nothing was drafted."""
+        """Accepted over drafted tokens; None without drafts."""
         return self.accepted / self.drafted if self.drafted else None
 
     @property
     def us_per_step(self) -> float:
-        """Microseconds of one request in one step."""
+        """Microseconds of the proposers for one request in one step."""
         return 1e6 * self.seconds / self.request_steps
 
     @property
     def bytes_per_token(self) -> float | None:
-        """Bytes kept over tokens that they are kept of; None where nothing is kept."""
+        """Bytes that proposers and stores hold for a token; None if they hold none."""
         of = self.kept_of + self.store_tokens
         return (self.kept_bytes + self.store_bytes) / of if of else None
 
@@ -128,12 +128,13 @@ class Counts:
 
 
 class Replay:
-    """Decodes requests with some proposers, of whose drafts ``chooser`` takes one.
+    """Decodes requests with proposers, among whose drafts ``chooser`` chooses.
 
     Args:
-        proposers: by name, in order of preference; fresh ones.
-        k: longest draft.
-        batch: requests at a time, each of another document.
+        proposers: fresh proposers by name, in the order of preference.
+        chooser: chooses one draft for every request.
+        k: length of the longest draft.
+        batch: number of requests at a time, all of different documents.
         vocab_size: number of token ids.
     """
 
@@ -146,46 +147,47 @@ class Replay:
         self.batch = batch
         self.vocab_size = vocab_size
         self.counts = Counts()
-        self._has_learners = any(type(each).observe is not Proposer.observe for each in proposers.values())
+        self._has_learners = any(type(proposer).observe is not Proposer.observe for proposer in proposers.values())
         self.chooser.warm_up()
-        for each in proposers.values():
-            each.warm_up()
+        for proposer in proposers.values():
+            proposer.warm_up()
 
     def remember(self, texts: Sequence[Ids], on_progress: Callable[[int], None]) -> None:
-        """Show the proposers requests that are over before the first one starts; nothing is counted but tokens."""
+        """Show the proposers requests that ended before the replay; only their tokens are counted."""
         for first in range(0, len(texts), self.batch):
             part = texts[first : first + self.batch]
             names = [f"warm-{first + index}" for index in range(len(part))]
             batch = DraftBatch.from_contexts(part, max_draft_tokens=1, request_ids=names)
             self.counts.fed += sum(map(len, part))
-            for each in self.proposers.values():
-                each.propose(batch)
-                each.finish(names)
+            for proposer in self.proposers.values():
+                proposer.propose(batch)
+                proposer.finish(names)
             self.counts.keep(self._kept_bytes())
             on_progress(sum(map(len, part)))
 
     def decode(
         self, documents: Sequence[Sequence[Ids]], prompt_tokens: int, on_progress: Callable[[int], None]
     ) -> Counts:
-        """All requests to their ends.
+        """Decode all requests to their ends.
 
-        Those of a document run one after the other, never side by side: the prompt of one is output of the one before,
-        and proposers that share what requests say would know that output before it is decoded.
+        Requests of one document run one after the other: the prompt of a request is output of the one before, and
+        proposers that share text between requests would know that output before it is decoded.
 
         Args:
-            documents: the requests of each, at least one.
-            on_progress: called with the number of tokens emitted in a step.
+            documents: the requests of every document, at least one.
+            prompt_tokens: number of tokens of every prompt.
+            on_progress: called after every step with the number of tokens emitted in it.
         """
         counts, k = self.counts, self.k
         num_rows = min(self.batch, len(documents))
         longest = max(len(request) for requests in documents for request in requests)
         truth: Ids = np.full((num_rows, longest + k + 1), -1, dtype=np.int32)
-        table: Ids = np.zeros((num_rows, longest + k + 1), dtype=np.int32)  # holds what was emitted, nothing more
+        table: Ids = np.zeros((num_rows, longest + k + 1), dtype=np.int32)  # prompts and emitted tokens only
         num_tokens: Lengths = np.zeros(num_rows, dtype=np.int64)
         ends: Lengths = np.zeros(num_rows, dtype=np.int64)
         names = [""] * num_rows
         waiting = iter(documents)
-        current: list[Iterator[Ids]] = [iter(())] * num_rows  # what is left of the document that a row is at
+        current: list[Iterator[Ids]] = [iter(())] * num_rows  # remaining requests of the row's document
         count = itertools.count()
         depths = np.arange(k + 1)
 
@@ -207,7 +209,7 @@ class Replay:
 
         fill(range(num_rows))
         while len(rows := np.flatnonzero(ends)):
-            # A step emits one token more than it accepts: for the last token nobody is asked.
+            # A step emits one token more than it accepts: no proposer is asked for a request's last token.
             limits = np.minimum(k, ends[rows] - num_tokens[rows] - 1)
             asking = np.flatnonzero(limits > 0)
             coming = truth[rows[:, None], num_tokens[rows][:, None] + depths]
@@ -242,8 +244,8 @@ class Replay:
             if over:
                 finished = [names[row] for row in over]
                 self.chooser.finish(finished)
-                for each in self.proposers.values():
-                    each.finish(finished)
+                for proposer in self.proposers.values():
+                    proposer.finish(finished)
                 ends[over] = 0
                 fill(over)
             on_progress(int(emitted.sum()))
@@ -251,9 +253,9 @@ class Replay:
 
     def _propose(self, batch: DraftBatch, truth: Ids) -> tuple[Ids, Lengths]:
         answers = []
-        for name, each in self.proposers.items():
+        for name, proposer in self.proposers.items():
             start = time.perf_counter()
-            answer = each.propose(batch)
+            answer = proposer.propose(batch)
             self.counts.seconds += time.perf_counter() - start
             answers.append(well_formed(name, answer, batch, self.vocab_size))
         start = time.perf_counter()
@@ -262,7 +264,7 @@ class Replay:
         return chosen
 
     def _learn(self, names: list[str], drafts: Ids, lengths: Lengths, coming: Ids, emitted: Lengths) -> None:
-        """Tell everybody what was verified. What the target would have said behind a rejected token nobody knows."""
+        """Report a verified step to all, up to the emitted tokens: the target's choices behind these are unknown."""
         verified = Verified(
             request_ids=names,
             draft_token_ids=[row[:count] for row, count in zip(drafts.tolist(), lengths.tolist(), strict=True)],
@@ -272,19 +274,19 @@ class Replay:
         start = time.perf_counter()
         self.chooser.learn(verified, coming)
         if self._has_learners:
-            for each in self.proposers.values():
-                each.observe(verified)
+            for proposer in self.proposers.values():
+                proposer.observe(verified)
         self.counts.seconds += time.perf_counter() - start
 
     def _kept_bytes(self) -> int:
-        return sum(each.memory_bytes() for each in self.proposers.values())
+        return sum(proposer.memory_bytes() for proposer in self.proposers.values())
 
 
 def well_formed(name: str, answer: Drafts | Sequence[Sequence[int]], batch: DraftBatch, vocab_size: int) -> Drafts:
-    """A proposer's answer, made well-formed as in an engine, in arrays no wider than the longest draft asked for.
+    """A proposer's answer, cut to what is allowed as in an engine, in arrays as wide as the longest draft asked for.
 
     Raises:
-        SpecplugError: it is not one draft for each request.
+        SpecplugError: the answer is not one draft for every request.
     """
     try:
         drafts = checked(answer, batch, vocab_size)
@@ -308,18 +310,19 @@ def run_all(
     prompt_tokens: int,
     begin: Callable[[str, int], Callable[[int], None]],
 ) -> dict[str, Counts]:
-    """Replay all requests with each proposer alone, then with each way to choose between them.
+    """Replay all requests with every proposer alone, then with every way to choose between them.
 
     Args:
-        stores: those of the settings, opened: their sizes are counted.
-        requests: those of each document.
-        history: requests that are over before the first one starts.
-        prompt_tokens: tokens of each prompt.
-        begin: called with the name of what is replayed next and the number of its tokens; what it returns is called
-            with the number of tokens decoded since the last call.
+        makers: makes the proposers.
+        stores: the opened stores of the settings, whose sizes are counted.
+        requests: the requests of every document.
+        history: requests that ended before the replay.
+        prompt_tokens: number of tokens of every prompt.
+        begin: called with the name of the next replay and the number of its tokens; returns a function that is called
+            with the number of tokens decoded since its last call.
 
     Returns:
-        Counts by name, in the order of the runs.
+        Counts by name of the replay, in the order of the replays.
     """
     k, batch = makers.context.num_speculative_tokens, makers.context.max_num_requests
     total = sum(map(len, history)) + sum(len(request) - prompt_tokens for each in requests for request in each)
@@ -336,7 +339,7 @@ def run_all(
 
 
 def contenders(settings: Settings, k: int) -> Iterator[tuple[str, Sequence[ProposerSettings], Chooser]]:
-    """What is compared: (name, proposers, the way to choose between their drafts)."""
+    """The replays to compare: (name, proposers, the way to choose between their drafts)."""
     entries = settings.host_proposers
     for entry in entries:
         yield entry.name, [entry], Chooser()
@@ -348,7 +351,7 @@ def contenders(settings: Settings, k: int) -> Iterator[tuple[str, Sequence[Propo
 
 
 def ratios_of(counts: Mapping[str, Counts]) -> dict[str, float]:
-    """Emitted tokens per step of the ensemble over those of others."""
+    """Emitted tokens per step of the ensemble over those of the other replays, by name."""
     if ENSEMBLE not in counts:
         return {}
     ensemble = counts[ENSEMBLE].emitted_per_step

@@ -15,10 +15,10 @@ from vllm_specplug.stores.writer import BATCH_CHARS
 
 
 def sources_of(inputs: Sequence[str], pattern: str, field: str) -> Sources:
-    """The files behind ``inputs``; those that are named themselves must be text.
+    """The files that ``inputs`` stand for; a file that is named itself must be text.
 
     Raises:
-        DatastoreError: an input stands for nothing, or a file that is named is not UTF-8 text.
+        DatastoreError: an input stands for no file, or a file that is named itself is not UTF-8 text.
     """
     sources = whole(find_paths(inputs, pattern), field)
     for name in inputs:
