@@ -1,24 +1,22 @@
 """vLLM engines in processes of their own, driven by the demo and the benchmarks.
 
-The parent starts ``python -m vllm_specplug.engines.process``, and the two exchange JSON objects, one in a line;
-everything that vLLM prints goes to a log file. No state and no memory carries over from one configuration to the next.
+Engine processes are forked from one that has imported vLLM (:mod:`.preloaded`). Everything that vLLM prints goes to a
+log file. No state and no memory carries over from one configuration to the next.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from vllm_specplug.engines.environment import environment
+from vllm_specplug.engines.process import serve
 from vllm_specplug.engines.work import CHECK_ONLY, Completed, Work
 from vllm_specplug.errors import SpecplugError
 
@@ -66,16 +64,15 @@ class Engine:
 
     def __init__(self, engine_args: Mapping[str, Any], log: Path) -> None:
         self.log = log
-        self._output = log.open("ab")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_specplug.engines.process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._output,
-            env=environment(),
-            start_new_session=True,  # Ctrl-C reaches the parent alone, which then stops the whole group
-        )
-        self._send(dict(engine_args))
+        log.touch()
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["vllm_specplug.engines.preloaded"])
+        self._channel, theirs = context.Pipe()
+        variables = environment()
+        self._process = context.Process(target=serve, args=(theirs, dict(engine_args), str(log), variables))
+        with _environment(variables):  # of the process that engines are forked from, if this is the first
+            self._process.start()
+        theirs.close()
 
     def wait_until_ready(self) -> float:
         """Wait until the engine has started; returns the seconds that the start took.
@@ -105,29 +102,27 @@ class Engine:
         Raises:
             EngineError: the engine died.
         """
-        self._send(asdict(work))
-        answer = self._receive(
+        with contextlib.suppress(ConnectionError):  # the next event says why the engine ended
+            self._channel.send(work)
+        return self._receive(  # type: ignore[no-any-return]
             "completed",
             lambda event: on_progress(event["done"], event["tokens"], event["elapsed_s"]) if on_progress else None,
-        )
-        del answer["event"]
-        return Completed(**answer)
+        )["result"]
 
     def stop(self) -> None:
         """End the process and all that it started, and wait for the end."""
-        process = self._process
-        with contextlib.suppress(BrokenPipeError):
-            _pipe(process.stdin).close()
+        self._channel.close()
         try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            pass
+            self._process.join(STOP_TIMEOUT_S)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # the group is the engine's own session
-            process.wait()
-            _pipe(process.stdout).close()
-            self._output.close()
+            self._kill()
+            self._process.join()
+
+    def _kill(self) -> None:
+        assert self._process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # the group is the engine's own session
+        self._process.kill()  # it may not have a session of its own yet
 
     def __enter__(self) -> Engine:
         return self
@@ -136,29 +131,32 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None:  # after an error the engine need not finish its work
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            self._kill()
         self.stop()
 
-    def _send(self, message: dict[str, Any]) -> None:
-        pipe = _pipe(self._process.stdin)
-        with contextlib.suppress(BrokenPipeError):  # the next read reports why the engine ended
-            pipe.write(json.dumps(message).encode() + b"\n")
-            pipe.flush()
-
     def _receive(self, wanted: str, on_other: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-        for line in _pipe(self._process.stdout):
-            event: dict[str, Any] = json.loads(line)
-            if event["event"] == wanted:
-                return event
-            if event["event"] == "failed":
-                raise EngineError(f"{event['reason']} (vLLM's log: {self.log})")
-            if on_other:
-                on_other(event)
-        code = self._process.wait()
-        raise EngineError(f"the engine ended with exit status {code}; vLLM's log says why: {self.log}")
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                event: dict[str, Any] = self._channel.recv()
+                if event["event"] == wanted:
+                    return event
+                if event["event"] == "failed":
+                    raise EngineError(f"{event['reason']} (vLLM's log: {self.log})")
+                if on_other:
+                    on_other(event)
+        self._process.join()
+        raise EngineError(
+            f"the engine ended with exit status {self._process.exitcode}; vLLM's log says why: {self.log}"
+        )
 
 
-def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
-    assert stream is not None
-    return stream
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables of this process within the context."""
+    kept = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)

@@ -1,35 +1,42 @@
-"""The engine's side: the program of an engine process (``python -m vllm_specplug.engines.process``)."""
+"""The engine's side: what an engine process does."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
 from typing import Any
 
 from pydantic import ValidationError
 
 from vllm_specplug.engines.arguments import with_cli_arguments
-from vllm_specplug.engines.work import CHECK_ONLY, PROGRESS_INTERVAL_S, Work
+from vllm_specplug.engines.work import CHECK_ONLY, PROGRESS_INTERVAL_S, Completed, Work
 
 
-def serve() -> None:
-    """Start the engine whose arguments are the first line of standard input, and run the work in every later line.
+def serve(channel: Connection, engine_args: dict[str, Any], log: str, variables: Mapping[str, str]) -> None:
+    """Start an engine, and run the work that arrives until the other end of the channel is closed.
 
-    Events are written to standard output, one JSON object in a line.
+    Args:
+        channel: work comes in, events go out: dictionaries with the key ``event``.
+        engine_args: see :class:`~vllm_specplug.engines.engine.Engine`.
+        log: file that this process and its children print to.
+        variables: the environment.
     """
-    # From here on, all that this process and vLLM's children print to standard output goes to the log.
-    channel = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    os.setsid()  # Ctrl-C reaches the parent alone, which then stops the whole group
+    os.environ.clear()
+    os.environ.update(variables)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    for standard in (1, 2):
+        os.dup2(output, standard)
+    os.close(output)
 
     def say(event: str, **values: Any) -> None:
-        channel.write(json.dumps({"event": event, **values}) + "\n")
+        channel.send({"event": event, **values})
 
     try:
         start = time.perf_counter()
-        engine_args = json.loads(sys.stdin.readline())
         check_only = engine_args.pop(CHECK_ONLY, False)
         engine_args = with_cli_arguments(engine_args)
         if check_only:
@@ -42,13 +49,19 @@ def serve() -> None:
 
         llm = LLM(**engine_args)
         say("ready", start_s=time.perf_counter() - start)
-        for line in sys.stdin:
-            say("completed", **_complete(llm, Work(**json.loads(line)), say))
+        for work in _arriving(channel):
+            say("completed", result=_complete(llm, work, say))
     except BrokenPipeError:
-        pass  # the parent has ended, and only it reads the messages
+        pass  # the parent has ended, and only it reads the events
     except Exception as error:
         say("failed", reason=f"{type(error).__name__}: {_first_line(error)}")
         raise
+
+
+def _arriving(channel: Connection) -> Iterator[Work]:
+    with contextlib.suppress(EOFError):
+        while True:
+            yield channel.recv()
 
 
 def _first_line(error: BaseException) -> str:
@@ -58,7 +71,7 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else "no message"
 
 
-def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
+def _complete(llm: Any, work: Work, say: Callable[..., None]) -> Completed:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -121,19 +134,19 @@ def _complete(llm: Any, work: Work, say: Callable[..., None]) -> dict[str, Any]:
     elapsed_s = time.perf_counter() - start
     after = _counters(llm)
     answers = {method: llm.collective_rpc(method, args=tuple(each))[0] for method, each in work.after.items()}
-    return {
-        "token_ids": token_ids,
-        "elapsed_s": elapsed_s,
-        "num_request_steps": num_request_steps,
-        "num_draft_tokens": int(after["draft_tokens"] - before["draft_tokens"]),
-        "num_accepted_tokens": int(after["accepted_tokens"] - before["accepted_tokens"]),
-        "num_drafts": int(after["drafts"] - before["drafts"]),
-        "accepted_by_depth": (after["accepted_tokens_per_pos"] - before["accepted_tokens_per_pos"]).tolist(),
-        "first_s": first_s,
-        "last_s": last_s,
-        "answers": answers,
-        "step_sizes": step_sizes,
-    }
+    return Completed(
+        token_ids=token_ids,
+        elapsed_s=elapsed_s,
+        num_request_steps=num_request_steps,
+        num_draft_tokens=int(after["draft_tokens"] - before["draft_tokens"]),
+        num_accepted_tokens=int(after["accepted_tokens"] - before["accepted_tokens"]),
+        num_drafts=int(after["drafts"] - before["drafts"]),
+        accepted_by_depth=(after["accepted_tokens_per_pos"] - before["accepted_tokens_per_pos"]).tolist(),
+        first_s=first_s,
+        last_s=last_s,
+        answers=answers,
+        step_sizes=step_sizes,
+    )
 
 
 def _take(items: Iterator[Any]) -> Iterator[Any]:
@@ -156,7 +169,3 @@ def _counters(llm: Any) -> dict[str, Any]:
         if name in counters and metric.name.startswith(prefix):
             counters[name] = counters[name] + np.asarray(getattr(metric, "values", None) or metric.value)
     return counters
-
-
-if __name__ == "__main__":
-    serve()
