@@ -12,6 +12,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
 
 import harness
+from hypothesis import settings
+
+# No test is timed, and the same inputs come in every run: a failure is one of the code.
+settings.register_profile("tests", derandomize=True)
+settings.load_profile("tests")
 
 # Files that take minutes, longest first: if one of them began last, the other workers would wait for it.
 LONGEST = (

@@ -41,6 +41,7 @@ def test_acceptance_is_what_theory_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_lists_match_as_often_as_theory_says(tmp_path: Path) -> None:
     """Every chain of an engine's lists is verified, and the noise is what it is said to be."""
     done = measured(tmp_path / "lists.json", "--sampler", "--lists", "4", "--temperature", "1.0")

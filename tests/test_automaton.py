@@ -110,7 +110,7 @@ def plans(draw: st.DrawFn) -> tuple[int, list[tuple[int, list[int]]]]:
     return num_texts, draw(st.lists(st.tuples(st.integers(0, num_texts - 1), pieces), max_size=10))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(plan=plans())
 def test_has_all_substrings_with_their_counts_and_continuations(plan):
     num_texts, steps = plan
@@ -157,7 +157,7 @@ def test_a_state_knows_the_text_that_came_by_last():
     assert owner[growing.find((2, 3))] == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.lists(st.integers(0, 2), max_size=40), other=st.lists(st.integers(0, 3), max_size=40))
 def test_stepping_keeps_the_longest_suffix_that_occurs(text, other):
     growing = Growing(1)

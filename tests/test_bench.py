@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -311,7 +312,8 @@ def test_nothing_is_recommended_if_nothing_pays() -> None:
 
 def specplug(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # an engine's second process imports vLLM anew
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
 @pytest.mark.parametrize(

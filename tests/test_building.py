@@ -39,6 +39,7 @@ cli = importlib.import_module("vllm_specplug.cli.datastore")  # the package has 
 TOKENIZER = str(target_path())
 PROGRAM = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "datastore"]
 MAX_MEMORY = ("--max-memory", "4GiB")
+NO_TORCH = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "engine" / "no_torch_site")}
 
 
 def run(*arguments: object, stdin: bytes | None = None) -> Any:
@@ -82,7 +83,7 @@ def contents(folder: Path) -> list[str]:
 lines = st.lists(st.text(st.sampled_from("aé \r"), max_size=20), max_size=30)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(files=st.lists(lines, min_size=1, max_size=4), unit_bytes=st.integers(1, 200), ends=st.booleans())
 def test_units_are_the_whole_text_once(tmp_path, files, unit_bytes, ends):
     """Wherever the text is cut, every line is in exactly one slice, in order."""
@@ -96,7 +97,7 @@ def test_units_are_the_whole_text_once(tmp_path, files, unit_bytes, ends):
     assert read == "".join(path.read_bytes().decode() for path in paths)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(st.text(st.sampled_from("aé \n"), max_size=40), min_size=1, max_size=30),
     unit_bytes=st.integers(1, 400),
@@ -155,7 +156,7 @@ def files_in(out: Path, suffix: str) -> int:
 
 def killed_when(arguments: Sequence[object], condition: Callable[[], bool]) -> int | None:
     """Start a build and kill its main process as soon as the condition holds; returns its status if it ended before."""
-    process = subprocess.Popen([*PROGRAM, *map(str, arguments)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*PROGRAM, *map(str, arguments)], stderr=subprocess.DEVNULL, env=NO_TORCH)
     children: list[psutil.Process] = []
     try:
         end = time.monotonic() + 180
@@ -204,7 +205,7 @@ def test_killed_builds_go_on(tmp_path, folder, uninterrupted, workers):
 def test_a_killed_process_of_a_build_is_one_clear_error(tmp_path, folder, uninterrupted):
     out = tmp_path / "out.specstore"
     arguments = build_arguments(out, folder, 2)
-    process = subprocess.Popen([*PROGRAM, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*PROGRAM, *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=NO_TORCH)
     while files_in(out, ".done") == 0:
         assert process.poll() is None
         time.sleep(0.01)
@@ -231,7 +232,7 @@ def test_stopped_builds_say_how_to_go_on(tmp_path, folder, stop):
     program += "from vllm_specplug.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", program, "datastore", *map(str, arguments)],
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stderr=subprocess.PIPE, text=True, start_new_session=True, env=NO_TORCH,
     )  # fmt: skip
     while files_in(out, ".done") == 0:
         assert process.poll() is None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from compare import assert_close_logprobs, assert_same, tokens
 from harness import Engine, EngineError, Engines
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, requests
 
@@ -370,7 +370,6 @@ def engine_config(num_chains: int = 3, scratch_blocks: int | None = None, longes
     )
 
 
-@settings(deadline=None)  # the first example imports vLLM
 @given(
     num_blocks=st.integers(1, 3000),
     sizes=st.lists(st.sampled_from([4, 16, 32]), min_size=1, max_size=3),
@@ -441,7 +440,6 @@ def test_what_a_winning_fork_would_falsify_keeps_one_chain() -> None:
 chain = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 
 
-@settings(deadline=None)
 @given(main=chain, further=st.lists(chain, max_size=5), max_rows=st.integers(0, 5), max_tokens=st.integers(0, 12))
 def test_forks_say_something_new_and_fit(
     main: list[int], further: list[list[int]], max_rows: int, max_tokens: int
@@ -464,7 +462,6 @@ def test_forks_say_something_new_and_fit(
         assert any(each[: len(path[: len(main)])] == path[: len(main)] for each in everything)
 
 
-@settings(deadline=None)
 @given(chains=st.lists(chain, min_size=1, max_size=5), target=st.lists(st.integers(0, 2), min_size=7, max_size=7))
 def test_the_walk_finds_the_chain_that_gets_furthest(chains: list[list[int]], target: list[int]) -> None:
     """Compared with trying every chain by itself; the target's token depends only on the tokens before it."""

@@ -26,7 +26,8 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
-        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
+        # An engine's second process would import vLLM anew.
+        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
     )
 
 

@@ -126,7 +126,7 @@ TEMPERATURES = st.sampled_from([1e-6, 1e-3, 0.7, 1.0, 1e3])
 
 @every_coupling
 @given(pair=distributions(2, largest=12), seed=st.integers(0, 2**31 - 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_marginals_are_exact(coupling, pair, seed):
     for tokens, probs in zip(coupling(*pair, np.random.default_rng(seed), 2000), pair, strict=True):
         counts = np.bincount(tokens, minlength=len(probs))
@@ -140,7 +140,7 @@ def test_marginals_are_exact(coupling, pair, seed):
 
 @every_coupling
 @given(logits=st.lists(st.tuples(LOGITS, LOGITS), min_size=2, max_size=30), temperature=TEMPERATURES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_logits_and_temperatures_give_possible_tokens(coupling, logits, temperature):
     rows = torch.tensor(logits, dtype=torch.float64).T / temperature
     pair = [probabilities(row[None])[0].numpy() for row in rows]
@@ -546,9 +546,9 @@ def test_the_first_places_of_one_race():
 @given(distributions(2, largest=6))
 @settings(max_examples=20)
 def test_the_linear_programme_is_the_optimal_coupling_for_one_draft(pair):
-    target, draft = pair
-    assert lists.optimal_acceptance(target, draft, 1) == pytest.approx(theory.rejection(target, draft), abs=1e-7)
-    assert lists.optimal_acceptance(target, draft, 2) >= theory.list_matching_bound(target, draft, 2) - 1e-7
+    target, draft = pair  # within the tolerance of the solver
+    assert lists.optimal_acceptance(target, draft, 1) == pytest.approx(theory.rejection(target, draft), abs=1e-6)
+    assert lists.optimal_acceptance(target, draft, 2) >= theory.list_matching_bound(target, draft, 2) - 1e-6
 
 
 def test_lists_need_a_draft():

@@ -93,7 +93,7 @@ documents_strategy = st.lists(st.lists(st.integers(0, 3), max_size=30), min_size
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     documents=documents_strategy,
     contexts=st.lists(st.lists(st.integers(-1, 5), max_size=12), min_size=1, max_size=8),
@@ -390,7 +390,7 @@ def test_other_tokenizer_is_refused(tmp_path):
         store.check_tokenizer(FINGERPRINT, 3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text(alphabet="ab\n", max_size=200))
 def test_split_text_loses_nothing(text):
     read = io.StringIO(text).read

@@ -75,7 +75,7 @@ tokens = st.lists(st.integers(0, 3), min_size=1, max_size=30)
 groups = st.lists(st.lists(tokens, min_size=1, max_size=5), min_size=1, max_size=5)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(groups=groups, contexts=st.lists(tokens, min_size=1, max_size=5), segment_tokens=st.sampled_from([5, 20, 1000]))
 def test_shards_and_merged_shards_find_what_one_file_finds(tmp_path, groups, contexts, segment_tokens):
     path = sharded(tmp_path, groups, segment_tokens=segment_tokens)

@@ -58,7 +58,7 @@ def check_draft(context: Sequence[int], tokens: list[int], confidence: list[floa
     assert confidence == pytest.approx([(longest + i) / (longest + i + 2.8) for i in range(max_draft)], abs=1e-6)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     text=st.lists(st.integers(0, 2), max_size=60),
     steps=st.lists(st.integers(0, 5), max_size=20),

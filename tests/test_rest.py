@@ -113,7 +113,7 @@ def check_draft(
 token_lists = st.lists(st.integers(0, 3), max_size=30)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     documents=st.lists(token_lists, min_size=1, max_size=6).filter(any),
     contexts=st.lists(st.lists(st.integers(0, 6), max_size=12), min_size=1, max_size=6),

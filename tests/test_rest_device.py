@@ -107,7 +107,7 @@ def check_same(
 token_lists = st.lists(st.integers(0, 3), max_size=30)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     documents=st.lists(token_lists, min_size=1, max_size=6).filter(any),
     contexts=st.lists(st.lists(st.integers(-1, 5), max_size=12), min_size=1, max_size=3),

@@ -26,7 +26,7 @@ def test_layouts_of_nobody_and_of_nonsense() -> None:
         RowLayout.of([1, -1])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_accept_while_equal_is_the_plain_loop(drafts, random) -> None:  # type: ignore[no-untyped-def]
     targets = [[random.randint(0, 2) for _ in range(len(draft) + 1)] for draft in drafts]

@@ -206,7 +206,7 @@ def conversations(draw: st.DrawFn) -> list[tuple[str, list[int]]]:
 
 
 @pytest.mark.parametrize("is_sampling", [False, True])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps=conversations(), min_match=st.integers(1, 3), max_draft=st.integers(1, 7), seed=st.integers(0, 99))
 def test_drafts_are_what_counting_says(is_sampling, steps, min_match, max_draft, seed):
     proposer = proposer_with(min_match=min_match)
@@ -322,7 +322,7 @@ def same_first(one: Drafts, other: Drafts) -> bool:
 
 
 @pytest.mark.parametrize("is_sampling", [False, True])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     steps=conversations(), min_match=st.integers(1, 3), max_draft=st.integers(1, 6), num_chains=st.integers(2, 8),
     min_confidence=st.sampled_from([0.0, 0.05, 0.3]), seed=st.integers(0, 99),
