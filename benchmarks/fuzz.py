@@ -41,7 +41,7 @@ from fuzz_formats import Format, formats
 
 from vllm_specplug.errors import SpecplugError
 
-SCREEN_CHARS, SCREEN_LINES = 2000, 24
+SCREEN_CHARS, SCREEN_LINES = 2100, 24
 MEMORY_BYTES = 6 << 30
 """Address space that a round may take beyond what its process has at the start."""
 PATIENCE = 20

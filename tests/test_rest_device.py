@@ -25,6 +25,7 @@ from vllm_specplug.measure import corpus
 from vllm_specplug.proposers import DraftBatch, ProposerContext
 from vllm_specplug.proposers.rest.confidence import vote_confidence
 from vllm_specplug.proposers.rest.proposer import RestProposer
+from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.writer import DatastoreWriter
 from vllm_specplug.tiny_models import target_path
 
@@ -148,6 +149,24 @@ def test_many_occurrences(tmp_path, segment_tokens, options):
     contexts = [documents[index % 10][: length * 6] for index, length in enumerate(range(11))]
     drafts = check_same(context, [*contexts, [2], rng.integers(0, 3, 64)])
     assert sum(map(len, drafts)) > 20
+
+
+@pytest.mark.parametrize("section", ["tokens", "positions"])
+@pytest.mark.parametrize(
+    "entry", [b"\0\0\0\0", b"\0\0\0\x80", b"\xff\xff\xff\xff"], ids=["zero", "negative", "largest"]
+)
+def test_drafts_stay_inside_a_damaged_store(tmp_path, section, entry):
+    path = write_store(tmp_path, [[1, 2, 3, 1, 2], [7] * 9], vocab_size=2**17)
+    place = getattr(Datastore.open(path).files[0][1], section)
+    with Path(path).open("r+b") as file:
+        file.seek(place.offset)
+        file.write(entry * (place.num_bytes // 4))
+    table = torch.tensor([[1, 2], [7, 7], [0, 0]], dtype=torch.int32, device=DEVICE)
+    drafts, counts, _ = DeviceRest(context_for(path, min_confidence=0.0), DEVICE).propose(
+        table, *(torch.tensor(each, dtype=torch.int32, device=DEVICE) for each in ([2] * 3, range(3), [6] * 3))
+    )
+    assert ((counts >= 0) & (counts <= 6)).all()
+    assert ((drafts >= 0) & (drafts < 2**17)).all()
 
 
 @pytest.mark.parametrize("offset", [2**15, 2**16 - 9, 2**16, 2**19], ids=["signed", "16 bits", "17 bits", "20 bits"])
