@@ -103,12 +103,16 @@ def judged(each: Format, folder: Path, example: Any, limit: float) -> bool:
     except SpecplugError as error:
         text = str(error)
         if len(text) > SCREEN_CHARS or len(text.splitlines()) > SCREEN_LINES:
-            raise FindingError(f"{len(text):,} characters of error: {text[:80]!r}") from None
-        if not text.isprintable() and any(not each.isprintable() and each != "\n" for each in text):
-            raise FindingError(f"control characters in an error: {text[:200]!r}") from None
+            raise FindingError(
+                f"an error of more than a screen from {place_of(error)}\n{len(text):,} characters: {text[:200]!r}"
+            ) from None
+        if not text.replace("\n", "").isprintable():
+            raise FindingError(f"control characters in an error from {place_of(error)}\n{text[:200]!r}") from None
         return False
     except TooLongError as error:
         raise FindingError(f"took longer than {limit:g} s\n{place_of(error)}") from None
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:
         name = type(error).__name__
         raise FindingError(f"{name} in {place_of(error)}\n{name}: {error}"[:SHOWN_CHARS]) from None
@@ -155,8 +159,8 @@ def one_round(each: Format, seed: int, num_inputs: int, limit: float, folder: Pa
         test = hypothesis.seed(seed)(quiet(hypothesis.given(each.changed)(check)))
         try:
             test()
-        except FindingError as error:
-            tally.findings |= {str(error).partition("\n")[0]: smallest[str(error).partition("\n")[0]]}
+        except (FindingError, hypothesis.errors.Flaky):
+            tally.findings |= smallest
             continue
         if tally.tried - before < num_inputs:
             break  # there are no more inputs

@@ -82,13 +82,17 @@ class Sizes:
 
 
 V1 = Sizes(max_model_len=1024, blocks=44, kinds=KINDS, num_fixed=3, max_tokens=96, prompt_chars=900)
-V2 = Sizes(max_model_len=256, blocks=13, kinds=KINDS_V2, num_fixed=1, max_tokens=24, prompt_chars=150)
+V2 = Sizes(max_model_len=256, blocks=13, kinds=KINDS_V2, num_fixed=2, max_tokens=24, prompt_chars=150)
 
 
 def request_of(kind: str, prompt: str, seed: int | None, max_tokens: int) -> dict[str, Any]:
     """Arguments of the openai client's call."""
     extra: dict[str, Any] = {"return_token_ids": True}
-    common: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "temperature": (0.0, 0.7, 1.0)[(seed or 1) % 3]}
+    common: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "temperature": 1.0 if seed is None else (0.0, 0.7, 1.0)[seed % 3],
+    }
     if kind in ("chat", "chat stream", "json schema", "tool call"):
         common["messages"] = [{"role": "user", "content": prompt}]
     else:
@@ -417,6 +421,7 @@ async def soak(url: str, pid: int, sizes: Sizes, expected: dict[Any, Answer], ar
     clients = Clients(url, sizes, expected)
     before = fetch(url)
     memory = await traffic(clients, url, pid, arguments)
+    await clients.fixed_set(("completion",))  # a worker learns of an abort with its next step
     idle = idle_sample(url)
     # Behind a stop string tokens are emitted that nobody gets.
     _, returned = await clients.fixed_set(tuple(kind for kind in sizes.kinds if kind != "stop"))
