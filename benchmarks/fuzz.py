@@ -21,6 +21,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -220,6 +221,8 @@ def fuzz(arguments: argparse.Namespace) -> dict[str, Tally]:
                     return tallies
                 done = in_child(each, arguments.seed + number, arguments.inputs or ROUND, arguments.limit)
                 tallies.setdefault(each.name, Tally()).add(done)
+                if not number:
+                    progress.print(f"{time.monotonic() - began:.0f} s: {each.name}: {len(done.findings)} findings")
             tried, found = (
                 sum(each.tried for each in tallies.values()),
                 sum(len(t.findings) for t in tallies.values()),
@@ -242,11 +245,16 @@ def report(tallies: dict[str, Tally], arguments: argparse.Namespace) -> int:
     rows.append(("together", f"{together.tried:,}", f"{together.accepted:,}", f"{together.refused:,}", str(len(found))))
     print_markdown({**setting(), "seed": str(arguments.seed)}, headings, rows)
     for name, text, smallest, seed in found:
-        print(f"\n{name}, seed {seed}: {text}\n  input: {smallest[:SHOWN_CHARS]}")
+        print(f"\n{name}, seed {seed}: {text}\n  input: {shown(smallest)}")
     if arguments.json:
         rows_of = [{"format": a, "what": b, "input": c, "seed": d} for a, b, c, d in found]
         arguments.json.write_text(json.dumps({"table": rows, "findings": rows_of}, indent=1))
     return int(bool(found))
+
+
+def shown(example: str) -> str:
+    """An input, its runs of zeros cut short."""
+    return re.sub(r"(?:\\x00){20,}", lambda run: f" ... {len(run.group()) // 4} zeros ... ", example)[:SHOWN_CHARS]
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from vllm_specplug.stores.writer import DatastoreWriter
 
 VOCAB_SIZE = 50
 FINGERPRINT = "f" * 64
+CREATED = "2026-01-01T00:00:00Z"
 DOCUMENTS = [[1, 2, 3, 1, 2, 4, 1, 2, 3, 49], [7, 1, 2, 3, 7, 7, 7, 7], [5]]
 CONTEXTS = [[1, 2], [7, 7, 7], [9, 1, 2, 3, 1, 2], [-1, 60, 7], [0], [1, 2, 3] * 40]
 IN_VOCABULARY = [[token for token in tokens if 0 <= token < VOCAB_SIZE] for tokens in CONTEXTS]
@@ -271,6 +273,8 @@ def store_bytes(folder: Path, documents: list[list[int]], segment_tokens: int | 
         for document in documents:
             writer.add(document)
         writer.finish()
+    header, _ = parts_of(path.read_bytes())
+    path.write_bytes(with_header(path.read_bytes(), {**header, "created": CREATED}))  # the same bytes every time
     return path.read_bytes()
 
 
@@ -415,8 +419,9 @@ def text_formats(
         whole = json.dumps(rows).encode()
         changed = st.one_of(changed_json(rows).map(lambda each: json.dumps(each).encode()), changed_bytes(whole))
         made.append(Format(f"{name}, JSON", changed, in_file(f"x{suffix}", use), whole))
-    for ending, packed in ((".gz", gzip.compress(lines, mtime=0)), (".zst", zstandard.compress(lines))):
-        made.append(Format(f"{name}, {ending}", changed_bytes(packed), in_file(f"x.jsonl{ending}", use), packed))
+    for ending, pack in ((".gz", gzip.compress), (".zst", zstandard.compress)):
+        changed = st.one_of(changed_bytes(pack(lines)), changed_json(rows).map(json_lines).map(pack))
+        made.append(Format(f"{name}, {ending}", changed, in_file(f"x.jsonl{ending}", use), pack(lines)))
     return made
 
 
@@ -432,7 +437,9 @@ def formats(folder: Path) -> list[Format]:
         shards[shard.name] = data
     entries = [shard_of(shards_folder(folder / "sharded.specstore") / name) for name in shards]
     publish(folder / "sharded.specstore", entries)
-    manifest = (folder / "sharded.specstore").read_bytes()
+    manifest = re.sub(
+        rb'"created": ".*"', f'"created": "{CREATED}"'.encode(), (folder / "sharded.specstore").read_bytes()
+    )
 
     def sharded(place: Path, example: tuple[bytes, bytes]) -> None:
         path = place / "sharded.specstore"

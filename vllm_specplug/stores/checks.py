@@ -47,11 +47,8 @@ def scan_tokens(tokens, separator):
 def check_order(tokens, positions, first, last, first_position, last_position, step, separator, depth):
     """True if positions are inside their segment and every ``step``-th pair of neighbours is in order.
 
-    Only the last ``depth`` tokens before a position count. False too if the segment does not begin and end with a
-    separator, which would let a comparison run out of it.
+    Only the last ``depth`` tokens before a position count.
     """
-    if last - first < 2 or tokens[first] != separator or tokens[last - 1] != separator:
-        return False
     for index in range(first_position, last_position):
         here = first + np.int64(positions[index])
         if here <= first or here >= last:
