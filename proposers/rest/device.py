@@ -49,7 +49,7 @@ UPLOAD_BYTES = 64 * 2**20
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _search(  # type: ignore[no-untyped-def]
-    tokens, positions, first_token, last_slot, low, high, suffix, limit,
+    tokens, positions, first_token, low, high, suffix, limit,
     after: tl.constexpr, match_lanes: tl.constexpr, num_probes: tl.constexpr,
 ):  # fmt: skip
     """Search ``positions[low:high]``, all or part of one segment, for the position at which a suffix belongs.
@@ -57,7 +57,6 @@ def _search(  # type: ignore[no-untyped-def]
     Args:
         tokens: ``[num_slots]``, the store's tokens.
         first_token: slot of the segment's first token.
-        last_slot: the last slot of ``tokens``.
         suffix: ``[match_lanes]`` int32, the context read backwards; only its first ``limit`` tokens count.
         after: 0 for the position before all entries that match ``limit`` tokens, 1 for the position behind them.
 
@@ -73,9 +72,7 @@ def _search(  # type: ignore[no-untyped-def]
         step = (high - low) // (num_probes + 1) + 1
         index = low + (probe + 1) * step - 1
         inside = index < high
-        # A damaged store can hold any position: the minimum keeps reads inside its tokens, here and below.
         following = first_token + tl.load(positions + index, mask=inside, other=0).to(tl.int64)
-        following = tl.minimum(following, last_slot)
         slot = following[:, None] - 1 - back
         # A separator differs from any token of a context: no match reaches slots before the first document.
         text = tl.load(tokens + slot, mask=inside[:, None] & (back < limit) & (slot >= 0), other=0).to(tl.int32)
@@ -140,22 +137,15 @@ def _draft_kernel(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, segment_lanes)
     begins = tl.zeros([segment_lanes], tl.int64)
     counts = tl.zeros([segment_lanes], tl.int64)
-    last_slot = tl.load(segments + 4 * (num_segments - 1) + 1) - 1
     longest = 0
     for segment in range(num_searched):
         first_token = tl.load(segments + 4 * segment)
         start = tl.load(segments + 4 * segment + 2)
         stop = tl.load(segments + 4 * segment + 3)
-        place, length = _search(
-            tokens, positions, first_token, last_slot, start, stop, suffix, limit, 0, match_lanes, num_probes
-        )
+        place, length = _search(tokens, positions, first_token, start, stop, suffix, limit, 0, match_lanes, num_probes)
         if length >= tl.maximum(longest, min_match):
-            begin, _ = _search(
-                tokens, positions, first_token, last_slot, start, place, suffix, length, 0, match_lanes, num_probes
-            )
-            end, _ = _search(
-                tokens, positions, first_token, last_slot, place, stop, suffix, length, 1, match_lanes, num_probes
-            )
+            begin, _ = _search(tokens, positions, first_token, start, place, suffix, length, 0, match_lanes, num_probes)
+            end, _ = _search(tokens, positions, first_token, place, stop, suffix, length, 1, match_lanes, num_probes)
             counts = tl.where(length > longest, 0, counts)  # shorter matches do not vote
             begins = tl.where(lane == segment, begin, begins)
             counts = tl.where(lane == segment, end - begin, counts)
@@ -184,7 +174,7 @@ def _draft_kernel(  # type: ignore[no-untyped-def]
     depth = 0
     drafting = (num_votes > 0) & (depth < max_draft)
     while drafting:
-        token = tl.load(tokens + tl.minimum(following + depth, last_slot), mask=voting, other=0).to(tl.int32)
+        token = tl.load(tokens + following + depth, mask=voting, other=0).to(tl.int32)
         token = tl.where(voting, token, -1)
         choice, num_agreeing = _most_voted(token, voting, vote_lanes)
         num_voting = tl.sum(voting.to(tl.int32), axis=0)
@@ -192,7 +182,7 @@ def _draft_kernel(  # type: ignore[no-untyped-def]
             confidences + ((longest + depth - 1) * max_votes + num_voting - 1) * max_votes + num_agreeing - 1
         )
         chance *= confidence
-        drafting = (choice >= 0) & (choice < vocab_size) & (chance >= least)
+        drafting = (choice != vocab_size) & (chance >= least)
         tl.store(drafts + request * draft_width + depth, choice.to(tl.int64), mask=drafting)
         tl.store(out_confidence + request * draft_width + depth, confidence.to(tl.float32), mask=drafting)
         voting = voting & (token == choice)

@@ -37,12 +37,6 @@ CHUNK_REQUESTS = 32
 
 
 @kernel
-def _token_at(tokens, place):
-    """The token at a place; behind the end of a damaged store, which no separator ends, its last token."""
-    return tokens[min(place, len(tokens) - 1)]
-
-
-@kernel
 def _most_voted(tokens, candidates, num_candidates, depth, choices, counts):
     """Count what candidates have at ``depth``: the different tokens into ``choices``, their votes into ``counts``.
 
@@ -52,7 +46,7 @@ def _most_voted(tokens, candidates, num_candidates, depth, choices, counts):
     num_choices = 0
     best = 0
     for index in range(num_candidates):
-        token = _token_at(tokens, candidates[index] + depth)
+        token = tokens[candidates[index] + depth]
         choice = 0
         while choice < num_choices and choices[choice] != token:
             choice += 1
@@ -73,7 +67,7 @@ def _race(choices, counts, num_choices, separator, kind, key, scale):
     best_score = -math.inf
     second_score = -math.inf
     for choice in range(num_choices):
-        if choices[choice] < separator:
+        if choices[choice] != separator:
             score = noisy_score(math.log(counts[choice]), scale, kind, key, choices[choice])
             if score > best_score:
                 second_score = best_score
@@ -102,7 +96,7 @@ def _elect(tokens, vocab_size, length, candidates, num_candidates, depth, kind, 
     margin = 0.0
     if scale > 0.0:
         best, margin = _race(choices, counts, num_choices, vocab_size, kind, keys[depth], scale)
-    if choices[best] >= vocab_size:
+    if choices[best] == vocab_size:
         return best, 0.0, num_choices
     if scale > 0.0:
         noise = noise_of(kind, keys[depth], choices[best])
@@ -117,7 +111,7 @@ def _keep_agreeing(tokens, candidates, num_candidates, depth, token):
     """Move the candidates that have ``token`` at ``depth`` to the front: how many."""
     num_agreeing = 0
     for index in range(num_candidates):
-        if _token_at(tokens, candidates[index] + depth) == token:
+        if tokens[candidates[index] + depth] == token:
             candidates[num_agreeing] = candidates[index]
             num_agreeing += 1
     return num_agreeing
@@ -143,7 +137,7 @@ def draft_one(
         )
         token, num_agreeing = choices[best], counts[best]
         chance *= confidence
-        if token >= vocab_size or chance < min_confidence:
+        if token == vocab_size or chance < min_confidence:
             break
         out_tokens[depth] = token
         out_confidence[depth] = confidence
@@ -160,7 +154,7 @@ def _agreeing_with(tokens, candidates, num_candidates, path, length, agreeing):
     num_agreeing = 0
     for index in range(num_candidates):
         same = 0
-        while same < length and _token_at(tokens, candidates[index] + same) == path[same]:
+        while same < length and tokens[candidates[index] + same] == path[same]:
             same += 1
         if same == length:
             agreeing[num_agreeing] = candidates[index]
@@ -180,7 +174,7 @@ def _rate_losers(
     """
     for choice in range(num_choices):
         losers[choice] = 0.0
-        if choice != best and choices[choice] < vocab_size:
+        if choice != best and choices[choice] != vocab_size:
             if scale > 0.0:
                 noise = noise_of(kind, key, choices[choice])
                 losers[choice] = noisy_branch_confidence(length, counts[choice], num_votes, counts[best], noise)
@@ -224,7 +218,7 @@ def draft_tree(
                 tokens, vocab_size, length, agreeing, num_agreeing, depth, kind, keys, scale, choices, counts
             )
             token, num_votes = choices[best], counts[best]
-            ends = token >= vocab_size or chance * confidence < (min_confidence if path == 0 else least)
+            ends = token == vocab_size or chance * confidence < (min_confidence if path == 0 else least)
             if num_choices > 1 and chance * (1.0 - confidence) >= least:
                 _rate_losers(
                     vocab_size, length + depth, num_agreeing, best, confidence, kind, keys[depth], scale, choices,

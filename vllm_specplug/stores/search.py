@@ -6,22 +6,12 @@ import numpy as np
 
 from vllm_specplug.compiled import kernel
 
-# A store that was damaged, or overwritten while it is mapped, can hold any number as a position, and no separator.
-# Every read stays inside the arrays all the same; what is found then makes no sense, and a draft of it is rejected.
-
-
-@kernel
-def slot_of(positions, index, first_token, last_token):
-    """Index of the token that follows entry ``index`` of a segment; of a damaged entry, some index in the segment."""
-    return min(max(first_token + np.int64(positions[index]), first_token + 1), last_token - 1)
-
 
 @kernel
 def match_length(tokens, position, context, limit, start):
     """Length of the common suffix of ``tokens[:position]`` and ``context``, at most ``limit``, known to be >= start."""
     end = len(context)
-    limit = min(limit, position)
-    length = min(start, limit)
+    length = start
     while length < limit and tokens[position - 1 - length] == context[end - 1 - length]:
         length += 1
     return length
@@ -40,13 +30,13 @@ def usable_length(context, max_match, vocab_size):
 
 
 @kernel
-def _widen(tokens, positions, segment, table, rows, num_tokens, longest, inside, outside, place):
+def _widen(tokens, positions, first_token, start, stop, table, rows, num_tokens, longest, inside, outside, place):
     """Find both ends of the entries of one segment that match, for all contexts side by side.
 
     Strides out from an entry that matches until one does not, then closes in.
 
     Args:
-        segment: ``[4]``, the row of the segment.
+        start, stop: the segment's range of positions.
         longest: ``[num_requests]`` tokens that must match; 0 skips a request.
         inside: ``[num_requests, 2]`` known matching entries nearest to the lower and to the upper end; replaced by the
             first and the last matching entry.
@@ -54,7 +44,6 @@ def _widen(tokens, positions, segment, table, rows, num_tokens, longest, inside,
         place: ``[num_requests, 2]`` int64, scratch space.
     """
     num_requests = len(rows)
-    first_token, last_token, start, stop = segment
     stride = 1
     fetched = np.int64(0)
     for i in range(num_requests):
@@ -87,13 +76,13 @@ def _widen(tokens, positions, segment, table, rows, num_tokens, longest, inside,
         for i in range(num_requests):
             for side in range(2):
                 if place[i, side] >= 0:
-                    fetched ^= np.int64(tokens[slot_of(positions, place[i, side], first_token, last_token) - 1])
+                    fetched ^= np.int64(tokens[first_token + np.int64(positions[place[i, side]]) - 1])
         for i in range(num_requests):
             for side in range(2):
                 if place[i, side] < 0:
                     continue
                 probe = place[i, side]
-                position = slot_of(positions, probe, first_token, last_token)
+                position = first_token + np.int64(positions[probe])
                 context = table[rows[i], : num_tokens[i]]
                 if match_length(tokens, position, context, longest[i], 0) == longest[i]:
                     inside[i, side] = probe
@@ -136,7 +125,7 @@ def search_batch(
     outside = np.empty((num_requests, 2), dtype=np.int64)
     probes = np.empty((num_requests, 2), dtype=np.int64)
     for segment in range(len(segments)):
-        first_token, last_token, start, stop = segments[segment]
+        first_token, _, start, stop = segments[segment]
         num_open = 0
         for i in range(num_requests):
             low[i] = start
@@ -148,7 +137,7 @@ def search_batch(
         while num_open:
             for i in range(num_requests):
                 # A search that has ended reads some entry of its segment again.
-                place[i] = slot_of(positions, min((low[i] + high[i]) >> 1, stop - 1), first_token, last_token)
+                place[i] = first_token + np.int64(positions[min((low[i] + high[i]) >> 1, stop - 1)])
             for i in range(num_requests):
                 read[i] = tokens[place[i] - 1]
             num_open = 0
@@ -175,7 +164,7 @@ def search_batch(
             # The entries that match over that length surround ``low``: at least one of its neighbours does.
             inside[i, 0] = low[i] - 1 if low_length[i] == length else low[i]
             inside[i, 1] = low[i] if high_length[i] == length else low[i] - 1
-        _widen(tokens, positions, segments[segment], table, rows, num_tokens, found, inside, outside, probes)
+        _widen(tokens, positions, first_token, start, stop, table, rows, num_tokens, found, inside, outside, probes)
         for i in range(num_requests):
             if found[i] == 0:
                 continue
@@ -204,12 +193,13 @@ def spread_candidates(positions, segments, ranges, candidates):
     nth = 0
     passed = 0
     for index in range(len(segments) if total else 0):
+        first_token = segments[index, 0]
         begin, end = ranges[index]
         while nth < num_candidates:
             at = begin + nth * total // num_candidates - passed
             if at >= end:
                 break
-            candidates[nth] = slot_of(positions, at, segments[index, 0], segments[index, 1])
+            candidates[nth] = first_token + np.int64(positions[at])
             nth += 1
         passed += end - begin
     return num_candidates, total
