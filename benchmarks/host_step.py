@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from build_store import TINY_TOKENIZER, machine_line, parse_count, print_table
 from lookup import CONTEXT_TOKENS, MAX_DRAFT, held_out_tokens, store_of
-from vllm import SamplingParams
 
 from vllm_specplug.hooks.v2.transfer import Transfer
 from vllm_specplug.settings.model import SETTINGS_KEY, parse_settings
@@ -63,7 +62,7 @@ def measure(drafter: Any, modules: list[np.ndarray[Any, Any]], batch: int) -> li
         texts.append(module[start : start + length])
     table = np.stack(texts)
     ids = [str(row) for row in range(batch)]
-    params = SamplingParams(temperature=0.0, max_tokens=None)
+    params = SimpleNamespace(extra_args=None, max_tokens=None, temperature=0.0, eos_token_id=None, stop_token_ids=None)
     new = [
         SimpleNamespace(req_id=id, sampling_params=params, prompt_len=CONTEXT_TOKENS, prefill_token_ids=row.tolist())
         for id, row in zip(ids, table[:, :CONTEXT_TOKENS], strict=True)

@@ -71,10 +71,12 @@ def merge(
         Paths of the files.
 
     Raises:
-        DatastoreError: the stores have different tokenizers.
+        DatastoreError: the stores have different tokenizers, or one is damaged: the merged store, with checksums of
+            its own, would hide that.
     """
     first = stores[0].header
     for store in stores:
+        store.verify()
         if (store.header.fingerprint, store.header.vocab_size) != (first.fingerprint, first.vocab_size):
             raise DatastoreError(
                 f"{store.path} has the ids of tokenizer {store.header.tokenizer!r}, {stores[0].path} of "
