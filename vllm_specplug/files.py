@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ def replacing(path: Path, mode: int) -> Iterator[IO[bytes]]:
 
     Args:
         path: a file there is replaced; its folder must exist.
-        mode: permissions of the file, such as 0o600.
+        mode: permissions of the file, such as 0o600, less those that the umask takes away.
 
     Raises:
         OSError: it cannot be written. What was at ``path`` is still there.
@@ -62,13 +63,40 @@ def replacing(path: Path, mode: int) -> Iterator[IO[bytes]]:
         with open(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode | 0o200), "w+b") as file:
             yield file
             file.flush()
-            os.fchmod(file.fileno(), mode)
+            take_rights(file, mode)
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def remove_stale_partials(folder: Path, name: str = "") -> None:
+    """Delete half-written files in a folder whose process is gone: all, or those that were to become ``name``."""
+    with os.scandir(folder) as entries:
+        partials = [
+            each.path for each in entries if re.fullmatch(rf"{re.escape(name) or '.*'}\.partial-\d+", each.name)
+        ]
+    for partial in partials:
+        if not _is_running(int(partial.rpartition("-")[2])):
+            Path(partial).unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    """True if a process with this number runs on this machine."""
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # a process of another user
+    return True
+
+
+def take_rights(file: IO[bytes], mode: int) -> None:
+    """Take away the permissions of an open file that ``mode`` does not have."""
+    os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(file.fileno()).st_mode) & mode)
 
 
 def sync_folder(folder: Path) -> None:

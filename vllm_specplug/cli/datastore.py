@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -271,7 +272,7 @@ def merge(
         with writing(out) as folder, Progress(*columns, console=console) as progress:
             # Opened under the lock, so that text added in the meantime is merged too.
             _check_free(out, force)
-            opened = [Datastore.open(path) for path in dict.fromkeys(path.resolve() for path in stores)]
+            opened = [Datastore.open(path) for path in dict.fromkeys(Path(os.path.realpath(path)) for path in stores)]
             clear(folder, {shard.file for shard in shards_at(out)}, restart=False)
             task = progress.add_task("merging", total=None)
             version = f"{time.time_ns():x}"
@@ -304,7 +305,7 @@ def _cluster(address: str | None) -> Iterator[None]:
 
 def _target(path: Path) -> Path:
     """Path that a store is written to: the target of a link, not the link itself."""
-    return path.resolve() if path.is_symlink() else path
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _check_free(out: Path, force: bool) -> None:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_specplug.errors import DatastoreError
+from vllm_specplug.files import open_regular, replacing
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.format import Shard
 from vllm_specplug.stores.shards import LOCK_NAME, publish, remove_unlisted, shard_of
@@ -230,12 +231,17 @@ def clear(folder: Path, keep: Collection[str], restart: bool, keep_prefix: str =
 
 def _done(unit: Unit) -> UnitDone | None:
     try:
-        done = UnitDone.model_validate_json(unit.done.read_bytes())
+        done = UnitDone.model_validate_json(_bytes_of(unit.done))
         if done.shard is None or shard_of(unit.shard) == done.shard:
             return done
     except (OSError, ValidationError, DatastoreError):
         pass  # the unit is not begun, or not complete
     return None
+
+
+def _bytes_of(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
 
 
 def build_unit(unit: Unit, number: int, report: Report, tokenizer: Any = None) -> UnitDone:
@@ -272,9 +278,8 @@ def build_unit(unit: Unit, number: int, report: Report, tokenizer: Any = None) -
         num_skipped=sources.num_skipped,
         num_split_documents=writer.num_split_documents,
     )
-    partial = unit.done.with_name(f"{unit.done.name}.partial-{os.getpid()}")
-    partial.write_text(done.model_dump_json())
-    os.replace(partial, unit.done)
+    with replacing(unit.done, 0o666) as file:
+        file.write(done.model_dump_json().encode())
     return done
 
 
