@@ -74,13 +74,10 @@ def replacing(path: Path, mode: int) -> Iterator[IO[bytes]]:
 
 def remove_stale_partials(folder: Path, name: str = "") -> None:
     """Delete half-written files in a folder whose process is gone: all, or those that were to become ``name``."""
-    with os.scandir(folder) as entries:
-        partials = [
-            each.path for each in entries if re.fullmatch(rf"{re.escape(name) or '.*'}\.partial-\d+", each.name)
-        ]
-    for partial in partials:
-        if not _is_running(int(partial.rpartition("-")[2])):
-            Path(partial).unlink(missing_ok=True)
+    for each in os.listdir(folder):
+        found = re.fullmatch(r"(.*)\.partial-(\d+)", each)
+        if found and found[1] == (name or found[1]) and not _is_running(int(found[2])):
+            (folder / each).unlink(missing_ok=True)
 
 
 def _is_running(pid: int) -> bool:

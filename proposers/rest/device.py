@@ -56,7 +56,7 @@ def _search(  # type: ignore[no-untyped-def]
     """Search ``positions[low:high]``, all or part of one segment, for the position at which a suffix belongs.
 
     Args:
-        tokens: ``[num_slots]``, the store's tokens; an entry that points behind them, in a damaged store, counts as the last.
+        tokens: ``[num_slots]``, the store's tokens. Entries of a damaged store point to the last one at most.
         first_token: slot of the segment's first token.
         suffix: ``[match_lanes]`` int32, the context read backwards; only its first ``limit`` tokens count.
         after: 0 for the position before all entries that match ``limit`` tokens, 1 for the position behind them.

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from vllm_specplug.files import open_regular, remove_stale_partials, replacing
 from vllm_specplug.log import logger
@@ -20,25 +19,6 @@ from vllm_specplug.log import logger
 FILE_FORMAT = "specplug-history-1"
 REST_FACTOR = 50
 """A save is followed by at least this many times its own duration without one."""
-
-
-class _Header(BaseModel):
-    """Header of a history file.
-
-    Attributes:
-        format: :data:`FILE_FORMAT`.
-        vocab_size: number of the model's token ids.
-        tenants: names that the entries of ``tenants`` in the file are indices of.
-    """
-
-    model_config = ConfigDict(strict=True)
-
-    format: str
-    vocab_size: int
-    tenants: list[str]
-
-
-_HEADER = TypeAdapter(_Header)
 
 
 class HistoryFile:
@@ -136,20 +116,25 @@ class HistoryFile:
                 raise ValueError("it is no history of this proposer's")
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
-                header = _HEADER.validate_json(archive["header"].tobytes())
+                header = json.loads(archive["header"].tobytes())
                 tokens, lengths, tenants = archive["tokens"], archive["lengths"], archive["tenants"]
-        if header.format != FILE_FORMAT:
-            raise ValueError(f"its format is {header.format[:40]!r}, this version reads {FILE_FORMAT!r}")
-        if header.vocab_size != self._vocab_size:
+        if not isinstance(header, dict) or header.get("format") != FILE_FORMAT:
+            given = header.get("format") if isinstance(header, dict) else header
+            raise ValueError(f"its format is {given!r}, this version reads {FILE_FORMAT!r}")
+        if header.get("vocab_size") != self._vocab_size:
             raise ValueError(
-                f"it was written for a vocabulary of {header.vocab_size} tokens, the model has {self._vocab_size}"
+                f"it was written for a vocabulary of {header.get('vocab_size')!r} tokens, the model has "
+                f"{self._vocab_size}"
             )
+        names = header.get("tenants")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("its parts do not fit together")
         kinds = [(each.dtype, each.ndim) for each in (tokens, lengths, tenants)]
         if kinds != [(np.int32, 1), (np.int64, 1), (np.int32, 1)] or len(lengths) != len(tenants):
             raise ValueError("its parts do not fit together")
         if len(lengths) and (
             not 1 <= lengths.min() <= lengths.max() <= len(tokens)
-            or not 0 <= tenants.min() <= tenants.max() < len(header.tenants)
+            or not 0 <= tenants.min() <= tenants.max() < len(names)
         ):
             raise ValueError("its parts do not fit together")
         if lengths.sum() != len(tokens):
@@ -158,7 +143,7 @@ class HistoryFile:
             raise ValueError("it has tokens outside the vocabulary")
         pieces = np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
         # Copies: a view would keep all texts in memory.
-        return [(header.tenants[tenant], piece.copy()) for tenant, piece in zip(tenants, pieces, strict=True)]
+        return [(names[tenant], piece.copy()) for tenant, piece in zip(tenants, pieces, strict=True)]
 
     def save(self) -> None:
         """Write all finished texts if there are new ones."""

@@ -18,9 +18,9 @@ import threading
 import weakref
 from typing import Any, BinaryIO
 
+import llvmlite.binding as llvm
 import numpy as np
-from numba import cfunc, types
-from numba.extending import intrinsic
+from llvmlite import ir
 from numpy.typing import NDArray
 
 from vllm_specplug.stores.format import Section
@@ -119,61 +119,97 @@ class _Action(ctypes.Structure):
 
 _previous = _Action()
 _default = _Action()
-_handler: Any = None
+_kept: list[Any] = []
+"""The handler's code."""
+_handler = 0
 
 
 def _install() -> None:
     """Make our handler that of SIGBUS, and remember the one before; again if somebody has set another meanwhile."""
     global _handler
-    if _handler is None:
+    if not _handler:
         _handler = _compile_handler()
     now = _Action()
     _libc.sigaction(signal.SIGBUS, None, ctypes.byref(now))
-    if now.handler == _handler.address:
+    if now.handler == _handler:
         return
     ctypes.pointer(_previous)[0] = now
     _watched[MOST_RANGES, 0] = 0
-    ours = _Action(handler=_handler.address, flags=_SA_SIGINFO | _SA_ONSTACK)
+    ours = _Action(handler=_handler, flags=_SA_SIGINFO | _SA_ONSTACK)
     _libc.sigaction(signal.SIGBUS, ctypes.byref(ours), None)
 
 
-@intrinsic
-def _numbers_at(typing_context, address):  # type: ignore[no-untyped-def]
-    """An address as a pointer to int64 numbers."""
+def _compile_handler() -> int:
+    """Address of the handler's machine code.
 
-    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+    Written in LLVM's own language, since it may run at any instruction of any thread: it allocates nothing, raises
+    nothing, knows nothing of Python, and calls only mmap and sigaction. In C::
 
-    return types.CPointer(types.int64)(types.int64), build
+        void handle(int number, siginfo_t *info, void *context) {
+            for (long *row = watched; row != watched_end; row += 3)
+                if (row[0] <= info->si_addr && info->si_addr < row[1] && mmap(row[0], ...) == row[0]) {
+                    row[2] = 1;
+                    return;
+                }
+            sigaction(number, watched_end[0]++ ? &default_action : &previous, NULL);  // and the read is repeated
+        }
 
-
-def _compile_handler() -> Any:
-    """The handler as machine code.
-
-    It allocates nothing, raises nothing and calls only mmap and sigaction, so that it may run at any instruction.
+    A range is replaced at once: page by page, a store could take more maps than the system lets a process have. The
+    second time, the handler from before us has called us in turn.
     """
-    remap = ctypes.CFUNCTYPE(
-        ctypes.c_ssize_t, ctypes.c_ssize_t, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_ssize_t
-    )(ctypes.cast(_libc.mmap, ctypes.c_void_p).value)
-    set_action = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_ssize_t, ctypes.c_ssize_t)(
-        ctypes.cast(_libc.sigaction, ctypes.c_void_p).value
+    number, word, void = ir.IntType(32), ir.IntType(64), ir.VoidType()
+    module = ir.Module()
+    handler = ir.Function(module, ir.FunctionType(void, [number, word, word]), "handle")
+    entry, each, inside, lost, following, other = (
+        handler.append_basic_block(name) for name in ("entry", "each", "inside", "lost", "following", "other")
     )
-    watched_at, previous_at, default_at = _watched.ctypes.data, ctypes.addressof(_previous), ctypes.addressof(_default)
-    end, protection = 3 * MOST_RANGES, int(mmap.PROT_READ)
+    code = ir.IRBuilder(entry)
+
+    def slot(at: Any, index: int) -> Any:
+        return code.inttoptr(code.add(at, word(8 * index)), word.as_pointer())
+
+    def function(name: str, result: Any, *arguments: Any) -> Any:
+        address = ctypes.cast(getattr(_libc, name), ctypes.c_void_p).value
+        return code.inttoptr(word(address), ir.FunctionType(result, arguments).as_pointer())
+
+    end = word(_watched.ctypes.data + 8 * _watched[:MOST_RANGES].size)
+    address = code.load(slot(handler.args[1], 2))  # si_addr
+    code.branch(each)
+
+    code.position_at_end(each)
+    row = code.phi(word)
+    row.add_incoming(word(_watched.ctypes.data), entry)
+    start, stop = code.load(slot(row, _START)), code.load(slot(row, _STOP))
+    is_inside = code.and_(code.icmp_unsigned("<=", start, address), code.icmp_unsigned("<", address, stop))
+    code.cbranch(is_inside, inside, following)
+
+    code.position_at_end(inside)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+    remap = function("mmap", word, word, word, number, number, number, word)
+    arguments = [start, code.sub(stop, start), number(mmap.PROT_READ), number(flags), number(-1), word(0)]
+    code.cbranch(code.icmp_unsigned("==", code.call(remap, arguments), start), lost, other)
 
-    @cfunc(types.void(types.int32, types.CPointer(types.int64), types.voidptr))  # type: ignore[untyped-decorator]
-    def handle(number, info, _):  # type: ignore[no-untyped-def]
-        watched = _numbers_at(watched_at)
-        address = info[2]  # si_addr of siginfo_t
-        for row in range(0, end, 3):
-            start, stop = watched[row], watched[row + 1]
-            # All at once: page by page, a store could take more maps than the system lets a process have.
-            if start <= address < stop and remap(start, stop - start, protection, flags, -1, 0) == start:
-                watched[row + 2] = 1
-                return
-        # The read is repeated, under the handler from before us; the second time, that one has called us in turn.
-        watched[end] += 1
-        set_action(number, previous_at if watched[end] == 1 else default_at, 0)
+    code.position_at_end(lost)
+    code.store(word(1), slot(row, _IS_LOST))
+    code.ret_void()
 
-    return handle
+    code.position_at_end(following)
+    further = code.add(row, word(8 * _watched.shape[1]))
+    row.add_incoming(further, following)
+    code.cbranch(code.icmp_unsigned("==", further, end), other, each)
+
+    code.position_at_end(other)
+    count = code.load(slot(end, 0))
+    code.store(code.add(count, word(1)), slot(end, 0))
+    is_first = code.icmp_unsigned("==", count, word(0))
+    action = code.select(is_first, word(ctypes.addressof(_previous)), word(ctypes.addressof(_default)))
+    code.call(function("sigaction", number, number, word, word), [handler.args[0], action, word(0)])
+    code.ret_void()
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), machine)
+    engine.finalize_object()
+    _kept.append(engine)
+    return int(engine.get_function_address("handle"))
