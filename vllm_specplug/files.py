@@ -74,7 +74,7 @@ def replacing(path: Path, mode: int) -> Iterator[IO[bytes]]:
 
 def remove_stale_partials(folder: Path, name: str = "") -> None:
     """Delete half-written files in a folder whose process is gone: all, or those that were to become ``name``."""
-    for each in os.listdir(folder):
+    for each in os.listdir(folder) if folder.is_dir() else ():
         found = re.fullmatch(r"(.*)\.partial-(\d+)", each)
         if found and found[1] == (name or found[1]) and not _is_running(int(found[2])):
             (folder / each).unlink(missing_ok=True)
