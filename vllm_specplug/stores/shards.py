@@ -45,7 +45,7 @@ def writing(path: Path) -> Iterator[Path]:
     folder = shards_folder(path)
     try:
         folder.mkdir(exist_ok=True)
-        lock = (folder / LOCK_NAME).open("w")
+        lock = (folder / LOCK_NAME).open("a+")  # a pipe would let "w" wait for a reader
     except OSError as error:
         raise DatastoreError(f"cannot write {folder}: {os.strerror(error.errno or 0)}") from error
     with lock:
