@@ -185,7 +185,7 @@ def _trace_votes(tokens, positions, segments, vocab_size, context, draft, max_ma
         tokens, positions, segments, vocab_size, table, one - 1, one * len(context), one, max_match, 1, lengths, ranges
     )
     length = lengths[0]
-    num_votes, _ = spread_candidates(positions, segments, ranges[0], candidates)
+    num_votes, _ = spread_candidates(positions, segments, ranges[0], len(tokens), candidates)
     for depth in range(len(draft)):
         num_agreeing = 0
         for index in range(num_votes):

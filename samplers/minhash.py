@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.samplers.gumbel import splitmix64
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -29,14 +29,14 @@ CHUNK = 1024
 """Least number of darts that the torch form throws at once for each row."""
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _mixed(z):  # type: ignore[no-untyped-def]
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _throw(key, number, vocab):  # type: ignore[no-untyped-def]
     """(token, height) of a dart."""
     first = _mixed(key + (np.uint64(2) * number + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
@@ -45,7 +45,7 @@ def _throw(key, number, vocab):  # type: ignore[no-untyped-def]
     return token, (np.float64(second >> np.uint64(11)) + 0.5) * 2.0**-53
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _first_below(probs, keys, out):  # type: ignore[no-untyped-def]
     for row in range(len(keys)):
         vocab = probs.shape[1]

@@ -18,9 +18,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.samplers.gumbel import murmur3_round, splitmix64
 
 NO_NOISE, SPLITMIX, MURMUR = 0, 1, 2
@@ -83,7 +83,7 @@ def chain_noise(kind: int, keys: NDArray[np.uint64], chain: int) -> tuple[int, N
         return base, np.asarray(state, dtype=np.uint64)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _splitmix_bits(key, number):  # type: ignore[no-untyped-def]
     """53 bits of the hash of a token; ``number`` is the token id plus one."""
     z = key + number * np.uint64(0x9E3779B97F4A7C15)
@@ -93,7 +93,7 @@ def _splitmix_bits(key, number):  # type: ignore[no-untyped-def]
     return z >> np.uint64(11)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _murmur_round(h, word):  # type: ignore[no-untyped-def]
     """Mix a 32-bit word into the state. 32-bit arithmetic in 64-bit words, since numba widens narrower types."""
     mask = np.uint64(0xFFFFFFFF)
@@ -104,7 +104,7 @@ def _murmur_round(h, word):  # type: ignore[no-untyped-def]
     return (h * np.uint64(5) + np.uint64(0xE6546B64)) & mask
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _murmur_bits(h, token):  # type: ignore[no-untyped-def]
     """32 bits of the hash of a token."""
     mask = np.uint64(0xFFFFFFFF)
@@ -115,7 +115,7 @@ def _murmur_bits(h, token):  # type: ignore[no-untyped-def]
     return h ^ (h >> np.uint64(16))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _largest_noise(kind, key, token):  # type: ignore[no-untyped-def]
     """The largest noise of several chains, minus the logarithm of their number. Logarithms are taken once."""
     num_chains = (kind >> 2) + 1
@@ -133,7 +133,7 @@ def _largest_noise(kind, key, token):  # type: ignore[no-untyped-def]
     return -math.log(-math.log1p(-(np.float64(least) + 0.5) * 2.0**-32)) - math.log(num_chains)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def noise_of(kind, key, token):  # type: ignore[no-untyped-def]
     """Standard Gumbel noise of one token, float64; 0.0 for :data:`NO_NOISE`.
 
@@ -168,7 +168,7 @@ def noise_of(kind, key, token):  # type: ignore[no-untyped-def]
     return -math.log(-math.log1p(-uniform))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def noisy_score(log_weight, scale, kind, key, token):  # type: ignore[no-untyped-def]
     """A candidate's score in the race: ``scale * log_weight + noise``, or ``log_weight`` if ``scale`` is 0.
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -23,6 +24,8 @@ import pytest
 from vllm_specplug.engines.environment import CPU_DISTRIBUTION, answer_for_cpu_wheel
 from vllm_specplug.measure.corpus import held_out_prompts
 from vllm_specplug.metrics.series import ALL_SERIES
+from vllm_specplug.stores.datastore import Datastore
+from vllm_specplug.stores.format import HEADER_BYTES
 from vllm_specplug.tiny_models import target_path
 
 START_TIMEOUT_S = 600
@@ -163,7 +166,17 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
     url = f"http://127.0.0.1:{(port := _free_port())}"
     log_path = tmp_path_factory.mktemp("server") / "server.log"
-    config = {"method": "specplug", "datastore": str(store), "num_speculative_tokens": 6}
+    config = {
+        "method": "specplug",
+        "datastore": str(store),
+        "num_speculative_tokens": 6,
+        "proposers": [
+            {"name": "suffix", "history_file": str(tmp_path_factory.getbasetemp() / "history")},
+            "ngram",
+            "lookahead",
+            "rest",
+        ],
+    }
     command = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "serve", str(target_path())]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL, "--dtype", "float32"]
     command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
@@ -446,3 +459,32 @@ def test_a_grown_store_is_taken_up_without_a_restart(server: Server, store: Path
     assert "the stores in use stay in use" in answer["error"]
     store.write_bytes(good)
     assert complete(server, temperature=0).choices[0].text == before
+
+
+@pytest.mark.engine
+def test_a_store_that_is_cut_under_the_server_costs_its_drafts_only(server: Server, store: Path) -> None:
+    xargs = {"vllm_xargs": {"specplug_proposers": "rest"}}
+    before = complete(server, temperature=0, extra_body=xargs).choices[0].text
+    files = [path for path, _ in Datastore.open(store).files]
+    for path in files:
+        path.chmod(0o644)
+        os.truncate(path, HEADER_BYTES)
+    for _ in range(3):
+        assert complete(server, temperature=0, extra_body=xargs).choices[0].text == before
+    assert server.stats()["proposers"]["rest"]["active"]
+
+
+@pytest.mark.engine
+def test_a_server_that_is_stopped_has_saved_its_history(
+    server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The last test: it stops the server as users do, by a signal to its process group."""
+    history = tmp_path_factory.getbasetemp() / "history"
+    assert complete(server).choices[0].text
+    assert wait_until(history.exists, 60)  # while it serves
+    saved = history.stat()
+    assert stat.S_IMODE(saved.st_mode) == 0o600
+    assert complete(server, prompt=PROMPT + "# another", max_tokens=100).choices[0].text
+    os.killpg(server.pid, signal.SIGTERM)
+    assert wait_until(lambda: not _is_up(server.url), 60)
+    assert wait_until(lambda: history.stat().st_ino != saved.st_ino, 60)  # what was said last, too

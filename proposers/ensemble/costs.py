@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 
-@njit(cache=True, nogil=True)
+
+@kernel
 def cut_to_what_pays(chances, lengths, rate, first_s, row_s):  # type: ignore[no-untyped-def]
     """Shorten drafts to the lengths that are worth their time.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from numba import njit
-
+from vllm_specplug.compiled import kernel
 from vllm_specplug.proposers.ensemble.forks import shared_head
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def attribute(  # type: ignore[no-untyped-def]
     slots, first_chains, starts, verified, num_accepted, kept_tokens, kept_lengths, kept_source, kept_promises,
     drafted, accepted,

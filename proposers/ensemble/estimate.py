@@ -6,8 +6,9 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from vllm_specplug.compiled import kernel
 
 NUM_FEATURES = 11
 
@@ -144,18 +145,18 @@ class Path(NamedTuple):
     source: NDArray[Any]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _logit(chance):  # type: ignore[no-untyped-def]
     bounded = min(max(chance, 0.01), 0.99)
     return math.log(bounded / (1.0 - bounded))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sigmoid(score):  # type: ignore[no-untyped-def]
     return 1.0 / (1.0 + math.exp(-min(max(score, -30.0), 30.0)))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _estimate(answers, sampled, num_proposers, recent, weights, features, chances):  # type: ignore[no-untyped-def]
     """Features and chances of every draft token of one request; agreement is with other proposers' first answers.
 
@@ -198,7 +199,7 @@ def _estimate(answers, sampled, num_proposers, recent, weights, features, chance
             chances[member, depth] = _sigmoid(score)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def expect(candidates, limit):  # type: ignore[no-untyped-def]
     """Fill in ``candidates.remaining`` for drafts of at most ``limit`` tokens."""
     for member in range(len(candidates.lengths)):
@@ -208,7 +209,7 @@ def expect(candidates, limit):  # type: ignore[no-untyped-def]
             candidates.remaining[member, depth] = expected
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _compose(candidates, limit, num_proposers, path):  # type: ignore[no-untyped-def]
     """Compose the main chain of one request from the first answers of all proposers; returns its length.
 
@@ -221,7 +222,7 @@ def _compose(candidates, limit, num_proposers, path):  # type: ignore[no-untyped
     return go_on(candidates, 0, limit, path)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def go_on(candidates, first, limit, path):  # type: ignore[no-untyped-def]
     """Continue a path from depth ``first`` on with the drafts that are alive; returns its length."""
     tokens, lengths, chances = candidates.tokens, candidates.lengths, candidates.chances
@@ -251,7 +252,7 @@ def go_on(candidates, first, limit, path):  # type: ignore[no-untyped-def]
     return limit
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def take_in(  # type: ignore[no-untyped-def]
     member, answer_tokens, answer_lengths, answer_confidence, answer_match, answer_votes,
     tokens, lengths, confidence, match_length, votes,
@@ -274,7 +275,7 @@ def take_in(  # type: ignore[no-untyped-def]
                 votes[member, i, depth] = answer_votes[i, depth]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def combine_drafts(  # type: ignore[no-untyped-def]
     tokens, lengths, confidence, match_length, votes, sampled, limits, slots, num_proposers, weights,
     kept_tokens, kept_lengths, kept_features, kept_recent, kept_source, chances,
@@ -308,7 +309,7 @@ def combine_drafts(  # type: ignore[no-untyped-def]
         best_lengths[i] = _compose(candidates, min(limits[i], width), num_proposers, path)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def learn(  # type: ignore[no-untyped-def]
     slots, emitted, num_emitted, num_verified, kept_tokens, kept_lengths, kept_features, kept_recent, kept_source,
     weights, squares, rate, drafted, accepted,

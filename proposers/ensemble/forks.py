@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.proposers.base import Drafts
 from vllm_specplug.proposers.ensemble.estimate import Candidates, MainChains, Path, expect, go_on
 from vllm_specplug.proposers.ensemble.gate import Budget, Forked, ForkMode
@@ -91,7 +91,7 @@ class _Prices(NamedTuple):
     takes_all: bool
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def shared_head(tokens, length, other_tokens, other_length):  # type: ignore[no-untyped-def]
     """How many first tokens two paths share."""
     shared = 0
@@ -100,7 +100,7 @@ def shared_head(tokens, length, other_tokens, other_length):  # type: ignore[no-
     return shared
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _where_it_leaves(tokens, length, chains, num_chains):  # type: ignore[no-untyped-def]
     """How many tokens a path shares with the chain that it shares most with, and which chain that is."""
     head, parent = -1, 0
@@ -111,7 +111,7 @@ def _where_it_leaves(tokens, length, chains, num_chains):  # type: ignore[no-unt
     return head, parent
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _mark_alike(candidates, member, head):  # type: ignore[no-untyped-def]
     """Mark as alive the drafts that begin like ``member``'s up to depth ``head``; True if it is the first of them."""
     tokens = candidates.tokens
@@ -125,7 +125,7 @@ def _mark_alike(candidates, member, head):  # type: ignore[no-untyped-def]
     return is_first
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _unclaimed(tokens, head, chains, num_chains):  # type: ignore[no-untyped-def]
     """Probability that is left for another token at depth ``head`` of a path.
 
@@ -147,7 +147,7 @@ def _unclaimed(tokens, head, chains, num_chains):  # type: ignore[no-untyped-def
     return left
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _leave(candidates, member, head, parent, limit, chains, num_chains, path):  # type: ignore[no-untyped-def]
     """Compose the path that leaves the chain ``parent`` at depth ``head`` with ``member``'s token; returns its length.
 
@@ -167,7 +167,7 @@ def _leave(candidates, member, head, parent, limit, chains, num_chains, path):  
     return go_on(candidates, head + 1, limit, path)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _worth(path, head, stop, prices):  # type: ignore[no-untyped-def]
     """Gain, length and expected accepted tokens of a path's beginning that gains most; its nodes from ``head`` on."""
     reach = prices.scale
@@ -184,7 +184,7 @@ def _worth(path, head, stop, prices):  # type: ignore[no-untyped-def]
     return best_gain - prices.fork, best_stop, best_expected
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _best_path(candidates, limit, chains, num_chains, prices, work, best):  # type: ignore[no-untyped-def]
     """The path that adds most to a request's chains.
 
@@ -222,7 +222,7 @@ def _best_path(candidates, limit, chains, num_chains, prices, work, best):  # ty
     return most, most_length, most_expected, most_rows, has_choice
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _copy(path, to, length):  # type: ignore[no-untyped-def]
     for depth in range(length):
         to.tokens[depth] = path.tokens[depth]
@@ -230,25 +230,25 @@ def _copy(path, to, length):  # type: ignore[no-untyped-def]
         to.source[depth] = path.source[depth]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _chains_of(chains, i):  # type: ignore[no-untyped-def]
     """One request's chains of a batch's."""
     return _Chains(chains.tokens[i], chains.chances[i], chains.source[i], chains.lengths[i])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _path_of(paths, i):  # type: ignore[no-untyped-def]
     """One path of several."""
     return Path(paths.tokens[i], paths.chances[i], paths.source[i])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _paths(shape):  # type: ignore[no-untyped-def]
     """Arrays for paths, no token filled in."""
     return Path(np.zeros(shape, dtype=np.int32), np.zeros(shape), np.full(shape, -1, dtype=np.int64))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _longest_first(chains, num_chains):  # type: ignore[no-untyped-def]
     """Put the longest chain of a request before all others, which keep their order."""
     longest = 0
@@ -270,7 +270,7 @@ def _longest_first(chains, num_chains):  # type: ignore[no-untyped-def]
         chains.lengths[chain - 1] = length
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _promise(chains, num_chains, promises):  # type: ignore[no-untyped-def]
     """Fill in the expected accepted tokens of each chain's nodes that no chain before it has; none for the first."""
     for chain in range(1, num_chains):
@@ -282,7 +282,7 @@ def _promise(chains, num_chains, promises):  # type: ignore[no-untyped-def]
                 promises[chain] += reach
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _add_forks(tokens, lengths, chances, limits, max_forks, prices, chains, promises):  # type: ignore[no-untyped-def]
     """Add paths to the chains of a batch, the one that gains most first.
 
@@ -344,7 +344,7 @@ def _add_forks(tokens, lengths, chances, limits, max_forks, prices, chains, prom
     return forks, rows, accepted, has_choice
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _fork(  # type: ignore[no-untyped-def]
     tokens, lengths, chances, limits, best_tokens, best_lengths, best_chances, best_source, slots,
     kept_tokens, kept_lengths, kept_source, kept_promises, out_tokens, out_lengths, out_chances,

@@ -71,7 +71,7 @@ DEFAULT_OPTIONS: Mapping[str, int | float | str | None] = {
     "sharpness": 1.6,
     "min_confidence": 0.05,
     "history_file": None,
-    "save_interval_s": 60.0,
+    "save_interval_s": 5.0,
 }
 """What ``options`` may set.
 
@@ -81,8 +81,9 @@ share: "all": requests of a tenant (all without one are one) draft from each oth
 sharpness: factor of the logarithm of occurrences at temperature 1, where drafts are drawn with the target's noise; 0
     always takes the likeliest.
 min_confidence: a draft ends before the token whose chance of counting (itself and all before it accepted) is below.
-history_file: where finished requests are kept from one start to the next, as token ids; None: nowhere.
-save_interval_s: seconds between two saves; nothing is written while nothing new was said.
+history_file: where finished requests are kept from one start to the next, as token ids; only the server's user may read
+    it. None: nowhere.
+save_interval_s: seconds between two saves, more if saving takes long; nothing is written while nothing new was said.
 """
 
 SMALLEST_HISTORY_BYTES = 1 << 20

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from vllm_specplug.compiled import kernel
 from vllm_specplug.proposers.base import DraftBatch, Drafts, kernel_input
 
 
@@ -32,7 +32,7 @@ def is_well_formed(drafts: Drafts, batch: DraftBatch, vocab_size: int) -> bool:
     return bool(_is_in_bounds(*drafts.kernel_inputs(), limits, vocab_size))
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _is_in_bounds(  # type: ignore[no-untyped-def]
     token_ids, num_tokens, confidence, match_length, votes, limits, vocab_size
 ):

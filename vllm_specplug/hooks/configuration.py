@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -283,7 +284,7 @@ def check_datastore(settings: Settings, model_config: Any) -> Settings:
     paths = {}
     for name, given in settings.datastore.items():
         try:
-            path = Path(given).expanduser().resolve()
+            path = Path(os.path.realpath(os.path.expanduser(given)))  # Path's own raise RuntimeError at loops
             store = Datastore.open(path)
             if getattr(model_config, "skip_tokenizer_init", False):
                 store.check_vocab_size(model_config.get_vocab_size())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_specplug.drafting.drafting import Drafting
 from vllm_specplug.drafting.requests import TrackedRequest
-from vllm_specplug.hooks.attached import attach, beside_native, log_start, proposer_context
+from vllm_specplug.hooks.attached import at_end, attach, beside_native, log_start, proposer_context
 from vllm_specplug.hooks.marks import is_ours
 from vllm_specplug.hooks.metrics import publish_metrics
 from vllm_specplug.hooks.v1 import forks as v1_forks
@@ -79,7 +78,7 @@ class Drafter:
         attach(runner, self)
         self._runner = runner
         self.drafting.warm_up()
-        atexit.register(self.drafting.close)
+        at_end(self.drafting.close)
         if get_tp_group().rank_in_group == 0:
             publish_metrics(lambda: self.snapshot(is_fresh=False), runner.vllm_config)
         log_start("V1", self.settings, self._role(runner, time.perf_counter() - start))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm_specplug.drafting.drafting import Drafting, Proposal
 from vllm_specplug.drafting.history import TokenHistory
 from vllm_specplug.drafting.requests import TrackedRequest
-from vllm_specplug.hooks.attached import attach, log_start, proposer_context
+from vllm_specplug.hooks.attached import at_end, attach, log_start, proposer_context
 from vllm_specplug.hooks.metrics import publish_metrics
 from vllm_specplug.hooks.v2 import forks as v2_forks
 from vllm_specplug.hooks.v2.on_device import DeviceDrafting
@@ -120,7 +119,7 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
             self._on_device.warm_up()
         if self.is_first_rank:
             self.drafting.warm_up()
-            atexit.register(self.drafting.close)
+            at_end(self.drafting.close)
             publish_metrics(lambda: self.snapshot(is_fresh=False), runner.vllm_config)
             log_start("V2", self.settings, self._role(time.perf_counter() - start))
 
