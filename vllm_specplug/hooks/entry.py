@@ -44,7 +44,7 @@ def install() -> None:
 
 
 def _watch_scheduler() -> None:
-    from vllm_specplug.hooks.scratch_blocks import watch_scheduler
+    from vllm_specplug.hooks.scheduler import watch_scheduler
 
     watch_scheduler()
 
@@ -54,7 +54,7 @@ def uninstall() -> None:
     for module in (
         "vllm_specplug.hooks.v1.wrappers",
         "vllm_specplug.hooks.v2.wrappers",
-        "vllm_specplug.hooks.scratch_blocks",
+        "vllm_specplug.hooks.scheduler",
     ):
         runner_hooks = sys.modules.get(module)
         if runner_hooks is not None:
@@ -69,8 +69,7 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
     settings = settings_of(config.additional_config)
     if settings is not None:
         show_metrics()
-        if settings.num_chains > 1:
-            _watch_scheduler()  # in case the engine core runs in this process, where plugins are loaded already
+        _watch_scheduler()  # in case the engine core runs in this process, where plugins are loaded already
     if config.use_v2_model_runner and is_coupled(config.speculative_config):
         setattr(config.speculative_config, V2_MARK, True)
     return config
@@ -128,14 +127,14 @@ def _validate_spec_decode(original: Callable[..., Any], self: Any, speculative_c
         try:
             parse_request_options(self.extra_args, choices)
         except ConfigurationError as error:
-            raise VLLMValidationError(str(error), parameter="extra_args", value=self.extra_args) from None
+            # Without its value, which the message would repeat however long it is.
+            raise VLLMValidationError(str(error), parameter="extra_args") from None
     if is_coupled(speculative_config):
         if getattr(speculative_config, V2_MARK, False) and self.logprob_token_ids:
             raise VLLMValidationError(
                 "logprob_token_ids cannot be served with speculation on Model Runner V2, whose verification reports "
                 "the most likely tokens only. Ask for logprobs instead.",
                 parameter="logprob_token_ids",
-                value=self.logprob_token_ids,
             )
         return None
     return original(self, speculative_config)

@@ -56,6 +56,14 @@ class CoupledVerifier:
     their requests. *Step by step*, if logits processors are active (min_p, logit_bias, min_tokens and custom ones keep
     state by batch index): the whole batch goes through vLLM's sampler once per depth, as it would without speculation,
     until every request has met its first rejected draft.
+
+    Args:
+        runner: vLLM's model runner.
+        settings: the plugin's settings.
+        steps: holds the step under way.
+        forks: the runner's forks; None if it has none.
+        observe: called with the result of each step.
+        request: from a request id to the request, for the tokens that end it; None emits also what is behind them.
     """
 
     def __init__(
@@ -65,12 +73,14 @@ class CoupledVerifier:
         steps: Steps,
         forks: ForkedRows | None,
         observe: Callable[[Verified], None],
+        request: Callable[[str], TrackedRequest] | None = None,
     ) -> None:
         self._runner = runner
         self._settings = settings
         self._steps = steps
         self._forks = forks
         self._observe = observe
+        self.request = request
         stock: Sampler = runner.sampler
         self._stock = runner.rejection_sampler
         coupling = settings.coupling
@@ -156,6 +166,7 @@ class CoupledVerifier:
             drawn = verify(metadata, logits, sampling_metadata, states, step.forks)
             drafts = _real_drafts(metadata)
             side_chains = self._take_winners(step.forks, drawn, drafts)
+            _end_at_stops(runner, self.request, drawn.token_ids, drawn.targets, drawn.num_emitted)
         for request_id, state, count in zip(request_ids, states, drawn.num_emitted, strict=True):
             if state is not None:
                 self._noise.consume(request_id, count)
@@ -289,13 +300,26 @@ class CoupledVerifier:
 
 
 class ObservedRejection:
-    """vLLM's own rejection sampler; also reports to the proposers which drafts it accepted."""
+    """vLLM's own rejection sampler; also reports to the proposers which drafts it accepted.
 
-    def __init__(self, runner: Any, stock: Any, steps: Steps, observe: Callable[[Verified], None]) -> None:
+    Args:
+        runner, steps, observe, request: as of :class:`CoupledVerifier`.
+        stock: vLLM's rejection sampler.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        stock: Any,
+        steps: Steps,
+        observe: Callable[[Verified], None],
+        request: Callable[[str], TrackedRequest] | None = None,
+    ) -> None:
         self._runner = runner
         self._stock = stock
         self._steps = steps
         self._observe = observe
+        self.request = request
 
     def __call__(self, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> SamplerOutput:
         """Verify a step; arguments and result are those of vLLM's rejection sampler."""
@@ -313,10 +337,37 @@ class ObservedRejection:
             output = runner.sampler(logits=logits, sampling_metadata=sampling_metadata)
         kept = [[token for token in row if token != REJECTED] for row in output.sampled_token_ids.tolist()]
         emitted = [len(tokens) for tokens in kept]
+        _end_at_stops(runner, self.request, output.sampled_token_ids, kept, emitted)
         verified = Verified(runner.input_batch.req_ids[: len(kept)], _real_drafts(metadata), kept, emitted)
         self._steps.now.verified = verified = _settled(verified, prefilling.tolist())
         self._observe(verified)
         return output
+
+
+def _end_at_stops(
+    runner: Any,
+    request: Callable[[str], TrackedRequest] | None,
+    token_ids: torch.Tensor,
+    targets: Sequence[Sequence[int]],
+    num_emitted: list[int],
+) -> None:
+    """Emit nothing behind a token that ends its request: the user never gets it, and a session that goes on lacks it.
+
+    Args:
+        runner: vLLM's model runner.
+        request: from a request id to the request; None: what ends a request is not known.
+        token_ids: ``[num_requests, width]`` emitted tokens, padded with :data:`REJECTED`; changed in place.
+        targets: per request, its emitted tokens, perhaps with others behind them.
+        num_emitted: ``[num_requests]``, changed in place.
+    """
+    batch = runner.input_batch
+    for index, count in enumerate(num_emitted):
+        if count > 1 and request is not None:
+            num_tokens = int(batch.num_tokens_no_spec[index])
+            returned = request(batch.req_ids[index]).num_returned(num_tokens, targets[index][:count])
+            if returned < count:
+                token_ids[index, returned:] = REJECTED
+                num_emitted[index] = returned
 
 
 def _walk_chains(forks: ForkedBatch, targets: list[int], drawn: Drawn, rows: torch.Tensor) -> None:
