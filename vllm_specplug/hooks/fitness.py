@@ -85,6 +85,13 @@ UNFIT_V2 = (
 """What a coupled V2 runner cannot do; used like ``UNFIT_V1``."""
 
 
+STATEFUL = (
+    "speculative_config: {} keeps a recurrent state, which is not taken back when a draft is rejected: its output "
+    "would differ from that without speculation. Leave speculative_config out for this model."
+)
+"""The refusal of models with recurrent layers (Mamba and its like, alone or beside attention), with any sampler."""
+
+
 def check_engine(config: Any) -> None:
     """Raise ConfigurationError if the chosen model runner cannot do what the configuration asks for.
 
@@ -101,6 +108,8 @@ def check_engine(config: Any) -> None:
             f"speculative_config: proposer {settings.device_proposer.name!r} with {ON_DEVICE} needs Model Runner V2 "
             f"(vLLM's default on GPUs), and V1 was chosen. Leave {ON_DEVICE} out to draft on the host."
         )
+    if config.model_config.is_hybrid or config.model_config.is_attention_free:
+        raise ConfigurationError(STATEFUL.format(", ".join(config.model_config.architectures)))
     if not settings.is_coupled:
         return
     unfit = _why_unfit(config, settings)
