@@ -129,6 +129,8 @@ class SuffixProposer(Proposer):
         self._max_automata_bytes = max_bytes - (max_bytes // FILE_SHARE if history_file is not None else 0)
         self._tenants: OrderedDict[tuple[str, str], Tenant] = OrderedDict()  # used least recently first
         self._reserved_bytes = 0  # of all automata: with thousands of tenants, too many to add up each time
+        self._used_bytes = 0  # the same for what is in use, as last counted
+        self._counted_clock = -1  # the last step that is counted in it
         self._num_automata = 0
         self._clock = 0
         self._num_owners = 0
@@ -197,7 +199,14 @@ class SuffixProposer(Proposer):
             self._reserved_bytes += smallest - tenant.new.reserved_bytes()
             tenant.new = Automaton()
             tenant.new_id = self._new_id()
+        self._count(tenant)
         return True
+
+    def _count(self, tenant: Tenant) -> None:
+        """Count anew what a tenant's automata use; nothing if it was dropped."""
+        num_bytes = tenant.num_bytes() if tenant.key in self._tenants else 0
+        self._used_bytes += num_bytes - tenant.counted_bytes
+        tenant.counted_bytes = num_bytes
 
     def _make_room(self, tenant: Tenant) -> None:
         """Room in the automaton of ``tenant`` that is full: it grows, others forget, or it becomes the older one."""
@@ -385,6 +394,7 @@ class SuffixProposer(Proposer):
             if self._is_private:
                 self._reserved_bytes -= tenant.reserved_bytes()
                 del self._tenants[tenant.key]
+                self._count(tenant)
             self._tenant_of[slot] = None
         if self._file is not None:
             for request_id in request_ids:
@@ -410,8 +420,12 @@ class SuffixProposer(Proposer):
 
     def memory_bytes(self) -> int:
         """Bytes of the history and of the state of requests, finished texts that wait to be saved included."""
-        automata = sum(each.num_bytes() for tenant in self._tenants.values() for each in tenant.automata())
-        return automata + self._requests.nbytes + (self._file.num_bytes() if self._file is not None else 0)
+        for tenant in reversed(self._tenants.values()):  # there may be a hundred thousand, and few were used lately
+            if tenant.last_used <= self._counted_clock:
+                break
+            self._count(tenant)
+        self._counted_clock = self._clock
+        return self._used_bytes + self._requests.nbytes + (self._file.num_bytes() if self._file is not None else 0)
 
     def describe(self) -> str:
         who = "its own text" if self._is_private else "the text of all requests"
