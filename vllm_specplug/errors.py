@@ -10,13 +10,17 @@ def brief(text: str, most: int = SCREEN_CHARS) -> str:
     """``text``, without its middle if it has more than ``most`` characters."""
     if len(text) <= most:
         return text
-    head = 2 * most // 3
-    return f"{text[:head]} ... ({len(text) - most:,} characters left out) ... {text[head - most :]}"
+    room = most - 50
+    head = 2 * room // 3
+    return f"{text[:head]} ... ({len(text) - room:,} characters left out) ... {text[head - room :]}"
 
 
 def shown(value: object) -> str:
     """What was given, for a message: its ``repr``, at most two lines of it."""
-    return brief(repr(value), 160)
+    try:
+        return brief(repr(value), 160)
+    except Exception:  # an integer of many digits, or an object of the user's
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 class SpecplugError(Exception):

@@ -35,7 +35,7 @@ REQUEST_OPTIONS: dict[str, str] = {
 
 MAX_TENANT_CHARS = 256
 MAX_NAMES_CHARS = 4096
-"""Longest text with names of proposers or stores; a list of names is as long as that text with commas."""
+"""Longest text with names of proposers or stores, and most names of a list."""
 
 
 @dataclass(frozen=True)
@@ -137,16 +137,15 @@ def _tenant(value: Any) -> str:
 
 def _names(name: str, value: Any, choices: RequestChoices | None) -> tuple[str, ...]:
     """The proposers or stores that a request names, each once: a list, or one text with commas."""
-    if isinstance(value, (list, tuple)) and len(value) <= MAX_NAMES_CHARS and all(isinstance(n, str) for n in value):
-        value = ",".join(value)
-    if not isinstance(value, str) or not value:
-        raise _wrong(name, value)
-    if len(value) > MAX_NAMES_CHARS:
+    if isinstance(value, (str, list, tuple)) and len(value) > MAX_NAMES_CHARS:
         raise ConfigurationError(
-            f"request option {name!r} can have at most {MAX_NAMES_CHARS:,} characters; was given {shown(value)}. Give "
-            "each name once."
+            f"request option {name!r} must name each once, in a text or list no longer than {MAX_NAMES_CHARS:,}; was "
+            f"given {len(value):,}: {shown(value)}."
         )
-    names = tuple(dict.fromkeys(each.strip() for each in value.split(",")))
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(each, str) for each in names):
+        raise _wrong(name, value)
+    names = tuple(dict.fromkeys(each.strip() for each in names))
     if choices is not None:
         known = choices.proposers if name == PROPOSERS_OPTION else choices.stores
         for each in names:
