@@ -521,6 +521,8 @@ def test_what_joins_a_draft_model_of_v1_needs_synchronous_scheduling(process: En
         "method": "draft_model", "model": str(draft_path()), "num_speculative_tokens": 3,
         "draft_sample_method": "probabilistic", **more,
     }  # fmt: skip
+    message = process.send("call", "config_error", {"method": "specplug"}, {**MODEL, "async_scheduling": True})
+    assert "method 'specplug' and async scheduling need Model Runner V2" in message
     message = process.send("call", "config_error", config, {**MODEL, "async_scheduling": True})
     assert "proposers or num_chains beside method 'draft_model' and async scheduling need Model Runner V2" in message
     assert process.send("call", "config_error", config, MODEL) == ""

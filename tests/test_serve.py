@@ -210,6 +210,14 @@ def chat(server: Server, **options: Any) -> Any:
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize(
+    "line", ["class-based", "max_num_scheduled_tokens is set", "without Intel OpenMP", "endpoint plugin(s)", "nanobind"]
+)
+def test_a_start_does_not_warn_of_what_is_as_it_should_be(server: Server, line: str) -> None:
+    assert line not in server.log.read_text(errors="replace")
+
+
+@pytest.mark.engine
 def test_completion_repeats_for_a_seed(server: Server) -> None:
     first, again, other = complete(server), complete(server), complete(server, seed=8)
     assert first.choices[0].text

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from vllm.exceptions import VLLMValidationError
 
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.hooks import seam_list, seams
+from vllm_specplug.hooks import quiet, seam_list, seams
 from vllm_specplug.hooks.configuration import create_speculative_config
 from vllm_specplug.hooks.fitness import check_engine, keep_v1_synchronous
 from vllm_specplug.hooks.marks import CHOICES_MARK, V2_MARK, is_coupled, is_ours
@@ -39,6 +39,7 @@ def install() -> None:
             "_rebind_kernels": _rebind_kernels,
         },
     )
+    quiet.offer_endpoint_quietly()
     if "vllm.v1.engine.core" in sys.modules:  # an engine core loads plugins before it does anything else
         _watch_scheduler()
 
@@ -77,19 +78,22 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
 
 def _post_init(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """Allow async scheduling on V2, which vLLM 0.32 limits to a fixed list of methods; our drafter supports it."""
-    if not (is_ours(self.speculative_config) and self.use_v2_model_runner):
-        settings = settings_of(self.additional_config)
-        if settings is not None and not is_ours(self.speculative_config):
-            config = self.speculative_config
-            if settings.proposers or (config is not None and settings.forks_native(config)):
-                keep_v1_synchronous(self)
+    config, settings = self.speculative_config, settings_of(self.additional_config)
+    if not is_ours(config):
+        if settings is not None and (settings.proposers or (config is not None and settings.forks_native(config))):
+            keep_v1_synchronous(self)
         return original(self, *args, **kwargs)
+    if not self.use_v2_model_runner:
+        keep_v1_synchronous(self)
+        with quiet.without(quiet.SCHEDULED_TOKENS):
+            return original(self, *args, **kwargs)
     from vllm.config import vllm as module
 
     methods = module.NgramGPUTypes
     module.NgramGPUTypes = Literal[(*get_args(methods), "custom_class")]
     try:
-        return original(self, *args, **kwargs)
+        with quiet.without(quiet.SCHEDULED_TOKENS):
+            return original(self, *args, **kwargs)
     finally:
         module.NgramGPUTypes = methods
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.settings.model import ON_DEVICE, Settings, settings_of
+from vllm_specplug.hooks.marks import is_ours
+from vllm_specplug.settings.model import METHOD, ON_DEVICE, Settings, settings_of
 
 
 class Refusal(NamedTuple):
@@ -129,13 +130,15 @@ def _why_unfit(config: Any, settings: Settings) -> str:
 
 
 def keep_v1_synchronous(config: Any) -> None:
-    """Turn async scheduling off on V1: it keeps the drafts of vLLM's drafter on the device, where ours cannot join."""
+    """Turn async scheduling off on V1: it keeps drafts on the device, where ours cannot join."""
     scheduler_config = config.scheduler_config
     if config.speculative_config is None or config.use_v2_model_runner or scheduler_config.async_scheduling is False:
         return
     if scheduler_config.async_scheduling:
+        method = config.speculative_config.method
+        beside = f"proposers or num_chains beside method {method!r}"
         raise ConfigurationError(
-            f"speculative_config: proposers or num_chains beside method {config.speculative_config.method!r} and async "
+            f"speculative_config: {f'method {METHOD!r}' if is_ours(config.speculative_config) else beside} and async "
             "scheduling need Model Runner V2, and V1 was chosen. Leave --async-scheduling out."
         )
     scheduler_config.async_scheduling = False
