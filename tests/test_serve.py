@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ import pytest
 
 from vllm_specplug.engines.environment import CPU_DISTRIBUTION, answer_for_cpu_wheel
 from vllm_specplug.hooks.endpoint import LEAST_INTERVAL_S
+from vllm_specplug.hooks.quiet import offer_endpoint_quietly
 from vllm_specplug.measure.corpus import held_out_prompts
 from vllm_specplug.metrics.series import ALL_SERIES
 from vllm_specplug.tiny_models import target_path
@@ -87,6 +89,14 @@ def test_arguments_reach_vllm_untouched(monkeypatch: pytest.MonkeyPatch) -> None
     ):
         done = subprocess.run([sys.executable, "-c", program, "serve", *given], capture_output=True, text=True)
         assert done.stdout.strip() == str(["vllm", "serve", *given]), done.stderr
+
+
+def test_our_endpoint_alone_is_offered_quietly(caplog: pytest.LogCaptureFixture) -> None:
+    """vLLM warns at every start of endpoints that are off; ours being off is as it should be."""
+    offer_endpoint_quietly()
+    for names in (["specplug_stores"], ["another"], ["specplug_stores", "another"]):
+        logging.getLogger("vllm.plugins").warning("Found endpoint plugin(s) %s but VLLM_PLUGINS is not set.", names)
+    assert [record.args for record in caplog.records] == [(["another"],), (["specplug_stores", "another"],)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
