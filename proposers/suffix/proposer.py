@@ -131,6 +131,7 @@ class SuffixProposer(Proposer):
         self._reserved_bytes = 0  # of all automata: with thousands of tenants, too many to add up each time
         self._used_bytes = 0  # the same for what is in use, as last counted
         self._counted_clock = -1  # the last step that is counted in it
+        self._forgetful: list[tuple[Tenant, int]] = []  # who forgets next, from the end, unless used since that step
         self._num_automata = 0
         self._clock = 0
         self._num_owners = 0
@@ -176,16 +177,7 @@ class SuffixProposer(Proposer):
 
     def _forget(self, but: Tenant) -> bool:
         """Drop the older or the only automaton of the tenant used least recently; False if all are dropped."""
-        smallest = Automaton.smallest_bytes()
-        tenant: Tenant | None = None
-        for each in self._tenants.values():
-            if tenant is not None and each.last_used > tenant.last_used:
-                break
-            if each is but or (each.old is None and each.num_requests and each.new.reserved_bytes() <= smallest):
-                continue
-            # Of those used in the same step, the largest.
-            if tenant is None or each.reserved_bytes() > tenant.reserved_bytes():
-                tenant = each
+        tenant = self._next_to_forget(but)
         if tenant is None:
             return False
         if tenant.old is not None:
@@ -196,11 +188,37 @@ class SuffixProposer(Proposer):
             self._reserved_bytes -= tenant.new.reserved_bytes()
             del self._tenants[tenant.key]
         else:
-            self._reserved_bytes += smallest - tenant.new.reserved_bytes()
+            self._reserved_bytes += Automaton.smallest_bytes() - tenant.new.reserved_bytes()
             tenant.new = Automaton()
             tenant.new_id = self._new_id()
         self._count(tenant)
         return True
+
+    def _next_to_forget(self, but: Tenant) -> Tenant | None:
+        """The tenant used least recently, of those used in the same step the largest; None if nobody can forget."""
+        for is_new in (False, True):
+            if is_new:  # when it is used up only: with hundreds of live tenants, looking at all each time takes long
+                self._forgetful = self._used_least_recently(but)
+            while self._forgetful:
+                tenant, last_used = self._forgetful.pop()
+                if tenant is not but and tenant.last_used == last_used and self._can_forget(tenant):
+                    return tenant
+        return None
+
+    def _used_least_recently(self, but: Tenant) -> list[tuple[Tenant, int]]:
+        """Tenants that can forget and were last used in the same step, with its number; the largest last."""
+        found: list[Tenant] = []
+        for tenant in self._tenants.values():
+            if found and tenant.last_used > found[0].last_used:
+                break
+            if tenant is not but and self._can_forget(tenant):
+                found.append(tenant)
+        return [(tenant, tenant.last_used) for tenant in sorted(found, key=Tenant.reserved_bytes)]
+
+    def _can_forget(self, tenant: Tenant) -> bool:
+        if tenant.num_requests and tenant.old is None:
+            return tenant.new.reserved_bytes() > Automaton.smallest_bytes()
+        return self._tenants.get(tenant.key) is tenant
 
     def _count(self, tenant: Tenant) -> None:
         """Count anew what a tenant's automata use; nothing if it was dropped."""
