@@ -278,6 +278,12 @@ V1_USED = (
         "replaced on the layers of a runner with forks: keys and values of shared heads are written for each fork",
     ),
     Seam(
+        "vllm.v1.core.sched.utils",
+        "check_sequence_repetition",
+        ("token_ids", "params"),
+        "ends a request that repeats itself: called so that the worker ends it at the same token",
+    ),
+    Seam(
         "vllm.v1.worker.utils",
         "copy_kv_cache_blocks_inplace",
         ("kv_caches", "num_blocks", "kv_cache_block_copies"),

@@ -22,6 +22,7 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
 from vllm_specplug.drafting.requests import TrackedRequest
 from vllm_specplug.hooks.forks import walk
 from vllm_specplug.hooks.v1.draws import KeyedSampler, SeededNoise
+from vllm_specplug.hooks.v1.ends import end_at_stops
 from vllm_specplug.hooks.v1.forks import ForkedRows
 from vllm_specplug.hooks.v1.step import ForkedBatch, RequestChains, Steps
 from vllm_specplug.hooks.v1.step_by_step import Walk, stacked
@@ -166,7 +167,7 @@ class CoupledVerifier:
             drawn = verify(metadata, logits, sampling_metadata, states, step.forks)
             drafts = _real_drafts(metadata)
             side_chains = self._take_winners(step.forks, drawn, drafts)
-            _end_at_stops(runner, self.request, drawn.token_ids, drawn.targets, drawn.num_emitted)
+            end_at_stops(runner, self.request, drawn.token_ids, drawn.targets, drawn.num_emitted)
         for request_id, state, count in zip(request_ids, states, drawn.num_emitted, strict=True):
             if state is not None:
                 self._noise.consume(request_id, count)
@@ -337,37 +338,11 @@ class ObservedRejection:
             output = runner.sampler(logits=logits, sampling_metadata=sampling_metadata)
         kept = [[token for token in row if token != REJECTED] for row in output.sampled_token_ids.tolist()]
         emitted = [len(tokens) for tokens in kept]
-        _end_at_stops(runner, self.request, output.sampled_token_ids, kept, emitted)
+        end_at_stops(runner, self.request, output.sampled_token_ids, kept, emitted)
         verified = Verified(runner.input_batch.req_ids[: len(kept)], _real_drafts(metadata), kept, emitted)
         self._steps.now.verified = verified = _settled(verified, prefilling.tolist())
         self._observe(verified)
         return output
-
-
-def _end_at_stops(
-    runner: Any,
-    request: Callable[[str], TrackedRequest] | None,
-    token_ids: torch.Tensor,
-    targets: Sequence[Sequence[int]],
-    num_emitted: list[int],
-) -> None:
-    """Emit nothing behind a token that ends its request: the user never gets it, and a session that goes on lacks it.
-
-    Args:
-        runner: vLLM's model runner.
-        request: from a request id to the request; None: what ends a request is not known.
-        token_ids: ``[num_requests, width]`` emitted tokens, padded with :data:`REJECTED`; changed in place.
-        targets: per request, its emitted tokens, perhaps with others behind them.
-        num_emitted: ``[num_requests]``, changed in place.
-    """
-    batch = runner.input_batch
-    for index, count in enumerate(num_emitted):
-        if count > 1 and request is not None:
-            num_tokens = int(batch.num_tokens_no_spec[index])
-            returned = request(batch.req_ids[index]).num_returned(num_tokens, targets[index][:count])
-            if returned < count:
-                token_ids[index, returned:] = REJECTED
-                num_emitted[index] = returned
 
 
 def _walk_chains(forks: ForkedBatch, targets: list[int], drawn: Drawn, rows: torch.Tensor) -> None:
