@@ -13,25 +13,28 @@ NUM_TOKENS = 14
 
 
 def made(engine: Engine, prompts: list[str], num_sessions: int) -> tuple[list[dict[str, Any]], list[list[int]]]:
-    """Sessions of three turns whose first turn ends at its token 1, 2, 3 ..., and what it would go on with.
+    """Sessions of three turns that end at their token 1, 2, 3 ... or where they repeat, and what the first goes on with.
 
     Args:
         engine: stock vLLM.
         prompts: text of the first turns.
         num_sessions: number of sessions, of which every third samples.
     """
-    params = [
+    params: list[dict[str, Any]] = [
         {"temperature": 0.0 if at % 3 else 0.8, "seed": at, "max_tokens": NUM_TOKENS, "ignore_eos": True}
         for at in range(num_sessions)
     ]
+    for each in params[::4]:  # they repeat themselves soon
+        each["allowed_token_ids"] = [100, 101]
     sent = [{"prompt": prompts[at % len(prompts)], "params": params[at]} for at in range(num_sessions)]
     outputs = engine.generate(sent)
     sessions, free = [], []
     for at, output in enumerate(outputs):
         prompt, tokens = output["prompt_token_ids"], output["outputs"][0]["token_ids"]
-        stop = tokens[at % (NUM_TOKENS - 2)]
-        turns = [prompt, prompt[3:9], prompt[-7:]]
-        sessions.append({"turns": turns, "params": {**params[at], "stop_token_ids": [stop]}})
+        ends: dict[str, Any] = {"stop_token_ids": [tokens[at % (NUM_TOKENS - 2)]]}
+        if at % 4 == 0:
+            ends = {"repetition_detection": {"max_pattern_size": 3, "min_count": 2}}
+        sessions.append({"turns": [prompt, prompt[3:9], prompt[-7:]], "params": {**params[at], **ends}})
         free.append(prompt + tokens)
     return sessions, free
 
@@ -66,9 +69,10 @@ def check(engine: Engine, sessions: list[dict[str, Any]], expected: list[Any], i
     before = engine.send("stats")["emitted"]
     ours = engine.send("call", "sessions", sessions)
     assert flat(ours) == flat(expected)
-    stops = [session["params"]["stop_token_ids"][0] for session in sessions]
-    assert sum(turns[0][-1] == stop for turns, stop in zip(flat(ours), stops, strict=True)) == len(sessions)
-    assert any(len(turns[0][-1]) > 1 for turns in ours), "a stop token among accepted drafts"
+    for session, turns in zip(sessions, flat(ours), strict=True):
+        assert len(turns[0]) < NUM_TOKENS, "the first turn ends early"
+        assert turns[0][-1] in session["params"].get("stop_token_ids", [100, 101])
+    assert any(len(turns[0][-1]) > 1 for turns in ours), "an end among accepted drafts"
     for turn in range(3):
         steps = [step for session in ours for step in session[turn]]
         assert sum(map(len, steps)) > 1.5 * len(steps), f"nothing is drafted in turn {turn + 1}"
