@@ -13,7 +13,7 @@ NUM_TOKENS = 14
 
 
 def made(engine: Engine, prompts: list[str], num_sessions: int) -> tuple[list[dict[str, Any]], list[list[int]]]:
-    """Sessions of three turns that end at their token 1, 2, 3 ... or where they repeat, and what the first goes on with.
+    """Sessions of three turns that end at token 1, 2, 3 ... or at a repetition, and what the first turn goes on with.
 
     Args:
         engine: stock vLLM.
