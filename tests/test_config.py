@@ -195,7 +195,7 @@ def test_an_answer_to_a_mistake_fits_a_screen(given: dict[str, Any]) -> None:
         parse_request_options(given, choices)
     assert len(str(caught.value)) <= SCREEN_CHARS
     for key, value in given.items():
-        for settings in ({key: value}, {"proposers": value}, {"proposers": [key * 10**4]}, {"sampler": key * 10**4}):
+        for settings in ({key: value}, {"proposers": value}, {"proposers": ["x" * 10**6]}, {"sampler": "x" * 10**6}):
             with pytest.raises(ConfigurationError) as caught:
                 parse_settings(settings)
             assert len(str(caught.value)) <= SCREEN_CHARS
