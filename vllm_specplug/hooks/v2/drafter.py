@@ -430,7 +430,7 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
 
     def _num_returned(self, rows: NDArray[np.int64], packed: NDArray[np.int32]) -> list[int]:
         """How many of a step's tokens the user gets, by table row; ``packed`` holds these rows of the transfer."""
-        counts = packed[:, 1].tolist()
+        counts: list[int] = packed[:, 1].tolist()
         for index, (row, count) in enumerate(zip(rows.tolist(), counts, strict=True)):
             request = self.history.requests[row]
             if count > 1 and request is not None:
