@@ -628,7 +628,7 @@ def test_memory_stays_below_the_cap_and_the_newest_is_known(tenants):
 
 
 def test_memory_is_that_of_all_tenants_whoever_was_used_lately():
-    """Only tenants that were used since the last count are counted anew; what they forgot in between counts, too."""
+    """Only tenants with live requests are counted anew; what others forgot in between counts, too."""
     for options in ({"max_history_bytes": 1 << 20}, {"share": "none"}):
         proposer = proposer_with(**options)
         rng = np.random.default_rng(0)

@@ -129,8 +129,7 @@ class SuffixProposer(Proposer):
         self._max_automata_bytes = max_bytes - (max_bytes // FILE_SHARE if history_file is not None else 0)
         self._tenants: OrderedDict[tuple[str, str], Tenant] = OrderedDict()  # used least recently first
         self._reserved_bytes = 0  # of all automata: with thousands of tenants, too many to add up each time
-        self._used_bytes = 0  # the same for what is in use, as last counted
-        self._counted_clock = -1  # the last step that is counted in it
+        self._used_bytes = 0  # the same for what is in use; tenants with live requests as last counted
         self._forgetful: list[tuple[Tenant, int]] = []  # who forgets next, from the end, unless used since that step
         self._num_automata = 0
         self._clock = 0
@@ -152,6 +151,7 @@ class SuffixProposer(Proposer):
                 self._clock += 1
                 self._use(tenant)
                 self._insert_text(tenant, tokens)
+                self._count(tenant)
                 self._num_loaded += len(tokens)
             self._file.start()
 
@@ -412,7 +412,7 @@ class SuffixProposer(Proposer):
             if self._is_private:
                 self._reserved_bytes -= tenant.reserved_bytes()
                 del self._tenants[tenant.key]
-                self._count(tenant)
+            self._count(tenant)
             self._tenant_of[slot] = None
         if self._file is not None:
             for request_id in request_ids:
@@ -438,11 +438,8 @@ class SuffixProposer(Proposer):
 
     def memory_bytes(self) -> int:
         """Bytes of the history and of the state of requests, finished texts that wait to be saved included."""
-        for tenant in reversed(self._tenants.values()):  # there may be a hundred thousand, and few were used lately
-            if tenant.last_used <= self._counted_clock:
-                break
+        for tenant in {id(tenant): tenant for tenant in self._tenant_of if tenant is not None}.values():
             self._count(tenant)
-        self._counted_clock = self._clock
         return self._used_bytes + self._requests.nbytes + (self._file.num_bytes() if self._file is not None else 0)
 
     def describe(self) -> str:
