@@ -372,7 +372,8 @@ def test_rejection_sampler_keeps_greedy_text(stock: dict[str, list[dict[str, Any
         assert all(output["outputs"][0]["token_ids"] for output in engine.generate(sampled))
         with pytest.raises(EngineError, match="min_p and logit_bias"):
             engine.generate([{"prompt": "x", "params": {"min_p": 0.2, "max_tokens": 2}}])
-        engine.send("set_drafting", {**settings, "proposers": streaming["proposers"]})
+        drafted = {"num_speculative_tokens": NUM_DRAFT, "sampler": "rejection", "proposers": streaming["proposers"]}
+        engine.send("set_drafting", drafted)
         greedy = [at for at, each in enumerate(streaming["sent"]) if each["params"]["temperature"] == 0.0]
         sessions.check(engine, [streaming["sent"][at] for at in greedy], [streaming["expected"][at] for at in greedy])
 
