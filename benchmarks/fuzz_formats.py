@@ -273,9 +273,11 @@ def store_bytes(folder: Path, documents: list[list[int]], segment_tokens: int | 
         for document in documents:
             writer.add(document)
         writer.finish()
-    header, _ = parts_of(path.read_bytes())
-    path.write_bytes(with_header(path.read_bytes(), {**header, "created": CREATED}))  # the same bytes every time
-    return path.read_bytes()
+    data = path.read_bytes()
+    data = with_header(data, {**parts_of(data)[0], "created": CREATED})  # the same bytes every time
+    path.unlink()  # stores are read-only
+    path.write_bytes(data)
+    return data
 
 
 def parts_of(store: bytes) -> tuple[dict[str, Any], bytes]:

@@ -38,6 +38,7 @@ def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         writer.finish()
     section, entry = DAMAGES[request.param]
     place = getattr(Datastore.open(path).files[0][1], section)
+    path.chmod(0o644)
     with path.open("r+b") as file:
         file.seek(place.offset)
         file.write(entry * (place.num_bytes // 4))

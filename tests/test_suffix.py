@@ -628,6 +628,22 @@ def test_memory_stays_below_the_cap_and_the_newest_is_known(tenants):
     assert proposer._num_automata > 2 + len(tenants), "automata were exchanged"
 
 
+def test_memory_is_that_of_all_tenants_whoever_was_used_lately():
+    """Only tenants with live requests are counted anew; what others forgot in between counts, too."""
+    for options in ({"max_history_bytes": 1 << 20}, {"share": "none"}):
+        proposer = proposer_with(**options)
+        rng = np.random.default_rng(0)
+        for nth in range(300):
+            names = [f"{nth}-{index}" for index in range(rng.integers(1, 4))]
+            texts = {name: random_text(nth, int(rng.integers(1, 400))) for name in names}
+            proposer.follow(batch_of(texts, tenants={name: str(rng.integers(0, 150)) for name in names}))
+            if rng.random() < 0.9:
+                proposer.finish(names)
+            if rng.random() < 0.5:
+                held = sum(each.num_bytes() for tenant in proposer._tenants.values() for each in tenant.automata())
+                assert proposer.memory_bytes() == held + proposer._requests.nbytes
+
+
 def test_the_tenant_used_least_recently_forgets_first():
     proposer = proposer_with(max_history_bytes=1 << 20)
     idle, busy = random_text(1, 4000), random_text(2, 4000)

@@ -11,6 +11,7 @@ from typing import Any
 from vllm.config import SpeculativeConfig
 
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.hooks import quiet
 from vllm_specplug.hooks.marks import (
     CHOICES_MARK,
     COUPLED_DRAFTER,
@@ -47,7 +48,8 @@ def create_speculative_config(
             "num_speculative_tokens": settings.num_speculative_tokens,
         }
         self.spec_method = self.spec_model = self.spec_tokens = None
-        config = original(self, target_model_config, target_parallel_config)
+        with quiet.without(quiet.CUSTOM_CLASS):
+            config = original(self, target_model_config, target_parallel_config)
         setattr(config, CHOICES_MARK, _choices(settings))
         return config
     if not (given or method or model):

@@ -69,11 +69,13 @@ class Drafter:
         start = time.perf_counter()
         if self.settings.is_coupled:
             self.forks = v1_forks.attach(runner, self.steps)
-            self.verifier = CoupledVerifier(runner, self.settings, self.steps, self.forks, self._observe)
+            self.verifier = CoupledVerifier(runner, self.settings, self.steps, self.forks, self._observe, self._request)
             num_places = 1 if self.forks is None else self.settings.num_chains
             share_noise(runner.drafter, self.verifier, self.steps, num_places)
         else:
-            self.verifier = ObservedRejection(runner, runner.rejection_sampler, self.steps, self._observe)
+            self.verifier = ObservedRejection(
+                runner, runner.rejection_sampler, self.steps, self._observe, self._request
+            )
         runner.rejection_sampler = self.verifier
         attach(runner, self)
         self._runner = runner
@@ -180,9 +182,13 @@ class Drafter:
 
     def finish(self, request_id: str) -> None:
         """Drop all state of a request that the engine has dropped."""
-        self._requests.pop(request_id, None)
+        self.go_on(request_id)
         if isinstance(self.verifier, CoupledVerifier):
             self.verifier.finish(request_id)
+
+    def go_on(self, request_id: str) -> None:
+        """Drop what drafting holds of a streaming-input session that goes on: its outputs are part of a new prompt."""
+        self._requests.pop(request_id, None)
         self.drafting.finish([request_id])
 
     def snapshot(self, is_fresh: bool = True) -> dict[str, Any]:
