@@ -304,7 +304,7 @@ def serving(arguments: argparse.Namespace, model: Path, folder: Path, config: di
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     if config:
         command += ["--speculative-config", json.dumps(config), "--num-gpu-blocks-override", str(sizes.blocks)]
-        command += ["--max-num-batched-tokens", str(max(128, 8 * arguments.clients))]
+        command += ["--max-num-batched-tokens", str(max(192, 20 * arguments.clients))]
     url = f"http://127.0.0.1:{port}"
     log_path = folder / ("server.log" if config else "stock.log")
     with log_path.open("wb") as log:
@@ -481,11 +481,12 @@ def main() -> None:
     """Stock's answers, then the traffic."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--clients", type=int, help="default: 16, and 6 with --v2")
     parser.add_argument("--seed", type=int, default=0, help="of the traffic")
     parser.add_argument("--v2", action="store_true", help="Model Runner V2 under Triton's interpreter")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     arguments = parser.parse_args()
+    arguments.clients = arguments.clients or (6 if arguments.v2 else 16)
     if min(arguments.minutes, arguments.clients) <= 0:
         parser.error("--minutes and --clients must be above 0")
     sizes = V2 if arguments.v2 else V1
