@@ -35,8 +35,9 @@ from vllm_specplug.measure import corpus
 from vllm_specplug.stores.format import tokenizer_fingerprint
 from vllm_specplug.stores.texts import load_tokenizer, vocab_size_of
 from vllm_specplug.stores.writer import DatastoreWriter, Piece, add_texts
+from vllm_specplug.tiny_models import target_path
 
-TINY_TOKENIZER = str(Path(corpus.__file__).parent / "tiny_models" / "tiny-target")
+TINY_TOKENIZER = str(target_path())
 
 
 def parse_count(text: str) -> int:

@@ -185,7 +185,7 @@ def _trace_votes(tokens, positions, segments, vocab_size, context, draft, max_ma
         tokens, positions, segments, vocab_size, table, one - 1, one * len(context), one, max_match, 1, lengths, ranges
     )
     length = lengths[0]
-    num_votes, _ = spread_candidates(positions, segments, ranges[0], candidates)
+    num_votes, _ = spread_candidates(positions, segments, ranges[0], len(tokens), candidates)
     for depth in range(len(draft)):
         num_agreeing = 0
         for index in range(num_votes):
@@ -418,11 +418,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=parse_count, default=10**7, help="size of the store")
     parser.add_argument("--tokenizer", default=TINY_TOKENIZER, help="folder or Hugging Face name")
+    parser.add_argument("--modules", type=int, help="replay only so many of each group")
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()
     tokenizer = load_tokenizer(arguments.tokenizer)
     sources = calibration_sources()
     modules = {"fitted": sources[::2], "other half": sources[1::2], "held out": corpus.held_out_sources()}
+    modules = {name: paths[: arguments.modules] for name, paths in modules.items()}
     windows = {name: windows_of(paths, tokenizer) for name, paths in modules.items()}
     for name, paths in modules.items():
         names = (str(path.relative_to(corpus.standard_library_root())) for path in paths)

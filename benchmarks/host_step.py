@@ -62,7 +62,7 @@ def measure(drafter: Any, modules: list[np.ndarray[Any, Any]], batch: int) -> li
         texts.append(module[start : start + length])
     table = np.stack(texts)
     ids = [str(row) for row in range(batch)]
-    params = SimpleNamespace(extra_args=None, max_tokens=None, temperature=0.0)
+    params = SimpleNamespace(extra_args=None, max_tokens=None, temperature=0.0, eos_token_id=None, stop_token_ids=None)
     new = [
         SimpleNamespace(req_id=id, sampling_params=params, prompt_len=CONTEXT_TOKENS, prefill_token_ids=row.tolist())
         for id, row in zip(ids, table[:, :CONTEXT_TOKENS], strict=True)

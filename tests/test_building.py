@@ -272,9 +272,80 @@ def test_a_file_that_changed_is_read_again(tmp_path, folder):
     arguments = build_arguments(out, copied, 1)
     assert killed_when(arguments, lambda: files_in(out, ".done") > 0) is None
     (copied / "00.py").write_text("something else\n")
-    assert "or they changed since" in run(*arguments).stderr
-    assert run(*arguments, "--restart").exit_code == 0
-    assert texts_of(out)[0] == "something else\n"
+    assert run(*arguments).exit_code == 0
+    assert texts_of(out) == ["something else\n", *contents(copied)[1:]]
+
+
+def records(count: int) -> list[str]:
+    return [json.dumps({"text": f"def function_{n}(argument):\n    return argument + {n}\n" * 5}) for n in range(count)]
+
+
+def test_finished_shards_outlive_the_repair_of_a_bad_line(tmp_path):
+    """What binds a shard is the bytes that it read, and errors name the line in the file."""
+    path, out = tmp_path / "text.jsonl", tmp_path / "out.specstore"
+    good = records(40)
+    lines = [*good[:30], '{"text": "half', *good[30:]]
+    path.write_text("\n".join(lines) + "\n")
+    arguments = (out, path, "--shard-size", "1KB", "--workers", 1)
+    result = build(*arguments)
+    assert result.exit_code == 2
+    assert f"{path} line 31 is not JSON" in result.stderr.replace("\n", "")
+    num_done = files_in(out, ".done")
+    assert num_done > 3
+    for repaired in ('{"text": "whole"}', '{"text": "wholly"}'):
+        lines[30] = repaired
+        path.write_text("\n".join(lines) + "\n")
+        result = build(*arguments, "--force")
+        assert result.exit_code == 0, result.stderr
+        assert (f"going on: {num_done} of" in result.stderr) == (repaired == '{"text": "whole"}')
+        assert texts_of(out) == [json.loads(line)["text"] for line in lines]
+
+
+def test_a_finished_shard_whose_text_changed_is_built_again(tmp_path):
+    path, out = tmp_path / "text.jsonl", tmp_path / "out.specstore"
+    lines = [*records(40), "{"]
+    path.write_text("\n".join(lines))
+    arguments = (out, path, "--shard-size", "1KB", "--workers", 1)
+    assert build(*arguments).exit_code == 2
+    num_done = files_in(out, ".done")
+    lines[0], lines[-1] = lines[0].replace("argument", "argumemt"), '{"text": "end"}'  # as long as before
+    path.write_text("\n".join(lines))
+    result = build(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert f"going on: {num_done - 1} of" in result.stderr
+    assert texts_of(out) == [json.loads(line)["text"] for line in lines]
+
+
+def test_merge_can_throw_away_what_a_stopped_build_left(tmp_path):
+    path, out = tmp_path / "text.jsonl", tmp_path / "out.specstore"
+    path.write_text("\n".join(records(10)))
+    assert build(out, path).exit_code == 0
+    (tmp_path / "bad.jsonl").write_text("\n".join([*records(40), "{"]))
+    stopped = ("add", out, tmp_path / "bad.jsonl", "--shard-size", "1KB", "--workers", 1, *MAX_MEMORY)
+    for command in (("merge", "--force", out, out), ("add", out, path, *MAX_MEMORY)):
+        assert run(*stopped).exit_code == 2
+        result = run(*command)
+        assert result.exit_code == 2
+        assert "add --restart to this one" in result.stderr.replace("\n", " ")
+        assert run(*command, "--restart").exit_code == 0
+    assert len(texts_of(out)) == 20
+
+
+def test_line_ends_of_windows_are_told_and_can_be_normalised(tmp_path):
+    text = "one\r\ntwo\r\nthree\n"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}))
+    inputs = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    for sharding in ((), ("--shard-size", "10B", "--workers", 1)):
+        result = build(tmp_path / "kept", *inputs, "--force", *sharding)
+        assert "66.7% of the lines end as on Windows" in result.stderr.replace("\n", " ")
+        assert "--newlines lf" in result.stderr
+        assert "".join(texts_of(tmp_path / "kept")) == text * 2
+        result = build(tmp_path / "lf", *inputs, "--force", "--newlines", "lf", *sharding)
+        assert "Windows" not in result.stderr
+        assert "".join(texts_of(tmp_path / "lf")) == text.replace("\r\n", "\n") * 2
+    assert run("add", tmp_path / "lf", inputs[0], "--newlines", "lf", *MAX_MEMORY).exit_code == 0
+    assert "\r" not in "".join(texts_of(tmp_path / "lf"))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import subprocess
@@ -12,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Gauge, generate_latest, start_http_server
+from rich.console import Console
 
-from vllm_specplug.cli.top import Sample, check_plugin, curve, fetch, parse, rate, size, window
+from vllm_specplug.cli.progress import Shown
+from vllm_specplug.cli.top import Sample, check_plugin, curve, fetch, parse, rate, size, view, window
 from vllm_specplug.drafting.stats import DraftingStats, ProposerStats
 from vllm_specplug.errors import SpecplugError
 from vllm_specplug.metrics import files
@@ -108,6 +111,33 @@ def test_once_prints_all_since_the_start(answering: Answering) -> None:
         assert row(done.stdout, "code") == ["code", "1,234,567", "3.0", "MiB", "8", "75.0%"]
         for words in ("tiny", "running 3, waiting 0", "tokens a request and step 2.50", "verifying step 100.00 ms"):
             assert words in done.stdout
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
+    stats = made_stats(1)
+    stats.proposers["mine[v2]"] = stats.proposers.pop("rest")
+    stats.proposers["mine[v2]"].stores["[/models]"] = stats.proposers["mine[v2]"].stores.pop("code")
+    stats.proposers["[red]"] = stats.proposers.pop("suffix")
+    files.Publisher(stats.to_dict, {"engine": "0", "model_name": "[/models]/llama[v2]"}, tmp_path).publish()
+    registry = CollectorRegistry()
+    registry.register(files.Collector(tmp_path))
+    sample = parse(generate_latest(registry).decode(), 0.0)
+    console = Console(file=io.StringIO(), width=120)
+    console.print(view("http://[::1]:8000", sample, None, deque()))
+    text = console.file.getvalue()
+    assert "specplug top: [/models]/llama[v2] at http://[::1]:8000" in text
+    assert row(text, "mine[v2]")[1] == "40"
+    assert row(text, "[red]")[:3] == ["[red]", "(left", "out)"]
+    assert row(text, "[/models]")[1] == "1,234,567"
+
+
+def test_progress_shows_names_with_brackets_as_they_are() -> None:
+    for is_terminal in (True, False):
+        console = Console(file=io.StringIO(), width=120, force_terminal=is_terminal)
+        with Shown(console) as progress:
+            progress("llama[v2]", 0.5, "at [/models]")
+        assert "llama[v2]" in console.file.getvalue()
+        assert "at [/models]" in console.file.getvalue()
 
 
 def test_further_chains_have_a_line_if_there_are_any(answering: Answering) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from harness import ENGINE_ARGS, Engine
 
-from vllm_specplug.errors import ConfigurationError, UnsupportedVersionError
+from vllm_specplug.errors import SCREEN_CHARS, ConfigurationError, SpecplugError, UnsupportedVersionError
 from vllm_specplug.hooks.seams import check_version
 from vllm_specplug.settings.model import parse_settings, settings_of
 from vllm_specplug.settings.requests import RequestChoices, parse_request_options
@@ -152,6 +152,8 @@ def test_request_options_are_parsed_and_others_ignored() -> None:
         ("specplug_tenant", "x" * 300, ["1 to 256 characters"]),
         ("specplug_tenant", 7, ["1 to 256 characters"]),
         ("specplug_tenant", "half \ud800", ["UTF-8"]),
+        ("specplug_datastore", "code," * 10**6, ["each once", "4,096", "5,000,000"]),
+        ("specplug_proposers", ["suffix"] * 5000, ["each once", "5,000"]),
     ],
 )
 def test_wrong_request_options_say_what_is_possible(name: str, value: Any, parts: list[str]) -> None:
@@ -160,6 +162,51 @@ def test_wrong_request_options_say_what_is_possible(name: str, value: Any, parts
         parse_request_options({name: value}, choices)
     for part in (name, *parts):
         assert part in str(caught.value)
+
+
+def test_a_store_named_many_times_is_named_once() -> None:
+    choices = RequestChoices(proposers=("suffix", "rest"), stores=("code", "tickets"))
+    given = {"specplug_datastore": "tickets, code," * 100 + "code", "specplug_proposers": ["rest"] * 100}
+    assert parse_request_options(given, choices) == {
+        "specplug_datastore": ("tickets", "code"),
+        "specplug_proposers": ("rest",),
+    }
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"specplug_" + "x" * 10**6: 1},
+        {"specplug_speculate": "x" * 10**6},
+        {"specplug_max_draft_tokens": 10**5000},
+        {"specplug_max_draft_tokens": "x" * 10**6},
+        {"specplug_tenant": "x" * 10**6},
+        {"specplug_tenant": "\ud800" * 200},
+        {"specplug_datastore": "x" * 4000},
+        {"specplug_proposers": ["x" * 10**6]},
+        {"specplug_proposers": {"x" * 10**6: 1}},
+    ],
+    ids=lambda given: next(iter(given))[:20],
+)
+def test_an_answer_to_a_mistake_fits_a_screen(given: dict[str, Any]) -> None:
+    """However long what was given is, and whichever setting or option it is in."""
+    choices = RequestChoices(proposers=("suffix", "rest"), stores=("code", "tickets"), max_draft_tokens=8)
+    with pytest.raises(ConfigurationError) as caught:
+        parse_request_options(given, choices)
+    assert len(str(caught.value)) <= SCREEN_CHARS
+    for key, value in given.items():
+        for settings in ({key: value}, {"proposers": value}, {"proposers": ["x" * 10**6]}, {"sampler": "x" * 10**6}):
+            with pytest.raises(ConfigurationError) as caught:
+                parse_settings(settings)
+            assert len(str(caught.value)) <= SCREEN_CHARS
+
+
+def test_a_long_message_keeps_its_beginning_and_its_end() -> None:
+    told = str(SpecplugError("begins " + "x" * 10**6 + " ends"))
+    assert len(told) <= SCREEN_CHARS
+    assert told.startswith("begins xxx")
+    assert told.endswith("xxx ends")
+    assert "(998,062 characters left out)" in told
 
 
 def test_request_options_are_refused_if_vllms_own_drafter_is_alone() -> None:
@@ -348,6 +395,22 @@ def test_requests_beside_vllms_own_drafter_are_checked(process: Engine, sampler:
         message = process.send("call", "request_error", arguments, options)
         assert message.startswith("VLLMValidationError: ")
         assert next(iter(options)) in message
+    assert len(process.send("call", "request_error", arguments, {"specplug_tenant": "x" * 10**6})) < SCREEN_CHARS
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("config", [{"method": "specplug"}, {**NATIVE, "sampler": "rejection"}, NATIVE])
+def test_a_model_with_a_recurrent_state_is_refused(process: Engine, config: dict[str, Any], tmp_path: Path) -> None:
+    """Its state is not taken back when a draft is rejected: other tokens, in silence. vLLM alone is left alone."""
+    model = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "vocab_size": 4096, "num_hidden_layers": 2}
+    model |= {"hidden_size": 128, "state_size": 32, "num_heads": 8, "head_dim": 32, "n_groups": 1, "expand": 2}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    arguments = {"model": str(tmp_path), "max_model_len": 256, "enforce_eager": True, "skip_tokenizer_init": True}
+    message = process.send("call", "config_error", config, arguments)
+    if config is NATIVE:
+        assert message == ""
+    else:
+        assert message.startswith("ConfigurationError: speculative_config: Mamba2ForCausalLM keeps a recurrent state")
 
 
 @pytest.mark.engine
@@ -460,6 +523,8 @@ def test_what_joins_a_draft_model_of_v1_needs_synchronous_scheduling(process: En
         "method": "draft_model", "model": str(draft_path()), "num_speculative_tokens": 3,
         "draft_sample_method": "probabilistic", **more,
     }  # fmt: skip
+    message = process.send("call", "config_error", {"method": "specplug"}, {**MODEL, "async_scheduling": True})
+    assert "method 'specplug' and async scheduling need Model Runner V2" in message
     message = process.send("call", "config_error", config, {**MODEL, "async_scheduling": True})
     assert "proposers or num_chains beside method 'draft_model' and async scheduling need Model Runner V2" in message
     assert process.send("call", "config_error", config, MODEL) == ""

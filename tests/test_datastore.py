@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_specplug.drafting.answers import is_well_formed
 from vllm_specplug.errors import DatastoreError
+from vllm_specplug.proposers.base import DraftBatch, ProposerContext
+from vllm_specplug.proposers.rest.proposer import RestProposer
 from vllm_specplug.stores import format
 from vllm_specplug.stores import writer as datastore_writer
 from vllm_specplug.stores.datastore import Datastore
-from vllm_specplug.stores.format import HEADER_BYTES, PREFIX, tokenizer_fingerprint
+from vllm_specplug.stores.format import FORMAT_VERSION, HEADER_BYTES, MAGIC, PREFIX, tokenizer_fingerprint
+from vllm_specplug.stores.merge import merge
 from vllm_specplug.stores.search import search_batch
 from vllm_specplug.stores.writer import DatastoreWriter, Piece, add_texts, sort_positions, split_text
 
@@ -278,6 +285,7 @@ def test_empty_build_is_refused(tmp_path):
 
 
 def damage(path: Path, offset: int, data: bytes) -> None:
+    path.chmod(0o644)
     with path.open("r+b") as file:
         file.seek(offset)
         file.write(data)
@@ -287,8 +295,11 @@ def test_open_refuses(tmp_path):
     documents = [[0, 1, 2, 3] * 20]
     with pytest.raises(DatastoreError, match=r"cannot open .*No such file.*datastore build"):
         Datastore.open(tmp_path / "missing")
-    with pytest.raises(DatastoreError, match="Is a directory"):
+    with pytest.raises(DatastoreError, match="it is a folder, not a file"):
         Datastore.open(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DatastoreError, match="it is a named pipe, not a file"):
+        Datastore.open(tmp_path / "pipe")
 
     empty = tmp_path / "empty"
     empty.touch()
@@ -316,6 +327,144 @@ def test_open_refuses(tmp_path):
         os.truncate(path, length)
         with pytest.raises(DatastoreError, match=message):
             Datastore.open(path)
+
+
+def rewrite_header(path: Path, text: str | bytes) -> None:
+    """Replace a store's header, with a right checksum."""
+    data = text.encode() if isinstance(text, str) else text
+    damage(path, 0, PREFIX.pack(MAGIC, FORMAT_VERSION, len(data), zlib.crc32(data)) + data)
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    _, _, num_bytes, _ = PREFIX.unpack_from(data)
+    header = json.loads(data[PREFIX.size : PREFIX.size + num_bytes])
+    assert isinstance(header, dict)
+    return header
+
+
+HUGE = 10**400
+HOSTILE_HEADERS: list[dict[str, Any]] = [
+    {"vocab_size": 0}, {"vocab_size": HUGE}, {"vocab_size": -4}, {"vocab_size": "4"}, {"vocab_size": 70_000},
+    {"vocab_size": float("nan")}, {"vocab_size": True}, {"vocab_size": None}, {"token_bytes": 0}, {"token_bytes": 3},
+    {"token_bytes": 4}, {"num_tokens": 0}, {"num_tokens": HUGE}, {"num_documents": -1}, {"num_documents": 10**6},
+    {"tokens": [0, 200, 0]}, {"tokens": [HEADER_BYTES + 1, 200, 0]}, {"tokens": [HEADER_BYTES, -200, 0]},
+    {"tokens": [HEADER_BYTES, HUGE, 0]}, {"tokens": [HEADER_BYTES, 2]}, {"tokens": {}}, {"tokens": "text"},
+    {"positions": [0, 4, 0]}, {"positions": [HEADER_BYTES + 4096, 3, 0]}, {"positions": [2**62, 2**62, 0]},
+    {"segments": []}, {"segments": [[0, 5, 0, 5], [0, HUGE, 0, 1]]}, {"segments": [[-1, 5, 0, 5]]},
+    {"segments": [[5, 5, 0, 5]]}, {"segments": [[0, 5, 5, 0]]}, {"segments": [[0, 5, 0, 10**9]]},
+    {"segments": [0, 5, 0, 5]}, {"segments": [[0, 5, 0]]}, {"sorted_depth": -1}, {"tokenizer": 3}, {"created": []},
+]  # fmt: skip
+
+
+def test_hostile_headers_are_one_line(tmp_path):
+    path = write_store(tmp_path, [[0, 1, 2, 3] * 20])
+    right = header_of(path)
+    texts: list[str | bytes] = [json.dumps({**right, **change}) for change in HOSTILE_HEADERS]
+    texts += ["", "null", "[]", "{}", "{", "[" * 10_000, b"\xff\xfe", '{"vocab_size": 4, "vocab_size": 5}', "9" * 5000]
+    for text in texts:
+        rewrite_header(path, text)
+        with pytest.raises(DatastoreError, match="token store") as raised:
+            Datastore.open(path)
+        assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 500
+    rewrite_header(path, json.dumps(right))
+    Datastore.open(path).verify()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that change while they are read
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def proposer_on(*paths: Path, **options: Any) -> RestProposer:
+    stores = {path.stem: str(path) for path in paths}
+    options = {"min_confidence": 0.0, **options}
+    return RestProposer(ProposerContext(2**20, 6, datastores=stores, options=options))
+
+
+def drafts_of(proposer: RestProposer, num_chains: int = 1) -> list[list[int]]:
+    batch = dataclasses.replace(
+        DraftBatch.from_contexts([[1, 2], [3], [0] * 40, [2, 3, 0, 1]], 6), num_chains=num_chains
+    )
+    drafts = proposer.propose(batch)
+    for each in (drafts, *drafts.others):
+        assert is_well_formed(dataclasses.replace(each, others=()), batch, 2**20)
+    return [row[:count].tolist() for row, count in zip(drafts.token_ids, drafts.num_tokens, strict=True)]
+
+
+def test_files_of_stores_are_read_only(tmp_path):
+    path = write_store(tmp_path, [[0, 1, 2, 3] * 20])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o444 & ~current_umask()
+
+
+def current_umask() -> int:
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return umask
+
+
+def test_a_store_that_is_cut_under_a_reader_costs_its_drafts_only(tmp_path, caplog):
+    documents = [[0, 1, 2, 3] * 5000]
+    path, other = write_store(tmp_path, documents), write_store(tmp_path, [[3, 1, 3, 1, 3, 1]])
+    content = path.read_bytes()
+    proposer, both = proposer_on(path), proposer_on(path, other)
+    before = drafts_of(proposer)
+    assert before[0] == [3, 0, 1, 2, 3, 0]
+    path.chmod(0o644)
+    os.truncate(path, HEADER_BYTES)
+    for num_chains in (1, 3, 1):
+        drafts_of(proposer, num_chains)  # the first reads what is no longer there
+    assert proposer.stores[path.stem].is_lost
+    assert drafts_of(proposer) == [[], [], [], []]
+    assert drafts_of(both)[1] == [1, 3, 1]  # the other store
+    assert drafts_of(both, 3)[1] == [1, 3, 1]
+    said = [record.message for record in caplog.records if "was cut" in record.message]
+    assert len(said) == 2  # once for each proposer
+    assert str(path) in said[0]
+    with pytest.raises(DatastoreError, match="truncated"):
+        proposer.open_stores()
+    path.write_bytes(content)
+    proposer.take_stores(proposer.open_stores())
+    assert drafts_of(proposer) == before
+
+
+def test_a_store_that_is_cut_while_it_is_merged_makes_no_store(tmp_path):
+    path, out = write_store(tmp_path, [[0, 1, 2, 3] * 50_000]), tmp_path / "out"
+    size = path.stat().st_size
+    path.chmod(0o644)
+
+    def cut(*_: int) -> None:
+        os.truncate(path, HEADER_BYTES + 4096)
+
+    with pytest.raises(DatastoreError, match="was cut"):
+        merge([Datastore.open(path)], lambda _: out, num_threads=1, on_progress=cut)
+    assert path.stat().st_size < size
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize(("vocab_size", "segment_tokens"), [(4, None), (4, 100), (70_000, 100)])
+def test_whatever_is_written_into_a_store_drafts_stay_in_the_vocabulary(tmp_path, vocab_size, segment_tokens):
+    """Contents change under an open store: kernels read inside of it, and end."""
+    rng = np.random.default_rng(0)
+    path = write_store(tmp_path, [[0, 1, 2, 3] * 20] * 5, vocab_size, segment_tokens)
+    path.chmod(0o644)
+    proposer = proposer_on(path, max_match=10**6)
+    size = path.stat().st_size - HEADER_BYTES
+    for data in (
+        b"\xff" * size,
+        b"\0" * size,
+        *(rng.integers(0, 256, size, dtype=np.uint8).tobytes() for _ in range(20)),
+        *((rng.integers(0, 4, size // 4, dtype=np.uint32)).tobytes() for _ in range(20)),
+    ):
+        damage(path, HEADER_BYTES, data)
+        for num_chains in (1, 3):
+            for row in drafts_of(proposer, num_chains):
+                assert all(0 <= token < vocab_size for token in row)
+        proposer.longest_match(np.zeros(1000, dtype=np.int32))
+        with pytest.raises(DatastoreError):
+            Datastore.open(path).verify()
+    assert not proposer.stores[path.stem].is_lost
 
 
 def test_verify_finds_corruption(tmp_path):

@@ -224,17 +224,29 @@ def test_open_refuses_damaged_sharded_stores(tmp_path):
     path = sharded(tmp_path, [[[0, 1, 2]], [[2, 1, 0]]])
     folder, text = shards_folder(path), path.read_text()
     first = folder / "0.specstore"
+    path.chmod(0o644)
+    first.chmod(0o644)
     for wrong, message in (
+        ("{" * 10_000, "manifest .* is damaged"),
+        ('{"shards": NaN, "shards": ' + "9" * 5000 + "}", "manifest .* is damaged"),
+        (json.dumps({**json.loads(text), "x" * 10_000: 1}), "manifest .* is damaged"),
+        (json.dumps({**json.loads(text), "vocab_size": 10**400}), "vocab_size"),
         (text[:-20], "manifest .* is damaged"),
         (text.replace('"version": 1', '"version": 2'), "version"),
         (json.dumps({**json.loads(text), "shards": []}), "shards"),
         (text.replace("0.specstore", "../0.specstore"), "shards.0.file"),
     ):
         path.write_text(wrong)
-        with pytest.raises(DatastoreError, match=message):
+        with pytest.raises(DatastoreError, match=message) as raised:
             Datastore.open(path)
+        assert len(str(raised.value)) < 600
+        assert "\n" not in str(raised.value)
     path.write_text(text)
     first.rename(folder / "gone")
+    os.mkfifo(first)
+    with pytest.raises(DatastoreError, match=r"0\.specstore, a shard of .* it is a named pipe, not a file"):
+        Datastore.open(path)
+    first.unlink()
     with pytest.raises(DatastoreError, match=r"cannot open .*0\.specstore, a shard of .*together with its folder"):
         Datastore.open(path)
     os.link(folder / "1.specstore", first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -50,18 +51,24 @@ def test_every_occupation_of_a_row_has_its_own_number() -> None:
     assert history.requests == [None, None]
 
 
+def params_of(**given: Any) -> SimpleNamespace:
+    """Sampling parameters, as far as drafting reads them."""
+    unset = {"extra_args": None, "max_tokens": None, "eos_token_id": None, "stop_token_ids": None}
+    return SimpleNamespace(**{**unset, "temperature": 1.0, **given})
+
+
 def test_a_request_ends_at_its_own_limit_or_the_models() -> None:
-    params = SimpleNamespace(extra_args={"specplug_speculate": False, "other": 1}, max_tokens=5, temperature=0.5)
+    params = params_of(extra_args={"specplug_speculate": False, "other": 1}, max_tokens=5, temperature=0.5)
     tracked = TrackedRequest.of("a", params, num_prompt_tokens=3, max_model_len=100)
     assert (tracked.max_total_tokens, tracked.speculate, tracked.options["other"]) == (8, False, 1)
-    unbounded = TrackedRequest.of("a", SimpleNamespace(extra_args=None, max_tokens=None, temperature=None), 3, 100)
+    unbounded = TrackedRequest.of("a", params_of(temperature=None), 3, 100)
     assert (unbounded.max_total_tokens, unbounded.speculate) == (100, True)
-    long = SimpleNamespace(extra_args=None, max_tokens=500, temperature=1.0)
+    long = params_of(max_tokens=500)
     assert TrackedRequest.of("a", long, 3, 100).max_total_tokens == 100
 
 
 def test_a_request_says_how_far_it_wants_to_be_drafted() -> None:
-    params = SimpleNamespace(
+    params = params_of(
         extra_args={"specplug_max_draft_tokens": 3, "specplug_proposers": "rest, suffix", "specplug_tenant": "acme"},
         max_tokens=20,
         temperature=0.0,
@@ -73,3 +80,14 @@ def test_a_request_says_how_far_it_wants_to_be_drafted() -> None:
     assert [tracked.longest_draft(total, 8) for total in (11, 26, 27, 28, 29, 30, 31)] == [3, 3, 2, 1, 0, 0, 0]
     assert TrackedRequest("b", 10, 30).longest_draft(11, 8) == 8
     assert TrackedRequest("c", 10, 30, speculate=False).longest_draft(11, 8) == 0
+
+
+def test_nothing_is_returned_behind_the_end_of_a_request() -> None:
+    params = params_of(max_tokens=5, eos_token_id=2, stop_token_ids=[7, 8])
+    request = TrackedRequest.of("a", params, num_prompt_tokens=3, max_model_len=100)
+    for emitted, returned in (
+        ([1, 3, 4], 3), ([1, 2, 3], 2), ([8, 2], 1), ([1, 3, 4, 5, 6, 9], 5), ([1, 3, 4, 5, 6, 2], 5), ([1, 1, 7], 3),
+    ):  # fmt: skip
+        assert request.num_returned(3, emitted) == returned
+    assert request.num_returned(6, [1, 3, 4]) == 2
+    assert request.num_returned(8, [1, 3]) == 1  # what the engine emits is never nothing

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sessions
 from compare import assert_close_logprobs, assert_same, tokens
 from harness import Engine, EngineError, Engines
 from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, noise_alone, requests
@@ -330,6 +331,24 @@ def test_thousands_of_requests_leave_memory_flat(
     assert after - before < min(16_000, 6 * more), f"{(after - before) / more:.1f} bytes a request"
 
 
+@pytest.fixture(scope="module")
+def streaming(engines: Engines, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Streaming-input sessions, what stock vLLM emits in them, and proposers that know it."""
+    with engines.borrowed({}, plugin=False) as engine:
+        sent, free = sessions.made(engine, corpus.held_out_prompts(12, 160), 24)
+        expected = engine.send("call", "sessions", sent)
+    path = tmp_path_factory.mktemp("sessions") / "sequences.json"
+    sessions.write_oracle(path, sent, free, expected)
+    proposers = [{"name": "in_child.Oracle", "sequences": str(path)}, {"name": "ensemble", "gate": False}]
+    return {"sent": sent, "expected": expected, "proposers": proposers}
+
+
+def test_streaming_input_sessions(roomy: Engine, streaming: dict[str, Any]) -> None:
+    """What was accepted behind a stop token is no part of the next turn, whose drafts are as long as those before."""
+    roomy.send("set_drafting", {"num_speculative_tokens": NUM_DRAFT, "proposers": streaming["proposers"]})
+    sessions.check(roomy, streaming["sent"], streaming["expected"])
+
+
 def test_unseeded_requests_differ_and_seeded_ones_do_not(roomy: Engine) -> None:
     roomy.send("set_drafting", {"num_speculative_tokens": NUM_DRAFT, "proposers": ["ngram"]})
     params = {"temperature": 1.2, "max_tokens": 24, "ignore_eos": True}
@@ -339,7 +358,7 @@ def test_unseeded_requests_differ_and_seeded_ones_do_not(roomy: Engine) -> None:
     assert len({tuple(sequences[0]) for sequences in seeded}) == 1
 
 
-def test_rejection_sampler_keeps_greedy_text(stock: dict[str, list[dict[str, Any]]]) -> None:
+def test_rejection_sampler_keeps_greedy_text(stock: dict[str, list[dict[str, Any]]], streaming: dict[str, Any]) -> None:
     settings = {**SPECPLUG, "sampler": "rejection", "proposers": ["ngram", "in_child.RandomTokens"]}
     greedy = [i for i, r in enumerate(PLAIN) if r["params"]["temperature"] == 0.0]
     with Engine({"speculative_config": settings}) as engine:
@@ -350,6 +369,10 @@ def test_rejection_sampler_keeps_greedy_text(stock: dict[str, list[dict[str, Any
         assert all(output["outputs"][0]["token_ids"] for output in engine.generate(sampled))
         with pytest.raises(EngineError, match="min_p and logit_bias"):
             engine.generate([{"prompt": "x", "params": {"min_p": 0.2, "max_tokens": 2}}])
+        drafted = {"num_speculative_tokens": NUM_DRAFT, "sampler": "rejection", "proposers": streaming["proposers"]}
+        engine.send("set_drafting", drafted)
+        greedy = [at for at, each in enumerate(streaming["sent"]) if each["params"]["temperature"] == 0.0]
+        sessions.check(engine, [streaming["sent"][at] for at in greedy], [streaming["expected"][at] for at in greedy])
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,65 @@ def test_a_thread_publishes(tmp_path: Path, stats: DraftingStats, monkeypatch: p
         publisher.close()
 
 
+def test_files_are_for_one_user(tmp_path: Path, stats: DraftingStats, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0)
+    try:
+        monkeypatch.setenv(files.FOLDER_VARIABLE, str(tmp_path / "new"))
+        folder = files.open_folder()
+        files.Publisher(stats.to_dict, LABELS, folder).publish()
+    finally:
+        os.umask(before)
+    (path,) = folder.glob("*")
+    assert (folder.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
+
+
+@pytest.mark.parametrize("lost", ["file", "folder"])
+def test_what_a_cleaner_removed_comes_again(
+    lost: str, tmp_path: Path, stats: DraftingStats, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    publisher = files.Publisher(stats.to_dict, LABELS, folder)
+    publisher.publish()
+    (path,) = folder.glob("*.json")
+    shutil.rmtree(folder) if lost == "folder" else path.unlink()
+    assert shown(folder) == []
+    publisher.publish()  # nothing new to tell, and yet the file is there again
+    assert shown(folder)
+    assert (folder.stat().st_mode & 0o777 == 0o700) or lost == "file"
+    assert caplog.text == ""
+
+
+def test_a_disk_that_is_full_is_one_warning(
+    tmp_path: Path, stats: DraftingStats, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "INTERVAL_S", 0.01)
+    (tmp_path / "folder").write_text("a file in the folder's place: nothing can be written there")
+    calls: list[int] = []
+
+    def snapshot() -> dict[str, Any]:
+        calls.append(1)
+        return stats.to_dict()
+
+    publisher = files.Publisher(snapshot, LABELS, tmp_path / "folder")
+    publisher.start()
+    try:
+        wait_until(lambda: len(calls) > 5)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "metrics cannot be written" in caplog.text
+        (tmp_path / "folder").unlink()
+        wait_until(lambda: bool(shown(tmp_path / "folder")))
+    finally:
+        publisher.close()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_trouble_ends_publishing_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -154,7 +215,7 @@ def test_trouble_ends_publishing_and_nothing_else(
         if len(calls) == 2:
             raise RuntimeError("dictionary changed size during iteration")
         if len(calls) == 4:
-            raise OSError("disk full")
+            raise ArithmeticError("a fault")
         return {"steps": len(calls)}
 
     publisher = files.Publisher(snapshot, LABELS, tmp_path)

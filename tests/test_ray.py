@@ -567,6 +567,23 @@ def _get(url: str) -> str | None:
 
 
 @pytest.mark.engine
+def test_a_serve_that_is_ended_while_it_starts_ends_cleanly(tmp_path: Path, ray_files: Path) -> None:
+    arguments = ["ray-serve", str(target_path()), "--port", str(_free_port()), "--temp-dir", str(ray_files)]
+    log = tmp_path / "serve.log"
+    with running(
+        [*arguments, "--speculative-config", '{"method": "specplug"}', *ENGINE_OPTIONS], log, tmp_path
+    ) as process:
+        wait_until(lambda: below(process, "ray::ServeReplica:specplug") or process.poll() is not None, START_TIMEOUT_S)
+        assert process.poll() is None, log.read_text()[-4000:]
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.wait(60) == 0, log.read_text()[-4000:]
+        wait_until(lambda: all(map(is_gone, started)), 60)
+    assert "Traceback" not in log.read_text()
+    assert "replicas at" not in log.read_text()
+
+
+@pytest.mark.engine
 def test_replicas_serve_the_same_tokens(store: Path, tmp_path: Path, ray_files: Path) -> None:
     import openai
 

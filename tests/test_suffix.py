@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -629,6 +630,22 @@ def test_memory_stays_below_the_cap_and_the_newest_is_known(tenants):
     assert proposer._num_automata > 2 + len(tenants), "automata were exchanged"
 
 
+def test_memory_is_that_of_all_tenants_whoever_was_used_lately():
+    """Only tenants with live requests are counted anew; what others forgot in between counts, too."""
+    for options in ({"max_history_bytes": 1 << 20}, {"share": "none"}):
+        proposer = proposer_with(**options)
+        rng = np.random.default_rng(0)
+        for nth in range(300):
+            names = [f"{nth}-{index}" for index in range(rng.integers(1, 4))]
+            texts = {name: random_text(nth, int(rng.integers(1, 400))) for name in names}
+            proposer.follow(batch_of(texts, tenants={name: str(rng.integers(0, 150)) for name in names}))
+            if rng.random() < 0.9:
+                proposer.finish(names)
+            if rng.random() < 0.5:
+                held = sum(each.num_bytes() for tenant in proposer._tenants.values() for each in tenant.automata())
+                assert proposer.memory_bytes() == held + proposer._requests.nbytes
+
+
 def test_the_tenant_used_least_recently_forgets_first():
     proposer = proposer_with(max_history_bytes=1 << 20)
     idle, busy = random_text(1, 4000), random_text(2, 4000)
@@ -835,6 +852,108 @@ def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
         np.savez(file, **parts)
     with pytest.raises(ValueError, match="outside the vocabulary"):
         proposer_with(history_file=str(path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"header": "NaN"}, {"header": "[]"}, {"header": '"text"'}, {"header": "[" * 100_000}, {"header": b"\xff\xfe{"},
+        {"header": '{"format": "specplug-history-1", "vocab_size": 250000, "tenants": [null]}'},
+        {"header": '{"format": "specplug-history-1", "vocab_size": 250000, "tenants": "all"}'},
+        {"header": '{"format": "specplug-history-1", "vocab_size": 1' + "0" * 400 + "}"},
+        {"header": '{"format": "specplug-history-1", "vocab_size": "250000"}'},
+        {"header": '{"format": "' + "x" * 10_000 + '"}'},
+        {"tokens": np.zeros((2500, 2), dtype=np.int32)}, {"tokens": np.zeros(5000)}, {"tokens": np.int32(5)},
+        {"lengths": np.array([2**63 - 1, 2**63 - 1, 5002])}, {"lengths": np.array([5000.0])},
+        {"lengths": np.array([[5000]])}, {"tenants": np.array(["a"])}, {"tenants": np.zeros((1, 1), dtype=np.int32)},
+        {"tenants": np.array([-1], dtype=np.int32)}, {"lengths": np.array([0, 5000]), "tenants": np.zeros(2, np.int32)},
+    ],
+)  # fmt: skip
+def test_hostile_files_are_refused_in_one_line(tmp_path, change):
+    path = tmp_path / "history"
+    saved_file(path)
+    with np.load(path) as archive:
+        parts = dict(archive) | change
+    if not isinstance(parts["header"], np.ndarray):
+        header = parts["header"]
+        parts["header"] = np.frombuffer(header.encode() if isinstance(header, str) else header, dtype=np.uint8)
+    with path.open("wb") as file:
+        np.savez(file, **parts)
+    with pytest.raises(ValueError, match=r"proposer 'suffix': history_file .*move it away") as raised:
+        proposer_with(history_file=str(path))
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500 + len(str(path))
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    for name, word in (("pipe", "a named pipe"), ("folder", "a folder"), ("loop", "symbolic links")):
+        with pytest.raises(ValueError, match=rf"cannot be used: .*{word}"):
+            proposer_with(history_file=str(tmp_path / name))
+
+
+def test_only_its_user_may_read_it(tmp_path):
+    path = tmp_path / "history"
+    path.symlink_to("real")
+    saved_file(path)
+    assert path.is_symlink()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert sorted(os.listdir(tmp_path)) == ["history", "real"]
+
+
+def test_a_half_written_file_of_a_killed_process_is_removed(tmp_path):
+    with subprocess.Popen(["true"]) as process:
+        pass
+    left = tmp_path / f"history.partial-{process.pid}"
+    for path in (left, tmp_path / f"other.partial-{process.pid}", tmp_path / f"history.partial-{os.getpid()}"):
+        path.touch()
+    proposer_with(history_file=str(tmp_path / "history")).close()
+    assert not left.exists()
+    assert len(os.listdir(tmp_path)) == 2
+
+
+STOPPED = """
+import multiprocessing, signal, sys, time
+from vllm_specplug.hooks.attached import at_end
+from vllm_specplug.proposers import DraftBatch, ProposerContext
+from vllm_specplug.proposers.suffix.proposer import SuffixProposer
+
+def serve(path):
+    def stop(*_):
+        raise SystemExit
+    signal.signal(signal.SIGTERM, stop)
+    options = {"history_file": path, "save_interval_s": 1000.0}
+    proposer = SuffixProposer(ProposerContext(250_000, 8, max_num_requests=8, options=options))
+    at_end(proposer.close)
+    proposer.follow(DraftBatch.from_contexts([[1, 2, 3]], 1, ["a"]))
+    proposer.finish(["a"])
+    print("busy", flush=True)
+    time.sleep(60)
+
+process = multiprocessing.get_context(sys.argv[2]).Process(target=serve, args=(sys.argv[1],))
+process.start()
+sys.stdin.readline()
+while process.is_alive():
+    process.terminate()
+    process.join(1)
+"""
+
+
+def test_a_worker_that_is_stopped_has_saved(tmp_path):
+    """Workers are children of multiprocessing, which run no handlers of atexit when they were forked."""
+    path = tmp_path / "history"
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(path), "fork"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "busy\n"
+        assert not path.exists()
+        process.communicate("stop\n", timeout=60)
+    again = proposer_with(history_file=str(path))
+    assert again._num_loaded == 3
+    again.close()
 
 
 @pytest.mark.parametrize("folder", ["missing", "a file"])

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import sessions
 from compare import assert_close_logprobs, assert_same
 from harness import Engine, EngineError, Engines
 from requests_matrix import V2_FEATURES, noise_alone, requests, requests_v2
 from small_model import VOCAB, draft_path, target_path
 
 from vllm_specplug import tiny_models
+from vllm_specplug.measure import corpus
 
 pytestmark = pytest.mark.engine
 
@@ -49,7 +52,6 @@ def files(stock: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory)
     """Paths of the file that the oracle reads and of a token store."""
     from transformers import AutoTokenizer
 
-    from vllm_specplug.measure import corpus
     from vllm_specplug.stores.format import tokenizer_fingerprint
     from vllm_specplug.stores.writer import DatastoreWriter, Piece, add_texts
 
@@ -152,6 +154,19 @@ def test_same_tokens_as_stock_v2(
         assert accepted >= 0.85 * drafted
     if proposer == "random":
         assert accepted < 0.05 * drafted
+
+
+@pytest.mark.parametrize("cache", ["roomy", "tight"])
+def test_streaming_input_sessions(cache: str, engines: Engines, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """With and without async scheduling, which does not count the last step of a request."""
+    with engines.borrowed(ROOMY, plugin=False, v2=True) as engine:
+        sent, free = sessions.made(engine, corpus.held_out_prompts(6, 60), 6)
+        expected = engine.send("call", "sessions", sent)
+    sessions.write_oracle(tmp_path / "sequences.json", sent, free, expected)
+    engine = request.getfixturevalue(cache)
+    oracle = {"name": "in_child.Oracle", "sequences": str(tmp_path / "sequences.json")}
+    engine.send("set_drafting", {"num_speculative_tokens": NUM_DRAFT, "proposers": [oracle, UNGATED]})
+    sessions.check(engine, sent, expected, is_counted=cache == "roomy")
 
 
 def test_every_oracle_token_is_accepted(roomy: Engine, stock: list[dict[str, Any]], files: dict[str, str]) -> None:

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+SCREEN_CHARS = 2000
+"""Longest message of an error, whatever was given: a screen of 80 columns has about as many."""
+
+
+def brief(text: str, most: int = SCREEN_CHARS) -> str:
+    """``text``, without its middle if it has more than ``most`` characters."""
+    if len(text) <= most:
+        return text
+    room = most - 50
+    head = 2 * room // 3
+    return f"{text[:head]} ... ({len(text) - room:,} characters left out) ... {text[head - room :]}"
+
+
+def shown(value: object) -> str:
+    """What was given, for a message: its ``repr``, at most two lines of it."""
+    try:
+        return brief(repr(value), 160)
+    except Exception:  # an integer of many digits, or an object of the user's
+        return f"a {type(value).__name__} that cannot be shown"
+
 
 class SpecplugError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """Base of all errors that this package raises on purpose; long messages lose their middle."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(brief(str(message)))
 
 
 class ConfigurationError(SpecplugError, ValueError):

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers.base import ProposerContext
 from vllm_specplug.proposers.rest.confidence import vote_confidence
 from vllm_specplug.proposers.rest.proposer import RestProposer
@@ -50,12 +51,12 @@ UPLOAD_BYTES = 64 * 2**20
 @triton.jit  # type: ignore[untyped-decorator]
 def _search(  # type: ignore[no-untyped-def]
     tokens, positions, first_token, low, high, suffix, limit,
-    after: tl.constexpr, match_lanes: tl.constexpr, num_probes: tl.constexpr,
+    num_slots, after: tl.constexpr, match_lanes: tl.constexpr, num_probes: tl.constexpr,
 ):  # fmt: skip
     """Search ``positions[low:high]``, all or part of one segment, for the position at which a suffix belongs.
 
     Args:
-        tokens: ``[num_slots]``, the store's tokens.
+        tokens: ``[num_slots]``, the store's tokens. Entries of a damaged store point to the last one at most.
         first_token: slot of the segment's first token.
         suffix: ``[match_lanes]`` int32, the context read backwards; only its first ``limit`` tokens count.
         after: 0 for the position before all entries that match ``limit`` tokens, 1 for the position behind them.
@@ -73,6 +74,7 @@ def _search(  # type: ignore[no-untyped-def]
         index = low + (probe + 1) * step - 1
         inside = index < high
         following = first_token + tl.load(positions + index, mask=inside, other=0).to(tl.int64)
+        following = tl.minimum(following, num_slots - 1)
         slot = following[:, None] - 1 - back
         # A separator differs from any token of a context: no match reaches slots before the first document.
         text = tl.load(tokens + slot, mask=inside[:, None] & (back < limit) & (slot >= 0), other=0).to(tl.int32)
@@ -106,10 +108,10 @@ def _most_voted(token, voting, vote_lanes: tl.constexpr):  # type: ignore[no-unt
     return tl.sum(tl.where(vote == decider, token, 0), axis=0), best // vote_lanes
 
 
-@triton.jit(do_not_specialize=["row_stride"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["row_stride", "num_slots"])  # type: ignore[untyped-decorator]
 def _draft_kernel(  # type: ignore[no-untyped-def]
     tokens, positions, segments, confidences, min_confidence,
-    token_ids, row_stride, total_len, rows, wanted, drafts, num_tokens, out_confidence,
+    token_ids, row_stride, num_slots, total_len, rows, wanted, drafts, num_tokens, out_confidence,
     num_segments: tl.constexpr, vocab_size: tl.constexpr, max_match: tl.constexpr, min_match: tl.constexpr,
     max_votes: tl.constexpr, draft_width: tl.constexpr, segment_lanes: tl.constexpr, match_lanes: tl.constexpr,
     vote_lanes: tl.constexpr, draft_lanes: tl.constexpr, num_probes: tl.constexpr,
@@ -142,10 +144,16 @@ def _draft_kernel(  # type: ignore[no-untyped-def]
         first_token = tl.load(segments + 4 * segment)
         start = tl.load(segments + 4 * segment + 2)
         stop = tl.load(segments + 4 * segment + 3)
-        place, length = _search(tokens, positions, first_token, start, stop, suffix, limit, 0, match_lanes, num_probes)
+        place, length = _search(
+            tokens, positions, first_token, start, stop, suffix, limit, num_slots, 0, match_lanes, num_probes
+        )
         if length >= tl.maximum(longest, min_match):
-            begin, _ = _search(tokens, positions, first_token, start, place, suffix, length, 0, match_lanes, num_probes)
-            end, _ = _search(tokens, positions, first_token, place, stop, suffix, length, 1, match_lanes, num_probes)
+            begin, _ = _search(
+                tokens, positions, first_token, start, place, suffix, length, num_slots, 0, match_lanes, num_probes
+            )
+            end, _ = _search(
+                tokens, positions, first_token, place, stop, suffix, length, num_slots, 1, match_lanes, num_probes
+            )
             counts = tl.where(length > longest, 0, counts)  # shorter matches do not vote
             begins = tl.where(lane == segment, begin, begins)
             counts = tl.where(lane == segment, end - begin, counts)
@@ -174,8 +182,10 @@ def _draft_kernel(  # type: ignore[no-untyped-def]
     depth = 0
     drafting = (num_votes > 0) & (depth < max_draft)
     while drafting:
-        token = tl.load(tokens + following + depth, mask=voting, other=0).to(tl.int32)
-        token = tl.where(voting, token, -1)
+        slot = tl.minimum(following + depth, num_slots - 1)
+        token = tl.load(tokens + slot, mask=voting, other=0).to(tl.int64)
+        # What is no token, in a damaged store, ends the draft as a separator does.
+        token = tl.where(voting, tl.minimum(token, vocab_size).to(tl.int32), -1)
         choice, num_agreeing = _most_voted(token, voting, vote_lanes)
         num_voting = tl.sum(voting.to(tl.int32), axis=0)
         confidence = tl.load(
@@ -241,6 +251,8 @@ class DeviceRest:
         self._positions = _upload(self.store.positions, self.device)
         self._segments = _upload(self.store.segments, self.device)
         self._confidences = _upload(confidence_table(max_match + self.num_draft_tokens - 1, max_votes), self.device)
+        if self.store.is_lost:
+            raise DatastoreError(f"the token store {self.store.path} was cut while it was copied to {self.device}")
         # A tensor, since Triton passes plain floats as float32.
         self._min_confidence = _upload(np.array([host.min_confidence]), self.device)
         num_segments = len(self.store.segments)
@@ -299,7 +311,8 @@ class DeviceRest:
         if num_requests:
             _draft_kernel[(num_requests,)](
                 self._tokens, self._positions, self._segments, self._confidences, self._min_confidence,
-                token_ids, token_ids.stride(0), total_len, rows, wanted, drafts, num_tokens, confidence,
+                token_ids, token_ids.stride(0), len(self._tokens), total_len, rows, wanted,
+                drafts, num_tokens, confidence,
                 **self.constants, num_warps=NUM_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
         return drafts, num_tokens, confidence

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 from numpy.typing import NDArray
 
-from vllm_specplug.compiled import kernel
+from vllm_specplug.compiled import kernel, parallel_kernel
 from vllm_specplug.proposers.base import Drafts
 from vllm_specplug.proposers.rest.confidence import (
     branch_confidence,
@@ -67,7 +67,7 @@ def _race(choices, counts, num_choices, separator, kind, key, scale):
     best_score = -math.inf
     second_score = -math.inf
     for choice in range(num_choices):
-        if choices[choice] != separator:
+        if choices[choice] < separator:
             score = noisy_score(math.log(counts[choice]), scale, kind, key, choices[choice])
             if score > best_score:
                 second_score = best_score
@@ -96,7 +96,7 @@ def _elect(tokens, vocab_size, length, candidates, num_candidates, depth, kind, 
     margin = 0.0
     if scale > 0.0:
         best, margin = _race(choices, counts, num_choices, vocab_size, kind, keys[depth], scale)
-    if choices[best] == vocab_size:
+    if choices[best] >= vocab_size:
         return best, 0.0, num_choices
     if scale > 0.0:
         noise = noise_of(kind, keys[depth], choices[best])
@@ -137,7 +137,7 @@ def draft_one(
         )
         token, num_agreeing = choices[best], counts[best]
         chance *= confidence
-        if token == vocab_size or chance < min_confidence:
+        if token >= vocab_size or chance < min_confidence:
             break
         out_tokens[depth] = token
         out_confidence[depth] = confidence
@@ -174,7 +174,7 @@ def _rate_losers(
     """
     for choice in range(num_choices):
         losers[choice] = 0.0
-        if choice != best and choices[choice] != vocab_size:
+        if choice != best and choices[choice] < vocab_size:
             if scale > 0.0:
                 noise = noise_of(kind, key, choices[choice])
                 losers[choice] = noisy_branch_confidence(length, counts[choice], num_votes, counts[best], noise)
@@ -218,7 +218,7 @@ def draft_tree(
                 tokens, vocab_size, length, agreeing, num_agreeing, depth, kind, keys, scale, choices, counts
             )
             token, num_votes = choices[best], counts[best]
-            ends = token == vocab_size or chance * confidence < (min_confidence if path == 0 else least)
+            ends = token >= vocab_size or chance * confidence < (min_confidence if path == 0 else least)
             if num_choices > 1 and chance * (1.0 - confidence) >= least:
                 _rate_losers(
                     vocab_size, length + depth, num_agreeing, best, confidence, kind, keys[depth], scale, choices,
@@ -267,7 +267,7 @@ def _find_candidates(tokens, positions, segments, vocab_size, table, rows, num_t
     candidates = np.empty((num_requests, max_votes), dtype=np.int64)
     num_candidates = np.empty(num_requests, dtype=np.int64)
     for i in range(num_requests):
-        num_candidates[i] = spread_candidates(positions, segments, ranges[i], candidates[i])[0]
+        num_candidates[i] = spread_candidates(positions, segments, ranges[i], len(tokens), candidates[i])[0]
     fetched = np.int64(0)
     for i in range(num_requests):
         for index in range(num_candidates[i]):
@@ -327,7 +327,7 @@ def draft_batch(
 
 
 # A function of its own: numba's cache on disk does not tell two compilations of one function apart.
-@njit(cache=True, nogil=True, parallel=True)
+@parallel_kernel
 def draft_batch_parallel(
     tokens, positions, segments, vocab_size, table, rows, num_tokens, max_drafts, settings, min_confidence,
     kind, keys, scales, out_tokens, out_num_tokens, out_confidence, out_match_length, out_votes,

@@ -25,6 +25,7 @@ The chance that the target agrees with a vote depends on how long the match is a
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_specplug.log import logger
 from vllm_specplug.proposers.base import (
     STORES_OPTION,
     DraftBatch,
@@ -117,6 +119,7 @@ class RestProposer(Proposer):
         for store in self.stores.values():
             store.check_vocab_size(context.vocab_size)
             store.check_max_match(int(options["max_match"]))
+        self._reported: weakref.WeakSet[Datastore] = weakref.WeakSet()
         self._stats = {
             name: StoreStats(store.header.num_tokens, store.file_bytes) for name, store in self.stores.items()
         }
@@ -136,7 +139,7 @@ class RestProposer(Proposer):
         noise = self._noise.of(batch, width)
         limits = self._limits(batch)
         best: Drafts | None = None
-        for name, store in self.stores.items():
+        for name, store in self._readable().items():
             drafts = Drafts.empty(len(batch), width)
             drafts.match_length = np.zeros(len(batch), dtype=np.int32)
             drafts.votes = np.zeros((len(batch), width), dtype=np.int32)
@@ -157,16 +160,18 @@ class RestProposer(Proposer):
                     best.token_ids, best.num_tokens, best.confidence, best.match_length, best.votes,
                     drafts.token_ids, drafts.num_tokens, drafts.confidence, drafts.match_length, drafts.votes,
                 )  # fmt: skip
-        assert best is not None  # there is a store, or the constructor raised
-        return best
+        return Drafts.empty(len(batch), width) if best is None else best
 
     def _run_trees(self, batch: DraftBatch, stats: Mapping[str, StoreStats] | None) -> Drafts:
         """The best few continuations of each request; of several stores, the best few of all."""
         width = max(batch.max_draft_tokens.tolist(), default=0)
-        trees = Trees.empty(len(self.stores), batch.num_chains, len(batch), width)
+        stores = self._readable()
+        if not stores:
+            return Drafts.empty(len(batch), width)
+        trees = Trees.empty(len(stores), batch.num_chains, len(batch), width)
         noise = self._noise.of(batch, width)
         limits = self._limits(batch)
-        for nth, (name, store) in enumerate(self.stores.items()):
+        for nth, (name, store) in enumerate(stores.items()):
             draft_batch_trees(
                 store.tokens, store.positions, store.segments, store.header.vocab_size,
                 kernel_input(batch.token_ids, np.int32), kernel_input(batch.rows, np.int64),
@@ -179,11 +184,26 @@ class RestProposer(Proposer):
             if stats is not None:
                 stats[name].lookups += int(np.count_nonzero(limits[name])) if name in limits else len(batch)
                 stats[name].hits += int(np.count_nonzero(trees.num_tokens[nth, 0]))
-        if len(self.stores) == 1:
+        if len(stores) == 1:
             trees.match_length[0, 1:] = trees.match_length[0, 0]
         else:
             trees = trees.merged()
         return trees.drafts()
+
+    def _readable(self) -> dict[str, Datastore]:
+        """The stores without those that were cut under us, of which the log tells once."""
+        lost = [name for name, store in self.stores.items() if store.is_lost]
+        if not lost:
+            return self.stores
+        for name in lost:
+            if self.stores[name] not in self._reported:
+                self._reported.add(self.stores[name])
+                logger.warning(
+                    "the token store %s was cut, or cannot be read any more, and drafts nothing from now on: put it "
+                    "back and reload the stores, or restart",
+                    self.stores[name].path,
+                )
+        return {name: store for name, store in self.stores.items() if name not in lost}
 
     def _limits(self, batch: DraftBatch) -> dict[str, NDArray[np.int64]]:
         """Longest draft for each request, 0 if a store is not asked, by store; empty if all ask all."""
@@ -227,7 +247,7 @@ class RestProposer(Proposer):
     def open_stores(self) -> Mapping[str, Datastore]:
         opened = {}
         for name, store in self.stores.items():
-            if not store.is_replaced():
+            if not (store.is_replaced() or store.is_lost):
                 continue
             newer = Datastore.open(store.path)
             newer.check_tokenizer(store.header.fingerprint, self.context.vocab_size, f"the store in use ({name})")

@@ -6,27 +6,31 @@ import json
 import os
 import tempfile
 import threading
-import zipfile
+import time
 from collections import deque
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_specplug.files import open_regular, remove_stale_partials, replacing
 from vllm_specplug.log import logger
 
 FILE_FORMAT = "specplug-history-1"
+REST_FACTOR = 50
+"""A save is followed by at least this many times its own duration without one."""
 
 
 class HistoryFile:
     """Keeps the newest texts of finished requests on disk. A separate thread writes a whole file and then renames it.
 
     The file is an ``.npz`` archive of: ``header``, JSON as bytes (format, vocab_size, tenants); ``tokens`` int32, all
-    texts one after the other, the oldest first; ``lengths`` int64 and ``tenants`` int32, one entry per text.
+    texts one after the other, the oldest first; ``lengths`` int64 and ``tenants`` int32, one entry per text. It is
+    what users said: only the server's user may read it.
     """
 
     def __init__(self, path: Path, vocab_size: int, max_bytes: int, interval_s: float) -> None:
-        self.path = path
+        self.path = path = Path(os.path.realpath(path))
         self._vocab_size = vocab_size
         self._max_bytes = max_bytes
         self._interval_s = interval_s
@@ -40,7 +44,7 @@ class HistoryFile:
         self._thread: threading.Thread | None = None
         try:
             with tempfile.TemporaryFile(dir=path.parent):
-                pass
+                remove_stale_partials(path.parent, path.name)
         except OSError as error:
             raise ValueError(
                 f"proposer 'suffix': history_file {str(path)!r}: its folder cannot be written to ({error.strerror}); "
@@ -91,14 +95,15 @@ class HistoryFile:
 
     def load(self) -> list[tuple[str, NDArray[np.int32]]]:
         """The texts in the file, the oldest first; none if there is no file yet."""
-        if not self.path.exists():
-            return []
         try:
             texts = self._read()
-        except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except FileNotFoundError:
+            return []
+        except Exception as error:  # damaged archives make zipfile and numpy raise nearly anything
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
             raise ValueError(
-                f"proposer 'suffix': history_file {str(self.path)!r} cannot be used: {error}. It is left as it is: "
-                "move it away to begin a new history, or name another file"
+                f"proposer 'suffix': history_file {str(self.path)!r} cannot be used: {reason.splitlines()[0][:200]}. "
+                "It is left as it is: move it away to begin a new history, or name another file"
             ) from error
         self._texts.extend(texts)
         self._num_bytes = sum(tokens.nbytes for _, tokens in texts)
@@ -106,28 +111,39 @@ class HistoryFile:
         return list(self._texts)
 
     def _read(self) -> list[tuple[str, NDArray[np.int32]]]:
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             if file.read(2) != b"PK":
                 raise ValueError("it is no history of this proposer's")
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
                 header = json.loads(archive["header"].tobytes())
                 tokens, lengths, tenants = archive["tokens"], archive["lengths"], archive["tenants"]
-        if header.get("format") != FILE_FORMAT:
-            raise ValueError(f"its format is {header.get('format')!r}, this version reads {FILE_FORMAT!r}")
-        if header["vocab_size"] != self._vocab_size:
+        if not isinstance(header, dict) or header.get("format") != FILE_FORMAT:
+            given = header.get("format") if isinstance(header, dict) else header
+            raise ValueError(f"its format is {given!r}, this version reads {FILE_FORMAT!r}")
+        if header.get("vocab_size") != self._vocab_size:
             raise ValueError(
-                f"it was written for a vocabulary of {header['vocab_size']} tokens, the model has {self._vocab_size}"
+                f"it was written for a vocabulary of {header.get('vocab_size')!r} tokens, the model has "
+                f"{self._vocab_size}"
             )
-        if tokens.dtype != np.int32 or len(lengths) != len(tenants) or lengths.sum() != len(tokens):
+        names = header.get("tenants")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("its parts do not fit together")
-        if len(lengths) and (lengths.min() < 1 or tenants.min() < 0 or tenants.max() >= len(header["tenants"])):
+        kinds = [(each.dtype, each.ndim) for each in (tokens, lengths, tenants)]
+        if kinds != [(np.int32, 1), (np.int64, 1), (np.int32, 1)] or len(lengths) != len(tenants):
+            raise ValueError("its parts do not fit together")
+        if len(lengths) and (
+            not 1 <= lengths.min() <= lengths.max() <= len(tokens)
+            or not 0 <= tenants.min() <= tenants.max() < len(names)
+        ):
+            raise ValueError("its parts do not fit together")
+        if lengths.sum() != len(tokens):
             raise ValueError("its parts do not fit together")
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
             raise ValueError("it has tokens outside the vocabulary")
         pieces = np.split(tokens, np.cumsum(lengths)[:-1]) if len(lengths) else []
         # Copies: a view would keep all texts in memory.
-        return [(str(header["tenants"][tenant]), piece.copy()) for tenant, piece in zip(tenants, pieces, strict=True)]
+        return [(names[tenant], piece.copy()) for tenant, piece in zip(tenants, pieces, strict=True)]
 
     def save(self) -> None:
         """Write all finished texts if there are new ones."""
@@ -140,9 +156,8 @@ class HistoryFile:
             names = sorted({tenant for tenant, _ in texts})
             number = {name: index for index, name in enumerate(names)}
             header = {"format": FILE_FORMAT, "vocab_size": self._vocab_size, "tenants": names}
-            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
             try:
-                with temporary.open("wb") as file:
+                with replacing(self.path, 0o600) as file:
                     np.savez(
                         file,
                         header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8),
@@ -150,12 +165,8 @@ class HistoryFile:
                         lengths=np.array([len(tokens) for _, tokens in texts], dtype=np.int64),
                         tenants=np.array([number[tenant] for tenant, _ in texts], dtype=np.int32),
                     )
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.path)
-            except OSError:
+            except BaseException:
                 self._is_dirty = True
-                temporary.unlink(missing_ok=True)
                 raise
 
     def start(self) -> None:
@@ -164,14 +175,17 @@ class HistoryFile:
 
     def _save_now_and_then(self) -> None:
         has_warned = False
-        while not self._stop.wait(self._interval_s):
+        duration_s = 0.0
+        while not self._stop.wait(max(self._interval_s, REST_FACTOR * duration_s)):
+            start = time.monotonic()
             try:
                 self.save()
                 has_warned = False
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 if not has_warned:
                     logger.warning("proposer 'suffix': cannot save %s: %s; will try again", self.path, error)
                 has_warned = True
+            duration_s = time.monotonic() - start
 
     def close(self) -> None:
         """Stop the thread and save all texts, also those of running requests."""

@@ -71,7 +71,7 @@ DEFAULT_OPTIONS: Mapping[str, int | float | str | None] = {
     "sharpness": 1.6,
     "min_confidence": 0.05,
     "history_file": None,
-    "save_interval_s": 60.0,
+    "save_interval_s": 5.0,
 }
 """What ``options`` may set.
 
@@ -81,8 +81,9 @@ share: "all": requests of a tenant (all without one are one) draft from each oth
 sharpness: factor of the logarithm of occurrences at temperature 1, where drafts are drawn with the target's noise; 0
     always takes the likeliest.
 min_confidence: a draft ends before the token whose chance of counting (itself and all before it accepted) is below.
-history_file: where finished requests are kept from one start to the next, as token ids; None: nowhere.
-save_interval_s: seconds between two saves; nothing is written while nothing new was said.
+history_file: where finished requests are kept from one start to the next, as token ids; only the server's user may read
+    it. None: nowhere.
+save_interval_s: seconds between two saves, more if saving takes long; nothing is written while nothing new was said.
 """
 
 SMALLEST_HISTORY_BYTES = 1 << 20
@@ -129,6 +130,8 @@ class SuffixProposer(Proposer):
         self._max_automata_bytes = max_bytes - (max_bytes // FILE_SHARE if history_file is not None else 0)
         self._tenants: OrderedDict[tuple[str, str], Tenant] = OrderedDict()  # used least recently first
         self._reserved_bytes = 0  # of all automata: with thousands of tenants, too many to add up each time
+        self._used_bytes = 0  # the same for what is in use; tenants with live requests as last counted
+        self._forgetful: list[tuple[Tenant, int]] = []  # who forgets next, from the end, unless used since that step
         self._num_automata = 0
         self._clock = 0
         self._num_owners = 0
@@ -149,6 +152,7 @@ class SuffixProposer(Proposer):
                 self._clock += 1
                 self._use(tenant)
                 self._insert_text(tenant, tokens)
+                self._count(tenant)
                 self._num_loaded += len(tokens)
             self._file.start()
 
@@ -174,16 +178,7 @@ class SuffixProposer(Proposer):
 
     def _forget(self, but: Tenant) -> bool:
         """Drop the older or the only automaton of the tenant used least recently; False if all are dropped."""
-        smallest = Automaton.smallest_bytes()
-        tenant: Tenant | None = None
-        for each in self._tenants.values():
-            if tenant is not None and each.last_used > tenant.last_used:
-                break
-            if each is but or (each.old is None and each.num_requests and each.new.reserved_bytes() <= smallest):
-                continue
-            # Of those used in the same step, the largest.
-            if tenant is None or each.reserved_bytes() > tenant.reserved_bytes():
-                tenant = each
+        tenant = self._next_to_forget(but)
         if tenant is None:
             return False
         if tenant.old is not None:
@@ -194,10 +189,43 @@ class SuffixProposer(Proposer):
             self._reserved_bytes -= tenant.new.reserved_bytes()
             del self._tenants[tenant.key]
         else:
-            self._reserved_bytes += smallest - tenant.new.reserved_bytes()
+            self._reserved_bytes += Automaton.smallest_bytes() - tenant.new.reserved_bytes()
             tenant.new = Automaton()
             tenant.new_id = self._new_id()
+        self._count(tenant)
         return True
+
+    def _next_to_forget(self, but: Tenant) -> Tenant | None:
+        """The tenant used least recently, of those used in the same step the largest; None if nobody can forget."""
+        for is_new in (False, True):
+            if is_new:  # when it is used up only: with hundreds of live tenants, looking at all each time takes long
+                self._forgetful = self._used_least_recently(but)
+            while self._forgetful:
+                tenant, last_used = self._forgetful.pop()
+                if tenant is not but and tenant.last_used == last_used and self._can_forget(tenant):
+                    return tenant
+        return None
+
+    def _used_least_recently(self, but: Tenant) -> list[tuple[Tenant, int]]:
+        """Tenants that can forget and were last used in the same step, with its number; the largest last."""
+        found: list[Tenant] = []
+        for tenant in self._tenants.values():
+            if found and tenant.last_used > found[0].last_used:
+                break
+            if tenant is not but and self._can_forget(tenant):
+                found.append(tenant)
+        return [(tenant, tenant.last_used) for tenant in sorted(found, key=Tenant.reserved_bytes)]
+
+    def _can_forget(self, tenant: Tenant) -> bool:
+        if tenant.num_requests and tenant.old is None:
+            return tenant.new.reserved_bytes() > Automaton.smallest_bytes()
+        return self._tenants.get(tenant.key) is tenant
+
+    def _count(self, tenant: Tenant) -> None:
+        """Count anew what a tenant's automata use; nothing if it was dropped."""
+        num_bytes = tenant.num_bytes() if tenant.key in self._tenants else 0
+        self._used_bytes += num_bytes - tenant.counted_bytes
+        tenant.counted_bytes = num_bytes
 
     def _make_room(self, tenant: Tenant) -> None:
         """Room in the automaton of ``tenant`` that is full: it grows, others forget, or it becomes the older one."""
@@ -385,6 +413,7 @@ class SuffixProposer(Proposer):
             if self._is_private:
                 self._reserved_bytes -= tenant.reserved_bytes()
                 del self._tenants[tenant.key]
+            self._count(tenant)
             self._tenant_of[slot] = None
         if self._file is not None:
             for request_id in request_ids:
@@ -410,8 +439,9 @@ class SuffixProposer(Proposer):
 
     def memory_bytes(self) -> int:
         """Bytes of the history and of the state of requests, finished texts that wait to be saved included."""
-        automata = sum(each.num_bytes() for tenant in self._tenants.values() for each in tenant.automata())
-        return automata + self._requests.nbytes + (self._file.num_bytes() if self._file is not None else 0)
+        for tenant in {id(tenant): tenant for tenant in self._tenant_of if tenant is not None}.values():
+            self._count(tenant)
+        return self._used_bytes + self._requests.nbytes + (self._file.num_bytes() if self._file is not None else 0)
 
     def describe(self) -> str:
         who = "its own text" if self._is_private else "the text of all requests"

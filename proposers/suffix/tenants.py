@@ -19,9 +19,14 @@ class Tenant:
     old_id: int = 0
     last_used: int = 0
     num_requests: int = 0
+    counted_bytes: int = 0
+    """Bytes in use when they were last counted."""
 
     def automata(self) -> list[Automaton]:
         return [self.new] if self.old is None else [self.new, self.old]
+
+    def num_bytes(self) -> int:
+        return sum(each.num_bytes() for each in self.automata())
 
     def reserved_bytes(self) -> int:
         return sum(each.reserved_bytes() for each in self.automata())

@@ -11,11 +11,13 @@ from typing import Any
 
 def build_params(request: dict[str, Any]) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
     keywords = dict(request["params"])
     if "json_schema" in keywords:
         keywords["structured_outputs"] = StructuredOutputsParams(json=keywords.pop("json_schema"))
+    if "repetition_detection" in keywords:
+        keywords["repetition_detection"] = RepetitionDetectionParams(**keywords["repetition_detection"])
     if keywords.pop("hot", False):
         # Samplers can work with this temperature, but vLLM refuses it, and checks every copy of the parameters again.
         keywords["temperature"] = 1e6

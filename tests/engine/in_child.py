@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ class Oracle(Proposer):
             self._matching[request_id] = candidates
             drafts.append(candidates[0][length : length + batch.max_draft_tokens[index]] if candidates else [])
         return drafts
+
+    def finish(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._matching.pop(request_id, None)
 
 
 class SeveralChains(Oracle):
@@ -608,6 +613,37 @@ def abort_half_way(child: Any, prompts: list[str], max_tokens: int, steps: int) 
     while engine.has_unfinished_requests():
         engine.step()
     return int(running)
+
+
+def sessions(child: Any, sent: list[dict[str, Any]]) -> list[list[list[list[int]]]]:
+    """Streaming-input sessions side by side: what each emitted, by turn and step.
+
+    Args:
+        child: the child.
+        sent: per session ``turns``, token ids of each turn's prompt, and ``params`` of all its turns.
+    """
+    from child import build_params
+
+    engine = child.llm.llm_engine
+    for number, session in enumerate(sent):
+        for turn in [*session["turns"], None]:  # None: there is no more input
+            engine.engine_core.add_request(
+                engine.input_processor.process_inputs(
+                    f"session {number}",
+                    {"prompt_token_ids": turn or [0]},
+                    build_params(session),
+                    engine.get_supported_tasks(),
+                    resumable=turn is not None,
+                )
+            )
+    emitted: list[list[list[list[int]]]] = [[[]] for _ in sent]
+    while any(len(turns) <= len(session["turns"]) for turns, session in zip(emitted, sent, strict=True)):
+        for output in engine.engine_core.get_output().outputs:
+            turns = emitted[int(output.request_id.split()[1])]
+            turns[-1].append(list(output.new_token_ids))
+            if output.finish_reason is not None:
+                turns.append([])
+    return [turns[:-1] for turns in emitted]
 
 
 def counted_chains(child: Any) -> dict[str, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import enum
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -89,6 +91,13 @@ def parse_bytes(text: str) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Newlines(str, enum.Enum):
+    """What becomes of the line ends of Windows."""
+
+    KEEP = "keep"
+    LF = "lf"
+
+
 class _Rate(ProgressColumn):
     """Column of a progress bar: tokens so far, and tokens a second."""
 
@@ -124,6 +133,9 @@ RayOption = Annotated[
 RestartOption = Annotated[
     bool, typer.Option("--restart", help="Throw away what an unfinished build of the same store left.")
 ]
+NewlinesOption = Annotated[
+    Newlines, typer.Option(help="lf stores the line ends of Windows as \\n, which is what models mostly write.")
+]
 
 
 @app.command()
@@ -137,6 +149,7 @@ def build(
     shard_size: ShardSizeOption = DEFAULT_SHARD_SIZE,
     workers: WorkersOption = None,
     ray: RayOption = None,
+    newlines: NewlinesOption = Newlines.KEEP,
     restart: RestartOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
@@ -167,13 +180,13 @@ def build(
                 _check_free(out, force)
                 made = _plan(
                     units, folder, loaded, tokenizer, tokenizer, field, max_memory, workers, unit_bytes,
-                    version_of(out), listed=shards_at(out), restart=restart,
+                    version_of(out), newlines, listed=shards_at(out), restart=restart,
                 )  # fmt: skip
                 _run(console, made, loaded, workers, ray)
                 finish(made, out)
-            _say_built(console, out, started, made.finished.values())
+            _say_built(console, out, started, made.finished.values(), newlines)
             return
-        sources = whole(paths, field)
+        sources = whole(paths, field, newlines is Newlines.LF)
         vocab_size = vocab_size_of(loaded)
         with writing(out) as folder:
             _check_free(out, force)
@@ -199,7 +212,16 @@ def build(
         console,
         out,
         started,
-        [UnitDone(shard=None, num_skipped=sources.num_skipped, num_split_documents=writer.num_split_documents)],
+        [
+            UnitDone(
+                shard=None,
+                num_skipped=sources.num_skipped,
+                num_split_documents=writer.num_split_documents,
+                num_lines=sources.num_lines,
+                num_windows_lines=sources.num_windows_lines,
+            )
+        ],
+        newlines,
     )
 
 
@@ -214,6 +236,7 @@ def add(
     shard_size: ShardSizeOption = DEFAULT_SHARD_SIZE,
     workers: WorkersOption = None,
     ray: RayOption = None,
+    newlines: NewlinesOption = Newlines.KEEP,
     restart: RestartOption = False,
 ) -> None:
     """Add text to a store, as further shards: what is there is neither read nor written.
@@ -240,11 +263,11 @@ def add(
             version = version_of(store)
             made = _plan(
                 units, folder, loaded, name, opened.header.tokenizer, field, max_memory, workers, unit_bytes, version,
-                base=adopt(Datastore.open(store)), restart=restart,
+                newlines, base=adopt(Datastore.open(store)), restart=restart,
             )  # fmt: skip
             _run(console, made, loaded, workers, ray)
             finish(made, store)
-    _say_built(console, store, started, made.finished.values())
+    _say_built(console, store, started, made.finished.values(), newlines)
 
 
 @app.command()
@@ -252,6 +275,7 @@ def merge(
     out: Annotated[Path, typer.Argument(help="The store to make; may be one of STORES, with --force.")],
     stores: Annotated[list[Path], typer.Argument(help="Stores of one tokenizer.")],
     threads: Annotated[int | None, typer.Option(min=1, help="By default one for each processor.")] = None,
+    restart: RestartOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Make one store of several, and one segment of many: every lookup then searches once.
@@ -271,8 +295,8 @@ def merge(
         with writing(out) as folder, Progress(*columns, console=console) as progress:
             # Opened under the lock, so that text added in the meantime is merged too.
             _check_free(out, force)
-            opened = [Datastore.open(path) for path in dict.fromkeys(path.resolve() for path in stores)]
-            clear(folder, {shard.file for shard in shards_at(out)}, restart=False)
+            opened = [Datastore.open(path) for path in dict.fromkeys(Path(os.path.realpath(path)) for path in stores)]
+            clear(folder, {shard.file for shard in shards_at(out)}, restart)
             task = progress.add_task("merging", total=None)
             version = f"{time.time_ns():x}"
             merged = merge_stores(
@@ -304,7 +328,7 @@ def _cluster(address: str | None) -> Iterator[None]:
 
 def _target(path: Path) -> Path:
     """Path that a store is written to: the target of a link, not the link itself."""
-    return path.resolve() if path.is_symlink() else path
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _check_free(out: Path, force: bool) -> None:
@@ -345,6 +369,7 @@ def _plan(
     workers: int | None,
     unit_bytes: int,
     version: str,
+    newlines: Newlines,
     base: Sequence[Shard] = (),
     listed: Sequence[Shard] = (),
     restart: bool = False,
@@ -358,6 +383,8 @@ def _plan(
         vocab_size=vocab_size,
         fingerprint=tokenizer_fingerprint(loaded),
         max_memory_bytes=_memory(max_memory) // num_workers,
+        unit_bytes=unit_bytes,
+        lf_only=newlines is Newlines.LF,
     )
     return plan(
         units,
@@ -415,7 +442,9 @@ def _run(console: Console, made: Plan, loaded: Any, workers: int | None, ray: st
         progress.update(task, completed=total)
 
 
-def _say_built(console: Console, out: Path, started: float, units: Iterable[UnitDone]) -> None:
+def _say_built(
+    console: Console, out: Path, started: float, units: Iterable[UnitDone], newlines: Newlines = Newlines.LF
+) -> None:
     seconds = time.monotonic() - started
     store = Datastore.open(out)
     header, size = store.header, store.file_bytes
@@ -432,6 +461,15 @@ def _say_built(console: Console, out: Path, started: float, units: Iterable[Unit
         highlight=False,
         soft_wrap=True,
     )
+    num_windows = sum(each.num_windows_lines for each in done)
+    if num_windows and newlines is Newlines.KEEP:
+        share = num_windows / sum(each.num_lines for each in done)
+        console.print(
+            f"{share:.1%} of the lines end as on Windows (\\r\\n) and will not be found by requests with \\n; "
+            "--newlines lf stores them as \\n",
+            highlight=False,
+            soft_wrap=True,
+        )
     if len(store.segments) > 1:
         console.print(
             f"a lookup searches {len(store.segments):,} segments; specplug datastore merge --force {escape(str(out))} "

@@ -81,7 +81,7 @@ class Display:
             SpinnerColumn(finished_text="[green]✓[/green]"),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -129,7 +129,7 @@ class Phase:
         """Print a plain line if there is no terminal to draw on."""
         self._last_line = time.monotonic()
         if not self._display.console.is_terminal:
-            self._display.console.print(f"{self._description}: {text}", highlight=False, soft_wrap=True)
+            self._display.console.print(f"{self._description}: {text}", highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -195,7 +195,10 @@ def demo(
     else:
         written.append(plot(runs, out / "demo.png", settings))
     display.console.print(
-        f"wrote {', '.join(map(str, written))} in {time.monotonic() - started:.0f} s", highlight=False, soft_wrap=True
+        f"wrote {', '.join(map(str, written))} in {time.monotonic() - started:.0f} s",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
     )
 
 

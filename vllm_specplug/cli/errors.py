@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from vllm_specplug.errors import SpecplugError
+from vllm_specplug.errors import SpecplugError, brief
 
 EXIT_FAILED = 1
 """The command ran and detected a fault, such as a damaged store or a configuration that is not lossless."""
@@ -21,7 +21,7 @@ EXIT_SIGNAL = 128
 
 def show_error(error: BaseException) -> None:
     """Print an error as one line on standard error."""
-    Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
+    Console(stderr=True).print(f"[red]error:[/red] {escape(brief(str(error)))}", soft_wrap=True, highlight=False)
 
 
 class FileCommands(TyperGroup):

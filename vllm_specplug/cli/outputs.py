@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def check_outputs(paths: Mapping[str, Path | None]) -> None:
     for option, path in paths.items():
         if path is None:
             continue
-        whole = path.resolve()
+        whole = Path(os.path.realpath(path))
         if whole in seen:
             raise ConfigurationError(f"{seen[whole]} and {option} are both {path}: give two files")
         seen[whole] = option

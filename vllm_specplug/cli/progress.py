@@ -23,7 +23,8 @@ class Shown:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bars = Progress(
-            TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.fields[status]}"), TimeElapsedColumn(),
+            TextColumn("{task.description:<28}", markup=False), BarColumn(),
+            TextColumn("{task.fields[status]}", markup=False), TimeElapsedColumn(),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
@@ -45,7 +46,7 @@ class Shown:
         is_due = name != self._last_name or share >= 1.0 or now - self._last_line > LINE_INTERVAL_S
         if is_due and not self._console.is_terminal:
             self._last_line, self._last_name = now, name
-            self._console.print(f"{name}: {share:.0%}, {status}", highlight=False, soft_wrap=True)
+            self._console.print(f"{name}: {share:.0%}, {status}", highlight=False, soft_wrap=True, markup=False)
 
 
 class _Ended(KeyboardInterrupt):

@@ -17,6 +17,8 @@ from vllm_specplug.ray.environment import require_ray
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
+ENDING = (signal.SIGINT, signal.SIGTERM)
+
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def ray_serve(
@@ -60,29 +62,39 @@ def ray_serve(
     from vllm_specplug.ray.serve import NAME, deployment, shutdown
 
     console = Console(stderr=True)
-    stopped = threading.Event()
     require_ray("serve")
+    config = json_object("--speculative-config", speculative_config)
     with released():
+        _end_on_signals()
         connect(address, temp_dir, metrics_port)
+        _end_on_signals()  # again, since Ray sets a handler of its own, which aborts while replicas start
         from ray import serve
 
-        config = json_object("--speculative-config", speculative_config)
-        application = deployment(
-            model,
-            speculative_config=config,
-            options=context.args,
-            replicas=replicas,
-            cpus_per_replica=cpus_per_replica,
-            gpus_per_replica=gpus_per_replica,
-            may_grow=may_grow,
-        )
         try:
+            application = deployment(
+                model,
+                speculative_config=config,
+                options=context.args,
+                replicas=replicas,
+                cpus_per_replica=cpus_per_replica,
+                gpus_per_replica=gpus_per_replica,
+                may_grow=may_grow,
+            )
             serve.start(http_options={"host": host, "port": port})
             serve.run(application, name=NAME, route_prefix="/")
+            console.print(
+                f"{replicas} replicas at http://{host}:{port}/v1", highlight=False, soft_wrap=True, markup=False
+            )
+            threading.Event().wait()
         except RuntimeError as error:  # what Ray raises for a deployment that does not start
             raise SpecplugError(f"the replicas did not start: {error}") from error
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stopped.set())
-        console.print(f"{replicas} replicas at http://{host}:{port}/v1", highlight=False, soft_wrap=True)
-        stopped.wait()
-        shutdown(config)
+        except KeyboardInterrupt:
+            for number in ENDING:
+                signal.signal(number, signal.SIG_IGN)
+            shutdown(config)
+
+
+def _end_on_signals() -> None:
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt in the main thread."""
+    for number in ENDING:
+        signal.signal(number, signal.default_int_handler)

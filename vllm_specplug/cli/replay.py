@@ -280,7 +280,8 @@ def _print_notes(console: Console, sources: Sources, warm_sources: Sources) -> N
 def _replayed(console: Console, run: Callable[..., dict[str, Counts]]) -> dict[str, Counts]:
     """Call ``run``, which is :func:`run_all` without its last argument, and show a bar for each of its runs."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
 

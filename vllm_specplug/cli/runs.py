@@ -117,7 +117,7 @@ def _remove(found: Logs) -> None:
 
 def print_table(title: str, rows: Sequence[Sequence[str]]) -> None:
     """Print rows of texts; the first row is the heading."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for nth, heading in enumerate(rows[0]):
         table.add_column(heading, justify="left" if nth == 0 else "right", overflow="fold")
     for row in rows[1:]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
 import typer
 
-from vllm_specplug.engines.environment import answer_for_cpu_wheel, require_vllm
+from vllm_specplug.engines.environment import answer_for_cpu_wheel, intel_openmp, is_cpu_wheel, require_vllm
 from vllm_specplug.errors import SpecplugError
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
@@ -44,6 +45,8 @@ def serve(
         )
     require_vllm()
     answer_for_cpu_wheel()
+    if is_cpu_wheel():
+        os.environ.update(intel_openmp())  # for the workers, which vLLM warns without it
     sys.argv = ["vllm", "serve", *arguments]
     from vllm.entrypoints.cli.main import main as vllm_main
 

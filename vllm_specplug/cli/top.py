@@ -181,7 +181,7 @@ def stores_table(now: Sample, before: Sample | None) -> Table:
         lookups = window(now, before, "specplug_store_lookups_total", store=name)
         hits = window(now, before, "specplug_store_hits_total", store=name)
         table.add_row(
-            name,
+            Text(name),
             f"{now.sum('specplug_store_tokens', store=name):,.0f}",
             size(now.sum("specplug_store_bytes", store=name)),
             f"{lookups:,.0f}",
@@ -229,7 +229,7 @@ def view(url: str, now: Sample, before: Sample | None, curve_of: deque[float], t
         parts += [Text(), stores_table(now, before)]
     since = "since the server started" if before is None else f"last {now.at - before.at:.1f} s"
     models = ", ".join(now.names("model_name"))
-    return Panel(Group(*parts), title=f"specplug top: {models} at {url}", subtitle=since, title_align="left")
+    return Panel(Group(*parts), title=Text(f"specplug top: {models} at {url}"), subtitle=since, title_align="left")
 
 
 def check_plugin(url: str, sample: Sample) -> None:

@@ -33,6 +33,9 @@ class TokenHistory:
     def __len__(self) -> int:
         return len(self._row_of)
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._row_of
+
     def add(self, row: int, request: TrackedRequest, token_ids: Sequence[int]) -> None:
         """Let ``request`` occupy ``row`` from now on; ``token_ids`` are its tokens so far."""
         before = self.requests[row]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ class TrackedRequest:
         max_draft_tokens: longest draft that the request wants; None: as long as the engine allows.
         proposers: names of proposers that may draft for the request; None: all.
         options: the request's ``extra_args``, with this plugin's options parsed.
+        stop_token_ids: tokens that end the request once it has emitted one of them.
     """
 
     request_id: str
@@ -32,10 +33,11 @@ class TrackedRequest:
     max_draft_tokens: int | None = None
     proposers: frozenset[str] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    stop_token_ids: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, request_id: str, params: Any, num_prompt_tokens: int, max_model_len: int) -> TrackedRequest:
-        """Take the parameters from the engine's sampling parameters (``max_tokens`` and ``extra_args`` may be None).
+        """Take the parameters from the engine's sampling parameters, some of which may be None.
 
         Raises:
             ConfigurationError: an option of this plugin is invalid; normally the engine refuses such requests before.
@@ -54,7 +56,20 @@ class TrackedRequest:
             max_draft_tokens=options.get(MAX_DRAFT_OPTION),
             proposers=None if names is None else frozenset(names),
             options={**(params.extra_args or {}), **options},
+            stop_token_ids=frozenset({params.eos_token_id, *(params.stop_token_ids or ())} - {None}),
         )
+
+    def num_returned(self, num_tokens: int, emitted: Sequence[int]) -> int:
+        """How many of the tokens that a step emitted the user gets: none behind a stop token, none beyond the limits.
+
+        Args:
+            num_tokens: tokens of the request before the step.
+            emitted: the step's tokens, at least one.
+        """
+        count = max(1, min(len(emitted), self.max_total_tokens - num_tokens))
+        if not self.stop_token_ids.isdisjoint(emitted[:count]):
+            count = 1 + next(n for n, token in enumerate(emitted) if token in self.stop_token_ids)
+        return count
 
     def longest_draft(self, num_tokens: int, limit: int) -> int:
         """Longest draft that can help if the request has ``num_tokens`` and the engine allows ``limit``; 0 for none.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
+from collections.abc import Callable
 from typing import Any
 
 from vllm_specplug.log import logger
@@ -28,6 +30,11 @@ def proposer_context(vllm_config: Any, settings: Settings) -> ProposerContext:
         max_model_len=int(vllm_config.model_config.max_model_len),
         datastores=settings.datastore or {},
     )
+
+
+def at_end(function: Callable[[], None]) -> None:
+    """Call a function when this process ends in an orderly way; ``atexit`` would not in children of multiprocessing."""
+    multiprocessing.util.Finalize(None, function, exitpriority=10)
 
 
 def log_start(runner: str, settings: Settings, role: str) -> None:

@@ -115,17 +115,18 @@ class V1:
 
     @contextlib.contextmanager
     def _unobserved(self) -> Iterator[None]:
-        """Keep our proposers from learning from the audit's draws."""
+        """Keep our proposers from learning from the audit's draws, and those draws from ending at a stop token."""
         attached = drafter_of(self._runner)
         if attached is None:
             yield
             return
-        observe = attached.drafting.observe
+        observe, request = attached.drafting.observe, attached.verifier.request
         attached.drafting.observe = lambda verified: None
+        attached.verifier.request = None
         try:
             yield
         finally:
-            attached.drafting.observe = observe
+            attached.drafting.observe, attached.verifier.request = observe, request
 
 
 class V2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from vllm.config import SpeculativeConfig
 
 from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.hooks import quiet
 from vllm_specplug.hooks.marks import (
     CHOICES_MARK,
     COUPLED_DRAFTER,
@@ -46,7 +48,8 @@ def create_speculative_config(
             "num_speculative_tokens": settings.num_speculative_tokens,
         }
         self.spec_method = self.spec_model = self.spec_tokens = None
-        config = original(self, target_model_config, target_parallel_config)
+        with quiet.without(quiet.CUSTOM_CLASS):
+            config = original(self, target_model_config, target_parallel_config)
         setattr(config, CHOICES_MARK, _choices(settings))
         return config
     if not (given or method or model):
@@ -283,7 +286,7 @@ def check_datastore(settings: Settings, model_config: Any) -> Settings:
     paths = {}
     for name, given in settings.datastore.items():
         try:
-            path = Path(given).expanduser().resolve()
+            path = Path(os.path.realpath(os.path.expanduser(given)))  # Path's own raise RuntimeError at loops
             store = Datastore.open(path)
             if getattr(model_config, "skip_tokenizer_init", False):
                 store.check_vocab_size(model_config.get_vocab_size())

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from vllm.exceptions import VLLMValidationError
 
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.hooks import seam_list, seams
+from vllm_specplug.hooks import quiet, seam_list, seams
 from vllm_specplug.hooks.configuration import create_speculative_config
 from vllm_specplug.hooks.fitness import check_engine, keep_v1_synchronous
 from vllm_specplug.hooks.marks import CHOICES_MARK, V2_MARK, is_coupled, is_ours
@@ -39,12 +39,13 @@ def install() -> None:
             "_rebind_kernels": _rebind_kernels,
         },
     )
+    quiet.offer_endpoint_quietly()
     if "vllm.v1.engine.core" in sys.modules:  # an engine core loads plugins before it does anything else
         _watch_scheduler()
 
 
 def _watch_scheduler() -> None:
-    from vllm_specplug.hooks.scratch_blocks import watch_scheduler
+    from vllm_specplug.hooks.scheduler import watch_scheduler
 
     watch_scheduler()
 
@@ -54,7 +55,7 @@ def uninstall() -> None:
     for module in (
         "vllm_specplug.hooks.v1.wrappers",
         "vllm_specplug.hooks.v2.wrappers",
-        "vllm_specplug.hooks.scratch_blocks",
+        "vllm_specplug.hooks.scheduler",
     ):
         runner_hooks = sys.modules.get(module)
         if runner_hooks is not None:
@@ -69,8 +70,7 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
     settings = settings_of(config.additional_config)
     if settings is not None:
         show_metrics()
-        if settings.num_chains > 1:
-            _watch_scheduler()  # in case the engine core runs in this process, where plugins are loaded already
+        _watch_scheduler()  # in case the engine core runs in this process, where plugins are loaded already
     if config.use_v2_model_runner and is_coupled(config.speculative_config):
         setattr(config.speculative_config, V2_MARK, True)
     return config
@@ -78,19 +78,22 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
 
 def _post_init(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """Allow async scheduling on V2, which vLLM 0.32 limits to a fixed list of methods; our drafter supports it."""
-    if not (is_ours(self.speculative_config) and self.use_v2_model_runner):
-        settings = settings_of(self.additional_config)
-        if settings is not None and not is_ours(self.speculative_config):
-            config = self.speculative_config
-            if settings.proposers or (config is not None and settings.forks_native(config)):
-                keep_v1_synchronous(self)
+    config, settings = self.speculative_config, settings_of(self.additional_config)
+    if not is_ours(config):
+        if settings is not None and (settings.proposers or (config is not None and settings.forks_native(config))):
+            keep_v1_synchronous(self)
         return original(self, *args, **kwargs)
+    if not self.use_v2_model_runner:
+        keep_v1_synchronous(self)
+        with quiet.without(quiet.SCHEDULED_TOKENS):
+            return original(self, *args, **kwargs)
     from vllm.config import vllm as module
 
     methods = module.NgramGPUTypes
     module.NgramGPUTypes = Literal[(*get_args(methods), "custom_class")]
     try:
-        return original(self, *args, **kwargs)
+        with quiet.without(quiet.SCHEDULED_TOKENS):
+            return original(self, *args, **kwargs)
     finally:
         module.NgramGPUTypes = methods
 
@@ -128,14 +131,14 @@ def _validate_spec_decode(original: Callable[..., Any], self: Any, speculative_c
         try:
             parse_request_options(self.extra_args, choices)
         except ConfigurationError as error:
-            raise VLLMValidationError(str(error), parameter="extra_args", value=self.extra_args) from None
+            # Without its value, which the message would repeat however long it is.
+            raise VLLMValidationError(str(error), parameter="extra_args") from None
     if is_coupled(speculative_config):
         if getattr(speculative_config, V2_MARK, False) and self.logprob_token_ids:
             raise VLLMValidationError(
                 "logprob_token_ids cannot be served with speculation on Model Runner V2, whose verification reports "
                 "the most likely tokens only. Ask for logprobs instead.",
                 parameter="logprob_token_ids",
-                value=self.logprob_token_ids,
             )
         return None
     return original(self, speculative_config)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.settings.model import ON_DEVICE, Settings, settings_of
+from vllm_specplug.hooks.marks import is_ours
+from vllm_specplug.settings.model import METHOD, ON_DEVICE, Settings, settings_of
 
 
 class Refusal(NamedTuple):
@@ -85,6 +86,13 @@ UNFIT_V2 = (
 """What a coupled V2 runner cannot do; used like ``UNFIT_V1``."""
 
 
+STATEFUL = (
+    "speculative_config: {} keeps a recurrent state, which is not taken back when a draft is rejected: its output "
+    "would differ from that without speculation. Leave speculative_config out for this model."
+)
+"""The refusal of models with recurrent layers (Mamba and its like, alone or beside attention), with any sampler."""
+
+
 def check_engine(config: Any) -> None:
     """Raise ConfigurationError if the chosen model runner cannot do what the configuration asks for.
 
@@ -101,6 +109,8 @@ def check_engine(config: Any) -> None:
             f"speculative_config: proposer {settings.device_proposer.name!r} with {ON_DEVICE} needs Model Runner V2 "
             f"(vLLM's default on GPUs), and V1 was chosen. Leave {ON_DEVICE} out to draft on the host."
         )
+    if config.model_config.is_hybrid or config.model_config.is_attention_free:
+        raise ConfigurationError(STATEFUL.format(", ".join(config.model_config.architectures)))
     if not settings.is_coupled:
         return
     unfit = _why_unfit(config, settings)
@@ -120,13 +130,15 @@ def _why_unfit(config: Any, settings: Settings) -> str:
 
 
 def keep_v1_synchronous(config: Any) -> None:
-    """Turn async scheduling off on V1: it keeps the drafts of vLLM's drafter on the device, where ours cannot join."""
+    """Turn async scheduling off on V1: it keeps drafts on the device, where ours cannot join."""
     scheduler_config = config.scheduler_config
     if config.speculative_config is None or config.use_v2_model_runner or scheduler_config.async_scheduling is False:
         return
     if scheduler_config.async_scheduling:
+        method = config.speculative_config.method
+        beside = f"proposers or num_chains beside method {method!r}"
         raise ConfigurationError(
-            f"speculative_config: proposers or num_chains beside method {config.speculative_config.method!r} and async "
+            f"speculative_config: {f'method {METHOD!r}' if is_ours(config.speculative_config) else beside} and async "
             "scheduling need Model Runner V2, and V1 was chosen. Leave --async-scheduling out."
         )
     scheduler_config.async_scheduling = False

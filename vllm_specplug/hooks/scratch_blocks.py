@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.hooks import seam_list, seams
-from vllm_specplug.log import logger
 from vllm_specplug.settings.model import settings_of
-
-patches = seams.Patches()
-
 
 DEFAULT_SHARE = 20
 """Without ``scratch_blocks`` in the settings, one in 20 blocks of the KV cache is set aside."""
@@ -160,38 +154,3 @@ def describe_scratch(vllm_config: Any, kv_cache_config: KVCacheConfig, scratch: 
         f"{scratch.num_blocks} of {kv_cache_config.num_blocks} KV-cache blocks "
         f"({scratch.num_blocks * size / 2**20:.1f} MiB) are set aside for them"
     )
-
-
-_initializing: list[Any] = []
-"""Configuration of the engine that is sizing its KV cache; empty otherwise."""
-
-
-def watch_scheduler() -> None:
-    """Wrap the functions that give the scheduler its number of blocks. Idempotent."""
-    patches.install(
-        seam_list.SCHEDULER_SEAMS,
-        {
-            "EngineCore._initialize_kv_caches": _initialize_kv_caches,
-            "generate_scheduler_kv_cache_config": _generate_scheduler_kv_cache_config,
-        },
-    )
-
-
-def _initialize_kv_caches(original: Callable[..., Any], self: Any, vllm_config: Any) -> Any:
-    _initializing.append(vllm_config)
-    try:
-        return original(self, vllm_config)
-    finally:
-        _initializing.pop()
-
-
-def _generate_scheduler_kv_cache_config(original: Callable[..., Any], kv_cache_configs: Sequence[Any]) -> Any:
-    config = original(kv_cache_configs)
-    if _initializing:
-        vllm_config = _initializing[-1]
-        scratch = plan_scratch(vllm_config, kv_cache_configs[0])
-        if told := describe_scratch(vllm_config, kv_cache_configs[0], scratch):
-            logger.info("specplug: %s", told)
-        if scratch is not None:
-            config.num_blocks = scratch.first_block
-    return config

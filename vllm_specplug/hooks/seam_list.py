@@ -76,8 +76,26 @@ SCHEDULER_SEAMS = (
         ("kv_cache_configs",),
         "gives the scheduler fewer blocks than the workers have: the others are scratch for forks",
     ),
+    Seam(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler._handle_stopped_request",
+        ("self", "request"),
+        "counts drafts behind a stop token as computed: a streaming-input session would keep them in its prompt",
+    ),
 )
-"""Wrapped in the process that schedules, before it sizes its KV cache; idle unless ``num_chains`` is above 1."""
+"""Wrapped in the process that schedules, before it sizes its KV cache. The first two are idle unless ``num_chains`` is
+above 1, the last is idle for requests that are no streaming-input sessions."""
+
+
+SERVER_USED = (
+    Seam(
+        "vllm.entrypoints.serve.middleware.authenticate",
+        "AuthenticationMiddleware.verify_token",
+        ("self", "headers"),
+        "vLLM's check of a server's keys, which guards vLLM's own paths only: called for our endpoint",
+    ),
+)
+"""Called in a server whose ``VLLM_PLUGINS`` names our endpoint, if the server has keys."""
 
 
 V1_SEAMS = (
@@ -98,6 +116,12 @@ V1_SEAMS = (
         "GPUModelRunner._on_request_state_removed",
         ("self", "req_id", "req_state"),
         "a request has finished or is aborted: frees the state of drafter and verifier for it",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._update_streaming_request",
+        ("self", "req_id", "new_req_data"),
+        "a streaming-input session goes on with another prompt and other parameters: drafting begins anew",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner",
@@ -252,6 +276,12 @@ V1_USED = (
         "CPUAttentionBackendImpl.do_kv_cache_update",
         ("self", "layer", "key", "value", "kv_cache", "slot_mapping"),
         "replaced on the layers of a runner with forks: keys and values of shared heads are written for each fork",
+    ),
+    Seam(
+        "vllm.v1.core.sched.utils",
+        "check_sequence_repetition",
+        ("token_ids", "params"),
+        "ends a request that repeats itself: called so that the worker ends it at the same token",
     ),
     Seam(
         "vllm.v1.worker.utils",

@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def open_folder() -> Path:
     path = os.environ.get(FOLDER_VARIABLE)
     if path:
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder
     folder = Path(tempfile.mkdtemp(prefix="specplug-metrics-"))
     os.environ[FOLDER_VARIABLE] = str(folder)
@@ -53,9 +54,10 @@ def open_folder() -> Path:
 
 
 class Publisher:
-    """Publishes a worker's counters from a thread of its own.
+    """Publishes a worker's counters from a thread of its own; no error ends the worker.
 
-    The first error in that thread is logged and ends publishing; the worker goes on.
+    If the file cannot be written (a full disk), that is logged once and tried again every second. If the folder was
+    removed, as cleaners of temporary files do, it is made again. Any other error is logged and ends publishing.
 
     Args:
         snapshot: returns the counters.
@@ -72,28 +74,27 @@ class Publisher:
         self._path = None if folder is None else folder / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.json"
         self._ray = RaySeries() if ray else None
         self._last: str | None = None
+        self._is_warned = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="specplug-metrics", daemon=True)
 
     def start(self) -> None:
         """Publish now, and every second from a thread."""
-        self.publish()
+        self._publish_or_warn()
         self._thread.start()
 
     def publish(self) -> None:
-        """Publish the counters once, if they changed."""
+        """Publish the counters once, if they changed.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         snapshot = self._snapshot()
         owner = "" if self._ray else os.environ.get(OWNER_VARIABLE, "")
         text = json.dumps({"labels": self._labels, "owner": owner, "snapshot": snapshot})
-        if text == self._last:
-            if self._path is not None:
-                self._path.touch()  # shows that the worker is alive, only idle
-            return
-        if self._path is not None:
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text(text)
-            temporary.replace(self._path)
-        if self._ray is not None:
+        if self._path is not None and not (text == self._last and _shows_life(self._path)):
+            _write(self._path, text)
+        if self._ray is not None and text != self._last:
             self._ray.set("", self._labels, snapshot)
         self._last = text
 
@@ -107,12 +108,39 @@ class Publisher:
     def _run(self) -> None:
         while not self._stop.wait(INTERVAL_S):
             try:
-                self.publish()
+                self._publish_or_warn()
             except RuntimeError:
                 continue  # a dictionary changed while it was read; the next second will do
             except Exception:
                 logger.exception("specplug's metrics are no longer published")
                 return
+
+    def _publish_or_warn(self) -> None:
+        try:
+            self.publish()
+        except OSError as error:
+            if not self._is_warned:
+                logger.warning("specplug's metrics cannot be written, which is tried every second: %s", error)
+            self._is_warned = True
+
+
+def _shows_life(path: Path) -> bool:
+    """Show readers of the file that its worker is alive, only idle; False if the file is gone."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace the file, for the eyes of this user alone; makes its folder if that is gone."""
+    temporary = path.with_suffix(".tmp")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "x", opener=partial(os.open, mode=0o600)) as file:
+        file.write(text)
+    temporary.replace(path)
 
 
 class Collector:

@@ -29,7 +29,7 @@ class Series:
 
 ENGINE_SERIES = (
     Series("specplug_steps", "counter", "Steps in which some request emitted tokens.", "steps"),
-    Series("specplug_emitted_tokens", "counter", "Tokens emitted by all requests.", "emitted"),
+    Series("specplug_emitted_tokens", "counter", "Tokens that requests returned, stop tokens included.", "emitted"),
     Series("specplug_request_steps", "counter", "Pairs of request and step that emitted tokens.", "request_steps"),
     Series("specplug_live_requests", "gauge", "Requests that hold state in proposers or verifier.", "live_requests"),
     Series(

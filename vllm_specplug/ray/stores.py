@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vllm_specplug.errors import SpecplugError
+from vllm_specplug.files import open_regular, take_rights
 from vllm_specplug.log import logger
 from vllm_specplug.ray.environment import where_driver_is
 from vllm_specplug.settings.model import METHOD, parse_settings
 from vllm_specplug.stores.datastore import Datastore, store_files
+from vllm_specplug.stores.format import STORE_MODE
 
 CACHE_VARIABLE = "SPECPLUG_CACHE_DIR"
 """Environment variable of a node: the folder of fetched stores."""
@@ -66,7 +68,7 @@ def stores_of(speculative_config: Mapping[str, Any] | None) -> dict[str, str]:
 
 def absolute(path: str) -> str:
     """Absolute path of an existing file or folder; other text, such as a model's name, is returned as it is."""
-    return str(Path(path).resolve()) if Path(path).exists() else path
+    return os.path.realpath(path) if Path(path).exists() else path
 
 
 def located(speculative_config: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -81,7 +83,7 @@ def located(speculative_config: Mapping[str, Any] | None) -> dict[str, Any] | No
     if isinstance(config.get("model"), str):
         config["model"] = absolute(config["model"])
     if stores := stores_of(config):
-        config[_KEY] = {name: str(Path(path).resolve()) for name, path in stores.items()}
+        config[_KEY] = {name: os.path.realpath(path) for name, path in stores.items()}
     return config
 
 
@@ -127,7 +129,7 @@ class StoreSource:
 
 
 def _opened(path: Path) -> dict[str, BinaryIO]:
-    return {file.relative_to(path.parent).as_posix(): file.open("rb") for file in store_files(path)}
+    return {file.relative_to(path.parent).as_posix(): open_regular(file) for file in store_files(path)}
 
 
 def _listed(name: str, file: BinaryIO) -> StoreFile:
@@ -164,7 +166,7 @@ def start_source(speculative_config: Mapping[str, Any] | None, is_detached: bool
 
 
 def _paths(stores: Mapping[str, str]) -> list[str]:
-    return sorted({str(Path(path).resolve()) for path in stores.values()})
+    return sorted({os.path.realpath(path) for path in stores.values()})
 
 
 def _name(paths: list[str]) -> str:
@@ -222,7 +224,7 @@ def place(path: str, source: Any, cache: Path | None = None) -> Path:
     Raises:
         StoreError: the store is neither here nor could be fetched.
     """
-    whole = Path(path).resolve()
+    whole = Path(os.path.realpath(path))
     if whole.exists():
         return whole
     if source is None:
@@ -282,6 +284,7 @@ def _fetch(source: Any, path: str, files: list[StoreFile], to: Path) -> None:
                 digest.update(chunk)
                 out.write(chunk)
             out.flush()
+            take_rights(out, STORE_MODE)
             os.fsync(out.fileno())
         if digest.hexdigest() != listed.digest:
             raise StoreError(f"token store {path} arrived damaged ({listed.name}): start again")

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticSerializationError
 
-from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.errors import ConfigurationError, brief, shown
 from vllm_specplug.samplers.couplings import STOCK_TEXT, Sampler
 from vllm_specplug.settings import registry
 
@@ -270,13 +270,13 @@ def _explain(error: ValidationError, known: list[str]) -> str:
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
+        given = f" (given: {shown(item['input'])})"
         if item["type"] == "extra_forbidden":
             near = registry.nearest(key, known)
-            lines.append(f"unknown key {key!r} (given: {item['input']!r}).{near} Known keys: {', '.join(known)}.")
+            lines.append(f"unknown key {shown(key)}{given}.{near} Known keys: {', '.join(known)}.")
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            given = f" (given: {item['input']!r})" if key else ""
-            lines.append(f"{key + ': ' if key else ''}{message.removesuffix('.')}{given}.")
+            message = item["msg"].removeprefix("Value error, ").removesuffix(".")
+            lines.append(f"{brief(key)}: {message}{given}." if key else f"{message}.")
     return "\n  ".join(lines)
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.errors import ConfigurationError, shown
 from vllm_specplug.proposers.base import Proposer, ProposerContext
 from vllm_specplug.samplers.couplings import SAMPLERS, Coupling, Sampler
 
@@ -33,7 +33,7 @@ NEEDS_DATASTORE = frozenset({"rest"})
 
 def nearest(given: str, known: list[str]) -> str:
     """``" Did you mean 'x'?"`` when one of ``known`` looks like ``given``, else nothing."""
-    close = get_close_matches(given, known, n=1)
+    close = get_close_matches(given[:100], known, n=1)  # its time is quadratic
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
@@ -94,7 +94,7 @@ def _class_of_users(what: str, where: str, name: str, group: str, names: Callabl
             raise ConfigurationError(f"{what} {name!r} ({points[name].value}) failed to import: {error!r}") from error
     if "." not in name and ":" not in name:
         raise ConfigurationError(
-            f"{where}there is no {what} {name!r}.{nearest(name, names())} "
+            f"{where}there is no {what} {shown(name)}.{nearest(name, names())} "
             f"Known: {', '.join(names())}, or a class of your own as 'module.Class'."
         )
     module, _, attribute = name.replace(":", ".").rpartition(".")
@@ -102,7 +102,7 @@ def _class_of_users(what: str, where: str, name: str, group: str, names: Callabl
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a user's module may raise anything when imported
         raise ConfigurationError(
-            f"{where}cannot load {name!r}: {error!r}. Give 'module.Class' importable by every vLLM process "
+            f"{where}cannot load {shown(name)}: {shown(error)}. Give 'module.Class' importable by every vLLM process "
             f"(PYTHONPATH), or one of: {', '.join(names())}."
         ) from error
 

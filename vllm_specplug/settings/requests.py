@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.errors import ConfigurationError, shown
 from vllm_specplug.proposers.base import STORES_OPTION, TENANT_OPTION
 from vllm_specplug.settings import registry
 from vllm_specplug.settings.model import MAX_SPECULATIVE_TOKENS, METHOD
@@ -34,6 +34,8 @@ REQUEST_OPTIONS: dict[str, str] = {
 
 
 MAX_TENANT_CHARS = 256
+MAX_NAMES_CHARS = 4096
+"""Longest text with names of proposers or stores, and most names of a list."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def parse_request_options(
         if name not in REQUEST_OPTIONS:
             known = list(REQUEST_OPTIONS)
             raise ConfigurationError(
-                f"unknown request option {name!r}.{registry.nearest(name, known)} Known: {', '.join(known)}."
+                f"unknown request option {shown(name)}.{registry.nearest(name, known)} Known: {', '.join(known)}."
             )
         options[name] = _request_option(name, value, choices)
     if choices is not None and choices.own_drafter is not None and options:
@@ -96,7 +98,7 @@ def _request_option(name: str, value: Any, choices: RequestChoices | None) -> An
 
 
 def _wrong(name: str, value: Any) -> ConfigurationError:
-    return ConfigurationError(f"request option {name!r} must be {REQUEST_OPTIONS[name]}; was given {value!r}.")
+    return ConfigurationError(f"request option {name!r} must be {REQUEST_OPTIONS[name]}; was given {shown(value)}.")
 
 
 def _speculate(value: Any) -> bool:
@@ -112,7 +114,7 @@ def _max_draft(value: Any, choices: RequestChoices | None) -> int:
     if choices is not None and value > choices.max_draft_tokens:
         raise ConfigurationError(
             f"request option {MAX_DRAFT_OPTION!r} can be at most {choices.max_draft_tokens}, the engine's "
-            f"num_speculative_tokens; was given {value}."
+            f"num_speculative_tokens; was given {shown(value)}."
         )
     return value
 
@@ -121,30 +123,35 @@ def _tenant(value: Any) -> str:
     if not isinstance(value, str) or not 0 < len(value) <= MAX_TENANT_CHARS:
         raise ConfigurationError(
             f"request option {TENANT_OPTION!r} must be a name of 1 to {MAX_TENANT_CHARS} characters; was given "
-            f"{value!r:.80}."
+            f"{shown(value)}."
         )
     try:
         value.encode()
     except UnicodeEncodeError:
         raise ConfigurationError(
-            f"request option {TENANT_OPTION!r} must be text that UTF-8 can hold; {value!r:.80} has half of a "
+            f"request option {TENANT_OPTION!r} must be text that UTF-8 can hold; {shown(value)} has half of a "
             "surrogate pair. Give a name of whole characters."
         ) from None
     return value
 
 
 def _names(name: str, value: Any, choices: RequestChoices | None) -> tuple[str, ...]:
-    """The proposers or stores that a request names: a list, or one text with commas."""
+    """The proposers or stores that a request names, each once: a list, or one text with commas."""
+    if isinstance(value, (str, list, tuple)) and len(value) > MAX_NAMES_CHARS:
+        raise ConfigurationError(
+            f"request option {name!r} must name each once, in a text or list no longer than {MAX_NAMES_CHARS:,}; was "
+            f"given {len(value):,}: {shown(value)}."
+        )
     names = value.split(",") if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not names or not all(isinstance(each, str) for each in names):
         raise _wrong(name, value)
-    names = tuple(each.strip() for each in names)
+    names = tuple(dict.fromkeys(each.strip() for each in names))
     if choices is not None:
         known = choices.proposers if name == PROPOSERS_OPTION else choices.stores
         for each in names:
             if each not in known:
                 raise ConfigurationError(
-                    f"request option {name!r}: there is no {each!r} in this engine."
+                    f"request option {name!r}: there is no {shown(each)} in this engine."
                     f"{registry.nearest(each, list(known))} Configured: {', '.join(known) or 'none'}."
                 )
     return names

@@ -1,9 +1,9 @@
 """Building large token stores: units of input become shards, in parallel, and a killed build can go on.
 
 A *unit* is a part of the input that is tokenized, sorted and written by itself, as one shard. A file beside the shard
-records that its unit is done, under a name that stands for the whole build (inputs with their sizes and times,
-tokenizer, cuts, and the store that is added to). So the same command, repeated, goes on with the finished shards, and
-shards of another command are never mixed in.
+records that its unit is done, and a digest of the bytes that it read. Names of both stand for the command (inputs,
+tokenizer, cuts, and the store that is added to) and the unit. So the same command, repeated, goes on with the finished
+shards whose text is still the same, and shards of another command are never mixed in.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_specplug.errors import DatastoreError
+from vllm_specplug.files import open_regular, replacing
 from vllm_specplug.stores.datastore import Datastore
-from vllm_specplug.stores.format import Shard
+from vllm_specplug.stores.format import CHUNK_BYTES, Shard
 from vllm_specplug.stores.shards import LOCK_NAME, publish, remove_unlisted, shard_of
-from vllm_specplug.stores.texts import Slice, Sources, load_tokenizer, size_of
+from vllm_specplug.stores.texts import Slice, Sources, kind_of, load_tokenizer, size_of
 from vllm_specplug.stores.writer import FIXED_MEMORY_BYTES, DatastoreWriter, add_texts, sort_bytes_per_token
 
 _PR_SET_PDEATHSIG = 1  # Linux's prctl
@@ -44,6 +45,9 @@ class UnitDone(BaseModel):
         shard: the shard; None if the unit had no text.
         num_skipped: files that are not text.
         num_split_documents: documents longer than a segment, which were cut.
+        num_lines, num_windows_lines: line ends of the text, and those of Windows among them.
+        status: size and time of change, in ns, of the file of each slice when the unit was begun.
+        digest: :func:`_digest` of the unit's slices.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +55,10 @@ class UnitDone(BaseModel):
     shard: Shard | None
     num_skipped: int = 0
     num_split_documents: int = 0
+    num_lines: int = 0
+    num_windows_lines: int = 0
+    status: list[tuple[int, int]] = []
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,8 @@ class Recipe:
         tokenizer_name: name of the tokenizer in the store.
         vocab_size, fingerprint: size of the tokenizer's vocabulary, and its :func:`tokenizer_fingerprint`.
         max_memory_bytes: peak resident memory of a process that builds a shard.
+        unit_bytes: bytes of text of a unit.
+        lf_only: line ends of Windows are stored as those of Unix.
     """
 
     field: str
@@ -71,6 +81,8 @@ class Recipe:
     vocab_size: int
     fingerprint: str
     max_memory_bytes: int
+    unit_bytes: int
+    lf_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,20 +176,18 @@ def plan(
     Raises:
         DatastoreError: finished shards of another build are in the way.
     """
-    states = [
-        [str(part.path.resolve()), part.start, part.stop, (status := part.path.stat()).st_size, status.st_mtime_ns]
-        for unit in units
-        for part in unit
-    ]
     described = {
-        "units": [len(unit) for unit in units],
-        "slices": states,
+        "inputs": list(dict.fromkeys(os.path.realpath(part.path) for unit in units for part in unit)),
+        "unit_bytes": recipe.unit_bytes,
         "field": recipe.field,
+        "lf_only": recipe.lf_only,
         "fingerprint": recipe.fingerprint,
         "vocab_size": recipe.vocab_size,
     }
     what = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
     name = what + hashlib.sha256(version.encode()).hexdigest()[:4]
+    names = [[(os.path.realpath(part.path), part.start, part.stop) for part in unit] for unit in units]
+    keys = [hashlib.sha256(json.dumps(each).encode()).hexdigest()[:16] for each in names]
     keep = {shard.file for shard in (*listed, *base)}
     left = [file for file in keep if file.startswith(what) and (folder / file).with_suffix(DONE_SUFFIX).exists()]
     if left and not restart:
@@ -189,7 +199,10 @@ def plan(
             "do it once more"
         )
     made = Plan(
-        [Unit(folder / f"{name}-{number:05d}{SHARD_SUFFIX}", tuple(unit), recipe) for number, unit in enumerate(units)],
+        [
+            Unit(folder / f"{name}-{key}{SHARD_SUFFIX}", tuple(unit), recipe)
+            for key, unit in zip(keys, units, strict=True)
+        ],
         folder,
         list(base),
         num_workers,
@@ -221,8 +234,8 @@ def clear(folder: Path, keep: Collection[str], restart: bool, keep_prefix: str =
         if finished:
             raise DatastoreError(
                 f"{folder} holds {len(finished)} finished shards of a build that did not come to its end, of other "
-                "inputs (or they changed since), another tokenizer or shard size: give the command that began it, or "
-                "--restart to throw them away"
+                "inputs, another tokenizer or shard size: give the command that began it once more, or add --restart "
+                "to this one to throw them away"
             )
     for each in others:
         each.unlink(missing_ok=True)
@@ -230,12 +243,41 @@ def clear(folder: Path, keep: Collection[str], restart: bool, keep_prefix: str =
 
 def _done(unit: Unit) -> UnitDone | None:
     try:
-        done = UnitDone.model_validate_json(unit.done.read_bytes())
-        if done.shard is None or shard_of(unit.shard) == done.shard:
+        done = UnitDone.model_validate_json(_bytes_of(unit.done))
+        is_whole = done.shard is None or shard_of(unit.shard) == done.shard
+        if is_whole and (done.status == _status(unit) or done.digest == _digest(unit)):
             return done
     except (OSError, ValidationError, DatastoreError):
         pass  # the unit is not begun, or not complete
     return None
+
+
+def _status(unit: Unit) -> list[tuple[int, int]]:
+    return [((status := part.path.stat()).st_size, status.st_mtime_ns) for part in unit.slices]
+
+
+def _digest(unit: Unit) -> str:
+    """SHA-256 (hex) of all bytes that the text of a unit depends on; of Parquet and compressed files, of all bytes."""
+    digest = hashlib.sha256()
+    for part in unit.slices:
+        is_cut_at_lines = kind_of(part.path) != "parquet"
+        with open_regular(part.path) as file:
+            # From the byte before a slice, which says whether a line starts there, to the end of its last line.
+            at = file.seek(max(part.start - 1, 0) if is_cut_at_lines else 0)
+            stop = None if part.stop is None or not is_cut_at_lines else part.stop - 1
+            while chunk := file.read(CHUNK_BYTES):
+                end = -1 if stop is None else chunk.find(b"\n", max(stop - at, 0))
+                digest.update(chunk if end < 0 else chunk[: end + 1])
+                if end >= 0:
+                    break
+                at += len(chunk)
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _bytes_of(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
 
 
 def build_unit(unit: Unit, number: int, report: Report, tokenizer: Any = None) -> UnitDone:
@@ -249,7 +291,10 @@ def build_unit(unit: Unit, number: int, report: Report, tokenizer: Any = None) -
     """
     if tokenizer is None:
         tokenizer = load_tokenizer(unit.recipe.tokenizer)
-    sources = Sources(unit.slices, unit.recipe.field, num_bytes=sum(map(size_of, unit.slices)))
+    status = _status(unit)
+    sources = Sources(
+        unit.slices, unit.recipe.field, num_bytes=sum(map(size_of, unit.slices)), lf_only=unit.recipe.lf_only
+    )
     with DatastoreWriter(
         unit.shard,
         vocab_size=unit.recipe.vocab_size,
@@ -271,10 +316,13 @@ def build_unit(unit: Unit, number: int, report: Report, tokenizer: Any = None) -
         shard=shard_of(unit.shard) if writer.num_tokens else None,
         num_skipped=sources.num_skipped,
         num_split_documents=writer.num_split_documents,
+        num_lines=sources.num_lines,
+        num_windows_lines=sources.num_windows_lines,
+        status=status,
+        digest=_digest(unit),
     )
-    partial = unit.done.with_name(f"{unit.done.name}.partial-{os.getpid()}")
-    partial.write_text(done.model_dump_json())
-    os.replace(partial, unit.done)
+    with replacing(unit.done, 0o666) as file:
+        file.write(done.model_dump_json().encode())
     return done
 
 

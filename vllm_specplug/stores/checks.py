@@ -10,12 +10,13 @@ import numpy as np
 
 from vllm_specplug.compiled import kernel
 from vllm_specplug.errors import DatastoreError
+from vllm_specplug.files import open_regular
 from vllm_specplug.stores.format import CHUNK_BYTES, REBUILD, Section
 
 
 def check_sum(path: Path, name: str, section: Section, on_progress: Callable[[int], None]) -> None:
     checksum, left = 0, section.num_bytes
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(section.offset)
         while left:
             chunk = file.read(min(left, CHUNK_BYTES))
@@ -47,8 +48,11 @@ def scan_tokens(tokens, separator):
 def check_order(tokens, positions, first, last, first_position, last_position, step, separator, depth):
     """True if positions are inside their segment and every ``step``-th pair of neighbours is in order.
 
-    Only the last ``depth`` tokens before a position count.
+    A segment must begin and end with a separator, so that comparisons end inside of it. Only the last ``depth`` tokens
+    before a position count.
     """
+    if tokens[first] != separator or tokens[last - 1] != separator:
+        return False
     for index in range(first_position, last_position):
         here = first + np.int64(positions[index])
         if here <= first or here >= last:

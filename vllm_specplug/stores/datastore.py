@@ -24,25 +24,23 @@ manifest, and readers that have the old one open go on with it.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
 import json
 import mmap
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_specplug.errors import DatastoreError
+from vllm_specplug.files import open_regular
 from vllm_specplug.stores.checks import check_order, check_sum, scan_tokens
 from vllm_specplug.stores.format import (
     REBUILD,
     Manifest,
-    Section,
     Segment,
     Shard,
     StoreFacts,
@@ -54,13 +52,14 @@ from vllm_specplug.stores.format import (
     shards_folder,
     starts_a_manifest,
 )
+from vllm_specplug.stores.mapped import MappedRange
 
 PREFAULT_SHARE = 0.5
-MANIFEST_TRIES = 5
-"""Times that a reader opens a manifest, since a merge may be replacing the shards that the manifest lists."""
-
-_MAP_FIXED = 0x10  # Linux's and macOS's number; Python's mmap module has no name for it
-_MADV_POPULATE_READ = 22  # Linux's number; Python's mmap module has no name for it
+OPENING_TRIES = 100
+"""Times that a reader opens a store that is replaced while it does: a busy machine can keep it from being quick."""
+MARGIN_BYTES = 2**20
+"""Zeros before and behind the sections: kernels that damaged contents lead a draft's or match's length astray read
+them."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +85,7 @@ class Datastore:
         path: Path,
         header: StoreFacts,
         files: Sequence[tuple[Path, StoreHeader]],
-        mapped: mmap.mmap,
+        mapped: MappedRange,
         tokens: NDArray[Any],
         positions: NDArray[np.uint32],
         identity: tuple[int, ...],
@@ -110,19 +109,20 @@ class Datastore:
                 shard, or a wrong file size.
         """
         path = Path(path)
-        identity: tuple[int, ...] = ()
-        for left in reversed(range(MANIFEST_TRIES)):
+        for left in reversed(range(OPENING_TRIES)):
+            identity: tuple[int, ...] = ()
             try:
-                with path.open("rb") as file:
+                with open_regular(path) as file:
                     identity = _identity_of(os.fstat(file.fileno()))
-                    if starts_a_manifest(file):
-                        manifest = read_manifest(path, file)
-                        return cls._map(path, identity, shard_paths(path, manifest), manifest)
-                return cls._map(path, identity, [path])
-            except OSError as error:
-                if left and isinstance(error, FileNotFoundError) and _has_changed(path, identity):
-                    continue  # the store was replaced after its manifest was read
-                reason = os.strerror(error.errno) if error.errno else str(error)
+                    manifest = read_manifest(path, file) if starts_a_manifest(file) else None
+                    files = [path] if manifest is None else shard_paths(path, manifest)
+                    return cls._map(path, identity, files, manifest)
+            except (OSError, DatastoreError) as error:
+                if left and identity and _has_changed(path, identity):
+                    continue  # the store was replaced after its manifest or header was read
+                if isinstance(error, DatastoreError):
+                    raise
+                reason = error.strerror or str(error)
                 missing = Path(error.filename) if error.filename else path
                 if missing != path:
                     raise DatastoreError(
@@ -153,30 +153,29 @@ class Datastore:
         """
         headers, identities = [], []
         for index, each in enumerate(paths):
-            with each.open("rb") as file:
+            with open_regular(each) as file:
                 identities.append(_identity_of(os.fstat(file.fileno())))
                 header, checksum = read_header(each, file)
             if manifest is not None:
                 _check_shard(path, each, header, checksum, manifest, manifest.shards[index])
             headers.append(header)
-        token_places, end = _placed([header.tokens.num_bytes for header in headers], 0)
+        token_places, end = _placed([header.tokens.num_bytes for header in headers], MARGIN_BYTES)
         position_places, end = _placed([header.positions.num_bytes for header in headers], end)
-        mapped = mmap.mmap(-1, end, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
-        base = np.frombuffer(mapped, np.uint8).ctypes.data
+        mapped = MappedRange(end + MARGIN_BYTES)
         for index, (each, header) in enumerate(zip(paths, headers, strict=True)):
-            with each.open("rb") as file:
+            with open_regular(each) as file:
                 if _identity_of(os.fstat(file.fileno())) != identities[index]:
-                    raise FileNotFoundError(errno.ENOENT, "it was replaced meanwhile", str(each))
-                _map_fixed(base + token_places[index], file, header.tokens)
-                _map_fixed(base + position_places[index], file, header.positions)
+                    raise DatastoreError(f"{each} is being overwritten: try again")
+                mapped.lay(token_places[index], file, header.tokens)
+                mapped.lay(position_places[index], file, header.positions)
         token_bytes = headers[0].token_bytes
-        last, positions_at = headers[-1], position_places[0]
-        num_slots = (token_places[-1] + last.tokens.num_bytes) // token_bytes
+        last, tokens_at, positions_at = headers[-1], token_places[0], position_places[0]
+        num_slots = (token_places[-1] + last.tokens.num_bytes - tokens_at) // token_bytes
         num_positions = (position_places[-1] + last.positions.num_bytes - positions_at) // 4
         segments = tuple(
             Segment(
-                token_place // token_bytes + segment.first_token,
-                token_place // token_bytes + segment.last_token,
+                (token_place - tokens_at) // token_bytes + segment.first_token,
+                (token_place - tokens_at) // token_bytes + segment.last_token,
                 (position_place - positions_at) // 4 + segment.first_position,
                 (position_place - positions_at) // 4 + segment.last_position,
             )
@@ -199,14 +198,19 @@ class Datastore:
             facts,
             list(zip(paths, headers, strict=True)),
             mapped,
-            np.frombuffer(mapped, f"<u{token_bytes}", num_slots, 0),
-            np.frombuffer(mapped, "<u4", num_positions, positions_at),
+            np.frombuffer(mapped.memory, f"<u{token_bytes}", num_slots, tokens_at),
+            np.frombuffer(mapped.memory, "<u4", num_positions, positions_at),
             identity,
         )
 
     def is_replaced(self) -> bool:
         """True if another version of the store is at its path now."""
         return _has_changed(self.path, self._identity)
+
+    @property
+    def is_lost(self) -> bool:
+        """True once a part of a file could not be read, mostly because the file was cut: all is zeros from then on."""
+        return self._mapped.is_lost
 
     @property
     def version(self) -> str:
@@ -261,10 +265,7 @@ class Datastore:
         """
         if self.file_bytes > PREFAULT_SHARE * available_memory_bytes():
             return
-        # By ctypes: Python's own madvise holds the interpreter's lock, and an engine's other threads would stand still.
-        base = np.frombuffer(self._mapped, np.uint8).ctypes.data
-        if _libc.madvise(base, len(self._mapped), _MADV_POPULATE_READ):  # fails before Linux 5.14
-            _libc.madvise(base, len(self._mapped), mmap.MADV_WILLNEED)
+        self._mapped.read_ahead()
 
     def verify(self, on_progress: Callable[[int, int], None] | None = None, num_order_checks: int = 200_000) -> None:
         """Check everything that :meth:`open` takes on trust.
@@ -349,20 +350,3 @@ def _placed(sizes: Sequence[int], start: int) -> tuple[list[int], int]:
         places.append(start)
         start += -(-num_bytes // page) * page
     return places, start
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *([ctypes.c_int] * 3), ctypes.c_long]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-def _map_fixed(address: int, file: BinaryIO, section: Section) -> None:
-    """Map a section at an address of the range that the store has reserved; unmapping the range unmaps it too."""
-    if not section.num_bytes:
-        return
-    flags = mmap.MAP_SHARED | _MAP_FIXED
-    found = _libc.mmap(address, section.num_bytes, mmap.PROT_READ, flags, file.fileno(), section.offset)
-    if found != address:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), file.name)

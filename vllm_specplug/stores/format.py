@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import struct
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vllm_specplug.errors import DatastoreError
 
@@ -46,6 +45,10 @@ MANIFEST_BYTES = 2**24
 """Bytes of a manifest at most; a shard takes about 200 bytes of it."""
 
 
+STORE_MODE = 0o444
+"""Permissions of a store's files: servers map them, and whoever writes into one changes what they read."""
+
+
 REBUILD = "build it again with `specplug datastore build`"
 
 
@@ -66,7 +69,7 @@ class Section(NamedTuple):
     checksum: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreFacts:
     """Facts about a store that its header or manifest holds.
 
@@ -91,10 +94,10 @@ class StoreFacts:
     fingerprint: str
     created: str
     segments: tuple[Segment, ...]
-    sorted_depth: int
+    sorted_depth: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StoreHeader(StoreFacts):
     """Contents of a file's header.
 
@@ -109,6 +112,32 @@ class StoreHeader(StoreFacts):
     def file_bytes(self) -> int:
         """Size that the file must have."""
         return self.positions.offset + self.positions.num_bytes
+
+    @property
+    def is_consistent(self) -> bool:
+        """False if sizes and ranges contradict each other, so that a reader could leave the file or its sections."""
+        tokens, positions = self.tokens, self.positions
+        num_slots, num_positions = tokens.num_bytes // max(self.token_bytes, 1), positions.num_bytes // 4
+        return (
+            0 < self.vocab_size < 2**24
+            and self.token_bytes == (2 if self.vocab_size <= LARGEST_16_BIT_VOCABULARY else 4)
+            and tokens.offset >= HEADER_BYTES
+            and positions.offset >= tokens.offset + tokens.num_bytes
+            and tokens.offset % PAGE_BYTES == positions.offset % PAGE_BYTES == 0
+            and tokens.num_bytes % self.token_bytes == positions.num_bytes % 4 == 0
+            and 0 < self.num_documents <= self.num_tokens < num_slots
+            and num_positions >= 0
+            and self.sorted_depth >= 0
+            and len(self.segments) > 0
+            and all(
+                0 <= each.first_token < each.last_token <= num_slots
+                and 0 <= each.first_position <= each.last_position <= num_positions
+                for each in self.segments
+            )
+        )
+
+
+_HEADER = TypeAdapter(StoreHeader)
 
 
 class Shard(BaseModel):
@@ -172,7 +201,7 @@ def available_memory_bytes() -> int:
 
 def shards_folder(path: Path) -> Path:
     """Folder of a sharded store's shards: beside the manifest itself, not beside a link to it."""
-    path = path.resolve() if path.is_symlink() else path
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     return path.with_name(path.name + SHARDS_SUFFIX)
 
 
@@ -192,7 +221,7 @@ def read_manifest(path: Path, file: BinaryIO) -> Manifest:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"]))[:80]
         raise DatastoreError(
             f"the manifest of the sharded token store {path} is damaged or of another release "
             f"({f'{where}: ' if where else ''}{first['msg']}); {REBUILD}"
@@ -223,11 +252,13 @@ def read_header(path: Path, file: BinaryIO) -> tuple[StoreHeader, int]:
     text = file.read(min(num_bytes, HEADER_BYTES))
     if len(text) != num_bytes or zlib.crc32(text) != checksum:
         raise DatastoreError(f"the header of the token store {path} is truncated or corrupted; {REBUILD}")
-    values = {"sorted_depth": 0, **json.loads(text)}
-    values["segments"] = tuple(Segment(*segment) for segment in values["segments"])
-    values["tokens"] = Section(*values["tokens"])
-    values["positions"] = Section(*values["positions"])
-    header = StoreHeader(**values)
+    try:
+        header = _HEADER.validate_json(text, strict=True)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))[:80]
+        raise DatastoreError(f"the header of the token store {path} is not one ({where}); {REBUILD}") from error
+    if not header.is_consistent:
+        raise DatastoreError(f"the header of the token store {path} contradicts itself; {REBUILD}")
     size = os.fstat(file.fileno()).st_size
     if size != header.file_bytes:
         raise DatastoreError(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from vllm_specplug.compiled import kernel
 from vllm_specplug.errors import DatastoreError
+from vllm_specplug.files import take_rights
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.format import (
     CHUNK_BYTES,
@@ -30,10 +31,12 @@ from vllm_specplug.stores.format import (
     MAGIC,
     PAGE_BYTES,
     PREFIX,
+    STORE_MODE,
     Section,
     Segment,
     StoreHeader,
 )
+from vllm_specplug.stores.search import place_of
 
 MERGE_DEPTH = 256
 """Tokens over which a merged suffix array is in order, and so the longest match that can be looked up in it."""
@@ -71,10 +74,12 @@ def merge(
         Paths of the files.
 
     Raises:
-        DatastoreError: the stores have different tokenizers.
+        DatastoreError: the stores have different tokenizers, or one is damaged: the merged store, with checksums of
+            its own, would hide that.
     """
     first = stores[0].header
     for store in stores:
+        store.verify()
         if (store.header.fingerprint, store.header.vocab_size) != (first.fingerprint, first.vocab_size):
             raise DatastoreError(
                 f"{store.path} has the ids of tokenizer {store.header.tokenizer!r}, {stores[0].path} of "
@@ -146,6 +151,8 @@ def _merge_group(
                 out.flush()
                 for start in range(0, num_positions, CHUNK_BYTES // 4):
                     checksum = zlib.crc32(out[start : start + CHUNK_BYTES // 4].tobytes(), checksum)
+            if source.is_lost:
+                raise DatastoreError("a store was cut, or cannot be read to its end: nothing was merged")
             depths = [source.header.sorted_depth or MERGE_DEPTH, MERGE_DEPTH]
             header = StoreHeader(
                 vocab_size=separator,
@@ -164,6 +171,7 @@ def _merge_group(
             file.seek(0)
             file.write(PREFIX.pack(MAGIC, FORMAT_VERSION, len(text), zlib.crc32(text)) + text)
             file.flush()
+            take_rights(file, STORE_MODE)
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
@@ -179,6 +187,8 @@ def _merge_positions(
     advance: Callable[[int], None],
 ) -> None:
     bounds = _piece_bounds(source, runs)  # [num_pieces + 1, num_runs]
+    if (bounds[1:] < bounds[:-1]).any():
+        raise DatastoreError("a store to be merged is out of order; `specplug datastore verify` says which")
     sizes = (bounds[1:] - bounds[:-1]).sum(axis=1)
     ends = np.cumsum(sizes)
     first_tokens = np.ascontiguousarray(runs[:, 0])
@@ -221,7 +231,7 @@ def _first_with(tokens, positions, first_token, low, high, token):
     """Index of the first position with ``token``, or a larger one, before it."""
     while low < high:
         middle = (low + high) >> 1
-        if tokens[first_token + np.int64(positions[middle]) - 1] < token:
+        if tokens[place_of(positions, middle, first_token, len(tokens)) - 1] < token:
             low = middle + 1
         else:
             high = middle
@@ -277,7 +287,7 @@ def _merge_piece(tokens, positions, first_tokens, starts, begins, ends, out, sep
     winners = np.full(2 * num_leaves, -1, dtype=np.int64)
     for run in range(num_runs):
         if nexts[run] < ends[run]:
-            places[run] = first_tokens[run] + np.int64(positions[nexts[run]])
+            places[run] = place_of(positions, nexts[run], first_tokens[run], len(tokens))
             keys[run], ended[run] = _key(tokens, places[run], separator, key_tokens)
             winners[num_leaves + run] = run
     for node in range(num_leaves - 1, 0, -1):
@@ -290,7 +300,7 @@ def _merge_piece(tokens, positions, first_tokens, starts, begins, ends, out, sep
         nexts[run] += 1
         node = num_leaves + run
         if nexts[run] < ends[run]:
-            places[run] = first_tokens[run] + np.int64(positions[nexts[run]])
+            places[run] = place_of(positions, nexts[run], first_tokens[run], len(tokens))
             keys[run], ended[run] = _key(tokens, places[run], separator, key_tokens)
         else:
             winners[node] = -1

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_specplug.compiled import kernel
+from vllm_specplug.compiled import inlined, kernel
+
+
+@inlined
+def place_of(positions, index, first_token, num_slots):
+    """Slot of the token that follows an entry of the suffix array, inside the store whatever the entry says.
+
+    Whoever writes into a file changes what is mapped, and nothing that could be checked before stays true.
+    """
+    return min(first_token + np.int64(positions[index]), num_slots - 1)
 
 
 @kernel
@@ -76,13 +85,13 @@ def _widen(tokens, positions, first_token, start, stop, table, rows, num_tokens,
         for i in range(num_requests):
             for side in range(2):
                 if place[i, side] >= 0:
-                    fetched ^= np.int64(tokens[first_token + np.int64(positions[place[i, side]]) - 1])
+                    fetched ^= np.int64(tokens[place_of(positions, place[i, side], first_token, len(tokens)) - 1])
         for i in range(num_requests):
             for side in range(2):
                 if place[i, side] < 0:
                     continue
                 probe = place[i, side]
-                position = first_token + np.int64(positions[probe])
+                position = place_of(positions, probe, first_token, len(tokens))
                 context = table[rows[i], : num_tokens[i]]
                 if match_length(tokens, position, context, longest[i], 0) == longest[i]:
                     inside[i, side] = probe
@@ -112,7 +121,10 @@ def search_batch(
     for i in range(num_requests):
         longest[i] = 0
         if wanted[i] > 0:
-            limit = usable_length(table[rows[i], : num_tokens[i]], max_match, vocab_size)
+            # Below the number of slots: an index before the first slot, which damaged contents can lead to, counts from
+            # the last one, and so stays inside.
+            longest_possible = min(max_match, len(tokens) - 1)
+            limit = usable_length(table[rows[i], : num_tokens[i]], longest_possible, vocab_size)
             limits[i] = limit if limit >= min_match else 0
     low = np.empty(num_requests, dtype=np.int64)
     high = np.empty(num_requests, dtype=np.int64)
@@ -137,7 +149,8 @@ def search_batch(
         while num_open:
             for i in range(num_requests):
                 # A search that has ended reads some entry of its segment again.
-                place[i] = first_token + np.int64(positions[min((low[i] + high[i]) >> 1, stop - 1)])
+                middle = min((low[i] + high[i]) >> 1, stop - 1)
+                place[i] = place_of(positions, middle, first_token, len(tokens))
             for i in range(num_requests):
                 read[i] = tokens[place[i] - 1]
             num_open = 0
@@ -176,11 +189,12 @@ def search_batch(
 
 
 @kernel
-def spread_candidates(positions, segments, ranges, candidates):
+def spread_candidates(positions, segments, ranges, num_slots, candidates):
     """Positions of the tokens that follow some of the occurrences in ``ranges``, evenly spread over all of them.
 
     Args:
         ranges: ``[num_segments, 2]``.
+        num_slots: tokens and separators of the store.
         candidates: int64, filled from its start.
 
     Returns:
@@ -199,7 +213,7 @@ def spread_candidates(positions, segments, ranges, candidates):
             at = begin + nth * total // num_candidates - passed
             if at >= end:
                 break
-            candidates[nth] = first_token + np.int64(positions[at])
+            candidates[nth] = place_of(positions, at, first_token, num_slots)
             nth += 1
         passed += end - begin
     return num_candidates, total

@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import IO
 
 from vllm_specplug.errors import DatastoreError
+from vllm_specplug.files import open_regular, remove_stale_partials, replacing
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.format import (
+    CHUNK_BYTES,
     PREFIX,
+    STORE_MODE,
     Manifest,
     Shard,
     shard_paths,
     shards_folder,
 )
-from vllm_specplug.stores.writer import is_running
 
 LOCK_NAME = "lock"
 
@@ -43,7 +45,7 @@ def writing(path: Path) -> Iterator[Path]:
     folder = shards_folder(path)
     try:
         folder.mkdir(exist_ok=True)
-        lock = (folder / LOCK_NAME).open("w")
+        lock = (folder / LOCK_NAME).open("a+")  # a pipe would let "w" wait for a reader
     except OSError as error:
         raise DatastoreError(f"cannot write {folder}: {os.strerror(error.errno or 0)}") from error
     with lock:
@@ -56,7 +58,7 @@ def writing(path: Path) -> Iterator[Path]:
         try:
             if not _is_at(lock, folder / LOCK_NAME):  # its last holder removed it first
                 raise DatastoreError(f"somebody else has just changed the token store {path}: try again")
-            _remove_stale_partials(folder)
+            remove_stale_partials(folder)
             yield folder
         finally:
             if [each.name for each in folder.iterdir()] == [LOCK_NAME]:
@@ -70,17 +72,9 @@ def _is_at(file: IO[str], path: Path) -> bool:
         return False
 
 
-def _remove_stale_partials(folder: Path) -> None:
-    """Delete half-written files whose process is gone."""
-    for each in folder.glob("*.partial-*"):
-        pid = each.name.rpartition("-")[2]
-        if pid.isdecimal() and not is_running(int(pid)):
-            each.unlink(missing_ok=True)
-
-
 def shard_of(path: Path) -> Shard:
     """Entry of a manifest for a complete file."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         _, _, _, checksum = PREFIX.unpack(file.read(PREFIX.size))
     ((_, header),) = Datastore.open(path).files
     return Shard(
@@ -111,9 +105,8 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        partial = target.with_name(target.name + f".partial-{os.getpid()}")
-        shutil.copyfile(source, partial)
-        os.replace(partial, target)
+        with open_regular(source) as read, replacing(target, STORE_MODE) as written:
+            shutil.copyfileobj(read, written, CHUNK_BYTES)
 
 
 def publish(path: Path, shards: Sequence[Shard]) -> Manifest:
@@ -140,13 +133,8 @@ def publish(path: Path, shards: Sequence[Shard]) -> Manifest:
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         shards=tuple(shards),
     )
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    with partial.open("w") as file:
-        file.write(manifest.model_dump_json(indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync_folder(path.parent)
+    with replacing(path, STORE_MODE) as file:
+        file.write(manifest.model_dump_json(indent=1).encode())
     remove_unlisted(path, manifest)
     return manifest
 
@@ -157,11 +145,3 @@ def remove_unlisted(path: Path, manifest: Manifest | None) -> None:
     for each in shards_folder(path).iterdir():
         if each.name not in listed and each.name != LOCK_NAME:
             each.unlink(missing_ok=True)
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -53,6 +53,8 @@ class Sources:
         num_bytes: size of all slices as they lie on disk.
         bytes_done: bytes of them that were read.
         num_skipped: files, or slices of them, that were left out because they are not UTF-8 text, or unreadable.
+        lf_only: write line ends of Windows (``\\r\\n``) as ``\\n``.
+        num_lines, num_windows_lines: line ends that were read, and those of Windows among them.
     """
 
     slices: Sequence[Slice | None]
@@ -60,9 +62,21 @@ class Sources:
     num_bytes: int = 0
     bytes_done: int = 0
     num_skipped: int = 0
+    lf_only: bool = False
+    num_lines: int = 0
+    num_windows_lines: int = 0
 
     def pieces(self) -> Iterator[Piece]:
         """Every document's text, in pieces."""
+        for piece in self._pieces():
+            num_windows_lines = piece.text.count("\r\n")
+            self.num_lines += piece.text.count("\n")
+            self.num_windows_lines += num_windows_lines
+            if self.lf_only and num_windows_lines:
+                piece = piece._replace(text=piece.text.replace("\r\n", "\n"))
+            yield piece
+
+    def _pieces(self) -> Iterator[Piece]:
         for part in self.slices:
             before = self.bytes_done
             if part is None:
@@ -153,7 +167,8 @@ def _parts(paths: Sequence[Path], unit_bytes: int) -> Iterator[tuple[Slice, int]
             yield Slice(path), size
         else:
             count = -(-size // unit_bytes)
-            cuts = [size * index // count for index in range(count)]
+            # Not at equal parts of the size: where a small change is made, the parts before it stay what they were.
+            cuts = [unit_bytes * index for index in range(count)]
             for start, stop in zip(cuts, [*cuts[1:], None], strict=True):
                 yield Slice(path, start, stop), (size if stop is None else stop) - start
 
@@ -256,9 +271,8 @@ def _plain(stream: IO[bytes]) -> Iterator[Piece]:
 
 
 def _json_lines(part: Slice, stream: IO[bytes], field: str) -> Iterator[Piece]:
-    # The number of a line is only known in a slice from the start of a file.
     def place(number: int) -> str:
-        return f"{part.path} line {number}" if part.start == 0 else f"{part.path} line {number} from byte {part.start}"
+        return f"{part.path} line {_lines_before(part) + number}"
 
     try:
         for number, line in enumerate(stream, start=1):
@@ -277,6 +291,18 @@ def _json_lines(part: Slice, stream: IO[bytes], field: str) -> Iterator[Piece]:
             yield from split_text(io.StringIO(_whole_characters(texts[field]), newline="").read)
     except READ_ERRORS as error:
         raise DatastoreError(f"cannot read {part.path}: {error}") from error
+
+
+def _lines_before(part: Slice) -> int:
+    """Lines of a file before a slice; reads the file up to there."""
+    count = 0
+    with part.path.open("rb") as file:
+        left = _line_start(file, part.start)
+        file.seek(0)
+        while left > 0 and (chunk := file.read(min(left, PIECE_CHARS))):
+            count += chunk.count(b"\n")
+            left -= len(chunk)
+    return count
 
 
 def _whole_characters(text: str) -> str:
@@ -354,10 +380,11 @@ def _belongs_to(path: Path, out: Path) -> bool:
     return whole.parent == store.parent and whole.name.startswith(f"{store.name}.partial-")
 
 
-def whole(paths: Sequence[Path | None], field: str) -> Sources:
+def whole(paths: Sequence[Path | None], field: str, lf_only: bool = False) -> Sources:
     """Sources that read whole files; None is standard input."""
     sizes = (path.stat().st_size for path in paths if path is not None)
-    return Sources([None if path is None else Slice(path) for path in paths], field, num_bytes=sum(sizes))
+    slices = [None if path is None else Slice(path) for path in paths]
+    return Sources(slices, field, num_bytes=sum(sizes), lf_only=lf_only)
 
 
 def load_tokenizer(name: str) -> Any:

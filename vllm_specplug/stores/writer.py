@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import re
 import threading
 import time
 import zlib
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from vllm_specplug.compiled import kernel
 from vllm_specplug.errors import DatastoreError
+from vllm_specplug.files import remove_stale_partials, sync_folder, take_rights
 from vllm_specplug.stores.format import (
     CHUNK_BYTES,
     FORMAT_VERSION,
@@ -29,6 +29,7 @@ from vllm_specplug.stores.format import (
     MAGIC,
     PAGE_BYTES,
     PREFIX,
+    STORE_MODE,
     Section,
     Segment,
     StoreHeader,
@@ -110,7 +111,7 @@ class DatastoreWriter:
             raise DatastoreError(f"{self.path} exists: give another name, or --force to replace it")
         if self.path.is_dir():
             raise DatastoreError(f"{self.path} is a folder: name a file")
-        _remove_stale_partials(self.path)
+        remove_stale_partials(self.path.parent, self.path.name)
         self._partial = self.path.with_name(f"{self.path.name}.partial-{os.getpid()}")
         try:
             self._file = self._partial.open("w+b")
@@ -233,14 +234,11 @@ class DatastoreWriter:
         self._file.seek(0)
         self._file.write(PREFIX.pack(MAGIC, FORMAT_VERSION, len(text), zlib.crc32(text)) + text)
         self._file.flush()
+        take_rights(self._file, STORE_MODE)
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._partial, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self.path.parent)
         return header
 
 
@@ -261,29 +259,6 @@ def segment_tokens_for(vocab_size: int, max_memory_bytes: int | None) -> int:
             "raise --max-memory or free some"
         )
     return num_tokens
-
-
-def _remove_stale_partials(path: Path) -> None:
-    """Delete files of killed builds of this store: partial files whose process is gone."""
-    for partial in path.parent.glob(f"{_escape_glob(path.name)}.partial-*"):
-        pid = partial.name.rpartition("-")[2]
-        if pid.isdigit() and not is_running(int(pid)):
-            partial.unlink(missing_ok=True)
-
-
-def is_running(pid: int) -> bool:
-    """True if a process with this number runs on this machine."""
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # a process of another user
-    return True
-
-
-def _escape_glob(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def sort_positions(tokens: NDArray[Any], vocab_size: int) -> NDArray[np.uint32]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_specplug.drafting.drafting import Drafting
 from vllm_specplug.drafting.requests import TrackedRequest
-from vllm_specplug.hooks.attached import attach, beside_native, log_start, proposer_context
+from vllm_specplug.hooks.attached import at_end, attach, beside_native, log_start, proposer_context
 from vllm_specplug.hooks.marks import is_ours
 from vllm_specplug.hooks.metrics import publish_metrics
 from vllm_specplug.hooks.v1 import forks as v1_forks
@@ -70,16 +69,18 @@ class Drafter:
         start = time.perf_counter()
         if self.settings.is_coupled:
             self.forks = v1_forks.attach(runner, self.steps)
-            self.verifier = CoupledVerifier(runner, self.settings, self.steps, self.forks, self._observe)
+            self.verifier = CoupledVerifier(runner, self.settings, self.steps, self.forks, self._observe, self._request)
             num_places = 1 if self.forks is None else self.settings.num_chains
             share_noise(runner.drafter, self.verifier, self.steps, num_places)
         else:
-            self.verifier = ObservedRejection(runner, runner.rejection_sampler, self.steps, self._observe)
+            self.verifier = ObservedRejection(
+                runner, runner.rejection_sampler, self.steps, self._observe, self._request
+            )
         runner.rejection_sampler = self.verifier
         attach(runner, self)
         self._runner = runner
         self.drafting.warm_up()
-        atexit.register(self.drafting.close)
+        at_end(self.drafting.close)
         if get_tp_group().rank_in_group == 0:
             publish_metrics(lambda: self.snapshot(is_fresh=False), runner.vllm_config)
         log_start("V1", self.settings, self._role(runner, time.perf_counter() - start))
@@ -181,9 +182,13 @@ class Drafter:
 
     def finish(self, request_id: str) -> None:
         """Drop all state of a request that the engine has dropped."""
-        self._requests.pop(request_id, None)
+        self.go_on(request_id)
         if isinstance(self.verifier, CoupledVerifier):
             self.verifier.finish(request_id)
+
+    def go_on(self, request_id: str) -> None:
+        """Drop what drafting holds of a streaming-input session that goes on: its outputs are part of a new prompt."""
+        self._requests.pop(request_id, None)
         self.drafting.finish([request_id])
 
     def snapshot(self, is_fresh: bool = True) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
 from vllm_specplug.drafting.requests import TrackedRequest
 from vllm_specplug.hooks.forks import walk
 from vllm_specplug.hooks.v1.draws import KeyedSampler, SeededNoise
+from vllm_specplug.hooks.v1.ends import end_at_stops
 from vllm_specplug.hooks.v1.forks import ForkedRows
 from vllm_specplug.hooks.v1.step import ForkedBatch, RequestChains, Steps
 from vllm_specplug.hooks.v1.step_by_step import Walk, stacked
@@ -56,6 +57,14 @@ class CoupledVerifier:
     their requests. *Step by step*, if logits processors are active (min_p, logit_bias, min_tokens and custom ones keep
     state by batch index): the whole batch goes through vLLM's sampler once per depth, as it would without speculation,
     until every request has met its first rejected draft.
+
+    Args:
+        runner: vLLM's model runner.
+        settings: the plugin's settings.
+        steps: holds the step under way.
+        forks: the runner's forks; None if it has none.
+        observe: called with the result of each step.
+        request: from a request id to the request, for the tokens that end it; None emits also what is behind them.
     """
 
     def __init__(
@@ -65,12 +74,14 @@ class CoupledVerifier:
         steps: Steps,
         forks: ForkedRows | None,
         observe: Callable[[Verified], None],
+        request: Callable[[str], TrackedRequest] | None = None,
     ) -> None:
         self._runner = runner
         self._settings = settings
         self._steps = steps
         self._forks = forks
         self._observe = observe
+        self.request = request
         stock: Sampler = runner.sampler
         self._stock = runner.rejection_sampler
         coupling = settings.coupling
@@ -156,6 +167,7 @@ class CoupledVerifier:
             drawn = verify(metadata, logits, sampling_metadata, states, step.forks)
             drafts = _real_drafts(metadata)
             side_chains = self._take_winners(step.forks, drawn, drafts)
+            end_at_stops(runner, self.request, drawn.token_ids, drawn.targets, drawn.num_emitted)
         for request_id, state, count in zip(request_ids, states, drawn.num_emitted, strict=True):
             if state is not None:
                 self._noise.consume(request_id, count)
@@ -289,13 +301,26 @@ class CoupledVerifier:
 
 
 class ObservedRejection:
-    """vLLM's own rejection sampler; also reports to the proposers which drafts it accepted."""
+    """vLLM's own rejection sampler; also reports to the proposers which drafts it accepted.
 
-    def __init__(self, runner: Any, stock: Any, steps: Steps, observe: Callable[[Verified], None]) -> None:
+    Args:
+        runner, steps, observe, request: as of :class:`CoupledVerifier`.
+        stock: vLLM's rejection sampler.
+    """
+
+    def __init__(
+        self,
+        runner: Any,
+        stock: Any,
+        steps: Steps,
+        observe: Callable[[Verified], None],
+        request: Callable[[str], TrackedRequest] | None = None,
+    ) -> None:
         self._runner = runner
         self._stock = stock
         self._steps = steps
         self._observe = observe
+        self.request = request
 
     def __call__(self, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> SamplerOutput:
         """Verify a step; arguments and result are those of vLLM's rejection sampler."""
@@ -313,6 +338,7 @@ class ObservedRejection:
             output = runner.sampler(logits=logits, sampling_metadata=sampling_metadata)
         kept = [[token for token in row if token != REJECTED] for row in output.sampled_token_ids.tolist()]
         emitted = [len(tokens) for tokens in kept]
+        end_at_stops(runner, self.request, output.sampled_token_ids, kept, emitted)
         verified = Verified(runner.input_batch.req_ids[: len(kept)], _real_drafts(metadata), kept, emitted)
         self._steps.now.verified = verified = _settled(verified, prefilling.tolist())
         self._observe(verified)

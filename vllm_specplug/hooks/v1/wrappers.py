@@ -34,6 +34,7 @@ def install() -> None:
             "GPUModelRunner.initialize_kv_cache": _initialize_kv_cache,
             "GPUModelRunner._bookkeeping_sync": _bookkeeping_sync,
             "GPUModelRunner._on_request_state_removed": _on_request_state_removed,
+            "GPUModelRunner._update_streaming_request": _update_streaming_request,
             "GPUModelRunner.take_draft_token_ids": _take_draft_token_ids,
             "GPUModelRunner._calc_spec_decode_metadata": _calc_spec_decode_metadata,
             "GPUModelRunner._prepare_inputs": forks.prepare_inputs,
@@ -79,6 +80,13 @@ def _on_request_state_removed(original: Callable[..., Any], self: Any, req_id: s
     if drafter is not None:
         drafter.finish(req_id)
     return original(self, req_id, req_state)
+
+
+def _update_streaming_request(original: Callable[..., Any], self: Any, req_id: str, new_req_data: Any) -> Any:
+    drafter = drafter_of(self)
+    if drafter is not None:
+        drafter.go_on(req_id)
+    return original(self, req_id, new_req_data)
 
 
 def _take_draft_token_ids(original: Callable[..., Any], self: Any) -> Any:

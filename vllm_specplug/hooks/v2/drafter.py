@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 from vllm_specplug.drafting.drafting import Drafting, Proposal
 from vllm_specplug.drafting.history import TokenHistory
 from vllm_specplug.drafting.requests import TrackedRequest
-from vllm_specplug.hooks.attached import attach, log_start, proposer_context
+from vllm_specplug.hooks.attached import at_end, attach, log_start, proposer_context
 from vllm_specplug.hooks.metrics import publish_metrics
 from vllm_specplug.hooks.v2 import forks as v2_forks
 from vllm_specplug.hooks.v2.on_device import DeviceDrafting
@@ -120,7 +119,7 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
             self._on_device.warm_up()
         if self.is_first_rank:
             self.drafting.warm_up()
-            atexit.register(self.drafting.close)
+            at_end(self.drafting.close)
             publish_metrics(lambda: self.snapshot(is_fresh=False), runner.vllm_config)
             log_start("V2", self.settings, self._role(time.perf_counter() - start))
 
@@ -174,6 +173,9 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
                     params.structured_outputs is not None or params.thinking_token_budget is not None
                 ):
                     self.forks.kept_to_one.add(new.req_id)
+                if new.req_id in self.history:  # a streaming-input session goes on, with another prompt
+                    self.in_place.pop(new.req_id, None)
+                    self.drafting.finish([new.req_id])
                 self.history.add(row, request, new.prefill_token_ids if self.is_first_rank else ())
         if self._on_device is not None and rows:
             self._on_device.add(rows, lengths)
@@ -402,7 +404,8 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
     def _observe(self, step: Step, transfer: Transfer, packed: NDArray[np.int32], emitting: NDArray[np.intp]) -> None:
         """Report the step's verification to counters and proposers."""
         several = None if step.forks is None else step.forks.chains
-        verified = Verified([], [], [], packed[emitting, 1].tolist(), len(transfer.request_ids) - len(emitting))
+        num_emitted = self._num_returned(transfer.rows[emitting], packed[emitting])
+        verified = Verified([], [], [], num_emitted, len(transfer.request_ids) - len(emitting))
         for index in emitting.tolist():
             request_id = transfer.request_ids[index]
             verified.request_ids.append(request_id)
@@ -423,6 +426,16 @@ class Drafter(BaseSpeculator):  # type: ignore[misc]
                 )
             )
         self.drafting.observe(verified)
+
+    def _num_returned(self, rows: NDArray[np.int64], packed: NDArray[np.int32]) -> list[int]:
+        """How many of a step's tokens the user gets, by table row; ``packed`` holds these rows of the transfer."""
+        counts: list[int] = packed[:, 1].tolist()
+        for index, (row, count) in enumerate(zip(rows.tolist(), counts, strict=True)):
+            request = self.history.requests[row]
+            if count > 1 and request is not None:
+                total, *tokens = packed[index, [0, *range(2, 2 + count)]].tolist()
+                counts[index] = request.num_returned(total - count, tokens)
+        return counts
 
     def _share(
         self, transfer: Transfer, drafts: list[list[int]], alive: NDArray[np.bool_], out: torch.Tensor | None
