@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import itertools
 import json
-import mmap
 import os
 import signal
 import subprocess
@@ -31,7 +30,8 @@ from vllm_specplug.proposers.base import DraftBatch, ProposerContext
 from vllm_specplug.proposers.rest.proposer import RestProposer
 from vllm_specplug.reloading import ReloadError, reload_stores
 from vllm_specplug.stores.datastore import Datastore
-from vllm_specplug.stores.format import shards_folder
+from vllm_specplug.stores.format import Section, shards_folder
+from vllm_specplug.stores.mapped import MappedRange
 from vllm_specplug.stores.texts import Sources, load_tokenizer, plan_units
 from vllm_specplug.tiny_models import target_path
 
@@ -616,7 +616,8 @@ def test_reading_ahead_lets_other_threads_run(tmp_path, folder):
         store = Datastore.open(out)
         with (tmp_path / f"large-{attempt}").open("w+b") as file:  # the store is read too fast to measure
             file.truncate(400 * 2**20)
-            store._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            store._mapped = MappedRange(400 * 2**20)
+            store._mapped.lay(0, file, Section(0, 400 * 2**20, 0))
         began = time.perf_counter()
         store.prefault()
         ended = time.perf_counter()

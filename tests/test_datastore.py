@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -441,6 +442,32 @@ def test_a_store_that_is_cut_while_it_is_merged_makes_no_store(tmp_path):
         merge([Datastore.open(path)], lambda _: out, num_threads=1, on_progress=cut)
     assert path.stat().st_size < size
     assert os.listdir(tmp_path) == [path.name]
+
+
+OTHER = """
+import faulthandler, mmap, os, sys
+from vllm_specplug.stores.mapped import MappedRange
+kept = []
+for order in sys.argv[2]:
+    if order == "w":
+        kept.append(MappedRange(4096))
+    else:
+        faulthandler.enable()
+with open(sys.argv[1], "w+b") as file:
+    file.write(bytes(4096))
+    file.flush()
+    mapped = mmap.mmap(file.fileno(), 4096)
+    os.truncate(sys.argv[1], 0)
+    print(mapped[5])
+"""
+
+
+@pytest.mark.parametrize("order", ["w", "fw", "wf", "wfw"])
+def test_what_others_read_that_is_gone_ends_the_process_as_before(tmp_path, order):
+    command = [sys.executable, "-c", OTHER, str(tmp_path / "file"), order]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGBUS
+    assert ("Fatal Python error: Bus error" in done.stderr) == ("f" in order)
 
 
 @pytest.mark.parametrize(("vocab_size", "segment_tokens"), [(4, None), (4, 100), (70_000, 100)])

@@ -86,11 +86,6 @@ def parse_bytes(text: str) -> int:
     return int(float(found.group(1)) * UNITS[found.group(2) or ""])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 class Newlines(str, enum.Enum):
     """What becomes of the line ends of Windows."""
 
