@@ -75,6 +75,6 @@ def check(engine: Engine, sessions: list[dict[str, Any]], expected: list[Any], i
     assert any(len(turns[0][-1]) > 1 for turns in ours), "an end among accepted drafts"
     for turn in range(3):
         steps = [step for session in ours for step in session[turn]]
-        assert sum(map(len, steps)) > 1.5 * len(steps), f"nothing is drafted in turn {turn + 1}"
+        assert sum(map(len, steps)) > 1.1 * len(steps), f"nothing is drafted in turn {turn + 1}"
     if is_counted:
         assert engine.send("stats")["emitted"] - before == sum(map(len, (t for s in flat(ours) for t in s)))

@@ -89,8 +89,13 @@ class StoresEndpoint:
         """Start a task, and hold it until it ends: the loop itself holds tasks weakly."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._drop)
         return task
+
+    def _drop(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # asyncio would log it as never retrieved if every caller has hung up
 
     def _on_signal(self) -> None:
         async def reload() -> None:
