@@ -409,7 +409,7 @@ class Worker:
     """A worker of an engine, as far as the switch goes: the real one is in test_serve.py."""
 
     def __init__(self, proposers: dict[str, RestProposer]) -> None:
-        self.switch = StoreSwitch(proposers)  # type: ignore[arg-type]
+        self.switch = StoreSwitch(proposers, lambda *_: None)  # type: ignore[arg-type]
         self.calls: dict[str, Callable[..., Any]] = {
             "specplug_open_stores": lambda name: self.switch.open(name) is None,
             "specplug_opened_stores": self.switch.look,

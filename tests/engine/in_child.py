@@ -522,9 +522,16 @@ def record_verified(child: Any) -> None:
     drafting.observe = observe_and_record
 
 
+def proposer_of(child: Any, name: str) -> Any:
+    """The proposer of ours in the running engine, when it has seen all steps."""
+    guest = child.drafter.drafting._proposers[name]
+    guest.counted()  # carries out what waits
+    return guest.room.proposer
+
+
 def recorded(child: Any) -> dict[str, Any]:
     """The records of the running engine's :class:`Recorder`."""
-    recorder = getattr(child, "recorder", None) or child.drafter.drafting._proposers["in_child.Recorder"]
+    recorder = getattr(child, "recorder", None) or proposer_of(child, "in_child.Recorder")
     return {
         "emitted": recorder.emitted,
         "steps": recorder.steps,
@@ -611,7 +618,7 @@ def abort_half_way(child: Any, prompts: list[str], max_tokens: int, steps: int) 
 
 def counted_chains(child: Any) -> dict[str, int]:
     """The counts of the proposer ``SeveralChains``."""
-    return dict(child.drafter.drafting._proposers["in_child.SeveralChains"].counted)
+    return dict(proposer_of(child, "in_child.SeveralChains").counted)
 
 
 def keep_logits(child: Any) -> None:

@@ -92,6 +92,9 @@ class Settings(BaseModel):
             of yours: the name of an entry point, or ``"module.Class"``.
         num_chains: most drafts of a request that one step verifies side by side, as far as rows and memory are idle
             and it pays. 1: one draft.
+        proposer_deadline_s: seconds within which a proposer of your own must answer a step; twelve times as many when it
+            is built, warms up or saves. One that does not is left out from then on. The proposers of this package have
+            no deadline.
         scratch_blocks: most blocks of the KV cache that are set aside for chains beyond the first. Default: a
             twentieth of the cache.
     """
@@ -104,6 +107,7 @@ class Settings(BaseModel):
     sampler: str = STOCK_TEXT
     num_chains: int = Field(default=1, ge=1, le=MAX_CHAINS)
     scratch_blocks: int | None = Field(default=None, ge=1)
+    proposer_deadline_s: float = Field(default=5.0, gt=0.0, le=3600.0, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod

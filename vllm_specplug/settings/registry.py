@@ -90,8 +90,12 @@ def _class_of_users(what: str, where: str, name: str, group: str, names: Callabl
     if name in (points := _entry_points(group)):
         try:
             return points[name].load()
-        except Exception as error:
-            raise ConfigurationError(f"{what} {name!r} ({points[name].value}) failed to import: {error!r}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a user's module may raise anything when imported, SystemExit too
+            raise ConfigurationError(
+                f"{what} {name!r} ({points[name].value}) failed to import: {_shown(error)}"
+            ) from error
     if "." not in name and ":" not in name:
         raise ConfigurationError(
             f"{where}there is no {what} {name!r}.{nearest(name, names())} "
@@ -100,11 +104,21 @@ def _class_of_users(what: str, where: str, name: str, group: str, names: Callabl
     module, _, attribute = name.replace(":", ".").rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a user's module may raise anything when imported
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ConfigurationError(
-            f"{where}cannot load {name!r}: {error!r}. Give 'module.Class' importable by every vLLM process "
+            f"{where}cannot load {name!r}: {_shown(error)}. Give 'module.Class' importable by every vLLM process "
             f"(PYTHONPATH), or one of: {', '.join(names())}."
         ) from error
+
+
+def _shown(error: BaseException) -> str:
+    """``repr(error)``, if it has one."""
+    try:
+        return repr(error)
+    except BaseException:
+        return type(error).__name__
 
 
 def build(name: str, context: ProposerContext, stores: Mapping[str, str], options: Mapping[str, Any]) -> Proposer:
