@@ -522,6 +522,13 @@ def record_verified(child: Any) -> None:
     drafting.observe = observe_and_record
 
 
+def metrics_page(child: Any) -> str:
+    """What the process answers on ``/metrics``, of vLLM's and ours."""
+    from prometheus_client import REGISTRY, generate_latest
+
+    return generate_latest(REGISTRY).decode()
+
+
 def proposer_of(child: Any, name: str) -> Any:
     """The proposer of ours in the running engine, when it has seen all steps."""
     guest = child.drafter.drafting._proposers[name]

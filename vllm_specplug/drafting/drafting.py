@@ -108,7 +108,8 @@ class Drafting:
         stores = self.settings.datastore or {}
         if entry.name in registry.PROPOSERS:  # ours: in this thread, on the engine's own table
             return registry.build(entry.name, self.context, stores, entry.options)
-        return Guest(entry.name, self.context, stores, entry.options, self.settings.proposer_deadline_s)
+        deadline_s = self.settings.proposer_deadline_s
+        return Guest(entry.name, self.context, stores, entry.options, deadline_s, entry.in_process)
 
     def warm_up(self) -> None:
         """Let every proposer compile and map what it needs, before the first request."""

@@ -133,7 +133,8 @@ class Room:
 
     def describe(self) -> str:
         """The guest's words about itself, in one line."""
-        return one_line(self.proposer.describe())
+        words = self.proposer.describe()
+        return "" if words is None else one_line(words)
 
     def counted(self) -> tuple[int, dict[str, StoreStats]]:
         """The guest's memory in bytes and the counters of its stores."""

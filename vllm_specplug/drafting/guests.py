@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_specplug.drafting.guest_room import Answer, Asked, Calls, Room, Version, place_tokens, take_tokens
+from vllm_specplug.drafting.guest_process import GuestProcess
 from vllm_specplug.drafting.guest_thread import GoneError, GuestThread, LateError
 from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.proposers.base import (
@@ -53,6 +54,7 @@ class Guest(Proposer):
         options: the proposer's options.
         deadline_s: seconds that it has for an answer; :attr:`START_FACTOR` times as many where it may compile, load or
             save.
+        in_process: it works in a process of its own, where its stores are not replaced by reloads.
 
     Raises:
         ConfigurationError: it refuses its options (ValueError, TypeError, OSError).
@@ -68,12 +70,13 @@ class Guest(Proposer):
         stores: Mapping[str, str],
         options: Mapping[str, Any],
         deadline_s: float,
+        in_process: bool = False,
     ) -> None:
         super().__init__(context)
         self.name = name
         self._deadline_s = deadline_s
-        self.room = Room()
-        self._thread = GuestThread(name, self.room)
+        self.room = None if in_process else Room()
+        self._place = GuestProcess() if self.room is None else GuestThread(name, self.room)
         self._waiting: list[tuple[str, tuple[Any, ...]]] = []
         self._owners: list[str] = []
         self._known: NDArray[np.int64] = np.zeros(0, dtype=np.int64)  # tokens of each table row that the room has
@@ -132,11 +135,11 @@ class Guest(Proposer):
 
     def held_stores(self) -> Mapping[str, Version]:
         """See :meth:`Proposer.held_stores`."""
-        return self._ask("held_stores") if self.has("held_stores") else {}
+        return self._ask("held_stores") if self.room is not None and self.has("held_stores") else {}
 
     def open_stores(self) -> Mapping[str, Version]:
         """See :meth:`Proposer.open_stores`; in a further thread, since drafting goes on."""
-        if not self.has("open_stores"):
+        if self.room is None or not self.has("open_stores"):
             return {}
         beside = GuestThread(f"{self.name} stores", self.room)
         return self._wait(beside, [("open_stores", ())], self.START_FACTOR)  # type: ignore[no-any-return]
@@ -148,13 +151,13 @@ class Guest(Proposer):
     def _ask(self, method: str, *arguments: Any, factor: int = 1) -> Any:
         calls = [*self._waiting, (method, arguments)]
         self._waiting.clear()
-        return self._wait(self._thread, calls, factor)
+        return self._wait(self._place, calls, factor)
 
-    def _wait(self, thread: GuestThread, calls: Calls, factor: int) -> Any:
+    def _wait(self, place: GuestThread | GuestProcess, calls: Calls, factor: int) -> Any:
         """The value of the last of ``calls``."""
         deadline_s = factor * self._deadline_s
         try:
-            answer = thread.call(calls, deadline_s)
+            answer = place.call(calls, deadline_s)
         except LateError as late:
             raise GuestError(
                 f"has not answered within {deadline_s:g} seconds (in {late}). Let it do less or give up by itself, "

@@ -47,7 +47,11 @@ def plain_drafts(answer: Any, num_requests: int, width: int, num_others: int) ->
     if not isinstance(answer.others, (tuple, list, type(None))):
         raise ValueError(f"answered others of type {type(answer.others).__name__}; a tuple of Drafts is expected")
     main = _plain_chain(answer, num_requests, width)
-    main.others = tuple(_plain_chain(each, num_requests, width) for each in islice(answer.others or (), num_others))
+    others = list(islice(answer.others or (), num_others))
+    if wrong := [each for each in others if not isinstance(each, Drafts) or each.others]:
+        kind = type(wrong[0]).__name__
+        raise ValueError(f"answered {kind} among others; Drafts without others are expected there")
+    main.others = tuple(_plain_chain(each, num_requests, width) for each in others)
     return main
 
 
