@@ -230,9 +230,10 @@ class Apart(Coupling):
 
         rows, vocab_size = logits.shape
         if not isinstance(tokens, torch.Tensor) or tokens.ndim != num_dimensions or len(tokens) != rows:
+            answered = getattr(tokens, "shape", type(tokens).__name__)
             raise TypeError(
-                f"sampler {type(self.coupling).__name__} answered {getattr(tokens, 'shape', type(tokens).__name__)} for "
-                f"{rows} rows of logits; one token id a row is expected"
+                f"sampler {type(self.coupling).__name__} answered {answered} for {rows} rows of logits; one token id a "
+                "row is expected"
             )
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise TypeError(f"sampler {type(self.coupling).__name__} answered tokens of {tokens.dtype}, not integers")

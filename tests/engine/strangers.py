@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import itertools
+import os
 import threading
 import time
 import warnings
@@ -47,14 +48,14 @@ class OfItsOwn(BaseException):
     pass
 
 
-class Unspeakable(RuntimeError):
+class UnspeakableError(RuntimeError):
     def __str__(self) -> str:
         raise SystemExit(1)
 
     __repr__ = __str__
 
 
-class Mute(Exception):
+class MuteError(Exception):
     def __str__(self) -> Any:
         return 5
 
@@ -81,9 +82,8 @@ RAISED: dict[str, Callable[[], BaseException]] = {
     "MemoryError": MemoryError,
     "RecursionError": deep,
     "OfItsOwn": OfItsOwn,
-    "group": lambda: BaseExceptionGroup("several", [SystemExit(), KeyboardInterrupt()]),
-    "Unspeakable": Unspeakable,
-    "Mute": Mute,
+    "UnspeakableError": UnspeakableError,
+    "MuteError": MuteError,
     "endless": endless,
     "odd": lambda: LookupError("\ud800\x1b[31m\n[/red]{}%s"),
     "long": lambda: RuntimeError("x" * 1_000_000),
@@ -230,7 +230,9 @@ def in_torch(array: Any) -> torch.Tensor:
 
 
 writes("the_table", lambda self, batch: in_torch(batch.token_ids).clamp_(0, 3))
-writes("the_table_by_address", lambda self, batch: ctypes.memset(batch.token_ids.ctypes.data, 1, batch.token_ids.nbytes))
+writes(
+    "the_table_by_address", lambda self, batch: ctypes.memset(batch.token_ids.ctypes.data, 1, batch.token_ids.nbytes)
+)
 writes("the_table_of_numpy", lambda self, batch: batch.context(0).fill(7), "out")
 writes("flags", lambda self, batch: (batch.token_ids.setflags(write=True), batch.token_ids.fill(3)))
 for _name in ("rows", "num_tokens", "num_prompt_tokens", "max_draft_tokens"):
@@ -278,7 +280,8 @@ behave("writes_its_answer_later", "stays", propose=flickering)
 # What they say of themselves
 
 for _name, _fate, _value in (
-    ("10_to_the_400", "out", 10**400), ("a_dictionary", "out", {"x": 5}), ("None", "out", None), ("text", "out", "many"),
+    ("10_to_the_400", "out", 10**400), ("a_dictionary", "out", {"x": 5}), ("None", "out", None),
+    ("text", "out", "many"),
     ("nan", "out", float("nan")), ("infinite", "out", float("inf")), ("negative", "out", -1), ("Evil", "out", Evil()),
     ("an_array", "out", np.zeros(3)), ("two_to_the_63", "out", 2**63), ("True", "stays", True),
 ):  # fmt: skip
@@ -358,12 +361,12 @@ class Slow:
         return sleep()
 
 
-class SlowWords(Exception):
+class SlowWordsError(Exception):
     __str__ = __repr__ = sleep
 
 
 def in_slow_words(*_: Any) -> Any:
-    raise SlowWords
+    raise SlowWordsError
 
 
 for _method in ("__init__", "warm_up", "describe", "propose", "observe", "finish", "memory_bytes", "store_stats"):
@@ -376,6 +379,25 @@ behave("tokens_that_never_come", "late", propose=lambda self, batch: [Slow()] * 
 behave("arrays_that_never_come", "late", propose=lambda self, batch: drafts(batch, token_ids=Slow()))
 behave("memory_that_never_comes", "late", memory_bytes=lambda self: Slow())
 behave("stores_that_never_come", "late", store_stats=lambda self: {Slow(): StoreStats()})
+
+
+class Commanded(Proposer):
+    """Does what its option ``what`` says, and says which process it works in."""
+
+    def propose(self, batch: DraftBatch) -> Any:
+        what = self.context.options["what"]
+        if what == "crashes":
+            ctypes.string_at(0)
+        if what == "exits":
+            os._exit(7)
+        if what == "hangs":
+            time.sleep(3600)
+        if what == "raises":
+            raise SystemExit
+        return [[batch.context(index)[-1] + 1] for index in range(len(batch))]
+
+    def memory_bytes(self) -> int:
+        return os.getpid()
 
 
 def entries(*fates: str) -> list[dict[str, Any]]:
@@ -393,4 +415,3 @@ def misjudged(proposers: Mapping[str, Mapping[str, Any]]) -> list[str]:
         }[fate]:  # fmt: skip
             wrong.append(name)
     return wrong
-

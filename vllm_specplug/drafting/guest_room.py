@@ -183,8 +183,9 @@ class Calling:
         """Carry the calls out one by one. Raises nothing."""
         try:
             value = None
-            for self.method, arguments in self.calls:
-                value = getattr(room, self.method)(*arguments)
+            for method, arguments in self.calls:
+                self.method = method
+                value = getattr(room, method)(*arguments)
             return Answer(value)
         except BaseException as error:
             traceback, words = told(error)

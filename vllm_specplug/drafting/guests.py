@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_specplug.drafting.guest_room import Answer, Asked, Calls, Room, Version, place_tokens, take_tokens
 from vllm_specplug.drafting.guest_process import GuestProcess
+from vllm_specplug.drafting.guest_room import Answer, Asked, Calls, Room, Version, place_tokens, take_tokens
 from vllm_specplug.drafting.guest_thread import GoneError, GuestThread, LateError
 from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.proposers.base import (

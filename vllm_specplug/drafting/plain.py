@@ -2,7 +2,7 @@
 
 Whatever the proposer gives, the result is made of exact numpy arrays, integers and printable text that nobody else
 holds: no subclass, no property, no array that somebody writes to later. Its size is bounded by what was asked for.
-These functions run code of the user's (``__array__``, ``__iter__``, ``__str__`` ...), so they run where the proposer does.
+These functions run code of the user's (``__array__``, ``__iter__``, ``__str__``), so they run where the proposer does.
 """
 
 from __future__ import annotations

@@ -19,9 +19,7 @@ class StoreSwitch:
             of others are replaced all the same.
     """
 
-    def __init__(
-        self, proposers: Mapping[str, Proposer], leave_out: Callable[[str, str, GuestError], None]
-    ) -> None:
+    def __init__(self, proposers: Mapping[str, Proposer], leave_out: Callable[[str, str, GuestError], None]) -> None:
         self._proposers = proposers
         self._leave_out = leave_out
         self._failed: dict[str, GuestError] = {}

@@ -100,9 +100,9 @@ class Settings(BaseModel):
             of yours: the name of an entry point, or ``"module.Class"``.
         num_chains: most drafts of a request that one step verifies side by side, as far as rows and memory are idle
             and it pays. 1: one draft.
-        proposer_deadline_s: seconds within which a proposer of your own must answer a step; twelve times as many when it
-            is built, warms up or saves. One that does not is left out from then on. The proposers of this package have
-            no deadline.
+        proposer_deadline_s: seconds within which a proposer of your own must answer a step; twelve times as many when
+            it is built, warms up or saves. One that does not is left out from then on. The proposers of this package
+            have no deadline.
         scratch_blocks: most blocks of the KV cache that are set aside for chains beyond the first. Default: a
             twentieth of the cache.
     """
