@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -347,6 +348,7 @@ def test_a_guest_in_a_process_of_its_own(what: str, caplog: pytest.LogCaptureFix
         words = {"crashes": "status -11", "exits": "status 7", "hangs": "within 3 seconds", "raises": "SystemExit"}
         assert words[what] in caplog.text
     del guest, drafting
+    gc.collect()
     end = time.monotonic() + 30
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < end, "nobody needs the process any more"

@@ -377,8 +377,10 @@ class Drafting:
     def _count_memory(self) -> None:
         for name, proposer in list(self._proposers.items()):
             try:
-                is_guest = isinstance(proposer, Guest)
-                counted = proposer.counted() if is_guest else (proposer.memory_bytes(), dict(proposer.store_stats()))
+                if isinstance(proposer, Guest):
+                    counted = proposer.counted()
+                else:
+                    counted = proposer.memory_bytes(), dict(proposer.store_stats())
                 self.stats.proposers[name].memory_bytes, self.stats.proposers[name].stores = counted
             except Exception as error:
                 self._leave_out(name, "raised while counting its memory", error)
@@ -393,7 +395,7 @@ class Drafting:
         if isinstance(error, GuestError):  # it knows better what happened, and where
             stats.late += error.is_late
             words = "proposer %r is left out from now on; requests go on without its drafts. It %s"
-            logger.error(words, name, error)
+            logger.error(words, name, str(error))
             return
         words = "proposer %r %s and is left out from now on; requests go on without its drafts"
         logger.error(words, name, what, exc_info=error)
