@@ -76,7 +76,7 @@ class Guest(Proposer):
         self.name = name
         self._deadline_s = deadline_s
         self.room = None if in_process else Room()
-        self._place = GuestProcess() if self.room is None else GuestThread(name, self.room)
+        self._place: GuestThread | GuestProcess = GuestProcess() if self.room is None else GuestThread(name, self.room)
         self._waiting: list[tuple[str, tuple[Any, ...]]] = []
         self._owners: list[str] = []
         self._known: NDArray[np.int64] = np.zeros(0, dtype=np.int64)  # tokens of each table row that the room has
