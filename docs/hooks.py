@@ -207,6 +207,7 @@ JSON_KINDS = {
     "datastore": "path, list of paths, or object of paths by name",
     "sampler": "name",
     "num_chains": "whole number",
+    "proposer_deadline_s": "number",
     "scratch_blocks": "whole number",
 }
 """What each key of ``speculative_config`` may be."""

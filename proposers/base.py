@@ -77,9 +77,9 @@ class DraftBatch:
 
     Attributes:
         request_ids: ``[num_requests]``, stable for the life of a request.
-        token_ids: ``[num_rows, max_model_len]`` int32, the engine's table of token ids; not copied. Row ``rows[i]``
-            holds request ``i``'s prompt and emitted tokens, the last one at column ``num_tokens[i] - 1``; later
-            columns are garbage.
+        token_ids: ``[num_rows, max_model_len]`` int32, the engine's table of token ids; a proposer that does not come
+            with this package gets a copy of its requests' rows. Row ``rows[i]`` holds request ``i``'s prompt and
+            emitted tokens, the last one at column ``num_tokens[i] - 1``; later columns are garbage.
         rows: ``[num_requests]`` int64, table row of each request.
         num_tokens: ``[num_requests]`` int64, prompt and emitted tokens so far.
         num_prompt_tokens: ``[num_requests]`` int64, prompt tokens.
@@ -267,8 +267,8 @@ class Proposer(abc.ABC):
     """Guesses the next tokens of a batch of requests.
 
     Subclass, implement :meth:`propose`, and name the class in ``"proposers"``. A proposer may be wrong, slow or raise:
-    the engine's output stays the same, token for token. A proposer that raises is logged, counted and left out from
-    then on.
+    the engine's output stays the same, token for token. A proposer that raises, or does not answer in time, is logged,
+    counted and left out from then on.
 
     State is keyed by request id. A request appears in :meth:`propose` when it has emitted its first token, may pause
     (preemption) and resume with the same tokens, and ends when :meth:`finish` names it.

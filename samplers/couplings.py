@@ -8,6 +8,7 @@ settings are also read without it.
 from __future__ import annotations
 
 import abc
+import copy
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -179,6 +180,64 @@ class MinHash(Coupling):
         if probs.device.type == "cpu":
             return torch.from_numpy(minhash.sample(probs.numpy(), bits.numpy().view(np.uint64)))
         return minhash.sample_torch(probs, bits)
+
+
+class Apart(Coupling):
+    """A user's coupling, kept apart from the engine: it draws from copies, and every answer is a token for each row.
+
+    Args:
+        coupling: the user's.
+    """
+
+    def __init__(self, coupling: Coupling) -> None:
+        super().__init__(coupling.num_chains)
+        self.coupling = coupling
+        self.text = coupling.text  # type: ignore[misc]
+
+    @property
+    def num_noises(self) -> int:
+        """That of the user's coupling."""
+        return self.coupling.num_noises
+
+    def noise(self, keys: Keys) -> tuple[int, NDArray[np.uint64]]:
+        """That of the user's coupling."""
+        return self.coupling.noise(keys)
+
+    def draw(self, logits: torch.Tensor, keys: Keys, race: Race) -> torch.Tensor:
+        """The user's draw, ids cut to the vocabulary.
+
+        Raises:
+            TypeError: the answer is no integer for each row.
+        """
+        return self._checked(self.coupling.draw(logits.clone(), copy.deepcopy(keys), race), logits, 1)
+
+    def ranked(
+        self, logits: torch.Tensor, keys: Keys, race: Race, num_places: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The user's candidates, ids cut to the vocabulary.
+
+        Raises:
+            TypeError: the answer holds no integers, or no scores, for each row.
+        """
+        tokens, scores = self.coupling.ranked(logits.clone(), copy.deepcopy(keys), race, num_places)
+        tokens = self._checked(tokens, logits, 2)
+        if getattr(scores, "shape", None) != tokens.shape:
+            raise TypeError(f"sampler {type(self.coupling).__name__} answered no score for each of its candidates")
+        return tokens, scores
+
+    def _checked(self, tokens: torch.Tensor, logits: torch.Tensor, num_dimensions: int) -> torch.Tensor:
+        import torch
+
+        rows, vocab_size = logits.shape
+        if not isinstance(tokens, torch.Tensor) or tokens.ndim != num_dimensions or len(tokens) != rows:
+            answered = getattr(tokens, "shape", type(tokens).__name__)
+            raise TypeError(
+                f"sampler {type(self.coupling).__name__} answered {answered} for {rows} rows of logits; one token id a "
+                "row is expected"
+            )
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise TypeError(f"sampler {type(self.coupling).__name__} answered tokens of {tokens.dtype}, not integers")
+        return tokens.to(logits.device, torch.int64).clamp(0, vocab_size - 1)
 
 
 SAMPLERS: dict[str, type[Sampler]] = {

@@ -481,7 +481,7 @@ class Worker:
     """A stand-in for an engine's worker that can switch stores; test_serve.py has a real one."""
 
     def __init__(self, proposers: dict[str, RestProposer]) -> None:
-        self.switch = StoreSwitch(proposers)  # type: ignore[arg-type]
+        self.switch = StoreSwitch(proposers, lambda *_: None)  # type: ignore[arg-type]
         self.calls: dict[str, Callable[..., Any]] = {
             "specplug_open_stores": lambda name: self.switch.open(name) is None,
             "specplug_opened_stores": self.switch.look,

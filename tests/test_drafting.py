@@ -92,9 +92,9 @@ def test_one_that_fails_at_the_counters_is_left_out(
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (MemoryError(), "proposer 'answers': there is not enough memory"),
+        (MemoryError(), "proposer 'ngram': there is not enough memory"),
         (MemoryError("9 TiB"), "not enough memory .*9 TiB"),
-        (ValueError(), "^proposer 'answers': $"),
+        (ValueError(), "^proposer 'ngram': $"),
     ],
 )
 def test_errors_at_the_start_say_who(monkeypatch: pytest.MonkeyPatch, error: Exception, told: str) -> None:
@@ -104,7 +104,7 @@ def test_errors_at_the_start_say_who(monkeypatch: pytest.MonkeyPatch, error: Exc
 
     monkeypatch.setattr(registry, "proposer_class", lambda name: Refuses)
     with pytest.raises(ConfigurationError, match=told):
-        Drafting(parse_settings({"proposers": ["answers"]}), CONTEXT)
+        Drafting(parse_settings({"proposers": ["ngram"]}), CONTEXT)
 
 
 def test_confidence_that_is_no_number_counts_as_none(drafting: Drafting) -> None:

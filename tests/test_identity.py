@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import sessions
+import strangers
 from compare import assert_close_logprobs, assert_same, tokens
 from harness import Engine, EngineError, Engines
 from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, noise_alone, requests
@@ -190,6 +191,25 @@ def test_a_broken_proposer_changes_nothing(name: str, roomy: Engine, stock: dict
     if name == "OutsideVocabulary":
         assert stats[f"in_child.{name}"]["invalid_tokens"] > 0
     assert stats["ngram"]["active"]
+
+
+@pytest.mark.parametrize("fates", [("out", "stays"), ("late",)], ids=["what they do", "what they do not do"])
+def test_strangers_code_costs_only_itself(
+    fates: tuple[str, ...], roomy: Engine, stock: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Some two hundred bad behaviours at once in one engine."""
+    settings: dict[str, Any] = {"num_speculative_tokens": NUM_DRAFT}
+    if "late" in fates:
+        settings["proposer_deadline_s"] = 0.2
+    everything = {"name": "ensemble", "gate": False}
+    roomy.send("set_drafting", {**settings, "proposers": [*strangers.entries(*fates), "ngram", everything]})
+    sent = PLAIN[:24]
+    assert_same(roomy.generate(sent), stock["plain"][:24], f"strangers, {fates}", sent)
+    stats = roomy.send("stats")["proposers"]
+    assert strangers.misjudged(stats) == []
+    assert stats["ngram"]["active"]
+    assert stats["ngram"]["drafted"] > 0
+    assert "proposer_late_total" in roomy.send("call", "metrics_page")
 
 
 def test_a_request_can_switch_speculation_off(roomy: Engine) -> None:

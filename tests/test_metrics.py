@@ -79,6 +79,26 @@ def test_what_is_no_file_of_ours_is_passed_over(tmp_path: Path) -> None:
     assert shown(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 10**400},
+        {"steps": {"x": 5}},
+        {"steps": None},
+        {"proposers": 5},
+        {"proposers": {"x": {}}},
+        {"ensemble": []},
+    ],
+)
+def test_counters_that_cannot_be_read_cost_only_themselves(
+    change: dict[str, Any], tmp_path: Path, stats: DraftingStats
+) -> None:
+    files.Publisher(stats.to_dict, LABELS, tmp_path).publish()
+    before = shown(tmp_path)
+    files.Publisher(lambda: {**stats.to_dict(), **change}, {**LABELS, "engine": "1"}, tmp_path).publish()
+    assert shown(tmp_path) == before
+
+
 def test_a_worker_that_was_killed_is_forgotten(tmp_path: Path, stats: DraftingStats) -> None:
     publisher = files.Publisher(stats.to_dict, LABELS, tmp_path)
     publisher.publish()

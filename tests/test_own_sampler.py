@@ -14,8 +14,8 @@ from requests_matrix import PLAIN_FEATURES, PROCESSOR_FEATURES, V2_FEATURES, req
 from scipy.stats import chisquare
 
 from vllm_specplug.errors import ConfigurationError
-from vllm_specplug.samplers.couplings import SAMPLERS, Coupling, Sampler
-from vllm_specplug.samplers.keys import Keys, PositionKeys, SeedKeys
+from vllm_specplug.samplers.couplings import SAMPLERS, Apart, Coupling, Sampler
+from vllm_specplug.samplers.keys import Keys, PositionKeys, Race, SeedKeys
 from vllm_specplug.samplers.noise import NO_NOISE
 from vllm_specplug.settings import registry
 from vllm_specplug.settings.model import parse_settings
@@ -46,7 +46,8 @@ def test_the_page_shows_the_example_as_it_is() -> None:
 
 def test_a_dotted_name(examples: None) -> None:
     settings = parse_settings({"sampler": NAME, "proposers": []})
-    assert isinstance(settings.coupling, registry.sampler_class(NAME))
+    assert isinstance(settings.coupling, Apart)
+    assert isinstance(settings.coupling.coupling, registry.sampler_class(NAME))
     assert (settings.is_coupled, settings.num_noises, settings.coupling.text) == (True, 0, "own")
     keys = SeedKeys(torch.arange(3))
     assert settings.coupling.noise(keys)[0] == NO_NOISE
@@ -127,6 +128,40 @@ def test_keys_of_one_token_are_those_of_a_row(kind: type[SeedKeys] | type[Positi
     assert len({rows.chain(chain).bits()[1].item() for chain in range(8)}) == 8
     assert (rows.uniforms() > 0).all()
     assert (rows.uniforms() < 1).all()
+
+
+class Bad(Coupling):
+    """Writes over all that it gets, and answers what the test says."""
+
+    answer: Any = None
+
+    def draw(self, logits: torch.Tensor, keys: Keys, race: Race) -> Any:
+        race(logits, keys)
+        logits.fill_(float("nan"))
+        for array in vars(keys).values():
+            array.zero_()
+        return self.answer
+
+
+@pytest.mark.parametrize("keys", [SeedKeys(torch.arange(5, 8)), PositionKeys(torch.arange(3), torch.arange(7, 10))])
+def test_a_coupling_cannot_write_to_what_is_the_engines(keys: Keys) -> None:
+    logits, before = torch.randn(3, 6), keys.bits().clone()
+    kept, bad = logits.clone(), Bad()
+    bad.answer = torch.tensor([-5, 2**40, 3])
+    for draw in (Apart(bad).draw, lambda *given: Apart(bad).ranked(*given, 2)[0][:, 0]):
+        assert draw(logits, keys, lambda rows, _: rows.argmax(dim=1)).tolist() == [0, 5, 3]
+        assert torch.equal(logits, kept)
+        assert torch.equal(keys.bits(), before)
+
+
+@pytest.mark.parametrize(
+    "answer", [None, 5, [1, 2, 3], torch.zeros(2, dtype=torch.int64), torch.zeros(3), torch.zeros(3, 1).long()]
+)
+def test_an_answer_that_is_no_token_a_row_is_named(answer: Any) -> None:
+    bad = Bad()
+    bad.answer = answer
+    with pytest.raises(TypeError, match="sampler Bad answered"):
+        Apart(bad).draw(torch.randn(3, 6), SeedKeys(torch.arange(3)), lambda rows, _: rows.argmax(dim=1))
 
 
 # Engines

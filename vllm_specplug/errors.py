@@ -19,7 +19,7 @@ def shown(value: object) -> str:
     """What was given, for a message: its ``repr``, at most two lines of it."""
     try:
         return brief(repr(value), 160)
-    except Exception:  # an integer of many digits, or an object of the user's
+    except BaseException:  # an integer of many digits, or an object of the user's, which may raise anything
         return f"a {type(value).__name__} that cannot be shown"
 
 

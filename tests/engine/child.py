@@ -86,6 +86,7 @@ class Child:
         before = drafter.drafting
         drafter.drafting = Drafting(parse_settings(settings), before.context, before.native, before.can_shorten)
         drafter.drafting.warm_up()
+        drafter.drafting.describe()  # as at a start
 
     @property
     def drafter(self) -> Any:

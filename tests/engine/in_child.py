@@ -528,9 +528,23 @@ def record_verified(child: Any) -> None:
     drafting.observe = observe_and_record
 
 
+def metrics_page(child: Any) -> str:
+    """What the process answers on ``/metrics``, of vLLM's and ours."""
+    from prometheus_client import REGISTRY, generate_latest
+
+    return generate_latest(REGISTRY).decode()
+
+
+def proposer_of(child: Any, name: str) -> Any:
+    """The proposer of ours in the running engine, when it has seen all steps."""
+    guest = child.drafter.drafting._proposers[name]
+    guest.counted()  # carries out what waits
+    return guest.room.proposer
+
+
 def recorded(child: Any) -> dict[str, Any]:
     """The records of the running engine's :class:`Recorder`."""
-    recorder = getattr(child, "recorder", None) or child.drafter.drafting._proposers["in_child.Recorder"]
+    recorder = getattr(child, "recorder", None) or proposer_of(child, "in_child.Recorder")
     return {
         "emitted": recorder.emitted,
         "steps": recorder.steps,
@@ -648,7 +662,7 @@ def sessions(child: Any, sent: list[dict[str, Any]]) -> list[list[list[list[int]
 
 def counted_chains(child: Any) -> dict[str, int]:
     """``counted`` of the proposer :class:`SeveralChains`."""
-    return dict(child.drafter.drafting._proposers["in_child.SeveralChains"].counted)
+    return dict(proposer_of(child, "in_child.SeveralChains").counted)
 
 
 def keep_logits(child: Any) -> None:

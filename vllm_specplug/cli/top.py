@@ -159,7 +159,7 @@ def proposers_table(now: Sample, before: Sample | None) -> Table:
         drafted, accepted = of("drafted_tokens"), of("accepted_tokens")
         is_active = min(now.all("specplug_proposer_active", proposer=name), default=1.0) > 0
         table.add_row(
-            Text(name) if is_active else Text(f"{name} (left out)", style="red"),
+            Text(name) if is_active else Text(f"{name} ({left_out(now, name)})", style="red"),
             f"{drafted:,.0f}",
             f"{accepted:,.0f}",
             share(accepted, drafted),
@@ -169,6 +169,11 @@ def proposers_table(now: Sample, before: Sample | None) -> Table:
             size(now.sum("specplug_proposer_memory_bytes", proposer=name)),
         )
     return table
+
+
+def left_out(now: Sample, name: str) -> str:
+    """Says that a proposer is left out, and why."""
+    return "left out: no answer in time" if now.sum("specplug_proposer_late_total", proposer=name) else "left out"
 
 
 def stores_table(now: Sample, before: Sample | None) -> Table:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_specplug.drafting.answers import checked, is_well_formed, spread
+from vllm_specplug.drafting.guests import Guest, GuestError, has_own
 from vllm_specplug.drafting.requests import TrackedRequest
 from vllm_specplug.drafting.stats import DraftingStats, ProposerStats
 from vllm_specplug.drafting.store_switch import StoreSwitch
@@ -32,7 +33,7 @@ from vllm_specplug.proposers.base import (
 from vllm_specplug.proposers.comb import Places, comb
 from vllm_specplug.proposers.ensemble.ensemble import Ensemble
 from vllm_specplug.settings import registry
-from vllm_specplug.settings.model import Settings
+from vllm_specplug.settings.model import ProposerSettings, Settings
 
 
 @dataclass
@@ -73,12 +74,16 @@ class Drafting:
         self.context = context
         self.stats = DraftingStats()
         self._proposers: dict[str, Proposer] = {}
+        self._observers: list[str] = []
         self._seen: set[str] = set()
         for entry in settings.host_proposers:
-            self._proposers[entry.name] = registry.build(entry.name, context, settings.datastore or {}, entry.options)
             self.stats.proposers[entry.name] = ProposerStats()
-        self.stores = StoreSwitch(self._proposers)
-        self._observers = [n for n, each in self._proposers.items() if type(each).observe is not Proposer.observe]
+            try:
+                self._proposers[entry.name] = self._build(entry)
+            except GuestError as error:
+                self._leave_out(entry.name, "cannot be built", error)
+        self.stores = StoreSwitch(self._proposers, self._leave_out)
+        self._observers = [name for name, each in self._proposers.items() if has_own(each, "observe")]
         self.native = native
         self.can_shorten = can_shorten
         if native is not None:
@@ -99,6 +104,13 @@ class Drafting:
         self._has_drafted = False
         self._is_resting = False
 
+    def _build(self, entry: ProposerSettings) -> Proposer:
+        stores = self.settings.datastore or {}
+        if entry.name in registry.PROPOSERS:  # ours: in this thread, on the engine's own table
+            return registry.build(entry.name, self.context, stores, entry.options)
+        deadline_s = self.settings.proposer_deadline_s
+        return Guest(entry.name, self.context, stores, entry.options, deadline_s, entry.in_process)
+
     def warm_up(self) -> None:
         """Let every proposer compile and map what it needs, before the first request."""
         self.ensemble.warm_up()
@@ -106,8 +118,8 @@ class Drafting:
         for name in list(self._proposers):
             try:
                 self._proposers[name].warm_up()
-            except Exception:
-                self._leave_out(name, "raised while warming up")
+            except Exception as error:
+                self._leave_out(name, "raised while warming up", error)
 
     def describe(self) -> str:
         """Names of the proposers with their descriptions of themselves, for the start-up line."""
@@ -116,8 +128,8 @@ class Drafting:
             try:
                 words = proposer.describe()
                 told.append(f"{name} ({words})" if words else name)
-            except Exception:
-                self._leave_out(name, "raised while describing itself")
+            except Exception as error:
+                self._leave_out(name, "raised while describing itself", error)
         return ", ".join(told) or "none"
 
     @property
@@ -247,8 +259,8 @@ class Drafting:
             on_invalid = partial(self._count_invalid, stats)
             answer = checked(proposer.propose(part), part, self.context.vocab_size, on_invalid)
             return answer if part is batch else spread(answer, mine, len(batch))
-        except Exception:
-            self._leave_out(name, "raised")
+        except Exception as error:
+            self._leave_out(name, "raised", error)
             return None
         finally:
             stats.propose_s += time.perf_counter() - start
@@ -277,12 +289,12 @@ class Drafting:
 
     def _follow(self, batch: DraftBatch) -> None:
         for name, proposer in list(self._proposers.items()):
-            if type(proposer).follow is Proposer.follow:
+            if not has_own(proposer, "follow"):
                 continue
             try:
                 proposer.follow(batch)
-            except Exception:
-                self._leave_out(name, "raised while following")
+            except Exception as error:
+                self._leave_out(name, "raised while following", error)
 
     def observe(self, verified: Verified) -> None:
         """Count accepted tokens, and report the verification to the ensemble and to proposers that learn.
@@ -328,8 +340,8 @@ class Drafting:
         for name in self._observers:
             try:
                 self._proposers[name].observe(verified)
-            except Exception:
-                self._leave_out(name, "raised while observing")
+            except Exception as error:
+                self._leave_out(name, "raised while observing", error)
 
     def finish(self, request_ids: Sequence[str]) -> None:
         """Drop all state of these requests."""
@@ -338,16 +350,16 @@ class Drafting:
         for name, proposer in list(self._proposers.items()):
             try:
                 proposer.finish(request_ids)
-            except Exception:
-                self._leave_out(name, "raised while finishing a request")
+            except Exception as error:
+                self._leave_out(name, "raised while finishing a request", error)
 
     def close(self) -> None:
         """Let proposers save what must outlive the engine. Called when the engine shuts down in an orderly way."""
         for name, proposer in list(self._proposers.items()):
             try:
                 proposer.close()
-            except Exception:
-                self._leave_out(name, "raised while closing")
+            except Exception as error:
+                self._leave_out(name, "raised while closing", error)
 
     def snapshot(self, is_fresh: bool = True) -> dict[str, Any]:
         """The counters now, as plain types.
@@ -365,20 +377,28 @@ class Drafting:
     def _count_memory(self) -> None:
         for name, proposer in list(self._proposers.items()):
             try:
-                self.stats.proposers[name].memory_bytes = int(proposer.memory_bytes())
-                self.stats.proposers[name].stores = dict(proposer.store_stats())
-            except Exception:
-                self._leave_out(name, "raised while counting its memory")
+                if isinstance(proposer, Guest):
+                    counted = proposer.counted()
+                else:
+                    counted = proposer.memory_bytes(), dict(proposer.store_stats())
+                self.stats.proposers[name].memory_bytes, self.stats.proposers[name].stores = counted
+            except Exception as error:
+                self._leave_out(name, "raised while counting its memory", error)
         self._counted = time.perf_counter()
 
-    def _leave_out(self, name: str, what: str) -> None:
-        # Called in an except block: logger.exception logs the traceback, once per proposer.
+    def _leave_out(self, name: str, what: str, error: Exception) -> None:
         stats = self.stats.proposers[name]
         stats.errors += 1
         stats.active = False
-        del self._proposers[name]
+        self._proposers.pop(name, None)
         self._observers = [each for each in self._observers if each != name]
-        logger.exception("proposer %r %s and is left out from now on; requests go on without its drafts", name, what)
+        if isinstance(error, GuestError):  # it knows better what happened, and where
+            stats.late += error.is_late
+            words = "proposer %r is left out from now on; requests go on without its drafts. It %s"
+            logger.error(words, name, str(error))
+            return
+        words = "proposer %r %s and is left out from now on; requests go on without its drafts"
+        logger.error(words, name, what, exc_info=error)
 
     def _count_invalid(self, stats: ProposerStats, token_id: int, num_tokens: int) -> None:
         if stats.invalid_tokens == 0:

@@ -17,7 +17,8 @@ class ProposerStats:
         drafted: draft tokens that were verified.
         accepted: draft tokens that were accepted.
         chosen: drafts whose first token comes from this proposer.
-        errors: calls that raised or returned an invalid answer.
+        errors: calls that raised, returned an invalid answer, or none in time.
+        late: calls that returned nothing in time.
         invalid_tokens: draft tokens cut off because they are outside the vocabulary.
         propose_s: seconds spent in the proposer.
         memory_bytes: bytes of its state about requests.
@@ -29,6 +30,7 @@ class ProposerStats:
     accepted: int = 0
     chosen: int = 0
     errors: int = 0
+    late: int = 0
     invalid_tokens: int = 0
     propose_s: float = 0.0
     memory_bytes: int = 0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from vllm_specplug.drafting.guests import GuestError
 from vllm_specplug.proposers.base import Proposer
 
 
@@ -14,10 +15,14 @@ class StoreSwitch:
 
     Args:
         proposers: the worker's active proposers, by name.
+        leave_out: called, between two steps, with a guest's name, what it did and the error: it fails, and the stores
+            of others are replaced all the same.
     """
 
-    def __init__(self, proposers: Mapping[str, Proposer]) -> None:
+    def __init__(self, proposers: Mapping[str, Proposer], leave_out: Callable[[str, str, GuestError], None]) -> None:
         self._proposers = proposers
+        self._leave_out = leave_out
+        self._failed: dict[str, GuestError] = {}
         self._thread: threading.Thread | None = None
         self._name = ""
         self._opened: dict[str, Mapping[str, Any]] = {}
@@ -36,7 +41,11 @@ class StoreSwitch:
         opened: dict[str, Mapping[str, Any]] = {}
         error = ""
         try:
-            opened = {each: proposer.open_stores() for each, proposer in dict(self._proposers).items()}
+            for each, proposer in dict(self._proposers).items():
+                try:
+                    opened[each] = proposer.open_stores()
+                except GuestError as failed:
+                    self._failed[each] = failed
         except Exception as raised:
             error = f"{raised}" or type(raised).__name__
         if name == self._name:
@@ -51,11 +60,16 @@ class StoreSwitch:
             return {"is_ready": True, "error": "another reload has begun meanwhile", "versions": {}}
         if self._thread is None or self._thread.is_alive():
             return {"is_ready": False, "error": "", "versions": {}}
-        versions = {
-            store: self._opened.get(each, {}).get(store, held).version
-            for each, proposer in dict(self._proposers).items()
-            for store, held in proposer.held_stores().items()
-        }
+        for each in list(self._failed):
+            self._leave_out_failed(each, self._failed.pop(each))
+        versions: dict[str, str] = {}
+        for each, proposer in dict(self._proposers).items():
+            try:
+                held = proposer.held_stores()
+            except GuestError as failed:
+                self._leave_out_failed(each, failed)
+                continue
+            versions |= {store: self._opened.get(each, {}).get(store, old).version for store, old in held.items()}
         return {"is_ready": True, "error": self._error, "versions": versions}
 
     def take(self, name: str, versions: Mapping[str, str]) -> list[str] | None:
@@ -66,5 +80,13 @@ class StoreSwitch:
         opened, self._opened = self._opened, {}
         for each, stores in opened.items():
             if stores and each in self._proposers:
-                self._proposers[each].take_stores(stores)
+                try:
+                    self._proposers[each].take_stores(stores)
+                except GuestError as failed:
+                    self._leave_out_failed(each, failed)
         return sorted({store for stores in opened.values() for store in stores})
+
+    def _leave_out_failed(self, name: str, failed: GuestError) -> None:
+        self._opened.pop(name, None)
+        if name in self._proposers:
+            self._leave_out(name, "failed to replace its stores", failed)

@@ -23,7 +23,7 @@ from typing import Any
 
 from vllm_specplug.log import logger
 from vllm_specplug.metrics.on_ray import RaySeries
-from vllm_specplug.metrics.series import Snapshot, rows
+from vllm_specplug.metrics.series import Series, Snapshot, rows
 
 FOLDER_VARIABLE = "SPECPLUG_METRICS_DIR"
 """Environment variable with the folder of the files; set by the process that reads the configuration, and inherited."""
@@ -157,11 +157,11 @@ class Collector:
         """The metric families, all of them even before the first step."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        workers = sorted(read(self._folder), key=lambda each: sorted(each[0].items()))
+        workers = sorted(_read_rows(self._folder), key=lambda each: sorted(each[0].items()))
         labels = sorted({name for worker, _ in workers for name in worker})
         families: dict[str, Any] = {}
-        for worker, snapshot in workers:
-            for series, more, value in rows(snapshot):
+        for worker, values in workers:
+            for series, more, value in values:
                 names = [*labels, *more]
                 if series.name not in families:
                     make = CounterMetricFamily if series.kind == "counter" else GaugeMetricFamily
@@ -172,6 +172,16 @@ class Collector:
     def describe(self) -> Iterable[Any]:
         """Return no metrics, so that a registry does not collect when this collector is registered."""
         return []
+
+
+def _read_rows(folder: Path) -> Iterator[tuple[dict[str, str], list[tuple[Series, dict[str, str], float]]]]:
+    """(labels, series) of every worker whose counters can be read, since one that is not must not end the page."""
+    for labels, snapshot in read(folder):
+        try:
+            readable = {str(name): str(value) for name, value in labels.items()}, [*rows(snapshot)]
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+            continue  # of another version of this package, or not ours
+        yield readable
 
 
 def read(folder: Path) -> Iterator[tuple[dict[str, str], Snapshot]]:

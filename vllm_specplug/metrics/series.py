@@ -78,7 +78,8 @@ PROPOSER_SERIES = (
     Series("specplug_proposer_drafted_tokens", "counter", "Draft tokens that were verified.", "drafted"),
     Series("specplug_proposer_accepted_tokens", "counter", "Draft tokens that were accepted.", "accepted"),
     Series("specplug_proposer_chosen_drafts", "counter", "Drafts that begin with a token of this proposer.", "chosen"),
-    Series("specplug_proposer_errors", "counter", "Calls that raised or answered nonsense.", "errors"),
+    Series("specplug_proposer_errors", "counter", "Calls that raised, or answered nonsense or not in time.", "errors"),
+    Series("specplug_proposer_late", "counter", "Calls that did not answer in time.", "late"),
     Series(
         "specplug_proposer_invalid_tokens", "counter", "Draft tokens outside of the vocabulary, cut.", "invalid_tokens"
     ),
@@ -105,10 +106,14 @@ def rows(snapshot: Snapshot) -> Iterator[tuple[Series, dict[str, str], float]]:
         yield series, {}, float(snapshot[series.key])
     for series in ENSEMBLE_SERIES:
         yield series, {}, float(snapshot["ensemble"][series.key])
+    stores: set[str] = set()
     for name, proposer in snapshot["proposers"].items():
         for series in PROPOSER_SERIES:
             yield series, {"proposer": name}, float(proposer[series.key])
         for store, numbers in proposer["stores"].items():
+            while store in stores:  # Prometheus refuses two values under the same labels
+                store = f"{name}/{store}"
+            stores.add(store)
             for series in STORE_SERIES:
                 yield series, {"store": store}, float(numbers[series.key])
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticSerializationError
 
 from vllm_specplug.errors import ConfigurationError, brief, shown
-from vllm_specplug.samplers.couplings import STOCK_TEXT, Sampler
+from vllm_specplug.samplers.couplings import SAMPLERS, STOCK_TEXT, Apart, Coupling, Sampler
 from vllm_specplug.settings import registry
 
 METHOD = "specplug"
@@ -36,6 +36,9 @@ MAX_CHAINS = 8
 ON_DEVICE = "on_device"
 """Option of a proposer that can draft on the device."""
 
+IN_PROCESS = "in_process"
+"""Option of a proposer of a user's that works in a process of its own."""
+
 DEVICE_PROPOSERS = ("rest",)
 
 
@@ -48,13 +51,18 @@ class ProposerSettings(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every key but the name and ``on_device``."""
-        return {key: value for key, value in (self.model_extra or {}).items() if key != ON_DEVICE}
+        """Every key but the name, ``on_device`` and ``in_process``."""
+        return {key: value for key, value in (self.model_extra or {}).items() if key not in (ON_DEVICE, IN_PROCESS)}
 
     @property
     def on_device(self) -> bool:
         """True if the proposer is to draft on the device, without the host."""
         return bool((self.model_extra or {}).get(ON_DEVICE, False))
+
+    @property
+    def in_process(self) -> bool:
+        """True if the proposer is to work in a process of its own."""
+        return bool((self.model_extra or {}).get(IN_PROCESS, False))
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -92,6 +100,9 @@ class Settings(BaseModel):
             of yours: the name of an entry point, or ``"module.Class"``.
         num_chains: most drafts of a request that one step verifies side by side, as far as rows and memory are idle
             and it pays. 1: one draft.
+        proposer_deadline_s: seconds within which a proposer of your own must answer a step; twelve times as many when
+            it is built, warms up or saves. One that does not is left out from then on. The proposers of this package
+            have no deadline.
         scratch_blocks: most blocks of the KV cache that are set aside for chains beyond the first. Default: a
             twentieth of the cache.
     """
@@ -104,6 +115,7 @@ class Settings(BaseModel):
     sampler: str = STOCK_TEXT
     num_chains: int = Field(default=1, ge=1, le=MAX_CHAINS)
     scratch_blocks: int | None = Field(default=None, ge=1)
+    proposer_deadline_s: float = Field(default=5.0, gt=0.0, le=3600.0, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -172,9 +184,14 @@ class Settings(BaseModel):
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"proposers: named twice: {', '.join(sorted(repeated))}")
         for entry in self.proposers:
-            given = (entry.model_extra or {}).get(ON_DEVICE, False)
-            if not isinstance(given, bool):
-                raise ValueError(f"proposers: {ON_DEVICE} of {entry.name!r} must be true or false, not {given!r}")
+            for key in (ON_DEVICE, IN_PROCESS):
+                given = (entry.model_extra or {}).get(key, False)
+                if not isinstance(given, bool):
+                    raise ValueError(f"proposers: {key} of {entry.name!r} must be true or false, not {given!r}")
+            if entry.in_process and entry.name in (*registry.PROPOSERS, ENSEMBLE):
+                raise ValueError(
+                    f"proposers: {IN_PROCESS} is for proposers of your own; {entry.name!r} is of this package"
+                )
             if entry.on_device and (reason := self._unfit_for_device(entry.name)):
                 raise ValueError(f"proposers: {entry.name!r} {reason}")
         return self
@@ -237,7 +254,8 @@ class Settings(BaseModel):
             ValueError: the sampler refuses this number of chains, or its constructor raises another exception.
         """
         try:
-            return registry.sampler_class(self.sampler)(self.num_chains)
+            made = registry.sampler_class(self.sampler)(self.num_chains)
+            return Apart(made) if isinstance(made, Coupling) and self.sampler not in SAMPLERS else made
         except ValueError:
             raise
         except Exception as error:  # a user's class may raise anything

@@ -90,8 +90,12 @@ def _class_of_users(what: str, where: str, name: str, group: str, names: Callabl
     if name in (points := _entry_points(group)):
         try:
             return points[name].load()
-        except Exception as error:
-            raise ConfigurationError(f"{what} {name!r} ({points[name].value}) failed to import: {error!r}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a user's module may raise anything when imported, SystemExit too
+            raise ConfigurationError(
+                f"{what} {name!r} ({points[name].value}) failed to import: {shown(error)}"
+            ) from error
     if "." not in name and ":" not in name:
         raise ConfigurationError(
             f"{where}there is no {what} {shown(name)}.{nearest(name, names())} "
@@ -100,7 +104,9 @@ def _class_of_users(what: str, where: str, name: str, group: str, names: Callabl
     module, _, attribute = name.replace(":", ".").rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a user's module may raise anything when imported
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ConfigurationError(
             f"{where}cannot load {shown(name)}: {shown(error)}. Give 'module.Class' importable by every vLLM process "
             f"(PYTHONPATH), or one of: {', '.join(names())}."
