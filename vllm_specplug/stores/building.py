@@ -16,19 +16,19 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.format import Shard
 from vllm_specplug.stores.shards import LOCK_NAME, publish, remove_unlisted, shard_of
-from vllm_specplug.stores.texts import Slice, Sources, load_tokenizer, size_of
+from vllm_specplug.stores.texts import PassedOver, Render, Slice, Sources, load_tokenizer, size_of
 from vllm_specplug.stores.writer import FIXED_MEMORY_BYTES, DatastoreWriter, add_texts, sort_bytes_per_token
 
 _PR_SET_PDEATHSIG = 1  # Linux's prctl
@@ -42,14 +42,14 @@ class UnitDone(BaseModel):
 
     Attributes:
         shard: the shard; None if the unit had no text.
-        num_skipped: files that are not text.
+        passed_over: what was not read.
         num_split_documents: documents longer than a segment, which were cut.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard: Shard | None
-    num_skipped: int = 0
+    passed_over: PassedOver = Field(default_factory=PassedOver)
     num_split_documents: int = 0
 
 
@@ -58,19 +58,23 @@ class Recipe:
     """How text becomes a shard.
 
     Attributes:
-        field: name of the text field of JSON lines and Parquet.
+        field: see :class:`Sources`.
         tokenizer: folder or name.
         tokenizer_name: name of the tokenizer in the store.
         vocab_size, fingerprint: size of the tokenizer's vocabulary, and its :func:`tokenizer_fingerprint`.
         max_memory_bytes: peak resident memory of a process that builds a shard.
+        trust_remote_code: see :func:`load_tokenizer`.
+        render: see :class:`Sources`; other processes get it too.
     """
 
-    field: str
+    field: str | None
     tokenizer: str
     tokenizer_name: str
     vocab_size: int
     fingerprint: str
     max_memory_bytes: int
+    trust_remote_code: bool = False
+    render: Render | None = None
 
 
 @dataclass(frozen=True)
@@ -248,8 +252,8 @@ def build_unit(unit: Unit, number: int, report: Report, tokenizer: Any = None) -
         DatastoreError: the input cannot be read, or the memory is too small.
     """
     if tokenizer is None:
-        tokenizer = load_tokenizer(unit.recipe.tokenizer)
-    sources = Sources(unit.slices, unit.recipe.field, num_bytes=sum(map(size_of, unit.slices)))
+        tokenizer = load_tokenizer(unit.recipe.tokenizer, unit.recipe.trust_remote_code)
+    sources = Sources(unit.slices, unit.recipe.field, unit.recipe.render, sum(map(size_of, unit.slices)))
     with DatastoreWriter(
         unit.shard,
         vocab_size=unit.recipe.vocab_size,
@@ -269,7 +273,7 @@ def build_unit(unit: Unit, number: int, report: Report, tokenizer: Any = None) -
             writer.finish()
     done = UnitDone(
         shard=shard_of(unit.shard) if writer.num_tokens else None,
-        num_skipped=sources.num_skipped,
+        passed_over=sources.passed_over,
         num_split_documents=writer.num_split_documents,
     )
     partial = unit.done.with_name(f"{unit.done.name}.partial-{os.getpid()}")
@@ -408,12 +412,21 @@ def finish(made: Plan, out: Path) -> None:
         keep = {shard.file for shard in shards_at(out)}
         clear(made.folder, keep, restart=True)
         what = "add to" if made.base else "store in"
-        raise DatastoreError(f"nothing to {what} {out}: the input has no tokens")
+        passed_over = passed_over_by(made.finished.values())
+        raise DatastoreError(f"nothing to {what} {out}: the input has no tokens{passed_over and '; '}{passed_over}")
     if len(shards) == 1:
         os.replace(made.folder / shards[0].file, out)
         remove_unlisted(out, None)
     else:
         publish(out, shards)
+
+
+def passed_over_by(units: Iterable[UnitDone]) -> str:
+    """What units did not read, in words; "" if they read everything."""
+    total = PassedOver()
+    for unit in units:
+        total.add(unit.passed_over)
+    return str(total)
 
 
 def version_of(out: Path) -> str:
