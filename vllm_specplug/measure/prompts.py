@@ -58,17 +58,15 @@ def read_tasks(path: Path) -> list[Task]:
 
 def _tasks(path: Path) -> list[Task]:
     name = path.name.partition(".")[0]
-    kind = kind_of(path)
-    unit = "row" if kind == "parquet" else "line"
     tasks: list[Task] = []
     num_passed_over, wrong = 0, []
-    for number, record, problem in _records(path, kind):
+    for place, record, problem in _records(path, kind_of(path)):
         try:
             task = None if problem else _task(record, name)
         except (KeyError, IndexError, AttributeError, TypeError, ValueError):
             task, problem = None, _NO_PROMPT
         if problem:
-            wrong.append(f"{unit} {number} {problem}")
+            wrong.append(f"{place} {problem}")
         elif task is None:
             num_passed_over += 1
         elif task.text.strip():

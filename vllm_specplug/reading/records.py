@@ -25,12 +25,12 @@ class Record(NamedTuple):
     """A record, or why there is none.
 
     Attributes:
-        number: of its line or row, from 1 on.
+        place: its line, row or number in a list, in words, from 1 on.
         value: usually a dictionary; text of a line of plain text.
         problem: what is wrong with it, to be read behind its place; None if nothing is.
     """
 
-    number: int
+    place: str
     value: Any
     problem: str | None = None
 
@@ -68,14 +68,14 @@ def text_lines(lines: Iterable[bytes]) -> Iterator[Record]:
     """Lines of plain text that are not empty."""
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield Record(number, *text_of_line(line))
+            yield Record(f"line {number}", *text_of_line(line))
 
 
 def json_lines(lines: Iterable[bytes]) -> Iterator[Record]:
     """JSON lines that are not empty."""
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield Record(number, *json_of_line(line))
+            yield Record(f"line {number}", *json_of_line(line))
 
 
 def is_list(stream: io.BufferedReader) -> bool:
@@ -96,14 +96,14 @@ def json_records(stream: io.BufferedReader, may_be_object: bool = False) -> Iter
         document, problem = json_of_line(stream.read())
         if problem or not isinstance(document, list):
             raise InputError(str(problem))
-        yield from (Record(number, value) for number, value in enumerate(document, 1))
+        yield from (Record(f"record {number}", value) for number, value in enumerate(document, 1))
         return
     if may_be_object:
         lines = list(itertools.islice(stream, 2))
         if len(lines) == 2 and json_of_line(lines[0])[1]:  # one object goes on behind its first line
             rest = stream.read()
             document, problem = json_of_line(b"".join([*lines, rest]))
-            yield from json_lines([*lines, *rest.split(b"\n")]) if problem else [Record(1, document)]
+            yield from json_lines([*lines, *rest.split(b"\n")]) if problem else [Record("record 1", document)]
             return
         yield from json_lines(itertools.chain(lines, stream))
         return
@@ -128,7 +128,7 @@ def csv_records(stream: io.BufferedReader, delimiter: str) -> Iterator[Record]:
                 problem = f"has more than the {len(reader.fieldnames or ())} fields that the first line names"
             elif any(value and not is_whole(value) for value in row.values()):
                 problem = "is no UTF-8 text"
-            yield Record(reader.line_num, row, problem)
+            yield Record(f"line {reader.line_num}", row, problem)
     except csv.Error as error:
         raise InputError(f"is no CSV: {error}") from error
 
@@ -157,7 +157,7 @@ def parquet_records(
             names = batch.schema.names
             for row in zip(*map(python_values, batch.columns), strict=True):
                 number += 1
-                yield Record(number, dict(zip(names, row, strict=True)))
+                yield Record(f"row {number}", dict(zip(names, row, strict=True)))
 
 
 def python_values(column: Any) -> list[Any]:

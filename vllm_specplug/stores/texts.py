@@ -181,11 +181,11 @@ class Sources:
         """
         wrong = PassedOver()
         is_any_right = False
-        for number, value, problem in found:
+        for place, value, problem in found:
             try:
                 text = _refused(problem) if problem else self._text(value)
             except InputError as error:
-                wrong.wrong(f"{_place(part, number)} {error}")
+                wrong.wrong(f"{_place(part, place)} {error}")
                 continue
             is_any_right = True
             if text is None:
@@ -230,11 +230,10 @@ def _name(part: Slice) -> str:
     return "standard input" if part.path == STANDARD_INPUT else str(part.path)
 
 
-def _place(part: Slice, number: int) -> str:
-    what = "row" if files.kind_of(part.path) == "parquet" else "line"
+def _place(part: Slice, place: str) -> str:
     # The number of a line is only known in a slice from the start of a file.
-    behind = "" if part.start == 0 else f" from {'row group' if what == 'row' else 'byte'} {part.start}"
-    return f"{_name(part)} {what} {number}{behind}"
+    what = "row group" if place.startswith("row") else "byte"
+    return f"{_name(part)} {place}{f' from {what} {part.start}' if part.start else ''}"
 
 
 def size_of(part: Slice) -> int:
