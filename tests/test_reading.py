@@ -307,7 +307,6 @@ def rows_of(tmp_path: Path, *rows: Any, **options: Any) -> list[dict[str, Any]]:
         [17293822569102704640, 1],
         [2**53 + 1, 0.5],
         [2**70, None],
-        [{}, {"b": 1}],
         [[{"b": {}}], []],
         [[1], {"a": 1}],
         [True, 1],
@@ -333,7 +332,7 @@ def test_types_that_change_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         (pa.array([2**53 + 1]), pa.array([0.5])),
         (pa.array([-1]), pa.array([2**64 - 1], pa.uint64())),
-        (pa.array([1], pa.timestamp("s")), pa.array([2**62], pa.timestamp("us"))),
+        (pa.array([1], pa.timestamp("s")), pa.array([2**40], pa.timestamp("us"))),
         (pa.array([[2**53 + 1]]), pa.array([[0.5]])),
         (pa.array([{"a": 2**53 + 1}]), pa.array([{"a": 0.5}])),
         (pa.array(["a"]), pa.array([b"\xff"], pa.binary())),

@@ -12,7 +12,7 @@ from vllm_specplug.errors import ConfigurationError
 FieldOption = Annotated[
     str | None,
     typer.Option(
-        help="Field of records that holds text or a chat; then files without fields are left out. Without it, text.",
+        help="Field of records that holds text or a chat: then files without fields are left out. By default text.",
         show_default=False,
     ),
 ]

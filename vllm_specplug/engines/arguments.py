@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+TOKENIZER_ARGUMENTS = ("tokenizer", "tokenizer_mode", "revision", "tokenizer_revision", "trust_remote_code")
+"""Arguments of vLLM's engine that decide which tokenizer it loads."""
+
 
 def parsed(options: Sequence[str]) -> tuple[Any, Any]:
     """Options of ``vllm serve`` as vLLM's own parser reads them, and that parser.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from vllm_specplug.engines.arguments import TOKENIZER_ARGUMENTS, parsed
 from vllm_specplug.engines.environment import require_vllm
 from vllm_specplug.errors import ConfigurationError, InputError
 
@@ -79,20 +80,25 @@ class ChatTemplate:
     Attributes:
         model: folder or name of the model, with its configuration.
         trust_remote_code: run code that comes with it.
+        options: of ``vllm serve``, which may name another tokenizer.
     """
 
     model: str
     trust_remote_code: bool = False
+    options: tuple[str, ...] = ()
 
-    def __call__(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Text of a chat, without the beginning of another answer.
+    def __call__(self, messages: Sequence[Mapping[str, Any]], begins_answer: bool = False) -> str:
+        """Text of a chat.
+
+        Args:
+            begins_answer: put the beginning of the next answer behind it, as a prompt has it.
 
         Raises:
             InputError: vLLM or the template refuses the chat; the reason.
         """
         renderer = self._renderer
         try:
-            request = request_of({"messages": list(messages), "add_generation_prompt": False})
+            request = request_of({"messages": list(messages), "add_generation_prompt": begins_answer})
             params = request.build_chat_params(None, "auto").with_defaults({"tools": None, "tokenize": False})
             _, prompt = renderer.render_messages(request.messages, params)
         except Exception as error:  # templates raise anything
@@ -108,7 +114,11 @@ class ChatTemplate:
         from vllm.renderers import renderer_from_config
 
         try:
-            config = ModelConfig(model=self.model, trust_remote_code=self.trust_remote_code)
+            given: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+            if self.options:
+                named, _ = parsed(["--model", self.model, *self.options])
+                given = {name: getattr(named, name) for name in TOKENIZER_ARGUMENTS}
+            config = ModelConfig(model=self.model, **given)
             return renderer_from_config(VllmConfig(model_config=config))
         except Exception as error:
             raise ConfigurationError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specplug.engines.arguments import parsed
+from vllm_specplug.engines.chats import ChatTemplate
 from vllm_specplug.engines.environment import require_vllm
 from vllm_specplug.errors import ConfigurationError, InputError
 from vllm_specplug.log import logger
@@ -172,13 +173,16 @@ def encode(model: str, tasks: Sequence[Task], chat: bool | None, engine_cli: Seq
         ConfigurationError: the tokenizer cannot be loaded, or ``chat`` is True and the model has no template.
     """
     tokenizer = tokenizer_of(model, engine_cli)
-    if chat and not tokenizer.chat_template:
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
         raise ConfigurationError(f"--chat: {model} has no chat template; leave it out")
+    template = ChatTemplate(model, options=tuple(engine_cli))
     found = []
     for task in tasks:
-        text = task.text
-        if tokenizer.chat_template and (task.is_chat if chat is None else chat):
-            messages = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        found.append(tokenizer.encode(text)[:MAX_PROMPT_TOKENS])
+        if has_template and (task.is_chat if chat is None else chat):
+            text = template([{"role": "user", "content": task.text}], begins_answer=True)
+            ids = tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+        else:
+            ids = tokenizer.encode(task.text)
+        found.append(ids[:MAX_PROMPT_TOKENS])
     return found

@@ -57,7 +57,7 @@ def _has_empty_struct(kind: pa.DataType) -> bool:
 def merged(kinds: Iterable[Any]) -> Any:
     """The type that holds values of all these types without loss, or :data:`AS_JSON`."""
     given = [each for each in kinds if each is AS_JSON or not pa.types.is_null(each)]
-    if AS_JSON in given:
+    if any(each is AS_JSON for each in given):
         return AS_JSON
     if not given:
         return pa.null()
