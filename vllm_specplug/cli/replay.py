@@ -225,7 +225,13 @@ def replay(
     _print_notes(console, sources, warm_sources)
     # Requests that do not overlap, so that no token is in the history twice.
     history = [each for ids in warm_documents for each in requests_of(ids, 0, max_tokens)]
-    counts = _replayed(console, partial(run_all, makers, stores, requests, history, prompt_tokens))
+    try:
+        counts = _replayed(console, partial(run_all, makers, stores, requests, history, prompt_tokens))
+    except MemoryError as error:
+        size = f" ({error})" if str(error) else ""
+        raise SpecplugError(
+            f"there is not enough memory for this replay{size}: give smaller options of proposers, --batch or --max-tokens"
+        ) from error
     num_requests, num_outputs = sum(map(len, requests)), counts[ORACLE].emitted
     _print_table(counts, f"{num_requests:,} requests, {num_outputs:,} tokens of output, drafts of up to {k}")
     if json_path is not None:

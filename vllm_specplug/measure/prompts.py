@@ -14,7 +14,7 @@ from vllm_specplug.errors import ConfigurationError, InputError
 from vllm_specplug.log import logger
 from vllm_specplug.measure import corpus
 from vllm_specplug.reading.chats import first_question, text_of
-from vllm_specplug.reading.files import READ_ERRORS, is_pipe, kind_of, opened
+from vllm_specplug.reading.files import READ_ERRORS, is_pipe, kind_of, named, opened
 from vllm_specplug.reading.records import Record, parquet_records, stream_records
 
 _NO_PROMPT = (
@@ -54,7 +54,7 @@ def read_tasks(path: Path) -> list[Task]:
     except READ_ERRORS as error:
         raise ConfigurationError(f"--prompts {path} cannot be read: {error}") from error
     except InputError as error:
-        raise ConfigurationError(f"--prompts {path}: {error}") from error
+        raise ConfigurationError(f"--prompts {named(error, path)}") from error
 
 
 def _tasks(path: Path) -> list[Task]:

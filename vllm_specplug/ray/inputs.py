@@ -200,7 +200,7 @@ def scan(paths: Sequence[Path], field: str | None, scratch: Path) -> Inputs:
         try:
             source, place, found = _scanned(path, scratch / str(number))
         except InputError as error:
-            raise InputError(_named(error, path)) from error
+            raise InputError(files.named(error, path)) from error
         except READ_ERRORS as error:
             raise InputError(f"{path} cannot be read: {error}") from error
         sources.append(source)
@@ -210,10 +210,6 @@ def scan(paths: Sequence[Path], field: str | None, scratch: Path) -> Inputs:
     if not any(each.num_rows for each in sources):
         raise InputError(f"there is no row in {', '.join(map(str, paths))}")
     return Inputs(tuple(sources), _shape(types, field), tuple(places))
-
-
-def _named(error: InputError, path: Path) -> str:
-    return str(error) if str(path) in str(error) else f"{path} {error}"
 
 
 def _scanned(path: Path, copy: Path) -> tuple[Source, tuple[str, str, array[int]], dict[str, set[Any]]]:

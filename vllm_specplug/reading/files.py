@@ -72,6 +72,11 @@ def is_pipe(path: Path) -> bool:
     return path.is_fifo()
 
 
+def named(error: BaseException, path: Path) -> str:
+    """What an error says, with the path in front of it unless it has the path already."""
+    return str(error) if str(path) in str(error) else f"{path} {error}"
+
+
 def foreign(head: bytes) -> str | None:
     """What a file is, in words, if its first bytes say that it is no UTF-8 text; None if they do not."""
     for magic, what in _MAGIC.items():

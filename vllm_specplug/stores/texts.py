@@ -161,6 +161,8 @@ class Sources:
                     yield from self._texts(part, records.stream_records(stream, kind))
             except UnicodeDecodeError as error:
                 raise InputError(f"{_name(part)} is {files.NO_UTF8} ({error})") from error
+            except InputError as error:
+                raise InputError(files.named(error, Path(_name(part)))) from error
 
     def _parquet(self, part: Slice) -> Iterator[Piece]:
         import pyarrow.parquet
