@@ -280,9 +280,9 @@ def test_an_open_pipe_is_not_opened_again(tmp_path: Path) -> None:
     os.close(reader)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a device"):
-        documents(whole([Path("/dev/zero")], "text"))
+        find_paths(["/dev/zero"], "*")
     with pytest.raises(ConfigurationError, match="cannot be read"):
         read_prompts(tmp_path)
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
@@ -390,9 +390,12 @@ def test_messages_stay_as_they_were(tmp_path: Path) -> None:
     (row,) = rows_of(tmp_path, {"conversations": turns}, field="conversations")
     assert row["given"]["chat"]["messages"] == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     # Parquet can only hold what its types hold; the nulls that they add are left out.
-    pq.write_table(pa.table({"messages": [chats[0], chats[2][1:]]}), tmp_path / "a.parquet")
+    call["function"]["arguments"] = "{}"  # type: ignore[index]
+    pq.write_table(pa.table({"messages": [chats[0], chats[2]]}), tmp_path / "a.parquet")
     rows = for_batch(tmp_path / "a.parquet", tmp_path)
     assert rows[0]["given"]["chat"]["messages"] == chats[0]
+    del chats[2][1]["content"]
+    assert rows[1]["given"]["chat"]["messages"] == chats[2]
 
 
 def test_batch_files_of_openai(tmp_path: Path) -> None:

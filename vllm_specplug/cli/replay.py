@@ -230,7 +230,7 @@ def replay(
     except MemoryError as error:
         size = f" ({error})" if str(error) else ""
         raise SpecplugError(
-            f"there is not enough memory for this replay{size}: give smaller options of proposers, --batch or --max-tokens"
+            f"there is not enough memory for this replay{size}: give smaller options of proposers, or a smaller --batch"
         ) from error
     num_requests, num_outputs = sum(map(len, requests)), counts[ORACLE].emitted
     _print_table(counts, f"{num_requests:,} requests, {num_outputs:,} tokens of output, drafts of up to {k}")

@@ -192,8 +192,10 @@ def find(inputs: Sequence[str], pattern: str = "*", hidden: tuple[str, ...] = ("
         path = Path(name).expanduser()  # a glob in quotes keeps its ~ from the shell
         if path.is_dir():
             each = [(file, False) for file in _inside(path, pattern, hidden)]
-        elif path.exists():
+        elif path.is_file() or is_pipe(path):
             each = [(path, True)]
+        elif path.exists():
+            raise InputError(f"{name} is a device or a socket, not a file: nothing to read")
         else:
             each = [(Path(file), False) for file in sorted(glob.glob(str(path), recursive=True))]
             each = [(file, named) for file, named in each if file.is_file()]

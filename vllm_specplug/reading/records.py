@@ -118,9 +118,8 @@ def csv_records(stream: io.BufferedReader, delimiter: str) -> Iterator[Record]:
     """
     csv.field_size_limit(sys.maxsize)
     # Bytes that are no UTF-8 become halves of surrogate pairs, so that they cost their own row.
-    reader = csv.DictReader(
-        io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline=""), delimiter=delimiter
-    )
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    reader = csv.DictReader(text, delimiter=delimiter)
     try:
         for row in reader:
             problem = None
@@ -131,6 +130,8 @@ def csv_records(stream: io.BufferedReader, delimiter: str) -> Iterator[Record]:
             yield Record(f"line {reader.line_num}", row, problem)
     except csv.Error as error:
         raise InputError(f"is no CSV: {error}") from error
+    finally:
+        text.detach()
 
 
 def stream_records(stream: io.BufferedReader, kind: str) -> Iterator[Record]:
