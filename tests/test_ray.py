@@ -93,7 +93,7 @@ def test_inputs_can_be_globs_and_are_read_once(mixed: Path, tmp_path: Path) -> N
     assert [path.name for path in paths] == ["_hidden.jsonl", "a.jsonl", "b.jsonl.gz"]
     (mixed / "f.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "f0"}\n'))
     found = inputs.scan(inputs.find([str(mixed / "f*")]), None, tmp_path)
-    assert found.field == "text"
+    assert found.shape.field == "text"
     assert inputs.read(found.parts(1)[0], found.shape)["text"].to_pylist() == ["f0"]
 
 

@@ -81,10 +81,10 @@ def _holds(kind: pa.DataType, other: pa.DataType) -> bool:
     if types.is_integer(other) and (types.is_integer(kind) or types.is_floating(kind)):
         bits = other.bit_width - types.is_signed_integer(other)
         if types.is_floating(kind):
-            return bits <= {16: 11, 32: 24, 64: 53}[kind.bit_width]
+            return bool(bits <= {16: 11, 32: 24, 64: 53}[kind.bit_width])
         signed = types.is_signed_integer(kind)
-        return bits <= kind.bit_width - signed and (signed or types.is_unsigned_integer(other))
-    return types.is_floating(kind) and types.is_floating(other) and kind.bit_width >= other.bit_width
+        return bool(bits <= kind.bit_width - signed and (signed or types.is_unsigned_integer(other)))
+    return bool(types.is_floating(kind) and types.is_floating(other) and kind.bit_width >= other.bit_width)
 
 
 def column_of(values: Sequence[Any], kind: pa.DataType, as_json: bool) -> pa.Array:
@@ -156,7 +156,8 @@ def prompts_of(rows: Sequence[Mapping[str, Any]], field: str, problems: Sequence
 
 
 def _prompt(row: Mapping[str, Any], field: str) -> dict[str, Any]:
-    value, tools = row.get(field), row.get("tools")
+    value: Any = row.get(field)
+    tools = row.get("tools")
     if isinstance(value, str):
         return {"prompt": value}
     if isinstance(value, Unreadable):

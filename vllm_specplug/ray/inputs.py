@@ -151,7 +151,7 @@ def find(inputs: Sequence[str], out: Path | None = None) -> list[Path]:
     Raises:
         InputError: an input stands for no file, or for a file of an unknown kind.
     """
-    found: list[Path] = []
+    found: dict[Path, Path] = {}
     for name in inputs:
         each = files.find([name], hidden=(".", "_"))
         each = [(path, named) for path, named in each if out is None or out.resolve() not in path.resolve().parents]
@@ -162,10 +162,10 @@ def find(inputs: Sequence[str], out: Path | None = None) -> list[Path]:
         for path, _ in each:
             if kind_of(path) is None:
                 raise InputError(f"{path} is of an unknown kind; known are {_known()}")
-            found.append(path.absolute())
+            found.setdefault(path.resolve(), path.absolute())
     if not found:
         raise InputError("no inputs were given")
-    return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
+    return list(found.values())
 
 
 def _known() -> str:
@@ -334,9 +334,10 @@ def _lines(file: IO[bytes], start: int = 0) -> Iterator[tuple[int, int, bytes]]:
 
 def _row(line: bytes, kind: str) -> tuple[dict[str, Any], str | None]:
     """A row, and what is wrong with it."""
-    value, problem = records.text_of_line(line) if kind == "text" else records.json_of_line(line)
     if kind == "text":
-        value = {"prompt": value}
+        text, problem = records.text_of_line(line)
+        return {"prompt": text}, problem
+    value, problem = records.json_of_line(line)
     if problem is None and not isinstance(value, dict):
         problem = 'must be a JSON object, such as {"prompt": "def main():"}'
     elif problem is None:

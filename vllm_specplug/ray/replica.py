@@ -24,7 +24,7 @@ from vllm_specplug.ray.environment import Share
 
 NOT_STORED = ("logprobs", "prompt_logprobs", "top_logprobs", "logprob_token_ids")
 """Arguments of sampling whose results are not among the columns of the output."""
-_ABSENT = (None, False, 0, 1, [])
+_ABSENT: tuple[Any, ...] = (None, False, 0, 1, [])
 SEED_BITS = 53
 """Bits of a row's seed: any JSON reader can hold it exactly."""
 

@@ -9,7 +9,7 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "a
 """Roles by their names in ShareGPT; other names stay."""
 
 
-def is_chat(value: object) -> bool:
+def is_chat(value: Any) -> bool:
     """Whether a value is a list of messages or turns, with at least one in it."""
     return isinstance(value, list) and bool(value) and all(isinstance(each, Mapping) for each in value)
 
@@ -50,8 +50,9 @@ def text_of(content: Any) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        parts = [each.get("text") if isinstance(each, Mapping) else each for each in content]
-        if all(isinstance(part, str) for part in parts):
+        given = [each.get("text") if isinstance(each, Mapping) else each for each in content]
+        parts = [part for part in given if isinstance(part, str)]
+        if len(parts) == len(given):
             return "\n".join(parts)
     raise ValueError(f"content that is no text: {content!r:.60}")
 

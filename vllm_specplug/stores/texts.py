@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -55,7 +56,7 @@ class PassedOver:
         first_wrong: place of the first of them, and what is wrong.
     """
 
-    files: Counter[str] = field(default_factory=Counter)
+    files: Counter[str] = dataclasses.field(default_factory=Counter)
     num_nulls: int = 0
     num_wrong: int = 0
     first_wrong: str = ""
@@ -104,7 +105,7 @@ class Sources:
     render: Render | None = None
     num_bytes: int = 0
     bytes_done: int = 0
-    passed_over: PassedOver = field(default_factory=PassedOver)
+    passed_over: PassedOver = dataclasses.field(default_factory=PassedOver)
 
     def pieces(self) -> Iterator[Piece]:
         """Every document's text, in pieces.
