@@ -93,6 +93,7 @@ def test_prompts_of_chats_are_those_of_vllms_server(tmp_path: Path) -> None:
     ]
     assert found["texts"][11] == "<user>hiTOOLS 1<answer>"
     assert found["stored"][:2] == ["<user>hi", "<user>hi\nyou"], "a whole chat, and no beginning of another answer"
+    assert found["structured"] == "a+", "structured outputs of --sampling are no plain types for vLLM"
     assert found["other"], "the tokenizer that vLLM's options name"
 
 

@@ -546,7 +546,10 @@ def test_batch_survives_its_driver_and_its_replicas(store: Path, tmp_path: Path,
     rows: list[dict[str, Any]] = [{"prompt": prompt, "name": f"n{i}"} for i, prompt in enumerate(prompts)]
     rows[3]["seed"] = 12345
     rows[5]["prompt"] = "x = 1\n" * 2000  # longer than the context
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows[9]["prompt"] = [{"role": "user", "content": [{"type": "text", "text": prompts[9]}]}]
+    lines = [json.dumps(row) for row in rows]
+    lines[6] = '{"prompt": '  # a row that is wrong costs itself
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
     shutil.copy(store, tmp_path / "small.specstore")
     out = tmp_path / "out"
     config = {"method": "specplug", "datastore": "small.specstore", "num_speculative_tokens": 4}
@@ -583,21 +586,23 @@ def test_batch_survives_its_driver_and_its_replicas(store: Path, tmp_path: Path,
         assert process.poll() is None
         assert process.wait(300) == 1, log.read_text()[-4000:]  # one row cannot be done
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
-    assert "1 rows have no output" in log.read_text()
+    assert "2 rows have no output" in log.read_text()
 
     done = pq.read_table(out).to_pylist()
     assert [row["row_id"] for row in done] == list(range(72))
-    assert [row["name"] for row in done] == [row["name"] for row in rows]
+    assert [row["name"] for row in done] == [None if i == 6 else row["name"] for i, row in enumerate(rows)]
     assert done[3]["seed"] == 12345
     assert [row["seed"] for row in done[:3]] == [replica.row_seed(11, i) for i in range(3)]
     assert "1024" in done[5]["error"]
     assert done[5]["output_token_ids"] == []
-    del done[5], rows[5]
+    assert "this line of the input is not JSON" in done[6]["error"]
+    rows[9]["prompt"] = f"# user: {prompts[9]}\n# assistant:\n"  # as the model's template has it
+    del done[5:7], rows[5:7]
     assert {row["finish_reason"] for row in done} == {"length"}
     requests = [
-        {"prompt": row["prompt"],
+        {"prompt": given["prompt"],
          "params": {"temperature": 0.8, "seed": row["seed"], "max_tokens": 96, "ignore_eos": True}}
-        for row in done
+        for given, row in zip(rows, done, strict=True)
     ]  # fmt: skip
     with Engine({"speculative_config": None, "max_num_batched_tokens": 16384}, plugin=False) as plain:
         expected = plain.generate(requests)

@@ -17,7 +17,7 @@ from vllm_specplug.engines.environment import answer_for_cpu_wheel
 from vllm_specplug.measure.prompts import tokenizer_of
 from vllm_specplug.ray import inputs
 from vllm_specplug.ray.columns import PROMPT
-from vllm_specplug.ray.replica import Job, Replica
+from vllm_specplug.ray.replica import Job, Replica, sampling_arguments
 
 
 def for_batch(path: Path, renderer: Any, model_config: Any) -> list[Any]:
@@ -74,6 +74,7 @@ async def by_server(rows: list[Any], config: Any, model: str) -> list[Any]:
 
 def main(model: str, path: Path, out: Path) -> None:
     answer_for_cpu_wheel()
+    from vllm import SamplingParams
     from vllm.config import ModelConfig, VllmConfig
     from vllm.renderers import renderer_from_config
 
@@ -90,11 +91,14 @@ def main(model: str, path: Path, out: Path) -> None:
             stored.append(f"error: {error}")
     tokenizer = renderer.get_tokenizer()
     other = tokenizer_of("/no/such/model", ["--tokenizer", model, "--trust-remote-code"])
+    job = Job("m", None, sampling={"structured_outputs": {"regex": "a+"}})
+    structured = SamplingParams(**sampling_arguments(job))
     result = {
         "batch": batch,
         "server": server,
         "texts": [tokenizer.decode(each["ids"]) if "ids" in each else None for each in batch],
         "stored": stored,
+        "structured": structured.structured_outputs.regex,
         "other": other.encode("def f():") == tokenizer.encode("def f():"),
     }
     out.write_text(json.dumps(result), encoding="utf-8")

@@ -81,7 +81,7 @@ class Replica:
             arguments["speculative_config"] = config
         arguments["cli"] = ["--model", job.model, *job.options]
         self._sampling: Callable[[int], Any] = lambda seed: SamplingParams(
-            **_sampling_arguments(job), seed=seed, output_kind=RequestOutputKind.FINAL_ONLY
+            **sampling_arguments(job), seed=seed, output_kind=RequestOutputKind.FINAL_ONLY
         )
         self._sampling(0)  # raises for wrong arguments before a model is loaded
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**with_cli_arguments(arguments)))
@@ -176,7 +176,7 @@ class _Outcome:
     error: str | None
 
 
-def _sampling_arguments(job: Job) -> dict[str, Any]:
+def sampling_arguments(job: Job) -> dict[str, Any]:
     """The run's sampling as arguments of ``SamplingParams``, which takes no plain types for structured outputs."""
     given = dict(job.sampling)
     if isinstance(given.get("structured_outputs"), Mapping):
