@@ -412,6 +412,7 @@ def test_files_of_the_output_are_no_inputs(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     pq.write_table(pa.table({"output_text": ["x"]}), tmp_path / "out" / "part-000000.parquet")
     assert inputs.find([str(tmp_path)], tmp_path / "out") == [tmp_path / "a.jsonl"]
+    assert inputs.find([str(tmp_path / "a.jsonl")], tmp_path) == [tmp_path / "a.jsonl"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

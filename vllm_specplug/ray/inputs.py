@@ -146,7 +146,7 @@ def find(inputs: Sequence[str], out: Path | None = None) -> list[Path]:
     """Files that ``inputs`` (files, pipes, folders, globs) stand for, each once, those of one input sorted by name.
 
     Args:
-        out: folder of the output: its files are no inputs.
+        out: folder of the output: parts of it are no inputs.
 
     Raises:
         InputError: an input stands for no file, or for a file of an unknown kind.
@@ -154,8 +154,8 @@ def find(inputs: Sequence[str], out: Path | None = None) -> list[Path]:
     found: dict[Path, Path] = {}
     for name in inputs:
         each = files.find([name], hidden=(".", "_"))
-        each = [(path, named) for path, named in each if out is None or out.resolve() not in path.resolve().parents]
-        if Path(name).is_dir():
+        each = [(path, named) for path, named in each if out is None or not is_part(path, out)]
+        if Path(name).expanduser().is_dir():
             each = [(path, named) for path, named in each if kind_of(path)]
             if not each:
                 raise InputError(f"the folder {name} has no file of a kind that is read: {_known()}")
@@ -166,6 +166,11 @@ def find(inputs: Sequence[str], out: Path | None = None) -> list[Path]:
     if not found:
         raise InputError("no inputs were given")
     return list(found.values())
+
+
+def is_part(path: Path, out: Path) -> bool:
+    """Whether a file is a part that an earlier run left in its folder."""
+    return path.match("part-*.parquet") and path.resolve().parent == out.resolve()
 
 
 def _known() -> str:
@@ -195,7 +200,7 @@ def scan(paths: Sequence[Path], field: str | None, scratch: Path) -> Inputs:
         InputError: a file cannot be read, not one of its rows is right, or rows have no prompt.
     """
     sources, places = [], []
-    types: dict[str, set[Any]] = {}
+    types: dict[str, dict[Any, None]] = {}  # in order: the schema must be the same when a run goes on
     for number, path in enumerate(paths):
         try:
             source, place, found = _scanned(path, scratch / str(number))
@@ -206,13 +211,13 @@ def scan(paths: Sequence[Path], field: str | None, scratch: Path) -> Inputs:
         sources.append(source)
         places.append(place)
         for name, kinds in found.items():
-            types.setdefault(name, set()).update(kinds)
+            types.setdefault(name, {}).update(kinds)
     if not any(each.num_rows for each in sources):
         raise InputError(f"there is no row in {', '.join(map(str, paths))}")
     return Inputs(tuple(sources), _shape(types, field), tuple(places))
 
 
-def _scanned(path: Path, copy: Path) -> tuple[Source, tuple[str, str, array[int]], dict[str, set[Any]]]:
+def _scanned(path: Path, copy: Path) -> tuple[Source, tuple[str, str, array[int]], dict[str, dict[Any, None]]]:
     """A file as a source, where its rows are, and the types of its columns."""
     kind = str(kind_of(path))
     if files.is_pipe(path):  # it can be read once
@@ -243,13 +248,13 @@ def _copy_bytes(stream: IO[bytes], to: Path) -> None:
             out.write(chunk)
 
 
-def _scan_parquet(path: Path, copy: Path) -> tuple[Path, str, array[int], dict[str, set[Any]]]:
+def _scan_parquet(path: Path, copy: Path) -> tuple[Path, str, array[int], dict[str, dict[Any, None]]]:
     with pq.ParquetFile(path) as file:
         schema = file.schema_arrow
         if len(set(schema.names)) < len(schema.names):
             raise InputError(f"{path} has two columns of one name: {', '.join(schema.names)}")
         starts = array("q", range(file.metadata.num_rows))
-        types: dict[str, set[Any]] = {each.name: {plain(each.type)} for each in schema}
+        types: dict[str, dict[Any, None]] = {each.name: {plain(each.type): None} for each in schema}
         largest = max((file.metadata.row_group(at).num_rows for at in range(file.num_row_groups)), default=0)
         if largest <= LARGEST_GROUP:
             return path, "parquet", starts, types
@@ -295,16 +300,16 @@ def _readable(path: Path, kind: str, to: Path) -> Path:
     return to
 
 
-def _scan_lines(path: Path, readable: Path, kind: str) -> tuple[array[int], dict[str, set[Any]]]:
+def _scan_lines(path: Path, readable: Path, kind: str) -> tuple[array[int], dict[str, dict[Any, None]]]:
     starts = array("q")
-    types: dict[str, set[Any]] = {}
+    types: dict[str, dict[Any, None]] = {}
     rows: list[Mapping[str, Any]] = []
     first_problem = ""
     num_right = 0
 
     def check() -> None:
         for name in dict.fromkeys(name for row in rows for name in row):
-            types.setdefault(name, set()).add(type_of([row.get(name) for row in rows]))
+            types.setdefault(name, {})[type_of([row.get(name) for row in rows])] = None
         rows.clear()
 
     with readable.open("rb") as file:
@@ -345,7 +350,7 @@ def _row(line: bytes, kind: str) -> tuple[dict[str, Any], str | None]:
     return ({}, problem) if problem else (value, None)
 
 
-def _shape(types: Mapping[str, set[Any]], field: str | None) -> Shape:
+def _shape(types: Mapping[str, Mapping[Any, None]], field: str | None) -> Shape:
     if taken := [name for name in OUTPUT_FIELDS if name in types]:
         raise ConfigurationError(
             f"the inputs have a column {taken[0]!r}, which is added to the output: rename it in the inputs"
