@@ -386,6 +386,10 @@ def test_messages_stay_as_they_were(tmp_path: Path) -> None:
     ]
     rows = rows_of(tmp_path, *({"messages": chat} for chat in chats))
     assert [row["given"]["chat"]["messages"] for row in rows] == chats
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    rows = rows_of(tmp_path, *({"messages": chats[0], "tools": tools} for tools in ([tool], json.dumps([tool]), "x")))
+    assert [row["given"].get("chat", {}).get("tools") for row in rows] == [[tool], [tool], None]
+    assert "'tools'" in rows[2]["given"]["error"]
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     (row,) = rows_of(tmp_path, {"conversations": turns}, field="conversations")
     assert row["given"]["chat"]["messages"] == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -9,7 +9,14 @@ from typing import Any
 import pyarrow as pa
 
 from vllm_specplug.reading.chats import is_chat, messages_of, without_nulls
-from vllm_specplug.reading.records import CONVERSION_ERRORS, Unreadable, is_whole, python_values, whole_characters
+from vllm_specplug.reading.records import (
+    CONVERSION_ERRORS,
+    Unreadable,
+    is_whole,
+    json_of_line,
+    python_values,
+    whole_characters,
+)
 
 PROMPT = "_specplug_prompt"
 """Column of what a replica completes, as JSON text: Arrow's types would add nulls to messages, and lose empty objects.
@@ -157,7 +164,6 @@ def prompts_of(rows: Sequence[Mapping[str, Any]], field: str, problems: Sequence
 
 def _prompt(row: Mapping[str, Any], field: str) -> dict[str, Any]:
     value: Any = row.get(field)
-    tools = row.get("tools")
     if isinstance(value, str):
         return {"prompt": value}
     if isinstance(value, Unreadable):
@@ -165,7 +171,18 @@ def _prompt(row: Mapping[str, Any], field: str) -> dict[str, Any]:
     if isinstance(value, list) and value and all(type(each) is int for each in value):
         return {"prompt_token_ids": value}
     if is_chat(value):
-        return {"chat": {"messages": messages_of(value), **({"tools": tools} if is_chat(tools) else {})}}
+        return _chat(messages_of(value), row.get("tools"))
     if isinstance(value, dict) and ("messages" in value or "prompt" in value):
         return {"chat" if "messages" in value else "completion": value, "is_request": True}
     return {"error": f"column {field!r} holds no text, token ids or messages here, but {value!r:.100}"}
+
+
+def _chat(messages: list[dict[str, Any]], tools: Any) -> dict[str, Any]:
+    """A chat with its tools, which tables often hold as JSON text."""
+    if isinstance(tools, str) and tools.strip():
+        tools, _ = json_of_line(tools.encode(errors="replace"))
+    if tools in (None, "", []):
+        return {"chat": {"messages": messages}}
+    return (
+        {"chat": {"messages": messages, "tools": tools}} if is_chat(tools) else {"error": "column 'tools' has no tools"}
+    )
