@@ -48,7 +48,7 @@ from vllm_specplug.tiny_models import target_path
             [("sharegpt", "z", True)],
         ),
         ("plain.txt", "first\n\nsecond\n", [("plain", "first", False), ("plain", "second", False)]),
-        ("texts.jsonl", '{"text": "t"}', [("texts", "t", False)]),
+        ("texts.jsonl", '{"text": "t"}\n"u"', [("texts", "t", False), ("texts", "u", False)]),
         ("strings.json", '["a", "b"]', [("strings", "a", False), ("strings", "b", False)]),
     ],
 )
@@ -72,7 +72,6 @@ def test_prompt_files(
         ('{"turns": []}', "line 1"),
         ('{"turns": [3]}', "line 1"),
         ('{"promt": "x"}\n{"promt": "y"}', "line 1"),
-        ('"text"', "line 1"),
         ("[1, 2]", "record 1"),
         ('[{"conversations": [{"from": "gpt", "value": "x"}]}]', "holds no prompt"),
         ('[{"prompt": "x"},', "not JSON"),

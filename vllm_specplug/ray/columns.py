@@ -180,7 +180,7 @@ def _prompt(row: Mapping[str, Any], field: str) -> dict[str, Any]:
 def _chat(messages: list[dict[str, Any]], tools: Any) -> dict[str, Any]:
     """A chat with its tools, which tables often hold as JSON text."""
     if isinstance(tools, str) and tools.strip():
-        tools, _ = json_of_line(tools.encode(errors="replace"))
+        tools = json_of_line(tools.encode(errors="replace"))[0] or tools
     if tools in (None, "", []):
         return {"chat": {"messages": messages}}
     return (
