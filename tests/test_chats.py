@@ -87,7 +87,7 @@ def test_prompts_of_chats_are_those_of_vllms_server(tmp_path: Path) -> None:
         "<user>hi<answer>",
         "<user>hi\nyou<answer>",
         '<user>go<assistant>{"a": 2}<answer>',
-        '<user>go<assistant>CALL {"a": 2, "b": null}<answer>',
+        '<user>go<assistant>{"a": 2, "b": null}<answer>',
         "<user>go<assistant>{}<answer>",
         "<system>be brief<user>hi<answer>",
     ]

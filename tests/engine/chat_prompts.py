@@ -64,7 +64,7 @@ async def by_server(rows: list[Any], config: Any, model: str) -> list[Any]:
     found = []
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
         for row in rows:
-            body = row.get("body") or row
+            body = {**(row.get("body") or row), **({"tool_choice": "none"} if "tools" in row else {})}
             answer = (await client.post("/v1/chat/completions/render", json={**body, "model": model})).json()
             found.append(
                 {"ids": answer["token_ids"]} if "token_ids" in answer else {"error": answer["error"]["message"]}
