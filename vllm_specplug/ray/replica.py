@@ -24,7 +24,7 @@ from vllm_specplug.ray.environment import Share
 
 NOT_STORED = ("logprobs", "prompt_logprobs", "top_logprobs", "logprob_token_ids")
 """Arguments of sampling whose results are not among the columns of the output."""
-_ABSENT: tuple[Any, ...] = (None, False, 0, 1, [])
+_ABSENT: tuple[Any, ...] = (None, False, 0, [])
 SEED_BITS = 53
 """Bits of a row's seed: any JSON reader can hold it exactly."""
 
@@ -144,7 +144,9 @@ class Replica:
             return await chats.prompt_of(self._online, chats.request_of(body)), self._sampling(seed)
         run = {name: value for name, value in self._job.sampling.items() if name != "max_tokens"}
         request = chats.request_of({**run, **body, "seed": seed, "stream": False, "stream_options": None})
-        if refused := [name for name in ("n", "echo", *NOT_STORED) if getattr(request, name, None) not in _ABSENT]:
+        refused = [name for name in ("echo", *NOT_STORED) if getattr(request, name, None) not in _ABSENT]
+        if refused or request.n not in (None, 1):
+            refused = refused or ["n"]
             raise ValueError(f"the request asks for {refused[0]!r}, for which the output has no column")
         params = chats.sampling_of(request, self._job.sampling.get("max_tokens", 16))
         return await chats.prompt_of(self._online, request), params
