@@ -305,7 +305,7 @@ def test_units_without_text_leave_no_shard(tmp_path, folder):
     (mixed / "3.bin").write_text("text at last\n")
     result = build(out, mixed, "--shard-size", "4KB", "--workers", 1, "--restart")
     assert result.exit_code == 0, result.stderr
-    assert "left out 5 files that are not UTF-8 text" in result.stderr
+    assert "left out 5 files: 5 binary, not text" in result.stderr
     assert texts_of(out) == ["text at last\n"]
     assert not shards_folder(out).exists()  # one shard alone is a store of one file
 

@@ -84,7 +84,8 @@ def foreign(head: bytes) -> str | None:
             return what
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it first"
-    if max(head[::2].count(0), head[1::2].count(0)) > 0.3 * len(head) > 0:
+    few, many = sorted((head[::2].count(0), head[1::2].count(0)))
+    if many > 0.3 * len(head) and few < 0.05 * len(head):
         return "UTF-16 text: convert it with iconv -f UTF-16LE -t UTF-8 (or UTF-16BE)"
     return "binary, not text" if b"\0" in head else None
 
