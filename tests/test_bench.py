@@ -46,10 +46,10 @@ from vllm_specplug.tiny_models import target_path
                     {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "z"}]},
                 ]
             ),
-            [("sharegpt", "y", True), ("sharegpt", "z", True)],
+            [("sharegpt", "z", True)],
         ),
         ("plain.txt", "first\n\nsecond\n", [("plain", "first", False), ("plain", "second", False)]),
-        ("texts.jsonl", '{"text": "t"}', [("texts", "t", False)]),
+        ("texts.jsonl", '{"text": "t"}\n"u"', [("texts", "t", False), ("texts", "u", False)]),
         ("strings.json", '["a", "b"]', [("strings", "a", False), ("strings", "b", False)]),
     ],
 )
@@ -72,11 +72,10 @@ def test_prompt_files(
     [
         ('{"turns": []}', "line 1"),
         ('{"turns": [3]}', "line 1"),
-        ('{"prompt": "x"}\n{"promt": "y"}', "line 2"),
-        ('"text"', "line 1"),
+        ('{"promt": "x"}\n{"promt": "y"}', "line 1"),
         ("[1, 2]", "record 1"),
-        ('[{"conversations": [{"from": "gpt", "value": "x"}]}]', "record 1"),
-        ('[{"prompt": "x"},', "no JSON"),
+        ('[{"conversations": [{"from": "gpt", "value": "x"}]}]', "holds no prompt"),
+        ('[{"prompt": "x"},', "not JSON"),
         ("", "holds no prompt"),
         ('{"prompt": "  "}', "holds no prompt"),
     ],

@@ -93,7 +93,7 @@ def test_units_are_the_whole_text_once(tmp_path, files, unit_bytes, ends):
         path.write_bytes(("\n".join(each) + "\n" * ends).encode())
         paths.append(path)
     units = plan_units(paths, unit_bytes)
-    read = "".join(piece.text for unit in units for piece in Sources(unit, "text").pieces())
+    read = "".join(piece.text for unit in units for piece in Sources(unit, None).pieces())
     assert read == "".join(path.read_bytes().decode() for path in paths)
 
 
@@ -110,7 +110,7 @@ def test_records_are_cut_between_records(tmp_path, texts, unit_bytes, per_group)
     for path in (as_lines, as_parquet):
         units = plan_units([path], unit_bytes)
         documents, open_document = [], ""
-        for piece in (piece for unit in units for piece in Sources(unit, "text").pieces()):
+        for piece in (piece for unit in units for piece in Sources(unit, None).pieces()):
             open_document += piece.text
             if piece.ends_document:
                 documents.append(open_document)
@@ -377,7 +377,7 @@ def test_units_without_text_leave_no_shard(tmp_path, folder):
     (mixed / "3.bin").write_text("text at last\n")
     result = build(out, mixed, "--shard-size", "4KB", "--workers", 1, "--restart")
     assert result.exit_code == 0, result.stderr
-    assert "left out 5 files that are not UTF-8 text" in result.stderr
+    assert "left out 5 files: 5 binary, not text" in result.stderr
     assert texts_of(out) == ["text at last\n"]
     assert not shards_folder(out).exists()  # one shard alone is a store of one file
 
@@ -766,7 +766,7 @@ def test_a_line_longer_than_a_unit_is_not_read_for_each(tmp_path):
     path.write_text("x" * 5_000_000 + "\nend\n")
     units = plan_units([path], 1_000_000)
     assert len(units) == 6
-    texts = ["".join(piece.text for piece in Sources(unit, "text").pieces()) for unit in units]
+    texts = ["".join(piece.text for piece in Sources(unit, None).pieces()) for unit in units]
     assert [len(text) for text in texts] == [5_000_001, 0, 0, 0, 0, 4]
 
 

@@ -88,7 +88,7 @@ def files(tmp_path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("form", ["folder", "glob", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
 def test_every_form_of_input(tmp_path, files, tokenizer, form):
-    result = build(tmp_path / "out", files[form], "--field", "body")
+    result = build(tmp_path / "out", files[form], *(["--field", "body"] if form not in ("folder", "glob") else []))
     assert result.exit_code == 0, result.stderr
     assert texts_of(tmp_path / "out", tokenizer) == TEXTS
     assert "of 2 documents" in result.stderr
@@ -126,7 +126,7 @@ def test_long_documents_are_read_in_pieces(tmp_path, tokenizer, monkeypatch):
     result = build(tmp_path / "out", *sorted(tmp_path.iterdir()))
     assert result.exit_code == 0, result.stderr
     assert texts_of(tmp_path / "out", tokenizer) == [text] * 3
-    assert "left out 1 files that are not UTF-8 text" in result.stderr
+    assert "left out 1 files: 1 no UTF-8 text, perhaps Latin-1" in result.stderr
 
 
 def test_files_that_are_not_text_are_counted(tmp_path, tokenizer):
@@ -159,16 +159,14 @@ def test_bad_input_is_one_clear_error(tmp_path, files):
         build(out, files["jsonl"], "--field", "txt"), "line 1 has no text in field 'txt'; fields with text: body"
     )
     expect_error(build(out, files["parquet"]), "has no column 'text'; it has: id, body")
-    expect_error(build(out, files["parquet"], "--field", "id"), "holds int64, not text")
+    expect_error(build(out, files["parquet"], "--field", "id"), "row 1 field 'id' holds int, not text")
     expect_error(build(out, files["jsonl"]), "the input has no tokens")
-    expect_error(build(out, "-", stdin=b"\xff\xfe"), "standard input is not UTF-8")
+    expect_error(build(out, "-", stdin=b"\xff\xfe"), "standard input is UTF-16 text")
     expect_error(build(out, files["gz"], "--max-memory", "1 parsec"), "is not a size in bytes")
     expect_error(build(out, files["gz"], "--max-memory", "1MB"), "a build needs at least")
     expect_error(run("build", out, files["gz"], "--tokenizer", tmp_path / "none"), "cannot load tokenizer")
     (tmp_path / "bad.jsonl").write_text("{}\n[1]\n")
     expect_error(build(out, tmp_path / "bad.jsonl"), "line 1 has no text in field 'text'; fields with text: none")
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{\n')
-    expect_error(build(out, tmp_path / "bad.jsonl"), "line 2 is not JSON")
     (tmp_path / "bad.jsonl.gz").write_bytes(b"plain")
     expect_error(build(out, tmp_path / "bad.jsonl.gz"), "cannot read")
     (tmp_path / "bad.parquet").write_bytes(b"plain")
@@ -199,7 +197,7 @@ def test_stopped_build_leaves_nothing(tmp_path, stop, exit_code, message):
         "from tokenizers import Tokenizer\n"
         "import importlib\n"
         "datastore = importlib.import_module('vllm_specplug.cli.datastore')\n"
-        "datastore.load_tokenizer = lambda name: Tokenizer.from_file(name + '/tokenizer.json')\n"
+        "datastore.load_tokenizer = lambda name, _: Tokenizer.from_file(name + '/tokenizer.json')\n"
         "datastore.app()\n"
     )
     process = subprocess.Popen(

@@ -139,7 +139,9 @@ def test_warm_texts_are_history(tmp_path, tokenizer):
     warm = replayed(tmp_path, tokenizer, "--warm", same, *arguments)
     assert cold["proposers"]["suffix"]["emitted_per_step"] == 1.0
     assert counts_of(warm, "suffix") == (5, 25, 20, 20)
-    assert warm["warm"] == {"files": 1, "skipped_files": 0, "documents": 1, "tokens": 29}
+    assert warm["warm"] == {
+        "files": 1, "skipped_files": 0, "records_without_text": 0, "wrong_records": 0, "documents": 1, "tokens": 29,
+    }  # fmt: skip
 
 
 def test_requests_cover_a_document():

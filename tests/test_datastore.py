@@ -591,5 +591,11 @@ def test_add_texts_in_small_batches(tmp_path, monkeypatch):
         writer.finish()
     assert Datastore.open(path).tokens.tolist() == [3, 0, 1, 1, 3, 0, 3]
     assert counts == [2, 4]
-    with pytest.raises(DatastoreError, match="no fast backend"):
-        add_texts(writer, object(), [])
+
+
+def test_tokenizers_without_a_fast_backend_are_called_text_by_text():
+    class Slow:
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [len(text), int(add_special_tokens)]
+
+    assert datastore_writer.encoder(Slow())(["a", "bcd"]) == [[1, 0], [3, 0]]

@@ -66,7 +66,7 @@ def mixed(tmp_path: Path) -> Path:
     (folder / "d.txt").write_text("d0\n\nd1\r\nd2")
     (folder / "deep" / "e.json").write_text(json.dumps([{"prompt": "e0"}, {"prompt": "e1"}]))
     (folder / "_hidden.jsonl").write_text("no JSON")
-    (folder / "other.csv").write_text("no prompt")
+    (folder / "other.log").write_text("no prompt")
     return folder
 
 
@@ -78,13 +78,13 @@ def test_parts_have_every_row_once_and_in_order(mixed: Path, tmp_path: Path, row
     all_rows = inputs.scan(inputs.find([str(mixed)]), None, tmp_path)
     parts = all_rows.parts(rows_per_part)
     assert [part.num_rows for part in parts[:-1]] == [rows_per_part] * (len(parts) - 1)
-    rows = [row for part in parts for row in inputs.read(part, all_rows.schema).to_pylist()]
+    rows = [row for part in parts for row in inputs.read(part, all_rows.shape).to_pylist()]
     assert [row["prompt"] for row in rows] == MIXED
     assert [row["row_id"] for row in rows] == list(range(24))
     assert [row["x"] for row in rows[:7]] == [None, 1, None, 3, None, 5, None]
     assert [row["y"] for row in rows[7:10]] == [[1, 2]] * 3
     # Any part can be read by itself.
-    last = inputs.read(parts[-1], all_rows.schema)
+    last = inputs.read(parts[-1], all_rows.shape)
     assert last["prompt"].to_pylist() == MIXED[-len(last) :]
 
 
@@ -93,26 +93,22 @@ def test_inputs_can_be_globs_and_are_read_once(mixed: Path, tmp_path: Path) -> N
     assert [path.name for path in paths] == ["_hidden.jsonl", "a.jsonl", "b.jsonl.gz"]
     (mixed / "f.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "f0"}\n'))
     all_rows = inputs.scan(inputs.find([str(mixed / "f*")]), None, tmp_path)
-    assert all_rows.field == "text"
-    assert inputs.read(all_rows.parts(1)[0], all_rows.schema)["text"].to_pylist() == ["f0"]
+    assert all_rows.shape.field == "text"
+    assert inputs.read(all_rows.parts(1)[0], all_rows.shape)["text"].to_pylist() == ["f0"]
 
 
 @pytest.mark.parametrize(
     ("name", "contents", "told"),
     [
-        ("a.jsonl", '{"prompt": "x"}\n{"prompt": ', "line 2"),
         ("a.jsonl", '["x"]\n', "must be a JSON object"),
-        ("a.jsonl", '{"prompt": "x"}\n{"prompt": 7}\n', "different types"),
         ("a.jsonl", '{"question": "x"}\n', "--field"),
         ("a.jsonl", '{"prompt": "x", "output_text": "y"}\n', "rename it"),
         ("a.jsonl", '{"prompt": "x", "seed": "one"}\n', "whole numbers"),
         ("a.jsonl", "\n", "no row"),
         ("a.jsonl.gz", "no gzip", "cannot be read"),
         ("a.parquet", "no parquet", "cannot be read"),
-        ("a.csv", "prompt\nx\n", "unknown kind"),
-        ("a.jsonl", '{"prompt": "a", "meta": {}}\n', "'meta' of the inputs holds objects without any field"),
-        ("a.jsonl", '{"prompt": "a", "meta": [{"b": {}}]}\n', "'meta' of the inputs holds objects without any field"),
-        ("a.jsonl", '{"prompt": "a\\ud800"}\n', "half of a surrogate pair"),
+        ("a.log", "prompt\nx\n", "unknown kind"),
+        ("a.jsonl", '{"prompt": "x", "seed": 1}\n{"prompt": "x", "seed": "y"}\n', "whole numbers"),
         pytest.param("a.jsonl", "[" * 5000 + "\n", "a.jsonl", id="deep"),
     ],
 )
@@ -136,6 +132,28 @@ def test_seeds_that_vllm_cannot_take_are_refused(tmp_path: Path) -> None:
         inputs.scan(inputs.find([str(tmp_path / "a.parquet")]), None, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "seed", "expected"),
+    [
+        ({"prompt": "a"}, None, 77),
+        ({"prompt": "a"}, 5, 5),
+        ({"prompt": "a"}, 5.0, 5),  # pandas makes floats of a column with holes
+        ({"prompt": "a"}, float("nan"), 77),
+        ({"prompt": "a"}, -1, 77),
+        ({"chat": {"seed": 9, "messages": []}, "is_request": True}, None, 9),
+        ({"chat": {"messages": []}, "is_request": True}, 3, 3),
+    ],
+)
+def test_seeds_of_rows(prompt: dict[str, Any], seed: float | None, expected: int) -> None:
+    assert replica.seed_of(prompt, seed, 77) == expected
+
+
+@pytest.mark.parametrize("seed", [1.5, float("inf"), 2.0**63])
+def test_seeds_that_are_no_whole_numbers_cost_their_row(seed: float) -> None:
+    with pytest.raises(ValueError, match="whole number below"):
+        replica.seed_of({"prompt": "a"}, seed, 77)
+
+
 def test_seeds_of_rows_follow_from_run_and_number() -> None:
     seeds = {replica.row_seed(run, row) for run in range(3) for row in range(1000)}
     assert len(seeds) == 3000
@@ -148,10 +166,10 @@ def begun(folder: Path, prompts: Path) -> dict[str, Any]:
     arguments: dict[str, Any] = {"model": "m", "sampling": {"max_tokens": 4}, "seed": 3, "rows_per_part": 4}
     folder.mkdir()
     all_rows = inputs.scan(inputs.find([str(prompts)]), None, folder)
-    job = replica.Job("m", None, {}, (), arguments["sampling"], 3, all_rows.field)
+    job = replica.Job("m", None, {}, (), arguments["sampling"], 3, all_rows.shape.field)
     output.begin(folder, output.manifest(job, all_rows), 4, 1)
     for part in all_rows.parts(4):
-        table = inputs.read(part, all_rows.schema)
+        table = inputs.read(part, all_rows.shape)
         table = table.append_column("output_token_ids", pa.array([[1, 2]] * len(table)))
         table = table.append_column("error", pa.array([None] * len(table), pa.string()))
         pq.write_table(table, folder / f"part-{part.number:06d}.parquet")
@@ -195,6 +213,7 @@ def test_a_complete_folder_needs_no_cluster(mixed: Path, tmp_path: Path) -> None
         ({"rows_per_part": 5}, "begun with 4 rows a part"),
         ({"sampling": {"n": 2}}, "repeat the row"),
         ({"sampling": {"seed": 2}}, "column 'seed'"),
+        ({"sampling": {"max_tokens": 4, "logprobs": 1}}, "logprobs are not among the columns"),
         ({"cpus_per_replica": 0}, "needs CPUs"),
         ({"speculative_config": {"method": "specplug", "proposer": ["ngram"]}}, "Did you mean 'proposers'"),
     ],
@@ -203,6 +222,36 @@ def test_other_settings_are_refused(mixed: Path, tmp_path: Path, changed: dict[s
     arguments = begun(tmp_path / "out", mixed)
     with pytest.raises(ConfigurationError, match=told):
         batch.generate([mixed], tmp_path / "out", **{**arguments, **changed}, connect=refuse_to_connect)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--max-num-seqs", "64"],
+        ["--max_num_seqs=64", "--enforce-eager", "--gpu-memory-utilization", "0.8"],
+        ["--no-enable-prefix-caching", "-tp", "2", "--disable-log-stats"],
+    ],
+    ids=" ".join,
+)
+def test_sizes_of_the_engine_do_not_bind_a_run(mixed: Path, tmp_path: Path, options: list[str]) -> None:
+    """A run that ended for lack of memory goes on with a smaller engine."""
+    arguments = begun(tmp_path / "out", mixed)
+    more = {"options": options, "engine_args": {"max_num_batched_tokens": 4096}}
+    assert batch.generate([mixed], tmp_path / "out", **arguments, **more, connect=refuse_to_connect).num_kept == 24
+
+
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [
+        (["--max-model-len", "512", "--max-num-seqs", "4"], {"max_model_len": ["512"]}),
+        (["--max_model_len=512"], {"max_model_len": ["512"]}),
+        (["--revision", "x", "--trust-remote-code"], {"revision": ["x"], "trust_remote_code": []}),
+        (["--kv-cache-dtype", "fp8"], {"kv_cache_dtype": ["fp8"]}),
+        (["--compilation-config.mode", "3", "--seed", "-1"], {"seed": ["-1"]}),
+    ],
+)
+def test_what_tokens_depend_on_binds_a_run(options: list[str], bound: dict[str, Any]) -> None:
+    assert output.binding({"options": options, "dtype": "float32"}) == {"dtype": "float32", **bound}
 
 
 def test_other_inputs_and_other_runs_are_refused(mixed: Path, tmp_path: Path) -> None:
@@ -222,7 +271,7 @@ def test_rows_that_come_twice_are_stored_once(mixed: Path, tmp_path: Path) -> No
     all_rows = inputs.scan(inputs.find([str(mixed)]), None, tmp_path)
     parts = {part.number: part for part in all_rows.parts(16)}
     writer = output.Output(tmp_path, parts, 16, None)
-    table = inputs.read(parts[1], all_rows.schema)
+    table = inputs.read(parts[1], all_rows.shape)
     table = table.append_column("output_token_ids", pa.array([[1]] * len(table)))
     table = table.append_column("error", pa.array([None] * len(table), pa.string()))
     for piece in (table.slice(5), table.slice(3, 3), table.slice(0, 4)):
@@ -485,6 +534,8 @@ def test_the_reason_is_told_without_what_ray_says_around_it() -> None:
     error = RuntimeError("task failed")
     error.__cause__ = ValueError(told)
     assert batch.reason(error) == "vllm_specplug.errors.ConfigurationError: there is no sampler 'gumbl'."
+    told = told.replace("vllm_specplug.errors.ConfigurationError: there is", "pyarrow.lib.ArrowInvalid: there is")
+    assert batch.reason(RuntimeError(told)) == "pyarrow.lib.ArrowInvalid: there is no sampler 'gumbl'."
     assert batch.reason(KeyError("x")) == "KeyError: 'x'"
     assert batch.reason(RuntimeError("")) == "RuntimeError: no message"
 
@@ -495,7 +546,10 @@ def test_batch_survives_its_driver_and_its_replicas(store: Path, tmp_path: Path,
     rows: list[dict[str, Any]] = [{"prompt": prompt, "name": f"n{i}"} for i, prompt in enumerate(prompts)]
     rows[3]["seed"] = 12345
     rows[5]["prompt"] = "x = 1\n" * 2000  # longer than the context
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows[9]["prompt"] = [{"role": "user", "content": [{"type": "text", "text": prompts[9]}]}]
+    lines = [json.dumps(row) for row in rows]
+    lines[6] = '{"prompt": '  # a row that is wrong costs itself
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
     shutil.copy(store, tmp_path / "small.specstore")
     out = tmp_path / "out"
     config = {"method": "specplug", "datastore": "small.specstore", "num_speculative_tokens": 4}
@@ -532,21 +586,23 @@ def test_batch_survives_its_driver_and_its_replicas(store: Path, tmp_path: Path,
         assert process.poll() is None
         assert process.wait(300) == 1, log.read_text()[-4000:]  # one row cannot be done
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
-    assert "1 rows have no output" in log.read_text()
+    assert "2 rows have no output" in log.read_text()
 
     done = pq.read_table(out).to_pylist()
     assert [row["row_id"] for row in done] == list(range(72))
-    assert [row["name"] for row in done] == [row["name"] for row in rows]
+    assert [row["name"] for row in done] == [None if i == 6 else row["name"] for i, row in enumerate(rows)]
     assert done[3]["seed"] == 12345
     assert [row["seed"] for row in done[:3]] == [replica.row_seed(11, i) for i in range(3)]
     assert "1024" in done[5]["error"]
     assert done[5]["output_token_ids"] == []
-    del done[5], rows[5]
+    assert "this line of the input is not JSON" in done[6]["error"]
+    rows[9]["prompt"] = f"# user: {prompts[9]}\n# assistant:\n"  # as the model's template has it
+    del done[5:7], rows[5:7]
     assert {row["finish_reason"] for row in done} == {"length"}
     requests = [
-        {"prompt": row["prompt"],
+        {"prompt": given["prompt"],
          "params": {"temperature": 0.8, "seed": row["seed"], "max_tokens": 96, "ignore_eos": True}}
-        for row in done
+        for given, row in zip(rows, done, strict=True)
     ]  # fmt: skip
     with Engine({"speculative_config": None, "max_num_batched_tokens": 16384}, plugin=False) as plain:
         expected = plain.generate(requests)

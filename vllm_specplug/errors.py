@@ -40,3 +40,7 @@ class UnsupportedVersionError(SpecplugError, RuntimeError):
 
 class DatastoreError(SpecplugError, ValueError):
     """A store cannot be built, opened or used; the message says which one, why, and what to do."""
+
+
+class InputError(ConfigurationError, DatastoreError):
+    """A file that the user named cannot be read, or holds nothing that can be used."""

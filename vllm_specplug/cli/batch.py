@@ -22,7 +22,8 @@ def batch(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Files, folders or globs: JSON lines, Parquet, or text with one prompt a line (.gz, .zst too). "
+            help="Files, pipes, folders or globs: JSON lines, Parquet, CSV, or text with one prompt a line; "
+            "compressed or not. "
             "Behind them any other option of vllm serve.",
             show_default=False,
             metavar="INPUTS...",
@@ -34,8 +35,8 @@ def batch(
     field: Annotated[
         str | None,
         typer.Option(
-            help="Column of the prompt: text, token ids or messages. By default the first of prompt, messages, text, "
-            "prompt_token_ids.",
+            help="Column of the prompt: text, token ids, messages, or bodies of OpenAI's batch files. By default the "
+            "first of prompt, messages, text, prompt_token_ids, body.",
             show_default=False,
         ),
     ] = None,

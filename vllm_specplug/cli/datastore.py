@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import os
 import re
@@ -20,7 +21,9 @@ from rich.text import Text
 from vllm_specplug.cli import datastore_show
 from vllm_specplug.cli.clusters import connect, released
 from vllm_specplug.cli.errors import FileCommands
+from vllm_specplug.cli.options import FieldOption, TrustOption
 from vllm_specplug.cli.progress import ended_by_signals
+from vllm_specplug.engines.chats import ChatTemplate
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.ray.environment import require_ray
 from vllm_specplug.stores.building import (
@@ -32,6 +35,7 @@ from vllm_specplug.stores.building import (
     default_workers,
     finish,
     missing,
+    passed_over_by,
     plan,
     run_here,
     run_in_processes,
@@ -46,6 +50,7 @@ from vllm_specplug.stores.shards import adopt, remove_unlisted, shard_of, writin
 from vllm_specplug.stores.texts import (
     Slice,
     Sources,
+    can_be_read_again,
     find_paths,
     load_tokenizer,
     plan_units,
@@ -102,8 +107,7 @@ class _Rate(ProgressColumn):
         return Text(f"{num_tokens:,} tokens  {rate:,.0f}/s")
 
 
-InputsArgument = Annotated[list[str], typer.Argument(help="Files, folders, globs, or - for standard input.")]
-FieldOption = Annotated[str, typer.Option(help="Text field of JSON lines (.jsonl) and Parquet.")]
+InputsArgument = Annotated[list[str], typer.Argument(help="Files, pipes, folders, globs, or - for standard input.")]
 GlobOption = Annotated[str, typer.Option("--glob", help="Which files of a folder to read, at any depth.")]
 MemoryOption = Annotated[
     str | None,
@@ -138,7 +142,8 @@ def build(
     out: Annotated[Path, typer.Argument(help="The store to make.")],
     inputs: InputsArgument,
     tokenizer: Annotated[str, typer.Option(help="The served model's tokenizer: a folder or a Hugging Face name.")],
-    field: FieldOption = "text",
+    trust_remote_code: TrustOption = False,
+    field: FieldOption = None,
     pattern: GlobOption = "*",
     max_memory: MemoryOption = None,
     shard_size: ShardSizeOption = DEFAULT_SHARD_SIZE,
@@ -150,8 +155,10 @@ def build(
 ) -> None:
     """Build a token store from text, one document a file (plain text) or a record (JSON lines, Parquet).
 
-    Files may be compressed (.gz, .zst); those that are not UTF-8 text are left out and counted. OUT appears only when
-    it is complete; servers that have an older one open keep it until they are told to look again.
+    With --field, .json and .csv files are records too, and standard input is JSON lines. A field may hold a chat, which
+    goes through the model's template. Files may be compressed (.gz, .bz2, .xz, .zst); files that are not UTF-8 text and
+    records that are wrong are left out and counted. OUT appears only when it is complete; servers that have an older
+    one open keep it until they are told to look again.
 
     Inputs of more than one --shard-size become several shards, in a folder beside OUT, built in several processes or on
     a Ray cluster. Whatever stops such a build: the same command goes on with the shards that are missing.
@@ -162,26 +169,28 @@ def build(
         raise DatastoreError("nodes of a Ray cluster do not see the standard input that - stands for: give files")
     with ended_by_signals(console, f"{out} was not written"), _cluster(ray):
         out = _target(out)
-        paths = find_paths(inputs, pattern, out)
+        paths = find_paths(inputs, pattern, field, out)
         _check_free(out, force)
         unit_bytes = _shard_bytes(shard_size)
         # A build that stopped cannot read standard input again, so that such input goes into one file at once.
-        units = [] if None in paths else plan_units([path for path in paths if path is not None], unit_bytes)
-        loaded = load_tokenizer(tokenizer)
+        units = plan_units(paths, unit_bytes, field) if can_be_read_again(paths) else []
+        if ray is not None and not units:
+            raise DatastoreError("nodes of a Ray cluster do not see pipes: give files")
+        loaded = load_tokenizer(tokenizer, trust_remote_code)
         tokenizer = _everywhere(tokenizer)
         if len(units) > 1 or ray is not None:
             _check_memory(vocab_size_of(loaded), max_memory)
             with writing(out) as folder:
                 _check_free(out, force)
                 made = _plan(
-                    units, folder, loaded, tokenizer, tokenizer, field, max_memory, workers, unit_bytes,
-                    version_of(out), newlines, listed=shards_at(out), restart=restart,
+                    units, folder, _recipe(loaded, tokenizer, tokenizer, field, trust_remote_code, newlines),
+                    max_memory, workers, unit_bytes, version_of(out), listed=shards_at(out), restart=restart,
                 )  # fmt: skip
                 _run(console, made, loaded, workers, ray)
                 finish(made, out)
             _say_built(console, out, started, made.finished.values(), newlines)
             return
-        sources = whole(paths, field, newlines is Newlines.LF)
+        sources = whole(paths, field, ChatTemplate(tokenizer, trust_remote_code), newlines is Newlines.LF)
         vocab_size = vocab_size_of(loaded)
         with writing(out) as folder:
             _check_free(out, force)
@@ -210,7 +219,7 @@ def build(
         [
             UnitDone(
                 shard=None,
-                num_skipped=sources.num_skipped,
+                passed_over=sources.passed_over,
                 num_split_documents=writer.num_split_documents,
                 num_lines=sources.num_lines,
                 num_windows_lines=sources.num_windows_lines,
@@ -225,7 +234,8 @@ def add(
     store: Annotated[Path, typer.Argument(help="The store that grows.")],
     inputs: InputsArgument,
     tokenizer: Annotated[str | None, typer.Option(help="By default the one that the store was built with.")] = None,
-    field: FieldOption = "text",
+    trust_remote_code: TrustOption = False,
+    field: FieldOption = None,
     pattern: GlobOption = "*",
     max_memory: MemoryOption = None,
     shard_size: ShardSizeOption = DEFAULT_SHARD_SIZE,
@@ -245,20 +255,20 @@ def add(
     with ended_by_signals(console, f"{store} was not changed"), _cluster(ray):
         store = _target(store)
         opened = Datastore.open(store)
-        paths = find_paths(inputs, pattern, store)
-        if None in paths:
-            raise DatastoreError("add reads files, and - stands for standard input: write it to a file first")
+        paths = find_paths(inputs, pattern, field, store)
+        if not can_be_read_again(paths):
+            raise DatastoreError("add reads files, and not standard input (-) or pipes: write them to a file first")
         unit_bytes = _shard_bytes(shard_size)
-        units = plan_units([path for path in paths if path is not None], unit_bytes)
+        units = plan_units(paths, unit_bytes, field)
         name = tokenizer or opened.header.tokenizer
-        loaded = load_tokenizer(name)
+        loaded = load_tokenizer(name, trust_remote_code)
         opened.check_tokenizer(tokenizer_fingerprint(loaded), opened.header.vocab_size, repr(name))
         _check_memory(opened.header.vocab_size, max_memory)
         with writing(store) as folder:
             version = version_of(store)
             made = _plan(
-                units, folder, loaded, name, opened.header.tokenizer, field, max_memory, workers, unit_bytes, version,
-                newlines, base=adopt(Datastore.open(store)), restart=restart,
+                units, folder, _recipe(loaded, name, opened.header.tokenizer, field, trust_remote_code, newlines),
+                max_memory, workers, unit_bytes, version, base=adopt(Datastore.open(store)), restart=restart,
             )  # fmt: skip
             _run(console, made, loaded, workers, ray)
             finish(made, store)
@@ -353,34 +363,38 @@ def _check_memory(vocab_size: int, max_memory: str | None) -> None:
     segment_tokens_for(vocab_size, _memory(max_memory))
 
 
+def _recipe(
+    loaded: Any, tokenizer: str, tokenizer_name: str, field: str | None, trust_remote_code: bool, newlines: Newlines
+) -> Recipe:
+    """How every shard is made, without its share of the memory and of the text."""
+    return Recipe(
+        field=field,
+        tokenizer=_everywhere(tokenizer),
+        tokenizer_name=tokenizer_name,
+        vocab_size=vocab_size_of(loaded),
+        fingerprint=tokenizer_fingerprint(loaded),
+        max_memory_bytes=0,
+        unit_bytes=0,
+        lf_only=newlines is Newlines.LF,
+        trust_remote_code=trust_remote_code,
+        render=ChatTemplate(_everywhere(tokenizer), trust_remote_code),
+    )
+
+
 def _plan(
     units: list[list[Slice]],
     folder: Path,
-    loaded: Any,
-    tokenizer: str,
-    tokenizer_name: str,
-    field: str,
+    recipe: Recipe,
     max_memory: str | None,
     workers: int | None,
     unit_bytes: int,
     version: str,
-    newlines: Newlines,
     base: Sequence[Shard] = (),
     listed: Sequence[Shard] = (),
     restart: bool = False,
 ) -> Plan:
-    vocab_size = vocab_size_of(loaded)
-    num_workers = workers or default_workers(len(units), unit_bytes, vocab_size, _memory(max_memory))
-    recipe = Recipe(
-        field=field,
-        tokenizer=_everywhere(tokenizer),
-        tokenizer_name=tokenizer_name,
-        vocab_size=vocab_size,
-        fingerprint=tokenizer_fingerprint(loaded),
-        max_memory_bytes=_memory(max_memory) // num_workers,
-        unit_bytes=unit_bytes,
-        lf_only=newlines is Newlines.LF,
-    )
+    num_workers = workers or default_workers(len(units), unit_bytes, recipe.vocab_size, _memory(max_memory))
+    recipe = dataclasses.replace(recipe, max_memory_bytes=_memory(max_memory) // num_workers, unit_bytes=unit_bytes)
     return plan(
         units,
         folder,
@@ -444,18 +458,19 @@ def _say_built(
     store = Datastore.open(out)
     header, size = store.header, store.file_bytes
     done = list(units)
-    num_skipped = sum(each.num_skipped for each in done)
     num_split = sum(each.num_split_documents for each in done)
-    skipped = f"; left out {num_skipped:,} files that are not UTF-8 text" if num_skipped else ""
+    passed_over = passed_over_by(done)
     split = f"; cut {num_split:,} documents longer than a segment" if num_split else ""
     shards = f" in {len(store.files):,} shards" if len(store.files) > 1 else ""
     console.print(
         f"{escape(str(out))}: {header.num_tokens:,} tokens of {header.num_documents:,} documents{shards}, "
         f"{size:,} bytes ({size / header.num_tokens:.2f} a token), in {seconds:.1f} s "
-        f"({header.num_tokens / seconds:,.0f} tokens/s){skipped}{split}",
+        f"({header.num_tokens / seconds:,.0f} tokens/s){split}",
         highlight=False,
         soft_wrap=True,
     )
+    if passed_over:
+        console.print(escape(passed_over), highlight=False, soft_wrap=True)
     num_windows = sum(each.num_windows_lines for each in done)
     if num_windows and newlines is Newlines.KEEP:
         share = num_windows / sum(each.num_lines for each in done)
@@ -487,6 +502,8 @@ def _tokenize_and_sort(console: Console, sources: Sources, writer: DatastoreWrit
             lambda num_tokens: progress.update(task, completed=sources.bytes_done, num_tokens=num_tokens),
         )
         progress.update(task, total=total or 1, completed=total or 1)
+        if not writer.num_tokens and (passed_over := str(sources.passed_over)):
+            raise DatastoreError(f"nothing to store in {writer.path}: the input has no tokens; {passed_over}")
         # One segment is sorted in one call, which reports nothing until it ends.
         num_tokens = writer.num_tokens if writer.num_tokens > writer.segment_tokens else None
         sorting = progress.add_task("sorting", total=num_tokens)

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from vllm_specplug.cli.errors import EXIT_FAILED, show_error
+from vllm_specplug.cli.options import TrustOption
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.proposers.base import DraftBatch, ProposerContext
 from vllm_specplug.proposers.rest.proposer import RestProposer
@@ -72,13 +73,14 @@ def query(
     text: Annotated[str, typer.Argument(help="Text that a request has so far.")],
     tokenizer: Annotated[str | None, typer.Option(help="By default the one that the store was built with.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest draft.")] = 16,
+    trust_remote_code: TrustOption = False,
     min_confidence: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="The rest proposer's option of that name.")
     ] = None,
 ) -> None:
     """Show what the rest proposer would draft after a text."""
     opened = Datastore.open(store)
-    loaded = load_tokenizer(tokenizer or opened.header.tokenizer)
+    loaded = load_tokenizer(tokenizer or opened.header.tokenizer, trust_remote_code)
     opened.check_tokenizer(tokenizer_fingerprint(loaded), vocab_size_of(loaded), repr(tokenizer))
     options = {} if min_confidence is None else {"min_confidence": min_confidence}
     proposer = RestProposer(

@@ -1,11 +1,24 @@
-"""Readers of option values that several commands share."""
+"""Options that several commands share, and readers of their values."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from vllm_specplug.errors import ConfigurationError
+
+FieldOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Field of records that holds text or a chat: then files without fields are left out. By default text.",
+        show_default=False,
+    ),
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that the tokenizer's folder has for it.")
+]
 
 
 def json_object(

@@ -23,6 +23,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vllm_specplug.cli.options import FieldOption, TrustOption
+from vllm_specplug.engines.chats import ChatTemplate
 from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.measure.measured import machine, versions
 from vllm_specplug.measure.replay.run import ALWAYS_SHOWN, ORACLE, Counts, Makers, ratios_of, requests_of, run_all
@@ -140,7 +142,7 @@ def _check_writable(path: Path) -> None:
 @app.command(no_args_is_help=True)
 def replay(
     inputs: Annotated[
-        list[str], typer.Argument(metavar="FILES...", help="Files, folders, globs, or - for standard input.")
+        list[str], typer.Argument(metavar="FILES...", help="Files, pipes, folders, globs, or - for standard input.")
     ],
     tokenizer: Annotated[str, typer.Option(help="The served model's tokenizer: a folder or a Hugging Face name.")],
     proposers: Annotated[
@@ -175,7 +177,8 @@ def replay(
     max_tokens: Annotated[
         int, typer.Option(min=2, help="Most tokens of a request, prompt included; longer documents become several.")
     ] = DEFAULT_MAX_TOKENS,
-    field: Annotated[str, typer.Option(help="Text field of JSON lines (.jsonl) and Parquet.")] = "text",
+    trust_remote_code: TrustOption = False,
+    field: FieldOption = None,
     pattern: Annotated[str, typer.Option("--glob", help="Which files of a folder to read, at any depth.")] = "*",
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Where the results go as JSON.", show_default=False)
@@ -196,9 +199,12 @@ def replay(
             f"--max-tokens {max_tokens} counts the prompt, and must be above --prompt-tokens {prompt_tokens}"
         )
     try:
-        sources, warm_sources = _sources(inputs, warm or (), pattern, field)
+        render = ChatTemplate(tokenizer, trust_remote_code)
+        sources, warm_sources = (sources_of(each, pattern, field, render) for each in (inputs, warm or ()))
+        if None in sources.slices and None in warm_sources.slices:
+            raise ConfigurationError("standard input can be read once: - stands for FILES and for --warm")
         stores = {name: Datastore.open(path) for name, path in (settings.datastore or {}).items()}
-        loaded = load_tokenizer(tokenizer)
+        loaded = load_tokenizer(tokenizer, trust_remote_code)
         for store in stores.values():
             store.check_tokenizer(tokenizer_fingerprint(loaded), vocab_size_of(loaded), repr(tokenizer))
         makers = Makers(settings, ProposerContext(vocab_size_of(loaded), k, batch, max_tokens + k))
@@ -219,7 +225,13 @@ def replay(
     _print_notes(console, sources, warm_sources)
     # Requests that do not overlap, so that no token is in the history twice.
     history = [each for ids in warm_documents for each in requests_of(ids, 0, max_tokens)]
-    counts = _replayed(console, partial(run_all, makers, stores, requests, history, prompt_tokens))
+    try:
+        counts = _replayed(console, partial(run_all, makers, stores, requests, history, prompt_tokens))
+    except MemoryError as error:
+        size = f" ({error})" if str(error) else ""
+        raise SpecplugError(
+            f"there is not enough memory for this replay{size}: give smaller options of proposers, or a smaller --batch"
+        ) from error
     num_requests, num_outputs = sum(map(len, requests)), counts[ORACLE].emitted
     _print_table(counts, f"{num_requests:,} requests, {num_outputs:,} tokens of output, drafts of up to {k}")
     if json_path is not None:
@@ -237,8 +249,7 @@ def replay(
                 "proposers": [entry.model_dump() for entry in settings.proposers],
             },
             "inputs": {
-                "files": len(sources.slices) - sources.num_skipped,
-                "skipped_files": sources.num_skipped,
+                **_counts_of(sources),
                 "documents": len(documents),
                 "short_documents": sum(len(each) <= prompt_tokens for each in documents),
                 "tokens": sum(map(len, documents)),
@@ -246,8 +257,7 @@ def replay(
                 "output_tokens": num_outputs,
             },
             "warm": {
-                "files": len(warm_sources.slices) - warm_sources.num_skipped,
-                "skipped_files": warm_sources.num_skipped,
+                **_counts_of(warm_sources),
                 "documents": len(warm_documents),
                 "tokens": sum(map(len, warm_documents)),
             },
@@ -260,12 +270,14 @@ def replay(
         json_path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def _sources(inputs: Sequence[str], warm: Sequence[str], pattern: str, field: str) -> tuple[Sources, Sources]:
-    """Texts to decode, and texts of requests that are over before."""
-    sources, warm_sources = sources_of(inputs, pattern, field), sources_of(warm, pattern, field)
-    if None in sources.slices and None in warm_sources.slices:
-        raise ConfigurationError("standard input can be read once: - stands for FILES and for --warm")
-    return sources, warm_sources
+def _counts_of(sources: Sources) -> dict[str, int]:
+    num_skipped = sum(sources.passed_over.files.values())
+    return {
+        "files": len(sources.slices) - num_skipped,
+        "skipped_files": num_skipped,
+        "records_without_text": sources.passed_over.num_nulls,
+        "wrong_records": sources.passed_over.num_wrong,
+    }
 
 
 def _print_notes(console: Console, sources: Sources, warm_sources: Sources) -> None:
@@ -273,8 +285,9 @@ def _print_notes(console: Console, sources: Sources, warm_sources: Sources) -> N
         console.print(
             f"[yellow]note:[/yellow] {len(both)} files are decoded and, with --warm, known before", highlight=False
         )
-    if skipped := sources.num_skipped + warm_sources.num_skipped:
-        console.print(f"left out {skipped:,} files that are not UTF-8 text", highlight=False)
+    for each in (sources, warm_sources):
+        if passed_over := str(each.passed_over):
+            console.print(escape(passed_over), highlight=False, soft_wrap=True)
 
 
 def _replayed(console: Console, run: Callable[..., dict[str, Counts]]) -> dict[str, Counts]:

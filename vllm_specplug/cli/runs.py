@@ -70,7 +70,7 @@ def prepared(
         raise ConfigurationError(f"MODEL comes first, and then the options, not {model!r}")
     require_vllm()
     tasks, source = load_tasks(paths, num_prompts)
-    prompts = encode(model, tasks, chat)
+    prompts = encode(model, tasks, chat, rest)
     options = Options(
         model=model,
         configs=configs,

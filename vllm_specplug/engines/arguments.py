@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
+
+TOKENIZER_ARGUMENTS = ("tokenizer", "tokenizer_mode", "revision", "tokenizer_revision", "trust_remote_code")
+"""Arguments of vLLM's engine that decide which tokenizer it loads."""
+
+
+def parsed(options: Sequence[str]) -> tuple[Any, Any]:
+    """Options of ``vllm serve`` as vLLM's own parser reads them, and that parser.
+
+    Raises:
+        ValueError: vLLM refuses an option.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)
+
+    parser = EngineArgs.add_cli_args(Parser())
+    return parser.parse_args(list(options)), parser
 
 
 def with_cli_arguments(engine_args: dict[str, Any]) -> dict[str, Any]:
@@ -15,15 +36,9 @@ def with_cli_arguments(engine_args: dict[str, Any]) -> dict[str, Any]:
     if options is None:
         return engine_args
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
-        def error(self, message: str) -> NoReturn:
-            raise ValueError(message)
-
-    parser = EngineArgs.add_cli_args(Parser())
-    parsed = parser.parse_args(options)
+    given, parser = parsed(options)
     for name in engine_args:
-        if getattr(parsed, name) != parser.get_default(name):
+        if getattr(given, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} must be left out: this command decides it")
-    return {**vars(EngineArgs.from_cli_args(parsed)), **engine_args}
+    return {**vars(EngineArgs.from_cli_args(given)), **engine_args}

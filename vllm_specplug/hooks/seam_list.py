@@ -406,3 +406,62 @@ AUDIT_V2_USED = (
     ),
 )
 """Replaced or called on single objects by ``specplug audit`` only, like those of ``AUDIT_V1_USED``."""
+
+
+CHAT_SEAMS = (
+    Seam(
+        "vllm.renderers.online_renderer",
+        "OnlineRenderer.__init__",
+        ("self", "model_config", "renderer", "request_logger", "chat_template", "chat_template_content_format"),
+        "makes prompts of chats in batch runs, as vLLM's server does with it",
+    ),
+    Seam(
+        "vllm.renderers.online_renderer",
+        "OnlineRenderer.render_chat",
+        ("self", "request"),
+        "the prompt of a chat",
+    ),
+    Seam(
+        "vllm.renderers.online_renderer",
+        "OnlineRenderer.render_completion",
+        ("self", "request"),
+        "the prompt of a completion in a batch file of OpenAI",
+    ),
+    Seam(
+        "vllm.renderers.registry",
+        "renderer_from_config",
+        ("config",),
+        "the renderer of a model without an engine, for chats in token stores",
+    ),
+    Seam(
+        "vllm.renderers.base",
+        "BaseRenderer.render_messages",
+        ("self", "messages", "params"),
+        "the text of a chat, for token stores",
+    ),
+    Seam(
+        "vllm.entrypoints.openai.chat_completion.protocol",
+        "ChatCompletionRequest.build_chat_params",
+        ("self", "default_template", "default_template_content_format"),
+        "how a chat's text is made, for token stores",
+    ),
+    Seam(
+        "vllm.entrypoints.openai.chat_completion.protocol",
+        "ChatCompletionRequest.to_sampling_params",
+        ("self", "max_tokens", "default_sampling_params"),
+        "sampling of a chat in a batch file of OpenAI",
+    ),
+    Seam(
+        "vllm.entrypoints.openai.completion.protocol",
+        "CompletionRequest.to_sampling_params",
+        ("self", "max_tokens", "default_sampling_params"),
+        "sampling of a completion in a batch file of OpenAI",
+    ),
+    Seam(
+        "vllm.tokenizers",
+        "get_tokenizer",
+        ("tokenizer_name",),
+        "the tokenizer that an engine with these options loads, for the measuring commands",
+    ),
+)
+"""Called by ``engines/chats.py`` and ``measure/prompts.py``, where a missing one costs a row or ends the command."""

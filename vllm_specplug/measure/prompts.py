@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_specplug.engines.arguments import parsed
+from vllm_specplug.engines.chats import ChatTemplate
 from vllm_specplug.engines.environment import require_vllm
-from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.errors import ConfigurationError, InputError
+from vllm_specplug.log import logger
 from vllm_specplug.measure import corpus
-from vllm_specplug.stores.texts import READ_ERRORS, unpacked
+from vllm_specplug.reading.chats import first_question, text_of
+from vllm_specplug.reading.files import READ_ERRORS, is_pipe, kind_of, named, opened
+from vllm_specplug.reading.records import Record, parquet_records, stream_records
+
+_NO_PROMPT = (
+    "must be JSON with 'prompt', 'text', 'turns', 'conversations' or 'messages', as in {\"prompt\": \"def main():\"}"
+)
+_TOKENIZER_OPTIONS = ("tok", "rev", "trust", "config")
+"""Parts of the names of options that decide which tokenizer an engine loads, in any spelling."""
 
 
 @dataclass(frozen=True)
@@ -30,35 +40,55 @@ class Task:
 
 
 def read_tasks(path: Path) -> list[Task]:
-    """Prompts of a file: JSON lines, one JSON list, or one prompt in a line; compressed if named ``.gz`` or ``.zst``.
+    """Prompts of a file: JSON lines, a JSON list, CSV, Parquet, or one prompt a line; compressed as its name says.
 
-    JSON records hold ``turns`` (Spec-Bench), ``conversations`` (ShareGPT), ``messages``, ``prompt`` (HumanEval) or
-    ``text``, and may hold a ``category``. The prompt of a conversation is the user's first message.
+    Records hold ``turns`` (Spec-Bench), ``conversations`` (ShareGPT), ``messages``, ``prompt`` (HumanEval) or ``text``,
+    and may hold a ``category``. The prompt of a conversation is the user's first message; one that is empty or begins
+    with an answer is passed over, and so is a record that is wrong. Both are counted in a warning.
 
     Raises:
         ConfigurationError: the file cannot be read, or holds no prompt.
     """
     try:
-        with path.open("rb") as raw, unpacked(raw, path) as stream:
-            text = stream.read().decode()
+        return _tasks(path)
     except READ_ERRORS as error:
         raise ConfigurationError(f"--prompts {path} cannot be read: {error}") from error
+    except InputError as error:
+        raise ConfigurationError(f"--prompts {named(error, path)}") from error
+
+
+def _tasks(path: Path) -> list[Task]:
     name = path.name.partition(".")[0]
     tasks: list[Task] = []
-    for place, record in _records(path, text):
+    num_passed_over, wrong = 0, []
+    for place, record, problem in _records(path, kind_of(path)):
         try:
-            task = Task(name, record, False) if isinstance(record, str) else _task(record, name)
-        except (KeyError, IndexError, AttributeError, TypeError, StopIteration):
-            raise ConfigurationError(
-                f"--prompts {path}, {place}: must be JSON with 'prompt', 'text', 'turns', 'conversations' or "
-                "'messages', "
-                'as in {"prompt": "def main():"}'
-            ) from None
-        if task.text.strip():
+            task = None if problem else _task(record, name)
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError):
+            task, problem = None, _NO_PROMPT
+        if problem:
+            wrong.append(f"{place} {problem}")
+        elif task is None:
+            num_passed_over += 1
+        elif task.text.strip():
             tasks.append(task)
     if not tasks:
-        raise ConfigurationError(f"--prompts {path} holds no prompt")
+        raise ConfigurationError(f"--prompts {path} holds no prompt{': ' * bool(wrong)}{''.join(wrong[:1])}")
+    if wrong:
+        logger.warning("--prompts %s: passed over %d wrong records, the first: %s", path, len(wrong), wrong[0])
+    if num_passed_over:
+        logger.warning("--prompts %s: passed over %d chats without a first question", path, num_passed_over)
     return tasks
+
+
+def _records(path: Path, kind: str) -> Iterator[Record]:
+    if kind == "parquet":
+        yield from parquet_records(path)
+        return
+    with opened(path) as stream:
+        if is_pipe(path) and stream.peek(1).lstrip()[:1] in (b"[", b"{"):
+            kind = "json"  # a pipe has no name that says so
+        yield from stream_records(stream, kind)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -66,43 +96,18 @@ def read_prompts(path: Path) -> list[str]:
     return [task.text for task in read_tasks(path)]
 
 
-def _records(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """(position in words, record) of every record in a file's text; a plain line is a record of its own."""
-    if ".json" not in "".join(path.suffixes):
-        yield from ((f"line {number}", line) for number, line in enumerate(text.splitlines(), 1))
-        return
-    if text.lstrip().startswith("["):
-        try:
-            yield from ((f"record {number}", record) for number, record in enumerate(json.loads(text), 1))
-        except ValueError as error:
-            raise ConfigurationError(f"--prompts {path} is no JSON: {error}") from None
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        yield f"line {number}", {} if isinstance(record, str) else record
-
-
-def _task(record: Mapping[str, Any], name: str) -> Task:
+def _task(record: Any, name: str) -> Task | None:
+    """The task of a record; None if it is a chat without a first question."""
+    if isinstance(record, str):
+        return Task(name, record, False)
     category = str(record.get("category") or name)
     if "turns" in record:
-        return Task(category, _text(record["turns"][0]), True)
-    for key, speaker, said in (("conversations", "from", "value"), ("messages", "role", "content")):
+        return Task(category, text_of(record["turns"][0]), True)
+    for key in ("conversations", "messages"):
         if key in record:
-            return Task(
-                category, _text(next(each[said] for each in record[key] if each[speaker] in ("human", "user"))), True
-            )
-    return Task(category, _text(record.get("prompt") or record["text"]), False)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
+            question = first_question(record[key])
+            return None if question is None else Task(category, question, True)
+    return Task(category, text_of(record.get("prompt") or record["text"]), False)
 
 
 MAX_PROMPT_TOKENS = 1024
@@ -128,39 +133,56 @@ def load_tasks(paths: Sequence[Path], num_prompts: int) -> tuple[list[Task], str
     return chosen(tasks, num_prompts), ", ".join(path.name for path in paths)
 
 
-def tokenizer_of(model: str) -> Any:
-    """The tokenizer of a model, by folder or name.
+def tokenizer_of(model: str, engine_cli: Sequence[str] = ()) -> Any:
+    """The tokenizer of a model, by folder or name, as an engine with these options loads it.
+
+    Args:
+        engine_cli: options of ``vllm serve``.
 
     Raises:
         ConfigurationError: the tokenizer cannot be loaded.
     """
     require_vllm()  # transformers comes with vLLM
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(model)
+        if not any(part in each for each in engine_cli for part in _TOKENIZER_OPTIONS):
+            from transformers import AutoTokenizer  # importing vLLM takes seconds
+
+            return AutoTokenizer.from_pretrained(model)
+        from vllm.tokenizers import get_tokenizer
+
+        given, _ = parsed(["--model", model, *engine_cli])
+        return get_tokenizer(
+            given.tokenizer or model,
+            tokenizer_mode=given.tokenizer_mode,
+            revision=given.tokenizer_revision or given.revision,
+            trust_remote_code=given.trust_remote_code,
+        )
     except Exception as error:  # damaged files raise no narrower exception
         first = str(error).strip().partition("\n")[0]
         raise ConfigurationError(f"the tokenizer of {model!r} cannot be loaded: {first}") from error
 
 
-def encode(model: str, tasks: Sequence[Task], chat: bool | None) -> list[list[int]]:
-    """Token ids of every task, the first :data:`MAX_PROMPT_TOKENS` at most.
+def encode(model: str, tasks: Sequence[Task], chat: bool | None, engine_cli: Sequence[str] = ()) -> list[list[int]]:
+    """Token ids of every task, at most :data:`MAX_PROMPT_TOKENS` each.
 
     Args:
-        chat: True puts all tasks through the chat template, False none, None the messages if there is a template.
+        engine_cli: see :func:`tokenizer_of`.
+        chat: True puts all tasks through the chat template, False none, None messages if the model has a template.
 
     Raises:
         ConfigurationError: the tokenizer cannot be loaded, or ``chat`` is True and the model has no template.
     """
-    tokenizer = tokenizer_of(model)
-    if chat and not tokenizer.chat_template:
+    tokenizer = tokenizer_of(model, engine_cli)
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
         raise ConfigurationError(f"--chat: {model} has no chat template; leave it out")
-    token_ids = []
+    template = ChatTemplate(model, options=tuple(engine_cli))
+    found = []
     for task in tasks:
-        text = task.text
-        if tokenizer.chat_template and (task.is_chat if chat is None else chat):
-            messages = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        token_ids.append(tokenizer.encode(text)[:MAX_PROMPT_TOKENS])
-    return token_ids
+        if has_template and (task.is_chat if chat is None else chat):
+            text = template([{"role": "user", "content": task.text}], begins_answer=True)
+            ids = tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+        else:
+            ids = tokenizer.encode(task.text)
+        found.append(ids[:MAX_PROMPT_TOKENS])
+    return found

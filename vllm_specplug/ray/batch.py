@@ -8,6 +8,7 @@ they are.
 
 from __future__ import annotations
 
+import builtins
 import os
 import re
 import time
@@ -22,7 +23,7 @@ from vllm_specplug.errors import ConfigurationError, SpecplugError
 from vllm_specplug.ray import environment, inputs, stores
 from vllm_specplug.ray.environment import Share
 from vllm_specplug.ray.output import BatchResult, Output, Progress, begin, manifest, owned, scratch_folder
-from vllm_specplug.ray.replica import Job, Replica
+from vllm_specplug.ray.replica import NOT_STORED, Job, Replica
 
 PARTS_IN_FLIGHT = 2
 """Parts that a replica works on at a time: while the last rows of one end, those of the next fill the batch."""
@@ -30,7 +31,8 @@ NODE_LABEL = "ray.io/node-id"
 MAX_DEATHS = 4
 """Times that a replica is started again after it died, and that its part is tried again."""
 
-_RAISED = re.compile(r"^(?P<name>[\w.]+(?:Error|Exception|Exit|Interrupt)): .+$", re.MULTILINE)
+_RAISED = re.compile(r"^(?P<module>(?:[A-Za-z_]\w*\.)*)(?P<name>[A-Z]\w*): .+$", re.MULTILINE)
+"""The last line of a traceback: an exception, whatever it is called, and what it says."""
 _WRAPPERS = ("SystemException", "UserCodeException", "RayTaskError", "ActorDiedError")
 
 
@@ -61,7 +63,7 @@ def generate(  # noqa: PLR0913 - public, and all but three are keywords
     """Complete every row of the inputs; another call with the same arguments completes the missing rows.
 
     Args:
-        inputs_: files, folders or globs on this machine: JSON lines, Parquet, or text with one prompt a line.
+        inputs_: files, folders or globs on this machine: JSON lines, Parquet, CSV, or text with one prompt a line.
         out: folder of the result, on this machine: the columns of the inputs and ``row_id``, ``seed``,
             ``output_text``, ``output_token_ids``, ``finish_reason`` and ``error``, in files ordered as the rows are.
         model: name of the model, or its folder, which every node must have.
@@ -70,8 +72,9 @@ def generate(  # noqa: PLR0913 - public, and all but three are keywords
         options: arguments of vLLM's engine as ``vllm serve`` takes them.
         sampling: arguments of ``SamplingParams``, such as ``{"max_tokens": 256, "temperature": 0.8}``.
         seed: seed of the run; a row with a value in a column ``seed`` uses that value.
-        prompt_field: column of the prompt, which is text, token ids, or messages for the model's chat template.
-        replicas: number of engines, all of them actors of Ray Data.
+        prompt_field: column of the prompt: text, token ids, messages for the model's chat template, or the body of a
+            request as OpenAI's batch files have it, whose settings take the place of ``sampling``.
+        replicas: engines, each an actor of Ray Data.
         cpus_per_replica: CPUs that Ray reserves for a replica, and its threads on CPUs; by default 1.
         gpus_per_replica: GPUs of a replica; by default those that its engine takes, 0 with vLLM's CPU wheel.
         rows_per_part: rows of an output file, the unit of work and of what is lost with a replica.
@@ -92,10 +95,10 @@ def generate(  # noqa: PLR0913 - public, and all but three are keywords
     speculative_config = stores.located(speculative_config)
     _check_sampling(sampling or {})
     with owned(out) as folder, scratch_folder(folder) as scratch:
-        all_rows = inputs.scan(inputs.find([str(source) for source in inputs_]), prompt_field, scratch)
+        all_rows = inputs.scan(inputs.find([str(each) for each in inputs_], out), prompt_field, scratch)
         job = Job(
             stores.absolute(model), speculative_config, dict(engine_args or {}), tuple(options), dict(sampling or {}),
-            seed, all_rows.field,
+            seed, all_rows.shape.field,
         )  # fmt: skip
         rows_per_part = begin(folder, manifest(job, all_rows), rows_per_part, replicas)
         parts = {part.number: part for part in all_rows.parts(rows_per_part)}
@@ -107,7 +110,7 @@ def generate(  # noqa: PLR0913 - public, and all but three are keywords
             if not ray.is_initialized():
                 (connect or ray.init)()
             environment.check_fits(replicas, share, ray.nodes(), may_grow)
-            _run(job, share, min(replicas, len(missing)), missing, all_rows.schema, dict(env or {}), output)
+            _run(job, share, min(replicas, len(missing)), missing, all_rows.shape, dict(env or {}), output)
         return output.result(time.monotonic() - started)
 
 
@@ -116,6 +119,8 @@ def _check_sampling(sampling: Mapping[str, Any]) -> None:
         raise ConfigurationError("sampling must not have a 'seed': give the run's, or a column 'seed' in the inputs")
     if sampling.get("n", 1) != 1:
         raise ConfigurationError(f"sampling: n is {sampling['n']!r}; a row has one output, so repeat the row instead")
+    if not_stored := [name for name in NOT_STORED if sampling.get(name) not in (None, False)]:
+        raise ConfigurationError(f"sampling: {not_stored[0]} are not among the columns of the output: leave it out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,7 +133,7 @@ def _run(
     share: Share,
     replicas: int,
     missing: Sequence[inputs.Part],
-    schema: pa.Schema,
+    shape: inputs.Shape,
     env: dict[str, str],
     output: Output,
 ) -> None:
@@ -139,7 +144,7 @@ def _run(
     rows.context.enable_progress_bars = False
     read = rows.map_batches(
         _read,
-        fn_kwargs={"parts": numbered, "schema": schema},
+        fn_kwargs={"parts": numbered, "shape": shape},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0,  # leaves all CPUs to the replicas
@@ -178,9 +183,9 @@ def _run(
         stores.stop_source(source)
 
 
-def _read(batch: pa.Table, parts: Mapping[int, inputs.Part], schema: pa.Schema) -> pa.Table:
+def _read(batch: pa.Table, parts: Mapping[int, inputs.Part], shape: inputs.Shape) -> pa.Table:
     (number,) = batch["part"].to_pylist()
-    return inputs.read(parts[number], schema)
+    return inputs.read(parts[number], shape)
 
 
 def reason(error: BaseException) -> str:
@@ -188,9 +193,13 @@ def reason(error: BaseException) -> str:
     chain = [error]
     while (inner := getattr(chain[-1], "cause", None) or chain[-1].__cause__) is not None and inner not in chain:
         chain.append(inner)
-    for cause in reversed(chain):
-        matches = [match for match in _RAISED.finditer(str(cause)) if match["name"].rpartition(".")[2] not in _WRAPPERS]
-        if matches:
-            return matches[0][0].strip()
+    for each in reversed(chain):
+        found = [
+            match
+            for match in _RAISED.finditer(str(each))
+            if match["name"] not in _WRAPPERS and (match["module"] or hasattr(builtins, match["name"]))
+        ]
+        if found:
+            return found[0][0].strip()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

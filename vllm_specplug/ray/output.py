@@ -38,6 +38,18 @@ PARTS_PER_REPLICA = 8
 SMALLEST_PART, LARGEST_PART = 16, 512
 
 
+SIZES = frozenset({
+    "async_scheduling", "block_size", "cc", "compilation_config", "cpu_offload_gb", "data_parallel_size",
+    "disable_custom_all_reduce", "disable_log_stats", "distributed_executor_backend", "dp", "enable_chunked_prefill",
+    "enable_log_requests", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes",
+    "long_prefill_token_threshold", "max_long_partial_prefills", "max_num_batched_tokens", "max_num_partial_prefills",
+    "max_num_seqs", "max_parallel_loading_workers", "num_gpu_blocks_override", "optimization_level",
+    "pipeline_parallel_size", "pp", "safetensors_load_strategy", "scheduling_policy", "stream_interval", "swap_space",
+    "tensor_parallel_size", "tp",
+})  # fmt: skip
+"""Arguments of vLLM's engine that say how fast and in how much memory it runs, and not what it says."""
+
+
 Progress = Callable[[int, int, float, float], None]
 
 
@@ -166,7 +178,28 @@ def _compared(settings: Mapping[str, Any], key: str) -> Any:
     value = settings.get(key)
     if key == "inputs" and isinstance(value, list):  # files may have moved
         return [{"name": Path(each["path"]).name, "digest": each["digest"]} for each in value]
+    if key == "engine" and isinstance(value, dict):
+        return binding(value)
     return value
+
+
+def binding(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an engine's arguments and options, those that tokens or rows depend on, by name: sizes may change.
+
+    Args:
+        engine: arguments by name, and options as ``vllm serve`` takes them under "options".
+    """
+    given = {key: value for key, value in engine.items() if key != "options"}
+    name = ""
+    for each in engine.get("options", ()):
+        is_name = each.startswith("-") and not each[1:2].isdecimal()
+        if is_name:
+            name, has_value, value = each.lstrip("-").partition("=")
+            name = name.replace("-", "_")
+            given[name] = [value] if has_value else []
+        else:
+            given.setdefault(name, []).append(each)
+    return {name: value for name, value in given.items() if name.removeprefix("no_").partition(".")[0] not in SIZES}
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

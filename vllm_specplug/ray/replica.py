@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
+import math
 import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -12,12 +14,17 @@ from typing import Any
 
 import pyarrow as pa
 
+from vllm_specplug.engines import chats
 from vllm_specplug.engines.arguments import with_cli_arguments
 from vllm_specplug.engines.environment import is_cpu_wheel
 from vllm_specplug.log import logger
 from vllm_specplug.ray import environment, inputs, stores
+from vllm_specplug.ray.columns import PROMPT
 from vllm_specplug.ray.environment import Share
 
+NOT_STORED = ("logprobs", "prompt_logprobs", "top_logprobs", "logprob_token_ids")
+"""Arguments of sampling whose results are not among the columns of the output."""
+_ABSENT: tuple[Any, ...] = (None, False, 0, [])
 SEED_BITS = 53
 """Bits of a row's seed: few enough for any JSON reader to hold it exactly."""
 
@@ -74,24 +81,25 @@ class Replica:
             arguments["speculative_config"] = config
         arguments["cli"] = ["--model", job.model, *job.options]
         self._sampling: Callable[[int], Any] = lambda seed: SamplingParams(
-            **job.sampling, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY
+            **sampling_arguments(job), seed=seed, output_kind=RequestOutputKind.FINAL_ONLY
         )
         self._sampling(0)  # raises for wrong arguments before a model is loaded
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**with_cli_arguments(arguments)))
+        self._online = chats.online_renderer(self._engine.model_config, self._engine.renderer)
 
     async def __call__(self, table: pa.Table) -> AsyncIterator[pa.Table]:
         """Complete the rows of a part; yields them with their outputs."""
+        prompts = [json.loads(each) for each in table[PROMPT].to_pylist()]
         ids = table[inputs.ROW_ID].to_pylist()
-        wanted = table[inputs.SEED].to_pylist() if inputs.SEED in table.column_names else [None] * len(ids)
-        seeds = [
-            # vLLM reads -1 as no seed; such a row gets one as well, so that its tokens can be reproduced.
-            row_seed(self._job.seed, row_id) if seed is None or seed < 0 else seed
-            for row_id, seed in zip(ids, wanted, strict=True)
-        ]
-        prompts = table[self._job.field].to_pylist()
+        given = table[inputs.SEED].to_pylist() if inputs.SEED in table.column_names else [None] * len(ids)
+        seeds = [row_seed(self._job.seed, row_id) for row_id in ids]
+        for row, (prompt, seed) in enumerate(zip(prompts, given, strict=True)):
+            try:
+                seeds[row] = seed_of(prompt, seed, seeds[row])
+            except ValueError as error:
+                prompts[row] = {"error": str(error)}
         outputs = await asyncio.gather(*map(self._complete, prompts, seeds))
-        if inputs.SEED in table.column_names:
-            table = table.drop_columns([inputs.SEED])
+        table = table.drop_columns([name for name in (PROMPT, inputs.SEED) if name in table.column_names])
         columns = {
             inputs.SEED: pa.array(seeds, pa.int64()),
             "output_text": pa.array([outcome.text for outcome in outputs], pa.string()),
@@ -103,10 +111,10 @@ class Replica:
             table = table.append_column(name, values)
         yield table
 
-    async def _complete(self, prompt: Any, seed: int) -> _Outcome:
+    async def _complete(self, prompt: Mapping[str, Any], seed: int) -> _Outcome:
         try:
-            encoded = await self._prompt(prompt)
-            async for output in self._engine.generate(encoded, self._sampling(seed), uuid.uuid4().hex):
+            given, params = await self._request(prompt, seed)
+            async for output in self._engine.generate(given, params, uuid.uuid4().hex):
                 done = output.outputs[0]
         except Exception as error:
             if self._engine.errored:
@@ -115,21 +123,51 @@ class Replica:
                 os._exit(1)
             # The error is of this row alone, such as a prompt that is too long.
             cause = error if str(error) else error.__cause__ or error
-            return _Outcome("", [], None, str(cause) or type(cause).__name__)
+            return _Outcome("", [], None, chats.reason(cause))
         return _Outcome(done.text, list(done.token_ids), done.finish_reason, None)
 
-    async def _prompt(self, prompt: Any) -> Any:
-        if isinstance(prompt, str):
-            return {"prompt": prompt}
-        if isinstance(prompt, list) and prompt and all(isinstance(each, int) for each in prompt):
-            return {"prompt_token_ids": prompt}
-        if isinstance(prompt, list) and prompt and all(isinstance(each, dict) for each in prompt):
-            tokenizer = self._engine.get_tokenizer()
-            if asyncio.iscoroutine(tokenizer):
-                tokenizer = await tokenizer
-            text = tokenizer.apply_chat_template(_without_nulls(prompt), tokenize=False, add_generation_prompt=True)
-            return {"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
-        raise ValueError(f"column {self._job.field!r} holds no text, token ids or messages here, but {prompt!r:.100}")
+    async def _request(self, prompt: Mapping[str, Any], seed: int) -> tuple[Any, Any]:
+        """A prompt and sampling parameters for the engine.
+
+        Args:
+            prompt: see :data:`vllm_specplug.ray.columns.PROMPT`.
+
+        Raises:
+            ValueError: the row is wrong; why.
+        """
+        if "error" in prompt:
+            raise ValueError(prompt["error"])
+        body = prompt.get("chat") or prompt.get("completion")
+        if body is None:
+            return prompt, self._sampling(seed)
+        if not prompt.get("is_request"):
+            return await chats.prompt_of(self._online, chats.request_of(body)), self._sampling(seed)
+        run = {name: value for name, value in self._job.sampling.items() if name != "max_tokens"}
+        request = chats.request_of({**run, **body, "seed": seed, "stream": False, "stream_options": None})
+        refused = [name for name in ("echo", *NOT_STORED) if getattr(request, name, None) not in _ABSENT]
+        if refused or request.n not in (None, 1):
+            refused = refused or ["n"]
+            raise ValueError(f"the request asks for {refused[0]!r}, for which the output has no column")
+        params = chats.sampling_of(request, self._job.sampling.get("max_tokens", 16))
+        return await chats.prompt_of(self._online, request), params
+
+
+def seed_of(prompt: Mapping[str, Any], seed: float | None, default: int) -> int:
+    """Seed of a row: that of its request, or of its column, or ``default``.
+
+    A column with holes holds floats if pandas wrote it. -1 means no seed in vLLM, and the tokens of such a row can be
+    reproduced too.
+
+    Raises:
+        ValueError: the seed is no whole number below 2**63.
+    """
+    body = prompt.get("chat") or prompt.get("completion") or {}
+    asked = body.get("seed", seed) if prompt.get("is_request") else seed
+    if asked is None or (isinstance(asked, float) and math.isnan(asked)):
+        return default
+    if isinstance(asked, str) or not math.isfinite(asked) or asked != int(asked) or asked >= 2**63:
+        raise ValueError(f"the seed must be a whole number below 2**63, not {asked!r}")
+    return default if asked < 0 else int(asked)
 
 
 @dataclass(frozen=True)
@@ -140,11 +178,14 @@ class _Outcome:
     error: str | None
 
 
-def _without_nulls(value: Any) -> Any:
-    """Messages without the null values that a table adds for keys that only other messages have."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+def sampling_arguments(job: Job) -> dict[str, Any]:
+    """The run's sampling as arguments of ``SamplingParams``, which takes no plain types for structured outputs."""
+    given = dict(job.sampling)
+    if isinstance(given.get("structured_outputs"), Mapping):
+        from vllm.sampling_params import StructuredOutputsParams
+
+        given["structured_outputs"] = StructuredOutputsParams(**given["structured_outputs"])
+    return given
 
 
 def _unsplit(job: Job) -> dict[str, Any]:

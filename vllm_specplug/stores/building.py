@@ -16,20 +16,21 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_specplug.errors import DatastoreError
 from vllm_specplug.files import open_regular, replacing
+from vllm_specplug.reading.files import kind_of
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.format import CHUNK_BYTES, Shard
 from vllm_specplug.stores.shards import LOCK_NAME, publish, remove_unlisted, shard_of
-from vllm_specplug.stores.texts import Slice, Sources, kind_of, load_tokenizer, size_of
+from vllm_specplug.stores.texts import PassedOver, Render, Slice, Sources, load_tokenizer, size_of
 from vllm_specplug.stores.writer import FIXED_MEMORY_BYTES, DatastoreWriter, add_texts, sort_bytes_per_token
 
 _PR_SET_PDEATHSIG = 1  # Linux's prctl
@@ -43,7 +44,7 @@ class UnitDone(BaseModel):
 
     Attributes:
         shard: the shard; None if the unit had no text.
-        num_skipped: files that are not text.
+        passed_over: what was not read.
         num_split_documents: documents longer than a segment, which were cut.
         num_lines, num_windows_lines: line ends of the text, and those of Windows among them.
         status: size and time of change, in ns, of the file of each slice when the unit was begun.
@@ -53,7 +54,7 @@ class UnitDone(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard: Shard | None
-    num_skipped: int = 0
+    passed_over: PassedOver = Field(default_factory=PassedOver)
     num_split_documents: int = 0
     num_lines: int = 0
     num_windows_lines: int = 0
@@ -66,16 +67,18 @@ class Recipe:
     """How text becomes a shard.
 
     Attributes:
-        field: name of the text field of JSON lines and Parquet.
+        field: see :class:`Sources`.
         tokenizer: folder or name.
         tokenizer_name: name of the tokenizer in the store.
         vocab_size, fingerprint: size of the tokenizer's vocabulary, and its :func:`tokenizer_fingerprint`.
         max_memory_bytes: peak resident memory of a process that builds a shard.
         unit_bytes: bytes of text of a unit.
         lf_only: line ends of Windows are stored as those of Unix.
+        trust_remote_code: see :func:`load_tokenizer`.
+        render: see :class:`Sources`; other processes get it too.
     """
 
-    field: str
+    field: str | None
     tokenizer: str
     tokenizer_name: str
     vocab_size: int
@@ -83,6 +86,8 @@ class Recipe:
     max_memory_bytes: int
     unit_bytes: int
     lf_only: bool = False
+    trust_remote_code: bool = False
+    render: Render | None = None
 
 
 @dataclass(frozen=True)
@@ -290,11 +295,10 @@ def build_unit(unit: Unit, number: int, report: Report, tokenizer: Any = None) -
         DatastoreError: the input cannot be read, or the memory is too small.
     """
     if tokenizer is None:
-        tokenizer = load_tokenizer(unit.recipe.tokenizer)
+        tokenizer = load_tokenizer(unit.recipe.tokenizer, unit.recipe.trust_remote_code)
     status = _status(unit)
-    sources = Sources(
-        unit.slices, unit.recipe.field, num_bytes=sum(map(size_of, unit.slices)), lf_only=unit.recipe.lf_only
-    )
+    num_bytes = sum(map(size_of, unit.slices))
+    sources = Sources(unit.slices, unit.recipe.field, unit.recipe.render, num_bytes, lf_only=unit.recipe.lf_only)
     with DatastoreWriter(
         unit.shard,
         vocab_size=unit.recipe.vocab_size,
@@ -314,7 +318,7 @@ def build_unit(unit: Unit, number: int, report: Report, tokenizer: Any = None) -
             writer.finish()
     done = UnitDone(
         shard=shard_of(unit.shard) if writer.num_tokens else None,
-        num_skipped=sources.num_skipped,
+        passed_over=sources.passed_over,
         num_split_documents=writer.num_split_documents,
         num_lines=sources.num_lines,
         num_windows_lines=sources.num_windows_lines,
@@ -456,12 +460,21 @@ def finish(made: Plan, out: Path) -> None:
         keep = {shard.file for shard in shards_at(out)}
         clear(made.folder, keep, restart=True)
         what = "add to" if made.base else "store in"
-        raise DatastoreError(f"nothing to {what} {out}: the input has no tokens")
+        passed_over = passed_over_by(made.finished.values())
+        raise DatastoreError(f"nothing to {what} {out}: the input has no tokens{passed_over and '; '}{passed_over}")
     if len(shards) == 1:
         os.replace(made.folder / shards[0].file, out)
         remove_unlisted(out, None)
     else:
         publish(out, shards)
+
+
+def passed_over_by(units: Iterable[UnitDone]) -> str:
+    """What units did not read, in words; "" if they read everything."""
+    total = PassedOver()
+    for unit in units:
+        total.add(unit.passed_over)
+    return str(total)
 
 
 def version_of(out: Path) -> str:

@@ -1,32 +1,34 @@
-"""Texts for token stores: plain text, JSON lines and Parquet, compressed or not, whole files or parts of large ones."""
+"""Texts for token stores: plain text, records and chats, whole files or parts of large ones."""
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import glob
-import gzip
+import dataclasses
 import io
-import json
 import sys
-import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
-import zstandard
-
-from vllm_specplug.errors import DatastoreError
+from vllm_specplug.errors import DatastoreError, InputError
+from vllm_specplug.reading import files, records
+from vllm_specplug.reading.chats import is_chat, messages_of
+from vllm_specplug.reading.files import READ_ERRORS, is_compressed, is_pipe
 from vllm_specplug.stores.format import shards_folder
 from vllm_specplug.stores.writer import PIECE_CHARS, Piece, split_text
 
-RECORD_SUFFIXES = (".jsonl", ".ndjson")
-COMPRESSION_SUFFIXES = (".gz", ".zst")
 EXPANSION = 4
 """Approximate bytes of text for a byte of a compressed file; only used to cut work into parts of similar size."""
+DEFAULT_FIELD = "text"
+ALSO_TEXT = ("json", "csv", "tsv")
+"""Kinds of files that are one text each unless the user names a field: sources have such files too."""
+STANDARD_INPUT = Path("-")
+NO_FIELDS = "plain text, which has no fields"
 
-READ_ERRORS = (UnicodeDecodeError, OSError, EOFError, zlib.error, zstandard.ZstdError)
+Render = Callable[[Sequence[Any]], str]
+"""Text of a chat's messages, as the model's template writes it."""
 
 
 class Slice(NamedTuple):
@@ -44,30 +46,78 @@ class Slice(NamedTuple):
 
 
 @dataclass
+class PassedOver:
+    """What was not read, and why.
+
+    Attributes:
+        files: numbers of files (of slices of large ones) by what they are.
+        num_nulls: records whose field is null, or an empty chat.
+        num_wrong: records that are wrong.
+        first_wrong: place of the first of them, and what is wrong.
+    """
+
+    files: Counter[str] = dataclasses.field(default_factory=Counter)
+    num_nulls: int = 0
+    num_wrong: int = 0
+    first_wrong: str = ""
+
+    def add(self, other: PassedOver) -> None:
+        """Count what somebody else passed over."""
+        self.files.update(other.files)
+        self.num_nulls += other.num_nulls
+        self.num_wrong += other.num_wrong
+        self.first_wrong = self.first_wrong or other.first_wrong
+
+    def wrong(self, what: str) -> None:
+        """Count a record that is wrong; ``what`` begins with its place."""
+        self.num_wrong += 1
+        self.first_wrong = self.first_wrong or what
+
+    def __str__(self) -> str:
+        """In words; "" if nothing was passed over."""
+        said = []
+        if num_files := sum(self.files.values()):
+            kinds = "; ".join(f"{number:,} {what}" for what, number in self.files.most_common())
+            said.append(f"left out {num_files:,} files: {kinds}")
+        if self.num_nulls:
+            said.append(f"passed over {self.num_nulls:,} records without a value")
+        if self.num_wrong:
+            said.append(f"passed over {self.num_wrong:,} wrong records, the first: {self.first_wrong}")
+        return "; ".join(said)
+
+
+@dataclass
 class Sources:
     """The texts of some slices, read one after the other, and how far reading has come.
 
     Attributes:
         slices: in order; None is standard input.
-        field: name of the text field of JSON lines and Parquet.
+        field: name of the field of records that holds text or a chat, if the user named one. Then all files must have
+            records, and pipes and standard input are JSON lines; without it JSON lines and Parquet have "text".
+        render: makes text of a chat; None refuses chats.
         num_bytes: size of all slices as they lie on disk.
         bytes_done: bytes of them that were read.
-        num_skipped: files, or slices of them, that were left out because they are not UTF-8 text, or unreadable.
+        passed_over: what was left out.
         lf_only: write line ends of Windows (``\\r\\n``) as ``\\n``.
         num_lines, num_windows_lines: line ends that were read, and those of Windows among them.
     """
 
     slices: Sequence[Slice | None]
-    field: str
+    field: str | None
+    render: Render | None = None
     num_bytes: int = 0
     bytes_done: int = 0
-    num_skipped: int = 0
+    passed_over: PassedOver = dataclasses.field(default_factory=PassedOver)
     lf_only: bool = False
     num_lines: int = 0
     num_windows_lines: int = 0
 
     def pieces(self) -> Iterator[Piece]:
-        """Every document's text, in pieces."""
+        """Every document's text, in pieces.
+
+        Raises:
+            InputError: a file cannot be read, or not one of its records is right.
+        """
         for piece in self._pieces():
             num_windows_lines = piece.text.count("\r\n")
             self.num_lines += piece.text.count("\n")
@@ -80,50 +130,150 @@ class Sources:
         for part in self.slices:
             before = self.bytes_done
             if part is None:
-                yield from self._standard_input()
+                yield from self._stream(Slice(STANDARD_INPUT), sys.stdin.buffer)
                 continue
-            yield from self._slice(part, before)
+            try:
+                yield from self._slice(part, before)
+            except READ_ERRORS as error:
+                raise InputError(f"cannot read {part.path}: {error}") from error
             self.bytes_done = before + size_of(part)
 
-    def _standard_input(self) -> Iterator[Piece]:
-        try:
-            yield from _plain(sys.stdin.buffer)
-        except UnicodeDecodeError as error:
-            raise DatastoreError(f"standard input is not UTF-8 text: {error}") from error
-
-    def _slice(self, part: Slice, bytes_before: int) -> Iterator[Piece]:
-        kind = kind_of(part.path)
+    def _slice(self, part: Slice, before: int) -> Iterator[Piece]:
+        kind = self._kind(part.path)
         if kind == "parquet":
-            yield from _parquet_texts(part, self.field)
+            yield from self._parquet(part)
             return
-        if kind == "text" and not is_text(part):
-            self.num_skipped += 1
+        if kind == "text" and (what := self._unfit(part)):
+            self.passed_over.files[what] += 1
             return
-        with _open(part) as (raw, stream):
-            pieces = _json_lines(part, stream, self.field) if kind == "jsonl" else _plain(stream)
-            for piece in pieces:
-                self.bytes_done = bytes_before + raw.tell() - part.start
+        with open_slice(part) as (raw, stream):
+            for piece in self._stream(part, stream):
+                if not is_pipe(part.path):
+                    self.bytes_done = before + raw.tell() - part.start
                 yield piece
 
+    def _kind(self, path: Path) -> str:
+        if path == STANDARD_INPUT or is_pipe(path):
+            return "text" if self.field is None else "lines"
+        kind = files.kind_of(path)
+        return "text" if kind in ALSO_TEXT and self.field is None else kind
 
-def kind_of(path: Path) -> str:
-    """Kind of a file by its name without a suffix of compression: "parquet", "jsonl" or "text"."""
-    name = path.name.lower()
-    for suffix in COMPRESSION_SUFFIXES:
-        name = name.removesuffix(suffix)
-    return "parquet" if name.endswith(".parquet") else "jsonl" if name.endswith(RECORD_SUFFIXES) else "text"
+    def _unfit(self, part: Slice) -> str | None:
+        """Why a file of plain text cannot be read, in words."""
+        if self.field is not None:
+            return NO_FIELDS
+        return None if is_pipe(part.path) else no_text(part)
+
+    def _stream(self, part: Slice, raw: IO[bytes]) -> Iterator[Piece]:
+        kind = self._kind(part.path)
+        with files.unpacked(raw, part.path) as stream:
+            if what := files.foreign(stream.peek(files.HEAD_BYTES)[: files.HEAD_BYTES]):
+                raise InputError(f"{_name(part)} is {what}")
+            try:
+                if kind == "text":
+                    yield from _plain(stream)
+                else:
+                    yield from self._texts(part, records.stream_records(stream, kind))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{_name(part)} is {files.NO_UTF8} ({error})") from error
+            except InputError as error:
+                raise InputError(files.named(error, Path(_name(part)))) from error
+
+    def _parquet(self, part: Slice) -> Iterator[Piece]:
+        import pyarrow.parquet
+
+        name = self.field or DEFAULT_FIELD
+        with pyarrow.parquet.ParquetFile(part.path) as file:
+            names, num_groups = file.schema_arrow.names, file.num_row_groups
+        if name not in names:
+            raise InputError(f"{part.path} has no column {name!r}; it has: {', '.join(names)} (--field chooses one)")
+        groups = range(part.start, num_groups if part.stop is None else part.stop)
+        yield from self._texts(part, records.parquet_records(part.path, [name], list(groups)))
+
+    def _texts(self, part: Slice, found: Iterable[records.Record]) -> Iterator[Piece]:
+        """Texts of records.
+
+        Raises:
+            InputError: some are wrong, and none is right.
+        """
+        wrong = PassedOver()
+        is_any_right = False
+        for place, value, problem in found:
+            try:
+                text = _refused(problem) if problem else self._text(value)
+            except InputError as error:
+                wrong.wrong(f"{_place(part, place)} {error}")
+                continue
+            is_any_right = True
+            if text is None:
+                self.passed_over.num_nulls += 1
+            else:
+                yield from split_text(io.StringIO(records.whole_characters(text), newline="").read)
+        if wrong.num_wrong and not is_any_right:
+            raise InputError(wrong.first_wrong)
+        self.passed_over.add(wrong)
+
+    def _text(self, record: Any) -> str | None:
+        """Text of a record; None if it has none.
+
+        Raises:
+            InputError: what is wrong with the record, to be read behind its place.
+        """
+        name = self.field or DEFAULT_FIELD
+        fields = record if isinstance(record, dict) else {}
+        if name not in fields:
+            with_text = [key for key, value in fields.items() if isinstance(value, str) or is_chat(value)]
+            raise InputError(
+                f"has no text in field {name!r}; fields with text: {', '.join(with_text) or 'none'} (choose one with "
+                "--field)"
+            )
+        value = fields[name]
+        if value is None or value == []:
+            return None
+        if isinstance(value, str):
+            return value
+        if isinstance(value, records.Unreadable):
+            raise InputError(f"field {name!r} {value.reason}")
+        if self.render is not None and is_chat(value):
+            return self.render(messages_of(value))
+        raise InputError(f"field {name!r} holds {type(value).__name__}, not text")
 
 
-def is_compressed(path: Path) -> bool:
-    """Whether the file must be decompressed from its start."""
-    return path.suffix.lower() in COMPRESSION_SUFFIXES
+def _refused(problem: str) -> str:
+    raise InputError(problem)
+
+
+def _name(part: Slice) -> str:
+    return "standard input" if part.path == STANDARD_INPUT else str(part.path)
+
+
+def _place(part: Slice, place: str) -> str:
+    """Name of the file, and the place of a record in the whole file; ``place`` is that in the slice."""
+    what, _, number = place.partition(" ")
+    if part.start and what == "line":
+        place = f"line {_lines_before(part) + int(number)}"
+    elif part.start:
+        place = f"{place} from row group {part.start}"
+    return f"{_name(part)} {place}"
+
+
+def _lines_before(part: Slice) -> int:
+    """Lines of a file before a slice; reads the file up to there."""
+    count = 0
+    with files.open_raw(part.path) as file:
+        left = _line_start(file, part.start)
+        file.seek(0)
+        while left > 0 and (chunk := file.read(min(left, PIECE_CHARS))):
+            count += chunk.count(b"\n")
+            left -= len(chunk)
+    return count
 
 
 def size_of(part: Slice) -> int:
     """Approximate bytes of a slice on disk; of Parquet's row groups, the bytes that their metadata state."""
     if part.start == 0 and part.stop is None:
         return part.path.stat().st_size
-    if kind_of(part.path) == "parquet":
+    if files.kind_of(part.path) == "parquet":
         import pyarrow.parquet
 
         metadata = pyarrow.parquet.read_metadata(part.path)
@@ -132,7 +282,7 @@ def size_of(part: Slice) -> int:
     return (part.path.stat().st_size if part.stop is None else part.stop) - part.start
 
 
-def plan_units(paths: Sequence[Path], unit_bytes: int) -> list[list[Slice]]:
+def plan_units(paths: Sequence[Path], unit_bytes: int, field: str | None = None) -> list[list[Slice]]:
     """Cut files into units of about ``unit_bytes`` bytes of text each, in order.
 
     Text and JSON lines are cut between lines and Parquet between row groups; compressed files stay whole, and so does a
@@ -140,13 +290,14 @@ def plan_units(paths: Sequence[Path], unit_bytes: int) -> list[list[Slice]]:
 
     Args:
         paths: files to read, each once.
+        field: as in :class:`Sources`.
 
     Raises:
-        DatastoreError: a Parquet file cannot be read.
+        InputError: a Parquet file cannot be read.
     """
     units: list[list[Slice]] = [[]]
     room = unit_bytes
-    for part, num_bytes in _parts(paths, unit_bytes):
+    for part, num_bytes in _parts(paths, unit_bytes, field):
         if units[-1] and num_bytes > room:
             units.append([])
             room = unit_bytes
@@ -155,15 +306,15 @@ def plan_units(paths: Sequence[Path], unit_bytes: int) -> list[list[Slice]]:
     return [unit for unit in units if unit]
 
 
-def _parts(paths: Sequence[Path], unit_bytes: int) -> Iterator[tuple[Slice, int]]:
+def _parts(paths: Sequence[Path], unit_bytes: int, field: str | None) -> Iterator[tuple[Slice, int]]:
     """Slices with their bytes of text, no larger than a unit if the file can be cut."""
     for path in paths:
         size = path.stat().st_size
-        if kind_of(path) == "parquet":
+        if files.kind_of(path) == "parquet":
             yield from _row_groups(path, unit_bytes)
         elif is_compressed(path):
             yield Slice(path), size * EXPANSION
-        elif size <= unit_bytes:
+        elif size <= unit_bytes or not _may_be_cut(path, field):
             yield Slice(path), size
         else:
             count = -(-size // unit_bytes)
@@ -173,14 +324,24 @@ def _parts(paths: Sequence[Path], unit_bytes: int) -> Iterator[tuple[Slice, int]
                 yield Slice(path, start, stop), (size if stop is None else stop) - start
 
 
+def _may_be_cut(path: Path, field: str | None) -> bool:
+    """Whether a file can be cut at any line: a JSON list, or CSV with texts of several lines, cannot."""
+    kind = files.kind_of(path)
+    if kind in ALSO_TEXT:
+        return field is None
+    if kind == "text":
+        return True
+    with files.open_raw(path) as raw, files.unpacked(raw, path) as stream:
+        return not records.is_list(stream)
+
+
 def _row_groups(path: Path, unit_bytes: int) -> Iterator[tuple[Slice, int]]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
         metadata = pyarrow.parquet.read_metadata(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DatastoreError(f"cannot read {path}: {error}") from error
+    except READ_ERRORS as error:
+        raise InputError(f"cannot read {path}: {error}") from error
     start = num_bytes = 0
     for index in range(metadata.num_row_groups):
         group_bytes = metadata.row_group(index).total_byte_size
@@ -220,48 +381,28 @@ def _line_start(file: IO[bytes], at: int) -> int:
 
 
 @contextlib.contextmanager
-def unpacked(raw: IO[bytes], path: Path) -> Iterator[IO[bytes]]:
-    """The contents of an open file: decompressed when the name of ``path`` ends in ``.gz`` or ``.zst``."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        with gzip.open(raw) as stream:
-            yield cast("IO[bytes]", stream)
-    elif suffix == ".zst":
-        with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False) as stream:
-            yield io.BufferedReader(stream)
-    else:
-        yield raw
+def open_slice(part: Slice) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """A file, and a stream of the slice, both as they are on disk."""
+    with files.open_raw(part.path) as raw:
+        if part.start == 0 and part.stop is None:
+            yield raw, raw
+            return
+        stop = raw.seek(0, io.SEEK_END) if part.stop is None else _line_start(raw, part.stop)
+        start = _line_start(raw, part.start)
+        raw.seek(start)
+        yield raw, io.BufferedReader(_Part(raw, max(stop - start, 0)))
 
 
-@contextlib.contextmanager
-def _open(part: Slice) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open a file: yields it as it is on disk, and a stream of the decompressed slice."""
-    with part.path.open("rb") as raw:
-        if part.path.suffix.lower() in COMPRESSION_SUFFIXES or (part.start == 0 and part.stop is None):
-            with unpacked(raw, part.path) as stream:
-                yield raw, stream
-        else:
-            stop = raw.seek(0, io.SEEK_END) if part.stop is None else _line_start(raw, part.stop)
-            start = _line_start(raw, part.start)
-            raw.seek(start)
-            yield raw, io.BufferedReader(_Part(raw, max(stop - start, 0)))
-
-
-def is_text(part: Slice) -> bool:
-    """True for UTF-8 text without null characters; reads all of it, so that no half of a file gets into a store."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+def no_text(part: Slice) -> str | None:
+    """What a slice is, in words, if it is no text; reads all of it, so that no half of a file gets into a store."""
     try:
-        with _open(part) as (_, stream):
-            while chunk := stream.read(PIECE_CHARS):
-                if "\0" in decoder.decode(chunk):
-                    return False
-            decoder.decode(b"", final=True)
-    except READ_ERRORS:
-        return False
-    return True
+        with open_slice(part) as (_, packed), files.unpacked(packed, part.path) as stream:
+            return files.no_text(stream)
+    except (*READ_ERRORS, InputError) as error:
+        return f"damaged, or cannot be read ({error})"
 
 
-def _plain(stream: IO[bytes]) -> Iterator[Piece]:
+def _plain(stream: io.BufferedReader) -> Iterator[Piece]:
     # newline="": line ends are part of the text, and tokens must be those that the model saw.
     reader = io.TextIOWrapper(stream, encoding="utf-8", newline="")
     try:
@@ -270,107 +411,36 @@ def _plain(stream: IO[bytes]) -> Iterator[Piece]:
         reader.detach()
 
 
-def _json_lines(part: Slice, stream: IO[bytes], field: str) -> Iterator[Piece]:
-    def place(number: int) -> str:
-        return f"{part.path} line {_lines_before(part) + number}"
-
-    try:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DatastoreError(f"{place(number)} is not JSON: {error}") from error
-            texts = {k: v for k, v in record.items() if isinstance(v, str)} if isinstance(record, dict) else {}
-            if field not in texts:
-                raise DatastoreError(
-                    f"{place(number)} has no text in field {field!r}; fields with text: "
-                    f"{', '.join(texts) or 'none'} (choose one with --field)"
-                )
-            yield from split_text(io.StringIO(_whole_characters(texts[field]), newline="").read)
-    except READ_ERRORS as error:
-        raise DatastoreError(f"cannot read {part.path}: {error}") from error
-
-
-def _lines_before(part: Slice) -> int:
-    """Lines of a file before a slice; reads the file up to there."""
-    count = 0
-    with part.path.open("rb") as file:
-        left = _line_start(file, part.start)
-        file.seek(0)
-        while left > 0 and (chunk := file.read(min(left, PIECE_CHARS))):
-            count += chunk.count(b"\n")
-            left -= len(chunk)
-    return count
-
-
-def _whole_characters(text: str) -> str:
-    """Replace halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _parquet_texts(part: Slice, field: str) -> Iterator[Piece]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(part.path) as file:
-            if field not in file.schema_arrow.names:
-                raise DatastoreError(
-                    f"{part.path} has no column {field!r}; it has: {', '.join(file.schema_arrow.names)} "
-                    "(choose one with --field)"
-                )
-            groups = range(part.start, file.num_row_groups if part.stop is None else part.stop)
-            for batch in file.iter_batches(batch_size=256, columns=[field], row_groups=list(groups)):
-                for value in batch.column(0):
-                    text = value.as_py()
-                    if text is not None and not isinstance(text, str):
-                        raise DatastoreError(f"column {field!r} of {part.path} holds {value.type}, not text")
-                    yield from split_text(io.StringIO(text or "", newline="").read)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DatastoreError(f"cannot read {part.path}: {error}") from error
-
-
-def find_paths(inputs: Sequence[str], pattern: str, out: Path | None = None) -> list[Path | None]:
-    """The files that ``inputs`` (files, folders, globs, "-") stand for, without repetition; None is standard input.
+def find_paths(inputs: Sequence[str], pattern: str, field: str | None = None, out: Path | None = None) -> list[Path]:
+    """The files that ``inputs`` (files, pipes, folders, globs, "-") stand for, as :func:`.reading.files.find` does.
 
     Args:
-        pattern: which files of a folder are read, at any depth; hidden files and folders are left out.
+        field: as in :class:`Sources`.
         out: store that is built from the files; if its own files are among the inputs, they are left out too.
 
+    Returns:
+        Paths, each once; :data:`STANDARD_INPUT` is standard input.
+
     Raises:
-        DatastoreError: an input stands for no file.
+        InputError: an input stands for no file, or a file that the user named has no fields, and ``field`` is given.
     """
-    paths: dict[Path | None, Path | None] = {}
+    found: dict[Path, Path] = {}
     for name in inputs:
-        found: list[Path | None]
-        path = Path(name).expanduser()  # a glob in quotes keeps its ~ from the shell
-        if name == "-":
-            found = [None]
-        elif path.is_dir():
-            found = [
-                each
-                for each in sorted(path.rglob(pattern))
-                if each.is_file() and not any(part.startswith(".") for part in each.relative_to(path).parts)
-            ]
-        elif path.is_file():
-            found = [path]
-        else:
-            found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True)) if Path(each).is_file()]
-        if not found:
-            what = f"no file of the folder {name} matches {pattern!r}" if path.is_dir() else f"there is no file {name}"
-            raise DatastoreError(f"{what}: nothing to read")
-        for each in found:
-            if each is None or out is None or not _belongs_to(each, out):
-                paths.setdefault(None if each is None else each.resolve(), each)
-    if inputs and not paths:
-        raise DatastoreError(f"{', '.join(inputs)}: only files of the store {out} itself, nothing to read")
-    return list(paths.values())
+        each = [(STANDARD_INPUT, True)] if name == str(STANDARD_INPUT) else files.find([name], pattern)
+        for path, is_named in each:
+            if out is not None and _belongs_to(path, out):
+                continue
+            if field is not None and is_named and path.is_file() and files.kind_of(path) == "text":
+                raise InputError(f"{path} is {NO_FIELDS}: leave --field {field} out, or name other files")
+            found.setdefault(path.resolve(), path)
+    if inputs and not found:
+        raise InputError(f"{', '.join(inputs)}: only files of the store {out} itself, nothing to read")
+    return list(found.values())
+
+
+def can_be_read_again(paths: Sequence[Path]) -> bool:
+    """Whether none of the paths is standard input or a pipe."""
+    return not any(path == STANDARD_INPUT or is_pipe(path) for path in paths)
 
 
 def _belongs_to(path: Path, out: Path) -> bool:
@@ -380,15 +450,18 @@ def _belongs_to(path: Path, out: Path) -> bool:
     return whole.parent == store.parent and whole.name.startswith(f"{store.name}.partial-")
 
 
-def whole(paths: Sequence[Path | None], field: str, lf_only: bool = False) -> Sources:
-    """Sources that read whole files; None is standard input."""
-    sizes = (path.stat().st_size for path in paths if path is not None)
-    slices = [None if path is None else Slice(path) for path in paths]
-    return Sources(slices, field, num_bytes=sum(sizes), lf_only=lf_only)
+def whole(paths: Sequence[Path], field: str | None, render: Render | None = None, lf_only: bool = False) -> Sources:
+    """Sources that read whole files, as :func:`find_paths` found them."""
+    sizes = (path.stat().st_size for path in paths if path != STANDARD_INPUT)
+    slices = [None if path == STANDARD_INPUT else Slice(path) for path in paths]
+    return Sources(slices, field, render, num_bytes=sum(sizes), lf_only=lf_only)
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Load a tokenizer by folder or Hugging Face name.
+
+    Args:
+        trust_remote_code: run code that the folder has for its tokenizer.
 
     Raises:
         DatastoreError: transformers is missing, or cannot load the tokenizer.
@@ -398,10 +471,13 @@ def load_tokenizer(name: str) -> Any:
     except ImportError as error:
         raise DatastoreError("tokenizers are loaded with transformers, which comes with vLLM: install it") from error
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # damaged tokenizer files raise no narrower exception
         reason = str(error).strip().partition("\n")[0]
-        raise DatastoreError(f"cannot load tokenizer {name!r} (a folder or a Hugging Face name): {reason}") from error
+        hint = "; give --trust-remote-code if you trust it" if "trust_remote_code" in str(error) else ""
+        raise DatastoreError(
+            f"cannot load tokenizer {name!r} (a folder or a Hugging Face name): {reason}{hint}"
+        ) from error
 
 
 def vocab_size_of(tokenizer: Any) -> int:

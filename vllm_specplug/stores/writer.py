@@ -360,27 +360,33 @@ def split_text(read: Callable[[int], str]) -> Iterator[Piece]:
     yield Piece(rest + chunk, True)
 
 
-def add_texts(
-    writer: DatastoreWriter, tokenizer: Any, pieces: Iterable[Piece], on_progress: Callable[[int], None] | None = None
-) -> None:
-    """Tokenize texts on all processors and append them, :data:`BATCH_CHARS` characters at a time.
+def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """Token ids of texts, without special tokens, on all processors if the tokenizer has a fast backend.
 
     Args:
-        tokenizer: a fast tokenizer of transformers (or one of the tokenizers library).
-        on_progress: called with the number of tokens stored so far.
-
-    Raises:
-        DatastoreError: the tokenizer has no fast backend.
+        tokenizer: one of transformers, or of the tokenizers library.
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     encode = getattr(backend, "encode_batch_fast", None) or getattr(backend, "encode_batch", None)
-    if encode is None:
-        raise DatastoreError(f"{type(tokenizer).__name__} has no fast backend (tokenizer.json): use a fast tokenizer")
+    if encode is None:  # written in Python, as tokenizers with code of their own often are
+        return lambda texts: [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    return lambda texts: [each.ids for each in encode(texts, add_special_tokens=False)]
+
+
+def add_texts(
+    writer: DatastoreWriter, tokenizer: Any, pieces: Iterable[Piece], on_progress: Callable[[int], None] | None = None
+) -> None:
+    """Tokenize texts and append them, :data:`BATCH_CHARS` characters at a time.
+
+    Args:
+        tokenizer: see :func:`encoder`.
+        on_progress: called with the number of tokens stored so far.
+    """
+    encode = encoder(tokenizer)
 
     def flush(batch: list[Piece]) -> None:
-        encodings = encode([piece.text for piece in batch], add_special_tokens=False)
-        for piece, encoding in zip(batch, encodings, strict=True):
-            writer.add(np.array(encoding.ids, dtype=np.int64), piece.ends_document)
+        for piece, ids in zip(batch, encode([piece.text for piece in batch]), strict=True):
+            writer.add(np.array(ids, dtype=np.int64), piece.ends_document)
         if on_progress:
             on_progress(writer.num_tokens)
 

@@ -53,7 +53,7 @@ def audit(options: Options, progress: Progress) -> dict[str, Any]:
         ConfigurationError: prompts, options and model do not go together.
         EngineError: an engine did not start, or died.
     """
-    tokenizer = tokenizer_of(options.model)
+    tokenizer = tokenizer_of(options.model, options.engine_cli)
     seen = _without_speculation(options, tokenizer, progress)
     _without_proposers(options, seen, progress)
     with _started(options, options.speculative_config, "audited", "audited engine", seen.k, progress) as engine:

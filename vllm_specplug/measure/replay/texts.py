@@ -3,48 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vllm_specplug.errors import DatastoreError
+from vllm_specplug.errors import InputError
 from vllm_specplug.measure.replay.choosers import Ids
-from vllm_specplug.stores.texts import Slice, Sources, find_paths, is_text, kind_of, whole
-from vllm_specplug.stores.writer import BATCH_CHARS
+from vllm_specplug.reading.files import kind_of
+from vllm_specplug.stores.texts import Render, Slice, Sources, can_be_read_again, find_paths, no_text, whole
+from vllm_specplug.stores.writer import BATCH_CHARS, encoder
 
 
-def sources_of(inputs: Sequence[str], pattern: str, field: str) -> Sources:
-    """The files that ``inputs`` stand for; a file that is named itself must be text.
+def sources_of(inputs: Sequence[str], pattern: str, field: str | None, render: Render | None = None) -> Sources:
+    """The files behind ``inputs``; those that are named themselves must be text.
 
     Raises:
-        DatastoreError: an input stands for no file, or a file that is named itself is not UTF-8 text.
+        InputError: an input stands for nothing, or a file that is named is not UTF-8 text.
     """
-    sources = whole(find_paths(inputs, pattern), field)
-    for name in inputs:
-        path = Path(name)
-        if path.is_file() and kind_of(path) == "text" and not is_text(Slice(path)):
-            raise DatastoreError(f"cannot read {name}: it is not UTF-8 text, or it may not be read")
-    return sources
+    paths = find_paths(inputs, pattern, field)
+    for path in paths:
+        is_checked = str(path) in inputs and can_be_read_again([path]) and kind_of(path) == "text"
+        if is_checked and (what := no_text(Slice(path))):
+            raise InputError(f"cannot read {path}: it is {what}")
+    return whole(paths, field, render)
 
 
 def tokenized(sources: Sources, tokenizer: Any) -> list[Ids]:
     """The documents of ``sources`` as token ids, without special tokens.
 
     Raises:
-        DatastoreError: a file cannot be read, or the tokenizer has no fast backend.
+        InputError: a file cannot be read.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    encode = getattr(backend, "encode_batch_fast", None) or getattr(backend, "encode_batch", None)
-    if encode is None:
-        raise DatastoreError(f"{type(tokenizer).__name__} has no fast backend (tokenizer.json): use a fast tokenizer")
+    encode = encoder(tokenizer)
     documents: list[list[Ids]] = [[]]
     batch: list[str] = []
     ends: list[bool] = []
 
     def flush() -> None:
-        for encoding, is_end in zip(encode(batch, add_special_tokens=False), ends, strict=True):
-            documents[-1].append(np.array(encoding.ids, dtype=np.int32))
+        for ids, is_end in zip(encode(batch), ends, strict=True):
+            documents[-1].append(np.array(ids, dtype=np.int32))
             if is_end:
                 documents.append([])
         batch.clear()
