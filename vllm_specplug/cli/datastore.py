@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import enum
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from rich.text import Text
 from vllm_specplug.cli import datastore_show
 from vllm_specplug.cli.clusters import connect, released
 from vllm_specplug.cli.errors import FileCommands
-from vllm_specplug.cli.options import FieldOption, TrustOption
+from vllm_specplug.cli.options import FieldOption, TrustOption, parse_bytes
 from vllm_specplug.cli.progress import ended_by_signals
 from vllm_specplug.engines.chats import ChatTemplate
 from vllm_specplug.errors import DatastoreError
@@ -35,7 +34,6 @@ from vllm_specplug.stores.building import (
     default_workers,
     finish,
     missing,
-    passed_over_by,
     plan,
     run_here,
     run_in_processes,
@@ -55,6 +53,7 @@ from vllm_specplug.stores.texts import (
     load_tokenizer,
     plan_units,
     size_of,
+    total,
     vocab_size_of,
     whole,
 )
@@ -75,20 +74,6 @@ app = typer.Typer(
 )
 
 DEFAULT_SHARD_SIZE = "1GiB"
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-
-
-def parse_bytes(text: str) -> int:
-    """Number of bytes that a size such as "4GiB", "500MB" or "1000000" stands for.
-
-    Raises:
-        DatastoreError: ``text`` is not a size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
-    if not found:
-        raise DatastoreError(f"{text!r} is not a size in bytes: write something like 500MB or 4GiB")
-    return int(float(found.group(1)) * UNITS[found.group(2) or ""])
 
 
 class Newlines(str, enum.Enum):
@@ -459,7 +444,7 @@ def _say_built(
     header, size = store.header, store.file_bytes
     done = list(units)
     num_split = sum(each.num_split_documents for each in done)
-    passed_over = passed_over_by(done)
+    passed_over = str(total(each.passed_over for each in done))
     split = f"; cut {num_split:,} documents longer than a segment" if num_split else ""
     shards = f" in {len(store.files):,} shards" if len(store.files) > 1 else ""
     console.print(

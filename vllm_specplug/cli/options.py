@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any
 
 import typer
 
-from vllm_specplug.errors import ConfigurationError
+from vllm_specplug.errors import ConfigurationError, DatastoreError
 
 FieldOption = Annotated[
     str | None,
@@ -19,6 +20,21 @@ FieldOption = Annotated[
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that the tokenizer's folder has for it.")
 ]
+
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """Number of bytes that a size such as "4GiB", "500MB" or "1000000" stands for.
+
+    Raises:
+        DatastoreError: ``text`` is not a size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    if not found:
+        raise DatastoreError(f"{text!r} is not a size in bytes: write something like 500MB or 4GiB")
+    return int(float(found.group(1)) * UNITS[found.group(2) or ""])
 
 
 def json_object(

@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from vllm_specplug.reading.files import kind_of
 from vllm_specplug.stores.datastore import Datastore
 from vllm_specplug.stores.format import CHUNK_BYTES, Shard
 from vllm_specplug.stores.shards import LOCK_NAME, publish, remove_unlisted, shard_of
-from vllm_specplug.stores.texts import PassedOver, Render, Slice, Sources, load_tokenizer, size_of
+from vllm_specplug.stores.texts import PassedOver, Render, Slice, Sources, load_tokenizer, size_of, total
 from vllm_specplug.stores.writer import FIXED_MEMORY_BYTES, DatastoreWriter, add_texts, sort_bytes_per_token
 
 _PR_SET_PDEATHSIG = 1  # Linux's prctl
@@ -460,21 +460,13 @@ def finish(made: Plan, out: Path) -> None:
         keep = {shard.file for shard in shards_at(out)}
         clear(made.folder, keep, restart=True)
         what = "add to" if made.base else "store in"
-        passed_over = passed_over_by(made.finished.values())
+        passed_over = str(total(each.passed_over for each in made.finished.values()))
         raise DatastoreError(f"nothing to {what} {out}: the input has no tokens{passed_over and '; '}{passed_over}")
     if len(shards) == 1:
         os.replace(made.folder / shards[0].file, out)
         remove_unlisted(out, None)
     else:
         publish(out, shards)
-
-
-def passed_over_by(units: Iterable[UnitDone]) -> str:
-    """What units did not read, in words; "" if they read everything."""
-    total = PassedOver()
-    for unit in units:
-        total.add(unit.passed_over)
-    return str(total)
 
 
 def version_of(out: Path) -> str:

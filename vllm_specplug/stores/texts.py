@@ -86,6 +86,14 @@ class PassedOver:
         return "; ".join(said)
 
 
+def total(parts: Iterable[PassedOver]) -> PassedOver:
+    """What all parts passed over."""
+    together = PassedOver()
+    for part in parts:
+        together.add(part)
+    return together
+
+
 @dataclass
 class Sources:
     """The texts of some slices, read one after the other, and how far reading has come.
