@@ -57,6 +57,7 @@ ENVIRONMENT = {
         "Names the process that started a worker, which hands the worker's counters on to Ray's exporter. Set by the "
         "plugin and inherited."
     ),
+    "VLLM_API_KEY": "vLLM's own: the server's key, which `POST /specplug/reload_stores` asks for as well.",
     "SPECPLUG_CACHE_DIR": (
         "Folder of a node for token stores that replicas on Ray fetch from the driver's node; by default "
         "`~/.cache/vllm-specplug/stores`."

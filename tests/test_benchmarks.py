@@ -17,6 +17,7 @@ SMALL = {
     "build_store": ["--tokens", "20K"],
     "calibrate": ["--tokens", "20K", "--modules", "1"],
     "chains": ["--tokens", "20K", "--requests", "2", "--temperature", "0", "0.8"],
+    "hand_over": ["--calls", "20"],
     "fuzz": ["--inputs", "25", "--limit", "20"],
     "host_step": ["--tokens", "20K", "--batch", "2"],
     "large_store": ["--tokens", "50K", "--shard-size", "1MB", "--max-memory", "1GiB", "--rounds", "1"],

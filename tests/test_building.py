@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -280,39 +281,47 @@ def records(count: int) -> list[str]:
     return [json.dumps({"text": f"def function_{n}(argument):\n    return argument + {n}\n" * 5}) for n in range(count)]
 
 
+BAD_SHARD = ['{"text": "' + "half" * 400] * 3
+"""Lines of which the second is a shard of 1 KB by itself: no record of it is right, so that the build ends."""
+
+
 def test_finished_shards_outlive_the_repair_of_a_bad_line(tmp_path):
     """What binds a shard is the bytes that it read, and errors name the line in the file."""
     path, out = tmp_path / "text.jsonl", tmp_path / "out.specstore"
     good = records(40)
-    lines = [*good[:30], '{"text": "half', *good[30:]]
+    lines = [*good[:30], *BAD_SHARD, *good[30:]]
     path.write_text("\n".join(lines) + "\n")
     arguments = (out, path, "--shard-size", "1KB", "--workers", 1)
     result = build(*arguments)
     assert result.exit_code == 2
-    assert f"{path} line 31 is not JSON" in result.stderr.replace("\n", "")
+    assert f"{path} line 32 is not JSON" in result.stderr.replace("\n", "")
     num_done = files_in(out, ".done")
     assert num_done > 3
     for repaired in ('{"text": "whole"}', '{"text": "wholly"}'):
-        lines[30] = repaired
+        lines[30:33] = [repaired] * 3
         path.write_text("\n".join(lines) + "\n")
         result = build(*arguments, "--force")
         assert result.exit_code == 0, result.stderr
-        assert (f"going on: {num_done} of" in result.stderr) == (repaired == '{"text": "whole"}')
+        kept = re.search(r"going on: (\d+) of", result.stderr)
+        assert (kept is not None) == (repaired == '{"text": "whole"}')
+        assert kept is None or int(kept[1]) >= num_done - 2  # the first of the bad lines is in shards before
         assert texts_of(out) == [json.loads(line)["text"] for line in lines]
 
 
 def test_a_finished_shard_whose_text_changed_is_built_again(tmp_path):
     path, out = tmp_path / "text.jsonl", tmp_path / "out.specstore"
-    lines = [*records(40), "{"]
+    lines = [*records(40), *BAD_SHARD]
     path.write_text("\n".join(lines))
     arguments = (out, path, "--shard-size", "1KB", "--workers", 1)
     assert build(*arguments).exit_code == 2
     num_done = files_in(out, ".done")
-    lines[0], lines[-1] = lines[0].replace("argument", "argumemt"), '{"text": "end"}'  # as long as before
+    lines = [lines[0].replace("argument", "argumemt"), *lines[1:40], '{"text": "end"}']  # the first as long as before
     path.write_text("\n".join(lines))
     result = build(*arguments)
     assert result.exit_code == 0, result.stderr
-    assert f"going on: {num_done - 1} of" in result.stderr
+    kept = re.search(r"going on: (\d+) of", result.stderr)
+    assert kept
+    assert num_done - 2 <= int(kept[1]) < num_done  # all but the first, and the one with the first bad line
     assert texts_of(out) == [json.loads(line)["text"] for line in lines]
 
 
@@ -320,7 +329,7 @@ def test_merge_can_throw_away_what_a_stopped_build_left(tmp_path):
     path, out = tmp_path / "text.jsonl", tmp_path / "out.specstore"
     path.write_text("\n".join(records(10)))
     assert build(out, path).exit_code == 0
-    (tmp_path / "bad.jsonl").write_text("\n".join([*records(40), "{"]))
+    (tmp_path / "bad.jsonl").write_text("\n".join([*records(40), *BAD_SHARD]))
     stopped = ("add", out, tmp_path / "bad.jsonl", "--shard-size", "1KB", "--workers", 1, *MAX_MEMORY)
     for command in (("merge", "--force", out, out), ("add", out, path, *MAX_MEMORY)):
         assert run(*stopped).exit_code == 2
