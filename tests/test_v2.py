@@ -158,7 +158,7 @@ def test_same_tokens_as_stock_v2(
 
 @pytest.mark.parametrize("cache", ["roomy", "tight"])
 def test_streaming_input_sessions(cache: str, engines: Engines, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """With and without async scheduling, which does not count the last step of a request."""
+    """Without and with async scheduling."""
     with engines.borrowed(ROOMY, plugin=False, v2=True) as engine:
         sent, free = sessions.made(engine, corpus.held_out_prompts(6, 60), 6)
         expected = engine.send("call", "sessions", sent)
@@ -166,7 +166,8 @@ def test_streaming_input_sessions(cache: str, engines: Engines, request: pytest.
     engine = request.getfixturevalue(cache)
     oracle = {"name": "in_child.Oracle", "sequences": str(tmp_path / "sequences.json")}
     engine.send("set_drafting", {"num_speculative_tokens": NUM_DRAFT, "proposers": [oracle, UNGATED]})
-    sessions.check(engine, sent, expected, is_counted=cache == "roomy")
+    # V2 counts a turn that a repetition ends to the end of its step: tests/test_history.py has what is counted.
+    sessions.check(engine, sent, expected, is_counted=False)
 
 
 def test_every_oracle_token_is_accepted(roomy: Engine, stock: list[dict[str, Any]], files: dict[str, str]) -> None:

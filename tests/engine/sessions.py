@@ -64,7 +64,7 @@ def check(engine: Engine, sessions: list[dict[str, Any]], expected: list[Any], i
         engine: an engine that drafts what :func:`write_oracle` wrote.
         sessions: the sessions.
         expected: what stock vLLM emitted, by session, turn and step.
-        is_counted: whether the last step of a request is counted.
+        is_counted: whether the runner counts exactly the tokens that are returned.
     """
     before = engine.send("stats")["emitted"]
     ours = engine.send("call", "sessions", sessions)
