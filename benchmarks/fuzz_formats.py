@@ -217,14 +217,14 @@ def use_batch(path: Path) -> None:
     unpacked = path.with_name("unpacked")
     unpacked.mkdir(exist_ok=True)
     rows = inputs.scan(inputs.find([str(path)]), None, unpacked)
-    tables = [inputs.read(part, rows.schema) for part in rows.parts(2)]
+    tables = [inputs.read(part, rows.shape) for part in rows.parts(2)]
     ids = [row for table in tables for row in table[inputs.ROW_ID].to_pylist()]
     assert ids == list(range(rows.num_rows)), f"rows {ids} of {rows.num_rows}"
 
 
 def use_texts(path: Path) -> None:
     plan_units([path], 64)
-    pieces = list(sources_of([str(path)], "*", "text").pieces())
+    pieces = list(sources_of([str(path)], "*", None).pieces())
     for piece in pieces:
         piece.text.encode()  # what a tokenizer is given
 

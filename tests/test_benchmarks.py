@@ -20,7 +20,7 @@ SMALL = {
     "hand_over": ["--calls", "20"],
     "fuzz": ["--inputs", "25", "--limit", "20"],
     "host_step": ["--tokens", "20K", "--batch", "2"],
-    "large_store": ["--tokens", "50K", "--shard-size", "1MB", "--max-memory", "1GiB", "--rounds", "1"],
+    "large_store": ["--tokens", "50K", "--shard-size", "1MB", "--max-memory", "2GiB", "--rounds", "1"],
     "lookup": ["--tokens", "20K", "--requests", "64"],
     "suffix_replay": ["--history", "2K", "--requests", "2", "--concurrency", "1"],
     "trajectories": ["--prompts", "2", "--max-tokens", "8", "--batch", "2", "--temperature", "0.8"],

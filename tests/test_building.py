@@ -40,7 +40,6 @@ cli = importlib.import_module("vllm_specplug.cli.datastore")  # the package has 
 TOKENIZER = str(target_path())
 PROGRAM = [sys.executable, "-c", "from vllm_specplug.cli import main; main()", "datastore"]
 MAX_MEMORY = ("--max-memory", "4GiB")
-NO_TORCH = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "engine" / "no_torch_site")}
 
 
 def run(*arguments: object, stdin: bytes | None = None) -> Any:
@@ -157,7 +156,7 @@ def files_in(out: Path, suffix: str) -> int:
 
 def killed_when(arguments: Sequence[object], condition: Callable[[], bool]) -> int | None:
     """Start a build and kill its main process as soon as the condition holds; returns its status if it ended before."""
-    process = subprocess.Popen([*PROGRAM, *map(str, arguments)], stderr=subprocess.DEVNULL, env=NO_TORCH)
+    process = subprocess.Popen([*PROGRAM, *map(str, arguments)], stderr=subprocess.DEVNULL)
     children: list[psutil.Process] = []
     try:
         end = time.monotonic() + 180
@@ -206,7 +205,7 @@ def test_killed_builds_go_on(tmp_path, folder, uninterrupted, workers):
 def test_a_killed_process_of_a_build_is_one_clear_error(tmp_path, folder, uninterrupted):
     out = tmp_path / "out.specstore"
     arguments = build_arguments(out, folder, 2)
-    process = subprocess.Popen([*PROGRAM, *map(str, arguments)], stderr=subprocess.PIPE, text=True, env=NO_TORCH)
+    process = subprocess.Popen([*PROGRAM, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
     while files_in(out, ".done") == 0:
         assert process.poll() is None
         time.sleep(0.01)
@@ -233,7 +232,7 @@ def test_stopped_builds_say_how_to_go_on(tmp_path, folder, stop):
     program += "from vllm_specplug.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", program, "datastore", *map(str, arguments)],
-        stderr=subprocess.PIPE, text=True, start_new_session=True, env=NO_TORCH,
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     while files_in(out, ".done") == 0:
         assert process.poll() is None

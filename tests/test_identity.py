@@ -312,7 +312,7 @@ def test_aborted_requests_leave_no_state(roomy: Engine, store: Path) -> None:
 
 @pytest.mark.parametrize(
     ("first", "more", "history"),
-    [(500, 500, 1 << 19), pytest.param(4000, 6000, 4 << 20, marks=pytest.mark.long)],
+    [(1000, 1000, 1 << 20), pytest.param(4000, 6000, 4 << 20, marks=pytest.mark.long)],
     ids=["a thousand", "ten thousand"],
 )
 def test_thousands_of_requests_leave_memory_flat(

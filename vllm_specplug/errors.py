@@ -24,10 +24,11 @@ def shown(value: object) -> str:
 
 
 class SpecplugError(Exception):
-    """Base of all errors that this package raises on purpose; long messages lose their middle."""
+    """Base of all errors that this package raises on purpose; long messages lose their middle, and all are printable."""
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(brief(str(message)))
+        text = brief(str(message))
+        super().__init__("".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text))
 
 
 class ConfigurationError(SpecplugError, ValueError):

@@ -382,13 +382,20 @@ def _field(schema: pa.Schema, field: str | None) -> str:
 
 
 def read(part: Part, shape: Shape) -> pa.Table:
-    """The rows of a part, with their ``row_id``, and each row's prompt and problem for :mod:`.replica`."""
+    """The rows of a part, with their ``row_id``, and each row's prompt and problem for :mod:`.replica`.
+
+    Raises:
+        InputError: a file cannot be read, such as Parquet with a damaged page, which a scan does not read.
+    """
     tables = []
     for where in part.slices:
-        if where.kind in ("parquet", "arrow"):
-            tables.append(as_table(_arrow(where), shape.schema, shape.as_json, shape.field))
-        else:
-            tables.append(_from_lines(where, shape))
+        try:
+            if where.kind in ("parquet", "arrow"):
+                tables.append(as_table(_arrow(where), shape.schema, shape.as_json, shape.field))
+            else:
+                tables.append(_from_lines(where, shape))
+        except READ_ERRORS as error:
+            raise InputError(f"{where.path} cannot be read: {error}") from error
     table = pa.concat_tables(tables)
     return table.append_column(ROW_ID, pa.array(range(part.first_row, part.first_row + part.num_rows), pa.int64()))
 
