@@ -24,7 +24,7 @@ def shown(value: object) -> str:
 
 
 class SpecplugError(Exception):
-    """Base of all errors that this package raises on purpose; long messages lose their middle, and all are printable."""
+    """Base of all errors that this package raises on purpose. Long messages lose their middle; all are printable."""
 
     def __init__(self, message: object = "") -> None:
         text = brief(str(message))
