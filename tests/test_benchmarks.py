@@ -55,7 +55,10 @@ def test_every_program_is_named_here() -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long) if name in ("calibrate", "large_store") else name for name in SMALL],
+)
 def test_programs_run(name: str, tmp_path: Path) -> None:
     more = ["--work-dir", str(tmp_path)] if name == "large_store" else []
     assert "|" in run(name, [*SMALL[name], *more]).replace("┃", "|")
