@@ -77,8 +77,13 @@ class SeveralChains(Oracle):
         self._best: dict[str, int] = {}
         self._left_out = {tuple(self._sequences[place]) for place in context.options.get("leave_out", ())}
         self.counted = {"true": 0, "accepted": 0, "missed": 0, "forks": 0}
+        # Some true token was not accepted: missed, unless the request ended there, in this step or the one before.
+        self._short: set[str] = set()
+        self._short_before: set[str] = set()
 
     def propose(self, batch: DraftBatch) -> Drafts:
+        self.counted["missed"] += len(self._short_before.intersection(batch.request_ids))
+        self._short_before, self._short = self._short, set()
         true = super().propose(batch)
         for index, request_id in enumerate(batch.request_ids):
             if any(tuple(each) in self._left_out for each in self._matching[request_id]):
@@ -116,7 +121,8 @@ class SeveralChains(Oracle):
                 accepted = verified.num_emitted[index] - 1
                 self.counted["true"] += best
                 self.counted["accepted"] += min(accepted, best)
-                self.counted["missed"] += accepted < best
+                if accepted < best:
+                    self._short.add(request_id)
                 self.counted["forks"] += len(verified.further[index]) if verified.further else 0
 
 
