@@ -76,7 +76,11 @@ def optimal_acceptance(target: NDArray[np.float64], draft: NDArray[np.float64], 
         (np.ones(2 * len(edges)), (rows, [*range(len(edges))] * 2)), shape=(len(mass) + vocab, len(edges))
     )
     solved = linprog(
-        -np.ones(len(edges)), A_ub=matrix, b_ub=np.concatenate([list(mass.values()), target]), method="highs"
+        -np.ones(len(edges)),
+        A_ub=matrix,
+        b_ub=np.concatenate([list(mass.values()), target]),
+        method="highs",
+        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
     )
     if not solved.success:
         raise RuntimeError(f"the linear programme was not solved: {solved.message}")

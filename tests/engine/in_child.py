@@ -77,7 +77,7 @@ class SeveralChains(Oracle):
         self._best: dict[str, int] = {}
         self._left_out = {tuple(self._sequences[place]) for place in context.options.get("leave_out", ())}
         self.counted = {"true": 0, "accepted": 0, "missed": 0, "forks": 0}
-        # Some true token was not accepted: missed, unless the request ended there, in this step or the one before.
+        # Some true token was not accepted: missed if the request goes on, which shows one proposal later.
         self._short: set[str] = set()
         self._short_before: set[str] = set()
 
@@ -119,10 +119,11 @@ class SeveralChains(Oracle):
             if verified.draft_token_ids[index] and request_id in self._best:
                 best = self._best.pop(request_id)
                 accepted = verified.num_emitted[index] - 1
+                if accepted < best:  # the draft token that ends a request is the last one emitted
+                    best = accepted = verified.num_emitted[index]
+                    self._short.add(request_id)
                 self.counted["true"] += best
                 self.counted["accepted"] += min(accepted, best)
-                if accepted < best:
-                    self._short.add(request_id)
                 self.counted["forks"] += len(verified.further[index]) if verified.further else 0
 
 

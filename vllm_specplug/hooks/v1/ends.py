@@ -28,9 +28,11 @@ def end_at_stops(
         targets: per request, its emitted tokens, perhaps with others behind them.
         num_emitted: ``[num_requests]``, changed in place.
     """
+    if request is None:
+        return
     batch = runner.input_batch
     for index, count in enumerate(num_emitted):
-        if count > 1 and request is not None:
+        if count > 1:
             request_id, tokens = batch.req_ids[index], targets[index][:count]
             returned = request(request_id).num_returned(int(batch.num_tokens_no_spec[index]), tokens)
             returned = _until_repetition(runner.requests[request_id], tokens[:returned])
